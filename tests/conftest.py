@@ -1,0 +1,126 @@
+"""Helpers for tests that run a script as a user does and read back what it wrote.
+
+    from conftest import REPO, popen_script, read_csv, read_scalars, run_script
+
+    def test_learns(tmp_path):
+        run = run_script("sac_state_sim.py", "--total-timesteps", 300, cwd=tmp_path)
+        assert read_csv(run.run_dir, "eval.csv")["global_step"][-1] == 300
+
+Tests that need minutes, a GPU or a robot carry @pytest.mark.slow, gpu or robot and run only when asked for (-m slow).
+"""
+
+import contextlib
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))  # so that tests import from the scripts: `from sac_state_sim import Actor`
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A script that has ended."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+    run_dir: Path | None
+    """--run-dir, or the newest folder under runs/; None if there is none"""
+
+
+def script_env(cwd: Path, env: dict[str, str] | None = None) -> dict[str, str]:
+    """The caller's environment without GPU, display, wandb and the user's own data sets, plus `env`."""
+    removed = ("DISPLAY", "WAYLAND_DISPLAY", "MUJOCO_GL", "PYTHONPATH")
+    result = {name: value for name, value in os.environ.items() if name not in removed}
+    result |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    result |= {"CUDA_VISIBLE_DEVICES": "", "WANDB_MODE": "disabled", "PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
+    result |= {"MINARI_DATASETS_PATH": str(cwd / "minari")}
+    return result | (env or {})
+
+
+@contextlib.contextmanager
+def popen_script(
+    name: str, *flags: object, cwd: Path, env: dict[str, str] | None = None, stdin: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen]:
+    """Start `python name *flags` in `cwd`, for tests that signal or kill it; it and its children end with the block.
+
+    Its output goes to the files `process.stdout_path` and `process.stderr_path`, so that it never waits for a reader.
+    """
+    cwd.mkdir(parents=True, exist_ok=True)
+    stem = f".{Path(name).stem}.{time.time_ns()}"
+    stdout_path, stderr_path = cwd / f"{stem}.stdout", cwd / f"{stem}.stderr"
+    command = [sys.executable, str(REPO / name), *map(str, flags)]  # REPO / "/absolute" is "/absolute"
+    with stdout_path.open("wb") as out, stderr_path.open("wb") as err:
+        process = subprocess.Popen(
+            command, cwd=cwd, env=script_env(cwd, env), stdin=stdin, stdout=out, stderr=err, start_new_session=True
+        )
+    process.stdout_path, process.stderr_path = stdout_path, stderr_path
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stdin:
+            process.stdin.close()
+
+
+def run_script(
+    name: str, *flags: object, cwd: Path, timeout: float = 120.0, env: dict[str, str] | None = None, check: bool = True
+) -> Finished:
+    """Run `python name *flags` in `cwd` to its end.
+
+    Raises AssertionError with the script's last output if it takes longer than `timeout` seconds or, with `check`,
+    if it does not exit with 0.
+    """
+    with popen_script(name, *flags, cwd=cwd, env=env) as process:
+        try:
+            process.wait(timeout)
+            fault = f"exited with {process.returncode}" if check and process.returncode else None
+        except subprocess.TimeoutExpired:
+            fault = f"did not end within {timeout} s"
+    stdout, stderr = process.stdout_path.read_text(), process.stderr_path.read_text()
+    if fault:
+        shown = " ".join(map(str, (name, *flags)))
+        raise AssertionError(f"`python {shown}` {fault}\n--- stdout\n{stdout[-4000:]}\n--- stderr\n{stderr[-6000:]}")
+    return Finished(process.returncode, stdout, stderr, find_run_dir(cwd, [str(flag) for flag in flags]))
+
+
+def find_run_dir(cwd: Path, flags: list[str]) -> Path | None:
+    """The folder that `--run-dir` names, else the newest under cwd/runs."""
+    for i, flag in enumerate(flags):
+        if flag.replace("_", "-").startswith("--run-dir"):
+            return cwd / (flag.split("=", 1)[1] if "=" in flag else flags[i + 1])
+    run_dirs = [path for path in cwd.glob("runs/*") if path.is_dir()]
+    return max(run_dirs, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def read_csv(run_dir: Path, name: str) -> dict[str, list[float]]:
+    """Column name -> numbers, one per line; an empty cell is NaN."""
+    with (run_dir / name).open(newline="") as file:
+        reader = csv.DictReader(file)
+        lines = list(reader)
+    return {column: [float(line[column] or "nan") for line in lines] for column in reader.fieldnames or []}
+
+
+def read_scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """Tag -> (step, value) pairs, from the TensorBoard event files in `run_dir`."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0, "tensors": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def wait_until(condition: Callable[[], object], timeout: float = 60.0) -> None:
+    """Poll until `condition()` is true; AssertionError after `timeout` seconds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {timeout} s in vain"
+        time.sleep(0.05)
