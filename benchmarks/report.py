@@ -1,0 +1,156 @@
+"""Write the results tables of README.md and benchmarks/README.md from the files in benchmarks/results/.
+
+    python benchmarks/report.py            # after benchmarks/run.py
+    python benchmarks/report.py --check    # exit with 1 if the tables are not those of the files
+
+results/ROW.csv holds one line per seed (see run.py). A file with the columns contender and steps_per_second is a speed
+comparison, one line per repetition, shown as the median of each contender. Files of other forms are left alone.
+"""
+
+import csv
+import re
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from run import REPO, RESULTS, ROWS
+
+BETWEEN = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.S)
+
+
+# --- Args -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    check: bool = False
+    """compare only, write nothing"""
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+def read(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def shown(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min"
+
+
+def unique(rows: list[dict[str, str]], column: str) -> str:
+    return "; ".join(dict.fromkeys(row[column] for row in rows if row.get(column)))
+
+
+def results_in(folder: Path) -> tuple[dict[str, list[dict[str, str]]], dict[str, list[dict[str, str]]]]:
+    """The files of rows, in the order of ROWS, and of speed comparisons, by name."""
+    files = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
+    rank = {name: i for i, name in enumerate(ROWS)}
+    rows = {name: lines for name, lines in files.items() if lines and {"seed", "metric", "value"} <= set(lines[0])}
+    speeds = {
+        name: lines for name, lines in files.items() if lines and {"contender", "steps_per_second"} <= set(lines[0])
+    }
+    return dict(sorted(rows.items(), key=lambda item: rank.get(item[0], len(rank)))), speeds
+
+
+def rows_table(rows: dict[str, list[dict[str, str]]]) -> str:
+    """One line per row: every seed's value, the mean, the target, median time and largest memory."""
+    lines = []
+    for name, seeds in rows.items():
+        values = [float(seed["value"]) for seed in seeds]
+        target = ROWS[name].target if name in ROWS else ""
+        lines.append(
+            [
+                f"{ROWS[name].what if name in ROWS else name} (`{name}`)",
+                unique(seeds, "env_id"),
+                shown(max(float(seed["global_step"]) for seed in seeds)),
+                f"`{unique(seeds, 'metric')}`",
+                f"**{shown(statistics.mean(values))}** ({', '.join(map(shown, values))})",
+                target or "none",
+                minutes(statistics.median(float(seed["wall_s"]) for seed in seeds)),
+                f"{max(float(seed['peak_mb']) for seed in seeds):,.0f} MB",
+            ]
+        )
+    return table(
+        ["", "task", "steps", "metric", "mean (each seed)", "target", "time, median", "memory, largest"], lines
+    )
+
+
+def speed_table(lines: list[dict[str, str]]) -> str:
+    """One line per contender, the fastest first."""
+    speeds: dict[str, list[float]] = {}
+    for line in lines:
+        speeds.setdefault(line["contender"], []).append(float(line["steps_per_second"]))
+    ranked = sorted(speeds.items(), key=lambda item: -statistics.median(item[1]))
+    return table(
+        ["contender", "steps/s, median", "repetitions"],
+        [[name, shown(statistics.median(values)), str(len(values))] for name, values in ranked],
+    )
+
+
+def summary(folder: Path) -> str:
+    """The block between the markers of README.md."""
+    rows, speeds = results_in(folder)
+    if not rows and not speeds:
+        return "Nothing has been measured yet: `benchmarks/results/` is empty.\n"
+    text = rows_table(rows) + "\n" if rows else ""
+    for name, lines in speeds.items():
+        text += f"Speed, `benchmarks/results/{name}.csv`:\n\n{speed_table(lines)}\n"
+    measured = [line for lines in (*rows.values(), *speeds.values()) for line in lines]
+    return text + (f"Hardware: {unique(measured, 'hardware')}.\n" if unique(measured, "hardware") else "")
+
+
+def full_report(folder: Path) -> str:
+    """benchmarks/README.md: the tables, and for each row its commands, seeds, dates, commits and hardware."""
+    rows, speeds = results_in(folder)
+    text = "# Benchmarks\n\n<!-- Written by benchmarks/report.py from benchmarks/results/; do not edit. -->\n\n"
+    text += (
+        "`python benchmarks/run.py ROW` runs a row and records it, `python benchmarks/report.py` writes this page.\n"
+    )
+    text += (
+        "The value of a run is the last line of its `eval.csv`, kept in `results/ROW/seedN_eval.csv`. Time and memory\n"
+    )
+    text += "are those of the whole process.\n\n## Results\n\n" + summary(folder)
+    text += "\n## Rows\n\nEach command also gets `--seed N`.\n"
+    for name, row in ROWS.items():
+        text += f"\n**{name}**: {row.what}\n\n```bash\npython {row.command}\n```\n\n"
+        if name not in rows:
+            text += "Not measured yet.\n"
+            continue
+        facts = ["seed", "value", "global_step", "wall_s", "peak_mb", "date", "commit", "hardware"]
+        text += table(facts, [[line[fact] for fact in facts] for line in rows[name]])
+        commands = {re.sub(r" --seed \d+", "", line["command"]) for line in rows[name]} - {f"python {row.command}"}
+        text += "".join(f"\nMeasured with another command: `{command}`\n" for command in sorted(commands))
+    for name, lines in speeds.items():
+        facts = [fact for fact in ("date", "commit", "hardware", "command") if unique(lines, fact)]
+        text += f"\n**{name}**\n\n" + table(facts, [[unique(lines, fact) for fact in facts]]) if facts else ""
+    return text
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+def pages() -> dict[Path, str]:
+    """File -> the text that it should have."""
+    readme = (REPO / "README.md").read_text()
+    if not BETWEEN.search(readme):
+        raise SystemExit("README.md has no lines `<!-- results -->` and `<!-- /results -->`")
+    filled = BETWEEN.sub(lambda _: summary(RESULTS), readme)
+    return {REPO / "README.md": filled, REPO / "benchmarks" / "README.md": full_report(RESULTS)}
+
+
+def main(args: Args) -> None:
+    stale = {path: text for path, text in pages().items() if not path.exists() or path.read_text() != text}
+    if args.check and stale:
+        raise SystemExit(f"not what the files say: {', '.join(path.name for path in stale)}; run benchmarks/report.py")
+    for path, text in stale.items():
+        path.write_text(text)
+        print(f"wrote {path.relative_to(REPO)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

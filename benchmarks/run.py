@@ -1,0 +1,193 @@
+"""Run one row of the results table, once per seed, and record the outcome in benchmarks/results/.
+
+    python benchmarks/run.py sac_pick_default                # with the row's own seeds
+    python benchmarks/run.py sac_pick_default --seeds 1 2 3
+    python benchmarks/report.py                              # then write the tables from the files
+
+Each seed runs the row's command as a process of its own. Recorded are the metric in the last line of its eval.csv, the
+wall time and the largest resident memory of the whole process (start, training, evaluation, video), the date, the
+commit, the hardware and the exact command. A seed that is run again replaces its line.
+"""
+
+import csv
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import tyro
+
+REPO = Path(__file__).resolve().parent.parent
+RESULTS = REPO / "benchmarks" / "results"
+COLUMNS = ["row", "seed", "env_id", "global_step", "metric", "value", "wall_s", "peak_mb", "date", "commit"]
+COLUMNS += ["hardware", "command"]
+
+
+@dataclass(frozen=True)
+class Row:
+    what: str
+    """what is measured, in the words of the table"""
+    command: str
+    """script and flags, without seed and run directory"""
+    metric: str
+    """column of eval.csv"""
+    target: str
+    """what it must reach, in the words of the table"""
+    seeds: tuple[int, ...] = (1, 2, 3)
+
+
+CHEETAH = "--env-id HalfCheetah-v5 --demos 0 --total-timesteps 100000"
+ROWS = {
+    "sac_pick_default": Row(
+        "the default command",
+        "sac_state_sim.py",
+        "eval/success_rate",
+        "at least 0.95, 6 min",
+        seeds=(1, 2, 3, 4, 5),
+    ),
+    "sac_pick_demos": Row(
+        "with 20 scripted demonstrations",
+        "sac_state_sim.py --demos 20 --total-timesteps 12000",
+        "eval/success_rate",
+        "at least 0.95, 12,000 steps, 3 min",
+    ),
+    "sac_pick_scratch": Row(
+        "without demonstrations",
+        "sac_state_sim.py --demos 0 --total-timesteps 40000",
+        "eval/success_rate",
+        "at least 0.95, 40,000 steps, 15 min",
+    ),
+    "sac_halfcheetah_100k": Row(
+        "locomotion, one update per step",
+        f"sac_state_sim.py {CHEETAH} --utd-ratio 1 --gamma 0.99",
+        "eval/episodic_return",
+        "at least 6,000 at 100,000 steps",
+    ),
+    # The published settings, as far as flags of ours express them; the scripts' headers say what differs.
+    "serl_settings": Row(  # rail-berkeley/serl async_sac_state_sim.py, utils/launcher.py:50 make_sac_agent
+        "SERL's settings",
+        "sac_state_sim.py --demos 0 --total-timesteps 40000 --num-qs 10 --num-min-qs 2 --utd-ratio 8 --policy-delay 8"
+        " --actor-batch-size 2048 --activation tanh --gamma 0.99 --lr-warmup 2000 --learning-starts 1000"
+        " --no-normalize-observations --actor-q mean --no-backup-entropy --alpha-init 0.01",
+        "eval/success_rate",
+        "",
+    ),
+    "rlpd_settings": Row(  # ikostrikov/rlpd README.md (locomotion), configs/rlpd_config.py, sac_learner.py
+        "RLPD's settings",
+        "sac_state_sim.py --demos 20 --total-timesteps 12000 --num-qs 10 --num-min-qs 2 --utd-ratio 20"
+        " --policy-delay 20 --no-actor-layer-norm --gamma 0.99 --learning-starts 5000 --no-normalize-observations"
+        " --actor-q mean --backup-entropy --alpha-init 1.0",
+        "eval/success_rate",
+        "",
+    ),
+    "cleanrl_settings": Row(  # vwxyzjn/cleanrl sac_continuous_action.py
+        "CleanRL's settings",
+        f"sac_state_sim.py {CHEETAH} --num-qs 2 --num-min-qs 2 --utd-ratio 1 --policy-delay 1 --no-layer-norm"
+        " --no-actor-layer-norm --gamma 0.99 --learning-starts 5000 --no-normalize-observations --actor-q min"
+        " --backup-entropy --alpha-init 1.0 --target-entropy-per-dim -1.0 --critic-lr 1e-3 --alpha-lr 1e-3",
+        "eval/episodic_return",
+        "",
+    ),
+}
+
+
+# --- Args -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    row: tyro.conf.Positional[str]
+    """name of a row in ROWS"""
+    seeds: tuple[int, ...] = ()
+    """seeds to run, one after the other (default: the row's own)"""
+
+
+# --- Measuring --------------------------------------------------------------------------------------------------------
+def measure(command: list[str], cwd: Path) -> tuple[float, float]:
+    """Run `command`; returns its wall time (s) and its largest resident memory, or that of a child of its own (MB).
+
+    Raises SystemExit if it fails.
+    """
+    start = time.monotonic()
+    process = subprocess.Popen(command, cwd=cwd)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode != 0:
+        raise SystemExit(f"`{shlex.join(command)}` exited with {process.returncode}; nothing is recorded")
+    return time.monotonic() - start, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def hardware() -> str:
+    """CPU model, number of cores that this process may use, and the GPU if torch sees one."""
+    cpu_info = Path("/proc/cpuinfo")
+    models = [line.partition(":")[2].strip() for line in cpu_info.read_text().splitlines() if "model name" in line]
+    gpu_name = "import torch; print(torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"
+    gpu = subprocess.run([sys.executable, "-c", gpu_name], capture_output=True, text=True, check=True).stdout.strip()
+    return f"{models[0] if models else platform.machine()}, {len(os.sched_getaffinity(0))} cores, {gpu}"
+
+
+def commit() -> str:
+    """Short hash; -dirty if a script differs from that commit."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
+    changes = subprocess.run(
+        ["git", "status", "--porcelain", "--", ":(glob)*.py"], cwd=REPO, capture_output=True, text=True, check=True
+    )
+    return head.stdout.strip() + ("-dirty" if changes.stdout else "")
+
+
+# --- Recording --------------------------------------------------------------------------------------------------------
+def last_evaluation(eval_csv: Path, metric: str) -> tuple[str, float]:
+    """(global_step, value) of the last line of a run's eval.csv."""
+    with eval_csv.open(newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    return last["global_step"], float(last[metric])
+
+
+def record(path: Path, line: dict[str, object]) -> None:
+    """Add a line to the row's file, in place of an older one with the same seed."""
+    lines = []
+    if path.exists():
+        with path.open(newline="") as file:
+            lines = [old for old in csv.DictReader(file) if int(old["seed"]) != line["seed"]]
+    new = path.with_suffix(".tmp")
+    with new.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted([*lines, line], key=lambda line: int(line["seed"])))
+    new.replace(path)
+
+
+def run_seed(name: str, seed: int) -> None:
+    """One run of a row: its line in results/NAME.csv, its curve in results/NAME/seedN_eval.csv."""
+    row = ROWS[name]
+    script, *flags = shlex.split(row.command)
+    run_dir = REPO / "runs" / f"benchmark__{name}__{seed}__{int(time.time())}"
+    at_commit = commit()  # of the code that runs, before anyone commits more
+    command = [script, *flags, "--seed", str(seed)]
+    wall_s, peak_mb = measure([sys.executable, *command, "--run-dir", str(run_dir)], REPO)
+    step, value = last_evaluation(run_dir / "eval.csv", row.metric)
+    line = {"row": name, "seed": seed, "env_id": json.loads((run_dir / "args.json").read_text())["env_id"]}
+    line |= {"global_step": step, "metric": row.metric, "value": value}
+    line |= {"wall_s": round(wall_s, 1), "peak_mb": round(peak_mb), "date": datetime.now(UTC).date().isoformat()}
+    line |= {"commit": at_commit, "hardware": hardware(), "command": shlex.join(["python", *command])}
+    (RESULTS / name).mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(run_dir / "eval.csv", RESULTS / name / f"seed{seed}_eval.csv")
+    record(RESULTS / f"{name}.csv", line)
+    print(f"{name} seed {seed}: {row.metric} {value:g} at step {step}, {wall_s:.0f} s, {peak_mb:.0f} MB")
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+def main(args: Args) -> None:
+    if args.row not in ROWS:
+        raise SystemExit(f"there is no row {args.row!r}; the rows are {', '.join(ROWS)}")
+    for seed in args.seeds or ROWS[args.row].seeds:
+        run_seed(args.row, seed)
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

@@ -1,0 +1,100 @@
+"""benchmarks/run.py measures what it says, benchmarks/report.py shows what the files hold."""
+
+import csv
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+from test_repo import Command, args_of, command_faults
+
+sys.path.insert(0, str(REPO / "benchmarks"))
+import report
+import run
+
+LINE = {"row": "sac_pick_demos", "env_id": "FrankaPickCube-v0", "global_step": 12000, "metric": "eval/success_rate"}
+LINE |= {"wall_s": 90, "peak_mb": 700, "date": "2026-01-02", "commit": "abc1234", "hardware": "a CPU, 2 cores"}
+
+
+def test_tables_are_those_of_the_files():
+    for path, page in report.pages().items():
+        assert path.read_text() == page, f"{path} is stale: run `python benchmarks/report.py`"
+
+
+@pytest.mark.parametrize("name", run.ROWS)
+def test_commands_parse(name):
+    script, *flags = shlex.split(run.ROWS[name].command)
+    assert command_faults(Command(script, tuple(flags), ""), args_of(script)) == []
+
+
+def test_results_were_measured_with_the_rows_command():
+    rows, _ = report.results_in(run.RESULTS)
+    for name, lines in rows.items():
+        for line in lines:
+            assert line["command"] == f"python {run.ROWS[name].command} --seed {line['seed']}"
+            assert not line["commit"].endswith("-dirty")
+            curve = run.RESULTS / name / f"seed{line['seed']}_eval.csv"
+            assert run.last_evaluation(curve, line["metric"]) == (line["global_step"], float(line["value"]))
+
+
+def test_measure(tmp_path):
+    script = """
+import sys; sys.path.insert(0, sys.argv[1]); import run; from pathlib import Path
+grow = "import time; x = bytearray(200_000_000); x[::4096] = b'1' * len(x[::4096]); time.sleep(0.5)"
+print(*run.measure([sys.executable, "-c", grow], Path()), *run.measure([sys.executable, "-c", ""], Path()))
+"""
+    # In a process of its own: Linux counts the parent's memory at the start as the child's, and pytest is large.
+    command = [sys.executable, "-c", script, str(REPO / "benchmarks")]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    wall_s, peak_mb, short_s, small_mb = map(float, output.split())
+    assert 0.5 <= wall_s < 10 and 200 <= peak_mb < 300
+    assert short_s < wall_s and small_mb < 100  # not the largest of all processes so far
+    with pytest.raises(SystemExit, match="exited with 3; nothing is recorded"):
+        run.measure([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+
+
+def test_run_seed_records_a_line_and_the_curve(tmp_path, monkeypatch):
+    fake = tmp_path / "fake.py"
+    fake.write_text(
+        "import json, pathlib, sys\n"
+        "flags = dict(zip(sys.argv[1::2], sys.argv[2::2], strict=True))\n"
+        "run_dir = pathlib.Path(flags['--run-dir']); run_dir.mkdir(parents=True)\n"
+        "(run_dir / 'args.json').write_text(json.dumps({'env_id': 'Fake-v0'}))\n"
+        "curve = f'global_step,eval/success_rate\\n10,0.0\\n20,{flags[\"--value\"]}\\n'\n"
+        "(run_dir / 'eval.csv').write_text(curve)\n"
+    )
+    monkeypatch.setattr(run, "REPO", tmp_path)
+    monkeypatch.setattr(run, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(run, "commit", lambda: "abc1234")
+    for value, seed in [(0.25, 2), (0.5, 1), (0.75, 2)]:
+        row = run.Row("a fake", f"fake.py --value {value}", "eval/success_rate", "")
+        monkeypatch.setitem(run.ROWS, "fake", row)
+        run.run_seed("fake", seed)
+    with (tmp_path / "results/fake.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["seed"], line["value"], line["global_step"]) for line in lines] == [
+        ("1", "0.5", "20"),
+        ("2", "0.75", "20"),
+    ]
+    assert list(lines[0]) == run.COLUMNS
+    assert lines[0]["command"] == "python fake.py --value 0.5 --seed 1" and lines[0]["env_id"] == "Fake-v0"
+    assert (tmp_path / "results/fake/seed2_eval.csv").read_text().endswith("20,0.75\n")
+    assert json.loads(next(tmp_path.glob("runs/benchmark__fake__1__*/args.json")).read_text())
+
+
+def test_summary(tmp_path):
+    assert "Nothing has been measured" in report.summary(tmp_path)
+    for seed, value in [(1, 0.9), (2, 1.0)]:
+        run.record(tmp_path / "sac_pick_demos.csv", LINE | {"seed": seed, "value": value, "command": "python x.py"})
+    (tmp_path / "sac_state_speed.csv").write_text(
+        "contender,steps_per_second\nslow,100\nours,300\nours,290\nours,1000\n"
+    )
+    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
+    summary = report.summary(tmp_path)
+    line = next(line for line in summary.splitlines() if "sac_pick_demos" in line)
+    assert "| **0.95** (0.9, 1) |" in line and "| 12,000 |" in line and "| 1.5 min |" in line and "| 700 MB |" in line
+    assert summary.index("| ours | 300 | 3 |") < summary.index("| slow | 100 | 1 |")
+    assert "notes" not in summary
+    assert "Measured with another command: `python x.py`" in report.full_report(tmp_path)
