@@ -36,6 +36,9 @@ JOINT_RANGE = (  # rad, same source
 )
 MAX_JOINT_VELOCITY = (2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61)  # rad/s, same source
 MAX_JOINT_TORQUE = (87, 87, 87, 87, 12, 12, 12)  # Nm, same source
+# MuJoCo has no velocity limit. A drag that grows with the cube of speed stands in: at the limit it takes half the torque
+# of the large motors and all of the wrist's, at half the limit 1/16 and 1/8, Nm s3/rad3.
+DRAG = tuple(torque / v**3 / (2 if torque > 12 else 1) for torque, v in zip(MAX_JOINT_TORQUE, MAX_JOINT_VELOCITY, strict=True))
 MAX_WIDTH, MAX_GRIP_FORCE = 0.08, 70.0  # m, N; Franka Hand product manual, continuous force
 # mass (kg), centre of mass (m), inertia xx yy zz xy xz yz (kg m2) of link 1 to 7: identified by Gaz et al. 2019,
 # doi:10.1109/LRA.2019.2931248, as in frankarobotics/franka_description robots/fer/inertials.yaml
@@ -66,7 +69,7 @@ LINK_SHAPES = (
 )
 HAND_SHAPES = '<geom class="robot" type="box" size="0.03 0.1 0.033" pos="0 0 0.033"/>'
 FINGER_SHAPES = """<geom class="robot" type="box" size="0.009 0.007 0.02" pos="0 0.0125 0.02"/>
-<geom name="pad{i}" class="robot" type="box" size="0.009 0.004 0.009" pos="0 0.004 0.045" condim="4" friction="1.5 0.02 0.0001"/>"""
+<geom name="pad{i}" class="pad" type="box" size="0.009 0.004 0.009" pos="0 0.004 0.045"/>"""
 
 
 def robot_mjcf() -> str:
@@ -77,7 +80,7 @@ def robot_mjcf() -> str:
         open_tags += f"""
         <body name="link{i + 1}" pos="{a} {-sin * d} {cos * d}" quat="{np.cos(alpha / 2)} {np.sin(alpha / 2)} 0 0" gravcomp="1">
           <joint name="joint{i + 1}" class="arm" range="{JOINT_RANGE[i][0]} {JOINT_RANGE[i][1]}"
-            actuatorfrcrange="{-MAX_JOINT_TORQUE[i]} {MAX_JOINT_TORQUE[i]}"/>
+            actuatorfrcrange="{-MAX_JOINT_TORQUE[i]} {MAX_JOINT_TORQUE[i]}" damping="0.5 0 {DRAG[i]}"/>
           <inertial mass="{mass}" pos="{com}" fullinertia="{inertia}"/>{LINK_SHAPES[i + 1]}"""
         close_tags += "</body>"
     fingers = "".join(
@@ -111,12 +114,15 @@ def scene_mjcf(scene: str, dt: float) -> str:
       <compiler angle="radian" autolimits="true"/>
       <option timestep="{dt}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20" ls_iterations="20"/>
       <default>
-        <default class="arm"><joint armature="0.1" damping="0.5"/></default>
+        <default class="arm"><joint armature="0.1"/></default>
         <default class="finger">
           <joint type="slide" axis="0 1 0" range="0 {MAX_WIDTH / 2}" armature="0.1"/>
         </default>
         <default class="visual"><geom contype="0" conaffinity="0"/></default>
         <default class="robot"><geom contype="1" conaffinity="0"/></default>
+        <default class="pad">
+          <geom contype="1" conaffinity="0" priority="1" condim="4" friction="1.2 0.02 0.0001" solref="0.005 1"/>
+        </default>
         <default class="object"><geom contype="2" conaffinity="3"/></default>
       </default>
       <worldbody>
@@ -378,7 +384,7 @@ class FrankaPickCube(FrankaEnv):
         </body>"""
     # TASK: on the real arm start with SERL's 2000 N/m and 10 mm clip. Here a softer spring with a wide clip lets the tcp
     # run after targets that jump by 0.1 m: at most 120 N and 1 m/s.
-    impedance = Impedance(1200.0, 120.0, 300.0, 20.0, clip=(0.1, 0.1, 0.1), rotational_clip=(0.2, 0.2, 0.2))
+    impedance = Impedance(2000.0, 120.0, 300.0, 20.0, clip=(0.07, 0.07, 0.07), rotational_clip=(0.2, 0.2, 0.2))
     workspace = ((0.2, 0.6), (-0.3, 0.3), (0.012, 0.5))  # m; SERL's, except that the finger tips stay off the table
     task_state = ("target", "closure", "start_height", "elapsed_steps")
     cube_range = ((0.25, -0.25), (0.55, 0.25))  # m, SERL's
