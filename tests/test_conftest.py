@@ -59,7 +59,7 @@ def test_timeout_ends_the_script_and_its_children(tmp_path):
     )
     with pytest.raises(AssertionError, match="did not end within 2 s"):
         run_script(script, cwd=tmp_path, timeout=2)
-    assert has_ended(int((tmp_path / "pid").read_text()))
+    wait_until(lambda: has_ended(int((tmp_path / "pid").read_text())), timeout=10)
 
 
 def has_ended(pid: int) -> bool:

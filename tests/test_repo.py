@@ -34,11 +34,13 @@ MAX_LINES, MAX_FUNCTION_LINES, BANNER_LENGTH = 750, 90, 120
 
 # Appended to every command that the README or a header shows, to run it in seconds. tyro takes the last of two flags.
 # Commands with a comment that says `# needs ...` (a GPU, hardware, a network, another process) are parsed, not run.
-# RUN_DIR stands for a finished run of the same script; such commands take their flags from that run.
+# RUN_DIR stands for a finished run of the same script; such commands take their flags from that run, and --resume goes
+# a little further.
 TINY = {
     "sac_state_sim.py": "--total-timesteps 300 --learning-starts 100 --batch-size 32 --eval-every 150 --eval-episodes 1"
     " --final-eval-episodes 1 --no-capture-video",
 }
+GO_ON = {"sac_state_sim.py": "--total-timesteps 400"}
 
 
 def text(name: str) -> str:
@@ -623,6 +625,7 @@ def test_command_runs(command, finished_run, tmp_path):
     if "RUN_DIR" in command.flags:
         run_dir = finished_run(command.script)
         flags = [str(run_dir) if flag == "RUN_DIR" else flag for flag in command.flags]
+        flags += GO_ON[command.script].split() if "--resume" in flags else []
     else:
         flags = [*command.flags, *TINY.get(command.script, "").split()]
     run_script(command.script, *flags, cwd=tmp_path)
