@@ -1,15 +1,26 @@
 """A Franka arm in MuJoCo, with Cartesian impedance control, and two gymnasium tasks: pick up a cube, insert a peg."""
 
+import ctypes.util
+import functools
+import importlib
 import json
 import os
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 from gymnasium import spaces
+
+mujoco_gl = os.environ.pop("MUJOCO_GL", None)  # set, it makes mujoco load OpenGL on import; `load_opengl` does so later
+import mujoco  # noqa: E402
+
+if mujoco_gl is not None:
+    os.environ["MUJOCO_GL"] = mujoco_gl
 
 # --- Robot ------------------------------------------------------------------------------------
 # Modified (Craig) DH parameters of the Panda and the FR3, a (m), d (m), alpha (rad), joint 1 to 7, frankarobotics.github.io
@@ -53,23 +64,60 @@ INERTIAL = (
 )
 HOME = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad; the tcp points down at (0.45, 0, 0.3)
 
-# Shapes of the base and of link 1 to 7, in the link's frame.
-LINK_SHAPES = (
-    '<geom class="visual" type="cylinder" fromto="0 0 0 0 0 0.14" size="0.07"/>',
-    '<geom class="visual" type="capsule" fromto="0 0 -0.19 0 0 -0.05" size="0.06"/>'
-    '<geom class="visual" type="capsule" fromto="0 -0.06 0 0 0.06 0" size="0.06"/>',
-    '<geom class="visual" type="capsule" fromto="0 -0.06 0 0 -0.19 0" size="0.06"/>',
-    '<geom class="visual" type="capsule" fromto="0 0 -0.12 0 0 -0.06" size="0.06"/>'
-    '<geom class="visual" type="capsule" fromto="0.0825 -0.06 0 0.0825 0.06 0" size="0.055"/>',
-    '<geom class="visual" type="capsule" fromto="-0.0825 0.07 0 -0.0825 0.12 0" size="0.06"/>',
-    '<geom class="visual" type="capsule" fromto="0 0.03 -0.26 0 0.07 -0.05" size="0.05"/>',
-    '<geom class="visual" type="capsule" fromto="0 0 -0.06 0 0 0.01" size="0.05"/>'
-    '<geom class="robot" type="capsule" fromto="0 0 -0.06 0.088 0 0.02" size="0.05"/>',
-    '<geom class="robot" type="cylinder" fromto="0 0 0.0 0 0 0.107" size="0.045"/>',
-)
-HAND_SHAPES = '<geom class="robot" type="box" size="0.03 0.1 0.033" pos="0 0 0.033"/>'
-FINGER_SHAPES = """<geom class="robot" type="box" size="0.009 0.007 0.02" pos="0 0.0125 0.02"/>
-<geom name="pad{i}" class="pad" type="box" size="0.009 0.004 0.009" pos="0 0.004 0.045"/>"""
+# What the base, link 1 to 7, the hand and a finger look like, each in its own frame: class (colour), shape, its ends (or
+# the middle of a box) and its size. Classes that end in _solid collide as well; the others are only seen.
+SHAPES = {
+    "link0": """
+        dark box -0.045 0 0.006 | 0.105 0.085 0.006
+        white box -0.085 0 0.045 | 0.055 0.06 0.034
+        white cylinder 0 0 0.01 0 0 0.14 | 0.07
+        dark cylinder 0 0 0.14 0 0 0.145 | 0.062""",
+    "link1": """
+        white capsule 0 0 -0.185 0 0 -0.06 | 0.062
+        white cylinder 0 -0.07 0 0 0.07 0 | 0.066""",
+    "link2": """
+        grey cylinder 0 0 -0.082 0 0 0.082 | 0.055
+        white capsule 0 -0.04 0 0 -0.17 0 | 0.06
+        dark cylinder 0 -0.195 0 0 -0.2 0 | 0.055""",
+    "link3": """
+        white capsule 0 0 -0.11 0 0 -0.055 | 0.06
+        white capsule 0 0 -0.06 0.075 0 -0.01 | 0.052
+        white cylinder 0.0825 -0.065 0 0.0825 0.065 0 | 0.056""",
+    "link4": """
+        grey cylinder 0 0 -0.077 0 0 0.077 | 0.047
+        white capsule -0.01 0.01 0 -0.0825 0.07 0 | 0.05
+        white capsule -0.0825 0.07 0 -0.0825 0.115 0 | 0.058
+        dark cylinder -0.0825 0.125 0 -0.0825 0.13 0 | 0.052""",
+    "link5": """
+        white capsule 0 0.005 -0.22 0 0.06 -0.1 | 0.052
+        white capsule 0 0.06 -0.1 0 0.06 0 | 0.046
+        white cylinder 0 -0.06 0 0 0.07 0 | 0.05""",
+    "link6": """
+        grey cylinder 0 0 -0.066 0 0 0.066 | 0.042
+        white_solid capsule 0.01 0 0 0.075 0 0 | 0.05
+        white cylinder 0.088 0 -0.055 0.088 0 0.055 | 0.05""",
+    "link7": """
+        grey_solid cylinder 0 0 0.05 0 0 0.095 | 0.043
+        dark cylinder 0 0 0.095 0 0 0.107 | 0.036""",
+    "hand": """
+        dark_solid box 0 0 0.036 | 0.028 0.1 0.03
+        grey box 0 0 0.064 | 0.02 0.095 0.004""",
+    "finger": """
+        grey_solid box 0 0.0145 0.011 | 0.0095 0.0085 0.011
+        grey_solid box 0 0.0105 0.034 | 0.0085 0.0045 0.016
+        pad box 0 0.004 0.045 | 0.009 0.004 0.009""",
+}
+
+
+def shapes_mjcf(name: str) -> str:
+    """The MJCF geoms of one entry of `SHAPES`."""
+    geoms = ""
+    for line in SHAPES[name].strip().splitlines():
+        look, size = line.split(" | ")
+        material, shape, *numbers = look.split()
+        place = f'{"fromto" if len(numbers) == 6 else "pos"}="{" ".join(numbers)}"'
+        geoms += f'<geom class="{material}" type="{shape}" {place} size="{size}"/>'
+    return geoms
 
 
 def robot_mjcf() -> str:
@@ -81,26 +129,27 @@ def robot_mjcf() -> str:
         <body name="link{i + 1}" pos="{a} {-sin * d} {cos * d}" quat="{np.cos(alpha / 2)} {np.sin(alpha / 2)} 0 0" gravcomp="1">
           <joint name="joint{i + 1}" class="arm" range="{JOINT_RANGE[i][0]} {JOINT_RANGE[i][1]}"
             actuatorfrcrange="{-MAX_JOINT_TORQUE[i]} {MAX_JOINT_TORQUE[i]}" damping="0.5 0 {DRAG[i]}"/>
-          <inertial mass="{mass}" pos="{com}" fullinertia="{inertia}"/>{LINK_SHAPES[i + 1]}"""
+          <inertial mass="{mass}" pos="{com}" fullinertia="{inertia}"/>{shapes_mjcf(f"link{i + 1}")}"""
         close_tags += "</body>"
     fingers = "".join(
         f"""
         <body name="finger{i}" pos="0 0 0.0584" quat="{quat}" gravcomp="1">
           <joint name="finger{i}" class="finger"/>
           <inertial mass="0.015" pos="0 0.01 0.03" diaginertia="2.375e-6 2.375e-6 7.5e-7"/>
-          {FINGER_SHAPES.format(i=i)}
+          {shapes_mjcf("finger")}
         </body>"""
         for i, quat in ((1, "1 0 0 0"), (2, "0 0 0 1"))
     )
     hand = f"""
         <body name="hand" pos="0 0 {FLANGE}" euler="0 0 {-np.pi / 4}" gravcomp="1">
-          <inertial mass="0.73" pos="-0.01 0 0.03" diaginertia="0.001 0.0025 0.0017"/>{HAND_SHAPES}
-          <site name="tcp" pos="0 0 {TCP}"/>{fingers}
+          <inertial mass="0.73" pos="-0.01 0 0.03" diaginertia="0.001 0.0025 0.0017"/>{shapes_mjcf("hand")}
+          <site name="tcp" pos="0 0 {TCP}" group="4"/>
+          <camera name="wrist" pos="-0.085 0 0.015" xyaxes="0 1 0 0.72 0 -0.69" fovy="70"/>{fingers}
         </body>"""
-    return f'<body name="link0">{LINK_SHAPES[0]}{open_tags}{hand}{close_tags}</body>'
+    return f'<body name="link0">{shapes_mjcf("link0")}{open_tags}{hand}{close_tags}</body>'
 
 
-def scene_mjcf(scene: str, dt: float) -> str:
+def scene_mjcf(scene: str, dt: float, shadows: bool) -> str:
     """The complete MJCF text: options, looks, table, robot, the task's own bodies and the actuators."""
     axes = [" ".join("1" if i == axis else "0" for i in range(6)) for axis in range(6)]
     springs = "".join(
@@ -112,24 +161,50 @@ def scene_mjcf(scene: str, dt: float) -> str:
     return f"""
     <mujoco model="franka">
       <compiler angle="radian" autolimits="true"/>
-      <option timestep="{dt}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20" ls_iterations="20"/>
+      <option timestep="{dt}" integrator="implicitfast" cone="elliptic" impratio="10" iterations="20"
+        ls_iterations="20"/>
+      <visual>
+        <global offwidth="1280" offheight="1280"/>
+        <quality shadowsize="{2048 * shadows}" offsamples="{8 * shadows}" numslices="24" numstacks="8"/>
+        <headlight ambient="0.35 0.35 0.37" diffuse="0.3 0.3 0.3" specular="0 0 0"/>
+        <map znear="0.01" zfar="20" shadowclip="1"/>
+      </visual>
+      <asset>
+        <texture type="skybox" builtin="gradient" rgb1="0.93 0.95 0.97" rgb2="0.62 0.70 0.78" width="64" height="384"/>
+        <material name="white" rgba="0.93 0.93 0.92 1" specular="0.4" shininess="0.6"/>
+        <material name="grey" rgba="0.42 0.44 0.47 1" specular="0.4" shininess="0.5"/>
+        <material name="dark" rgba="0.16 0.17 0.19 1" specular="0.5" shininess="0.6"/>
+        <material name="table" rgba="0.80 0.74 0.66 1" specular="0.1"/>
+      </asset>
       <default>
         <default class="arm"><joint armature="0.1"/></default>
         <default class="finger">
           <joint type="slide" axis="0 1 0" range="0 {MAX_WIDTH / 2}" armature="0.1"/>
         </default>
-        <default class="visual"><geom contype="0" conaffinity="0"/></default>
-        <default class="robot"><geom contype="1" conaffinity="0"/></default>
-        <default class="pad">
-          <geom contype="1" conaffinity="0" priority="1" condim="4" friction="1.2 0.02 0.0001" solref="0.005 1"/>
+        <default class="seen"><geom contype="0" conaffinity="0"/>
+          <default class="white"><geom material="white"/></default>
+          <default class="grey"><geom material="grey"/></default>
+          <default class="dark"><geom material="dark"/></default>
+        </default>
+        <default class="solid"><geom contype="1" conaffinity="0"/>
+          <default class="white_solid"><geom material="white"/></default>
+          <default class="grey_solid"><geom material="grey"/></default>
+          <default class="dark_solid"><geom material="dark"/></default>
+          <default class="pad">
+            <geom material="dark" priority="1" condim="4" friction="1.2 0.02 0.0001" solref="0.005 1"/>
+          </default>
         </default>
         <default class="object"><geom contype="2" conaffinity="3"/></default>
+        <default class="fixed"><geom contype="2" conaffinity="1"/></default>
       </default>
       <worldbody>
-        <light pos="1 -1 3" dir="-0.3 0.3 -1"/>
-        <geom name="table" type="box" size="0.6 0.7 0.02" pos="0.35 0 -0.02" contype="2" conaffinity="1"/>
-        <body name="target" mocap="true"><site name="target"/></body>
-        <body name="target_rotation" mocap="true"><site name="target_rotation"/></body>
+        <light pos="0.9 -1.2 2.2" dir="-0.35 0.6 -1" diffuse="0.55 0.55 0.52" specular="0.3 0.3 0.3" directional="true"/>
+        <camera name="front" pos="1.25 -0.42 0.68" xyaxes="0.4 0.917 0 -0.44 0.19 0.88" fovy="42"/>
+        <geom name="table" class="fixed" type="box" size="0.55 0.7 0.02" pos="0.3 0 -0.02" material="table"/>
+        <geom class="seen" type="box" size="0.05 0.05 0.35" pos="0.3 0 -0.39" material="grey"/>
+        <geom name="floor" class="fixed" type="plane" size="4 4 0.1" pos="0 0 -0.74" rgba="0.72 0.75 0.78 1"/>
+        <body name="target" mocap="true"><site name="target" group="4"/></body>
+        <body name="target_rotation" mocap="true"><site name="target_rotation" group="4"/></body>
         {robot_mjcf()}
         {scene}
       </worldbody>
@@ -178,15 +253,18 @@ class FrankaSim:
     All poses are in the base frame, metres; quaternions are x, y, z, w as in scipy and SERL.
     """
 
-    def __init__(self, scene: str = "", dt: float = 0.002, impedance: Impedance | None = None):
+    def __init__(
+        self, scene: str = "", dt: float = 0.002, impedance: Impedance | None = None, shadows: bool = False
+    ):
         """`scene`: MJCF bodies of a task, placed in the world; `dt`: physics step, s."""
-        self.model = mujoco.MjModel.from_xml_string(scene_mjcf(scene, dt))
+        self.model = mujoco.MjModel.from_xml_string(scene_mjcf(scene, dt, shadows))
         self.data = mujoco.MjData(self.model)
         self.tcp = self.model.site("tcp").id
-        self.pads = {self.model.geom("pad1").id, self.model.geom("pad2").id}
-        self._tcp_position = self.data.site_xpos[self.tcp]  # (3,) view
+        self.pads = {body.geomadr[0] + 2 for body in map(self.model.body, ("finger1", "finger2"))}
+        self.tcp_position = self.data.site_xpos[self.tcp]  # (3,) view
         self._tcp_matrix = self.data.site_xmat[self.tcp]  # (9,) view
         self._velocity = np.zeros(6)  # angular, linear
+        self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
         self.impedance = impedance or Impedance()
         self.set_impedance()
         self.set_gripper(MAX_WIDTH, force=40.0, speed=0.3)
@@ -250,7 +328,24 @@ class FrankaSim:
         self.data.qacc_warmstart[:] = 0
         self.data.ctrl[12] = width
         self._refresh()
-        self.set_target_pose(self._tcp_position, self.tcp_pose[3:])
+        self.set_target_pose(self.tcp_position, self.tcp_pose[3:])
+
+    def reset_pose(self, position: Sequence[float], quaternion: Sequence[float], width: float = MAX_WIDTH) -> None:
+        """`reset_joints` to where the tcp has this pose and joint 3 is as at home, found by Newton's method."""
+        wanted, actual, error = np.array(quaternion)[[3, 0, 1, 2]], np.empty(4), np.empty(6)
+        free, jacobian = [0, 1, 3, 4, 5, 6], np.empty((6, self.model.nv))
+        self.data.qpos[:7] = HOME
+        for _ in range(20):
+            self._refresh()
+            mujoco.mju_mat2Quat(actual, self._tcp_matrix)
+            mujoco.mju_subQuat(error[3:], wanted, actual)
+            error[:3], error[3:] = position - self.tcp_position, self._tcp_matrix.reshape(3, 3) @ error[3:]
+            mujoco.mj_jacSite(self.model, self.data, jacobian[:3], jacobian[3:], self.tcp)
+            self.data.qpos[free] += np.linalg.solve(jacobian[:, free], error)
+        limits = self.model.jnt_range[:7]
+        if not (np.abs(error).max() < 1e-6 and np.all((limits[:, 0] < self.q) & (self.q < limits[:, 1]))):
+            raise ValueError(f"reset_pose: the arm cannot reach {np.round(position, 3)} with {np.round(quaternion, 3)}")
+        self.reset_joints(self.q, width)
 
     # State
     @property
@@ -268,7 +363,7 @@ class FrankaSim:
         """(7,) x, y, z (m) and quaternion x, y, z, w of the tcp."""
         quaternion = np.empty(4)
         mujoco.mju_mat2Quat(quaternion, self._tcp_matrix)
-        return np.concatenate([self._tcp_position, quaternion[[1, 2, 3, 0]]])
+        return np.concatenate([self.tcp_position, quaternion[[1, 2, 3, 0]]])
 
     @property
     def tcp_velocity(self) -> np.ndarray:
@@ -288,18 +383,32 @@ class FrankaSim:
         As libfranka's O_F_ext_hat_K: the joint torques that neither motors nor gravity explain (contacts anywhere on the
         arm and the hand, applied forces), mapped to the tcp by the pseudo-inverse of the Jacobian's transpose.
         """
-        external = np.zeros(self.model.nv)
-        mujoco.mj_xfrcAccumulate(self.model, self.data, external)
-        external += self.data.qfrc_constraint + self.data.qfrc_applied
+        data = self.data
+        external = data.qfrc_smooth + data.qfrc_constraint - (data.qfrc_actuator + data.qfrc_passive - data.qfrc_bias)
         jacobian = np.empty((6, self.model.nv))
         mujoco.mj_jacSite(self.model, self.data, jacobian[:3], jacobian[3:], self.tcp)
         return np.linalg.pinv(jacobian[:, :7].T, rcond=1e-3) @ external[:7]
 
-    def touching(self, body: int) -> bool:
-        """Whether both finger pads touch the body."""
+    def holds(self, body: int) -> bool:
+        """Whether both finger pads touch the body with this id."""
         contact_geoms, geom_body = self.data.contact.geom, self.model.geom_bodyid  # (contacts, 2)
         touched = {g for pair in contact_geoms.tolist() for g in pair if body in geom_body[pair]}
         return self.pads <= touched
+
+    def render(self, camera: str, height: int, width: int) -> np.ndarray:
+        """(height, width, 3) uint8 image of a camera; to be called from one thread only."""
+        if (height, width) not in self._renderers:
+            load_opengl()
+            self._renderers[height, width] = mujoco.Renderer(self.model, height, width)
+        renderer = self._renderers[height, width]
+        mujoco.mj_camlight(self.model, self.data)
+        renderer.update_scene(self.data, camera)
+        return renderer.render()
+
+    def close(self) -> None:
+        """Free what rendering holds."""
+        while self._renderers:
+            self._renderers.popitem()[1].close()
 
     def get_state(self) -> dict[str, np.ndarray]:
         """Everything that the next step depends on, as plain arrays."""
@@ -317,60 +426,172 @@ class FrankaSim:
         self._refresh()
 
 
-# --- Environments -----------------------------------------------------------------------------
+@functools.cache
+def load_opengl() -> None:
+    """Load mujoco's OpenGL: what MUJOCO_GL says, else EGL or OSMesa (both without a display) where there is no display."""
+    if sys.platform == "linux" and not any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))):
+        found = [library for library in ("EGL", "OSMesa") if ctypes.util.find_library(library)]
+        os.environ["MUJOCO_GL"] = found[0].lower() if found else "egl"
+    try:
+        importlib.reload(mujoco.rendering.classic.gl_context).GLContext(8, 8).free()
+    except Exception as error:
+        # whatever PyOpenGL raises for a library that is not there, often an AttributeError
+        raise RuntimeError(
+            f"Images need OpenGL, which failed to load (MUJOCO_GL={os.environ.get('MUJOCO_GL')}, {error}). On a machine "
+            "without a display run: apt-get install -y libegl1 libgl1-mesa-dri (or libosmesa6, and set MUJOCO_GL=osmesa)"
+        ) from error
+
+
+# --- Environment ------------------------------------------------------------------------------
+def box(*shape: int, low: float = -np.inf, high: float = np.inf) -> spaces.Box:
+    return spaces.Box(low, high, shape, np.float32)
+
+
 class FrankaEnv(gym.Env):
-    """What both tasks share: the simulated robot, options, action checks, saving and restoring."""
+    """What the tasks share: options, spaces, the target that actions move, images, saving and restoring.
+
+    A task gives the attributes below and `place`, `evaluate`, `task_observation` and `expert_action`.
+    """
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 50}
-    scene: str
+    scene: str  # MJCF bodies
     impedance: Impedance
-    task_state: tuple[str, ...]  # attributes that `step` changes
+    workspace: tuple[tuple[float, float], ...]  # range of x, y, z (m) and maybe roll, pitch, yaw (rad) of the target
+    action_scale: tuple[float, ...]  # what an action of 1 adds to each of them
+    task_space: dict[str, spaces.Box]  # observations beside the robot's own, only without images
+    saved = ("target", "closure", "elapsed_steps")  # attributes that change during an episode
 
     def __init__(
         self,
         reward_type: Literal["dense", "sparse"],
         control_hz: float,
+        gripper_action: bool,
         terminate_on_success: bool = False,
         image_obs: bool = False,
         image_size: int = 128,
         cameras: Sequence[str] = ("front", "wrist"),
-        render_mode: str | None = None,
+        shadows: bool = False,
+        render_mode: Literal["rgb_array", "human"] | None = None,
     ):
+        """Keyword options of `gym.make`.
+
+        reward_type: "dense", or "sparse" for 1 at success and 0 otherwise; control_hz: actions per second;
+        terminate_on_success: end the episode there; image_obs: observe {state, one image per camera} instead of the
+        task's state, image_size x image_size pixels; shadows: also antialiasing, for pictures, several times slower.
+        """
         if reward_type not in ("dense", "sparse"):
             raise ValueError(f"reward_type must be 'dense' or 'sparse', not {reward_type!r}")
-        self.reward_type, self.terminate_on_success = reward_type, terminate_on_success
-        self.image_obs, self.image_size, self.cameras, self.render_mode = image_obs, image_size, cameras, render_mode
-        self.sim = FrankaSim(self.scene, impedance=replace(self.impedance))
-        self.nstep = round(1 / (control_hz * self.sim.model.opt.timestep))
+        self.reward_type, self.terminate_on_success, self.render_mode = reward_type, terminate_on_success, render_mode
+        self.image_obs, self.image_size, self.cameras = image_obs, image_size, tuple(cameras)
+        self.sim = sim = FrankaSim(self.scene, impedance=replace(self.impedance), shadows=shadows)
+        self.nstep = round(1 / (control_hz * sim.model.opt.timestep))
+        if self.nstep < 1:
+            raise ValueError(f"control_hz={control_hz} is faster than the physics, {1 / sim.model.opt.timestep:.0f} Hz")
+        known = [sim.model.camera(i).name for i in range(sim.model.ncam)]
+        if unknown := set(self.cameras) - set(known):
+            raise ValueError(f"cameras={self.cameras}: no camera {', '.join(sorted(unknown))}, there are {known}")
         self.metadata = self.metadata | {"render_fps": round(control_hz)}
+        self.viewer = None
+        self.action_space = box(len(self.workspace) + gripper_action, low=-1, high=1)
+        self.target, self.closure, self.elapsed_steps = [0.0] * len(self.workspace), 0.0, 0
+        self.place()
+        robot_space = {name: box(value.size) for name, value in self.robot_observation().items()}
+        self.observation_space = spaces.Dict(robot_space | self.task_space)
+        if image_obs:
+            image_space = spaces.Box(0, 255, (image_size, image_size, 3), np.uint8)
+            state_space = box(sum(space.shape[0] for space in robot_space.values()))
+            self.observation_space = spaces.Dict({"state": state_space} | dict.fromkeys(self.cameras, image_space))
 
-    def get_state(self) -> dict[str, Any]:
-        """Everything that `step` and the observations depend on, as a flat dict of arrays, numbers and text.
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        super().reset(seed=seed)
+        mujoco.mj_resetData(self.sim.model, self.sim.data)
+        self.elapsed_steps = 0
+        self.place()
+        if self.render_mode == "human":
+            self.render()
+        return self.observe(), {"success": False}
 
-        gymnasium's TimeLimit wrapper counts for itself: give it `elapsed_steps` back on resuming.
-        """
-        task = {name: np.array(getattr(self, name)) for name in self.task_state}
-        return {**self.sim.get_state(), **task, "np_random": json.dumps(self.np_random.bit_generator.state)}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on exactly where `get_state` was called, also in another process."""
-        self.sim.set_state(state)
-        for name in self.task_state:
-            setattr(self, name, state[name].tolist())
-        self.np_random.bit_generator.state = json.loads(state["np_random"])
+    def step(self, action: np.ndarray):
+        values = self.checked(action)
+        for i, (low, high) in enumerate(self.workspace):
+            self.target[i] = min(max(self.target[i] + self.action_scale[i] * values[i], low), high)
+        if len(values) > len(self.workspace):
+            self.closure = min(max(self.closure + values[-1], 0.0), 1.0)
+        self.sim.set_target_pose(self.target[:3], downwards(*self.target[3:]) if len(self.target) > 3 else None)
+        self.sim.set_gripper((1 - self.closure) * MAX_WIDTH)
+        self.sim.step(self.nstep)
+        self.elapsed_steps += 1
+        success, reward = self.evaluate()
+        if self.reward_type == "sparse":
+            reward = float(success)
+        if self.render_mode == "human":
+            self.render()
+        return self.observe(), reward, success and self.terminate_on_success, False, {"success": success}
 
     def checked(self, action: np.ndarray) -> list[float]:
         """The action as floats within -1..1; raises ValueError for another shape, NaN or infinity."""
         values = np.asarray(action, dtype=np.float64)
         if values.shape != self.action_space.shape:
-            raise ValueError(f"action has shape {values.shape}, {type(self).__name__} takes {self.action_space.shape}")
+            raise ValueError(f"the action has shape {values.shape}, {type(self).__name__} takes {self.action_space.shape}")
         if not np.isfinite(values).all():
-            raise ValueError(f"action is not finite: {values}")
+            raise ValueError(f"the action is not finite: {values}")
         return [min(max(value, -1.0), 1.0) for value in values.tolist()]
 
+    def observe(self) -> dict[str, np.ndarray]:
+        robot = self.robot_observation()
+        if not self.image_obs:
+            return robot | self.task_observation()
+        images = {camera: self.sim.render(camera, self.image_size, self.image_size) for camera in self.cameras}
+        return {"state": np.concatenate([*robot.values()])} | images
 
-def box(*shape: int, low: float = -np.inf, high: float = np.inf) -> spaces.Box:
-    return spaces.Box(low, high, shape, np.float32)
+    def robot_observation(self) -> dict[str, np.ndarray]:
+        """What the robot itself measures, names in alphabetical order, which is also their order in `state`."""
+        return {
+            "gripper": np.array([1 - self.sim.gripper_width / MAX_WIDTH], np.float32),  # 1: closed
+            "tcp_pos": self.sim.tcp_position.astype(np.float32),
+            "tcp_vel": self.sim.tcp_velocity[:3].astype(np.float32),
+        }
+
+    def render(self) -> np.ndarray | None:
+        """One (480, 480, 3) uint8 frame of the front camera, or with `render_mode="human"` the viewer's next frame."""
+        if self.render_mode == "rgb_array":
+            return self.sim.render("front", 480, 480)
+        if self.viewer is None:
+            import mujoco.viewer  # needs a display
+
+            self.viewer = mujoco.viewer.launch_passive(self.sim.model, self.sim.data, show_left_ui=False)
+            self.next_frame = time.monotonic()
+        self.viewer.sync()
+        self.next_frame = max(self.next_frame + self.nstep * self.sim.model.opt.timestep, time.monotonic())
+        time.sleep(self.next_frame - time.monotonic())
+        return None
+
+    def close(self) -> None:
+        self.sim.close()
+        if self.viewer is not None:
+            self.viewer.close()
+
+    def get_state(self) -> dict[str, Any]:
+        """Everything that `step` and the observations depend on, as a flat dict of arrays and text.
+
+        gymnasium's TimeLimit wrapper counts for itself: give it `elapsed_steps` back on resuming.
+        """
+        task = {name: np.array(getattr(self, name)) for name in self.saved}
+        return {**self.sim.get_state(), **task, "np_random": json.dumps(self.np_random.bit_generator.state)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on exactly where `get_state` was called, also in another process."""
+        self.sim.set_state(state)
+        for name in self.saved:
+            setattr(self, name, state[name].tolist())
+        self.np_random.bit_generator.state = json.loads(state["np_random"])
+
+
+def downwards(roll: float = 0.0, pitch: float = 0.0, yaw: float = 0.0) -> list[float]:
+    """Quaternion x, y, z, w of a tcp that points down, turned by these angles (rad) about the base's x, y and z axis."""
+    wxyz = np.empty(4)
+    mujoco.mju_euler2Quat(wxyz, [roll + np.pi, pitch, yaw], "XYZ")
+    return wxyz[[1, 2, 3, 0]].tolist()
 
 
 class FrankaPickCube(FrankaEnv):
@@ -379,77 +600,140 @@ class FrankaPickCube(FrankaEnv):
     scene = """
         <body name="cube" pos="0.4 0 0.02">
           <freejoint/>
-          <geom name="cube" class="object" type="box" size="0.02 0.02 0.02" mass="0.1" condim="4"
-            friction="1 0.01 0.0001" rgba="0.85 0.25 0.2 1"/>
+          <geom class="object" type="box" size="0.02 0.02 0.02" mass="0.1" condim="4" friction="1 0.01 0.0001"
+            rgba="0.85 0.22 0.18 1"/>
         </body>"""
-    # TASK: on the real arm start with SERL's 2000 N/m and 10 mm clip. Here a softer spring with a wide clip lets the tcp
-    # run after targets that jump by 0.1 m: at most 120 N and 1 m/s.
+    # TASK: on the real arm start with SERL's gains. Here a wide clip lets the tcp run after targets that jump by 0.1 m: at
+    # most 140 N and, with the joints' drag, about 0.7 m/s along an axis.
     impedance = Impedance(2000.0, 120.0, 300.0, 20.0, clip=(0.07, 0.07, 0.07), rotational_clip=(0.2, 0.2, 0.2))
-    workspace = ((0.2, 0.6), (-0.3, 0.3), (0.012, 0.5))  # m; SERL's, except that the finger tips stay off the table
-    task_state = ("target", "closure", "start_height", "elapsed_steps")
-    cube_range = ((0.25, -0.25), (0.55, 0.25))  # m, SERL's
-    action_scale = 0.1  # m of target per step at an action of 1
+    workspace = ((0.2, 0.6), (-0.3, 0.3), (0.012, 0.5))  # SERL's, except that the finger tips stay off the table
+    action_scale = (0.1, 0.1, 0.1)
+    task_space = {"cube_pos": box(3)}
+    saved = (*FrankaEnv.saved, "start_height")
+    cube_range = ((0.25, -0.25), (0.55, 0.25))  # x, y in m, SERL's
 
     def __init__(self, reward_type: Literal["dense", "sparse"] = "dense", control_hz: float = 50, **options: Any):
-        super().__init__(reward_type, control_hz, **options)
-        self.action_space = box(4, low=-1, high=1)
-        state = {"gripper": box(1, low=0, high=1), "tcp_pos": box(3), "tcp_vel": box(3)}
-        self.observation_space = spaces.Dict({"cube_pos": box(3), **state})
-        self.cube = self.sim.model.body("cube").id
-        self.cube_qpos = self.sim.data.joint(self.sim.model.body_jntadr[self.cube]).qpos  # (7,) view
-        self.cube_pos = self.sim.data.xpos[self.cube]  # (3,) view
-        self.tcp_pos = self.sim.data.site_xpos[self.sim.tcp]  # (3,) view
+        super().__init__(reward_type, control_hz, gripper_action=True, **options)
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
-        super().reset(seed=seed)
-        mujoco.mj_resetData(self.sim.model, self.sim.data)
-        self.cube_qpos[:2] = self.np_random.uniform(*self.cube_range)
+    def place(self) -> None:
+        self.cube = self.sim.data.body("cube")
+        self.sim.data.qpos[9:11] = self.np_random.uniform(*self.cube_range)
         self.sim.reset_joints(HOME)
-        self.target, self.closure = self.tcp_pos.tolist(), 0.0
-        self.start_height, self.elapsed_steps = float(self.cube_pos[2]), 0
-        return self.observe(), {"success": False}
+        self.target, self.closure, self.start_height = self.sim.tcp_position.tolist(), 0.0, self.cube.xpos.item(2)
 
-    def step(self, action: np.ndarray):
-        *move, grip = self.checked(action)
-        for i, (delta, (low, high)) in enumerate(zip(move, self.workspace, strict=True)):
-            self.target[i] = min(max(self.target[i] + self.action_scale * delta, low), high)
-        self.closure = min(max(self.closure + grip, 0.0), 1.0)
-        self.sim.data.mocap_pos[0] = self.target
-        self.sim.data.ctrl[12] = (1 - self.closure) * MAX_WIDTH
-        self.sim.step(self.nstep)
-        self.elapsed_steps += 1
-        lift = float(self.cube_pos[2]) - self.start_height
-        success = lift > 0.1 and self.sim.touching(self.cube)
-        reward = float(success)
-        if self.reward_type == "dense":
-            distance = float(np.linalg.norm(self.cube_pos - self.tcp_pos))
-            reward = 0.3 * np.exp(-20 * distance) + 0.7 * min(max(lift / 0.2, 0.0), 1.0)
-        return self.observe(), float(reward), self.terminate_on_success and success, False, {"success": success}
+    def evaluate(self) -> tuple[bool, float]:
+        """Success (lifted by more than 0.1 m and held) and SERL's reward (panda_pick_gym_env.py:280)."""
+        lift = self.cube.xpos.item(2) - self.start_height
+        distance = float(np.linalg.norm(self.cube.xpos - self.sim.tcp_position))
+        reward = 0.3 * float(np.exp(-20 * distance)) + 0.7 * min(max(lift / 0.2, 0.0), 1.0)
+        return lift > 0.1 and self.sim.holds(self.cube.id), reward
 
-    def observe(self) -> dict[str, np.ndarray]:
-        sim = self.sim
-        mujoco.mj_objectVelocity(sim.model, sim.data, mujoco.mjtObj.mjOBJ_SITE, sim.tcp, sim._velocity, 0)
-        return {
-            "cube_pos": self.cube_pos.astype(np.float32),
-            "gripper": np.array([min(max(1 - sim.gripper_width / MAX_WIDTH, 0.0), 1.0)], np.float32),
-            "tcp_pos": self.tcp_pos.astype(np.float32),
-            "tcp_vel": sim._velocity[3:].astype(np.float32),
-        }
+    def task_observation(self) -> dict[str, np.ndarray]:
+        return {"cube_pos": self.cube.xpos.astype(np.float32)}
 
     def expert_action(self) -> np.ndarray:
-        """Above the cube, down, close, up: a function of the current state."""
-        to_cube = self.cube_pos - self.tcp_pos
-        off = float(np.hypot(to_cube[0], to_cube[1]))
-        goal = self.cube_pos.copy()
-        gripped = self.sim.touching(self.cube)
-        near = off < 0.01 and abs(to_cube[2]) < 0.012
-        if gripped:
+        """(4,) action of a scripted expert for the current state: above the cube, down, close, up."""
+        tcp, goal = self.sim.tcp_position, self.cube.xpos.copy()
+        off, above = float(np.hypot(*(goal - tcp)[:2])), float(tcp[2] - goal[2])  # m
+        held = self.sim.holds(self.cube.id)
+        close = held or (off < 0.01 and abs(above) < 0.012)
+        if held:
             goal[:] = self.target[0], self.target[1], self.start_height + 0.22
-        elif not near:
-            goal[2] += min(max(4 * (off - 0.01), 0), 0.08)
-        lead = np.clip(goal - self.tcp_pos, -0.1, 0.1)
-        move = (self.tcp_pos + lead - self.target) / self.action_scale
-        return np.clip(np.append(move, 1.0 if gripped or near else -1.0), -1, 1).astype(np.float32)
+        elif not close:
+            goal[2] += min(max(4 * (off - 0.01), 0.0), 0.08)  # a funnel: come down only over the cube
+        move = (tcp + np.clip(goal - tcp, -0.1, 0.1) - self.target) / self.action_scale
+        return np.clip([*move, 1.0 if close else -1.0], -1, 1).astype(np.float32)
 
 
+class FrankaPegInsert(FrankaEnv):
+    """Insert a square 20 mm peg, held by friction between the fingers, 30 mm deep into a 21 mm hole.
+
+    The arm has SERL's peg-insertion gains and action scale (serl_robot_infra/franka_env/envs/peg_env/config.py). The
+    peg can slip and tilt in the grip. Start: tcp within 5 cm and 30 degrees of the middle of the workspace; the hole is
+    within 4 cm of it and turned by up to 10 degrees.
+    """
+
+    metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 10}
+    scene = """
+        <body name="hole" mocap="true" pos="0.5 0 0">
+          <geom class="fixed" type="box" size="0.02 0.05 0.02" pos="0.0305 0 0.02" friction="0.3" rgba="0.25 0.45 0.65 1"/>
+          <geom class="fixed" type="box" size="0.02 0.05 0.02" pos="-0.0305 0 0.02" friction="0.3" rgba="0.25 0.45 0.65 1"/>
+          <geom class="fixed" type="box" size="0.0105 0.02 0.02" pos="0 0.0305 0.02" friction="0.3" rgba="0.28 0.5 0.7 1"/>
+          <geom class="fixed" type="box" size="0.0105 0.02 0.02" pos="0 -0.0305 0.02" friction="0.3" rgba="0.28 0.5 0.7 1"/>
+        </body>
+        <body name="peg" pos="0.5 0 0.1">
+          <freejoint/>
+          <geom class="object" type="box" size="0.01 0.01 0.035" mass="0.08" friction="0.3" rgba="0.95 0.72 0.2 1"/>
+        </body>"""
+    impedance = Impedance(clip=(0.005, 0.005, 0.01), rotational_clip=(0.05, 0.05, 0.05))
+    workspace = ((0.4, 0.6), (-0.1, 0.1), (0.05, 0.2), (-0.1, 0.1), (-0.1, 0.1), (-0.8, 0.8))
+    action_scale = (0.02, 0.02, 0.02, 0.1, 0.1, 0.1)
+    task_space = {"hole_pose": box(4)}  # x, y, z of its upper edge (m), yaw (rad)
+    depth, top, peg_tip, grip = 0.03, 0.04, 0.035, 0.02  # m: success, block, peg's half length and its middle below tcp
+
+    def __init__(
+        self,
+        reward_type: Literal["dense", "sparse"] = "sparse",
+        control_hz: float = 10,
+        gripper_action: bool = False,
+        **options: Any,
+    ):
+        """`gripper_action`: a seventh action opens and closes the gripper, which otherwise stays closed."""
+        super().__init__(reward_type, control_hz, gripper_action, **options)
+
+    def place(self) -> None:
+        random, data = self.np_random, self.sim.data
+        self.peg, self.hole = data.body("peg"), data.body("hole")
+        x, y, self.hole_yaw = random.uniform((0.46, -0.04, -0.17), (0.54, 0.04, 0.17))
+        data.mocap_pos[2] = x, y, 0
+        data.mocap_quat[2] = np.cos(self.hole_yaw / 2), 0, 0, np.sin(self.hole_yaw / 2)
+        x, y, z, yaw = random.uniform((0.45, -0.05, 0.12, -np.pi / 6), (0.55, 0.05, 0.16, np.pi / 6))
+        self.target, self.closure = [x, y, z, 0.0, 0.0, yaw], 1.0
+        self.sim.reset_pose(self.target[:3], downwards(0, 0, yaw), width=0.02)
+        data.qpos[9:12] = x, y, z - self.grip
+        data.qpos[12:16] = np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
+        self.sim.set_gripper(0.0, force=60.0)
+        self.sim.step(50)  # the fingers close on the peg
+
+    def evaluate(self) -> tuple[bool, float]:
+        tip = self.tip_in_hole()
+        off, depth = float(np.hypot(tip[0], tip[1])), -float(tip[2])
+        inserted = min(max(depth / self.depth, 0.0), 1.0) if off < 0.005 else 0.0
+        return inserted >= 1.0, 0.3 * float(np.exp(-20 * off)) + 0.7 * inserted
+
+    def tip_in_hole(self) -> np.ndarray:
+        """(3,) lower end of the peg in the frame of the hole's upper edge, m."""
+        tip = self.peg.xpos - self.peg_tip * self.peg.xmat[[2, 5, 8]]
+        return self.hole.xmat.reshape(3, 3).T @ (tip - self.hole.xpos) - (0, 0, self.top)
+
+    def robot_observation(self) -> dict[str, np.ndarray]:
+        wrench = self.sim.tcp_wrench.astype(np.float32)
+        return {
+            "gripper": super().robot_observation()["gripper"],
+            "tcp_force": wrench[:3],
+            "tcp_pose": self.sim.tcp_pose.astype(np.float32),
+            "tcp_torque": wrench[3:],
+            "tcp_vel": self.sim.tcp_velocity.astype(np.float32),
+        }
+
+    def task_observation(self) -> dict[str, np.ndarray]:
+        hole = self.hole
+        return {"hole_pose": np.array([*hole.xpos[:2], self.top, np.arctan2(hole.xmat[3], hole.xmat[0])], np.float32)}
+
+    def expert_action(self) -> np.ndarray:
+        """(6,) or (7,) action of a scripted expert for the current state: over the hole, turn, wait for rest, down."""
+        tcp, tip, peg, hole = self.sim.tcp_pose, self.tip_in_hole(), self.peg.xmat, self.hole.xmat
+        turn = float(np.arctan2(hole[3], hole[0]) - np.arctan2(peg[3], peg[0]))  # rad
+        aligned = np.hypot(tip[0], tip[1]) < 0.0006 and abs(turn) < 0.01
+        goal = np.zeros(6)
+        goal[:2] = tcp[:2] - hole.reshape(3, 3)[:2, :2] @ tip[:2]
+        inside = tip[2] < -0.001
+        goal[2] = tcp[2] + (-0.015 if inside else -0.01 if aligned else min(max(0.004 - tip[2], -0.03), 0.01))
+        goal[5] = 2 * np.arctan2(tcp[4], tcp[3]) + turn
+        move = (goal - self.target) / self.action_scale
+        return np.clip([*move, 1.0][: self.action_space.shape[0]], -1, 1).astype(np.float32)
+
+
+# Runs as a script too, where the classes are in __main__. TASK: register your own here.
 gym.register("FrankaPickCube-v0", f"{__name__}:FrankaPickCube", max_episode_steps=100)
+gym.register("FrankaPegInsert-v0", f"{__name__}:FrankaPegInsert", max_episode_steps=100)
