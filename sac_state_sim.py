@@ -1,0 +1,1282 @@
+"""SAC from states, from plain SAC up to SERL and RLPD strength, in one file.
+
+    python sac_state_sim.py --seed 1                            # a Franka learns to pick up a cube
+    python sac_state_sim.py --env-id HalfCheetah-v5 --demos 0 --total-timesteps 100000
+    python sac_state_sim.py --resume runs/NAME                  # go on after Ctrl-C or a crash
+    python sac_state_sim.py --eval-only runs/NAME --record-dataset franka/pick-v0
+    python sac_state_sim.py --role learner                      # SERL's two processes: the learner ...
+    python sac_state_sim.py --role actor --learner 127.0.0.1    # ... and as many actors as you like
+
+Sources: SAC arXiv:1812.05905; random subsets of an ensemble, many updates per step: REDQ arXiv:2101.05982; LayerNorm
+and 50/50 demonstration sampling: RLPD arXiv:2302.02948; actor and learner: SERL arXiv:2401.16013, agentlace.
+Differs from SERL (serl_launcher, commit cd5f7e7): an optimizer steps only when its network is updated (SERL feeds zero
+gradients through Adam, so that an actor updated every N-th tick moves about sqrt(N) times further per gradient); the
+entropy for the temperature is that of the actor's own batch, not of next_observations; subsets are drawn without
+replacement; the ratio of updates to steps is kept exactly, also with two processes, unless --no-paced.
+New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit.
+"""
+
+import contextlib
+import copy
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+import tyro
+from gymnasium import spaces
+from torch import Tensor, nn
+
+import franka_sim  # registers the Franka tasks  # TASK: import the module that registers yours
+
+PROTOCOL = "sac-rows-1"  # of the messages between actor and learner
+
+
+# --- Args -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    # experiment
+    exp_name: str = "sac_state_sim"
+    """name of this experiment, part of the run directory's name"""
+    seed: int = 1
+    """seed of everything: networks, sampling, exploration, training and evaluation episodes"""
+    run_dir: str | None = None
+    """directory to write to (default: runs/ENV__EXP__SEED__TIME)"""
+    resume: str | None = None
+    """run directory to continue; its own flags are used, only a few (such as total_timesteps) may change"""
+    eval_only: str | None = None
+    """run directory to evaluate: final_eval_episodes episodes and a video, no training"""
+    record_dataset: str | None = None
+    """store the last evaluation's episodes as this local Minari dataset, e.g. franka/pick-v0"""
+    capture_video: bool = True
+    """write an mp4 of the policy at the end (needs OpenGL: EGL or OSMesa)"""
+    track: bool = False
+    """mirror the TensorBoard scalars to Weights & Biases"""
+    wandb_project_name: str = "robot-learning"
+    """Weights & Biases project"""
+    cuda: bool = True
+    """use a GPU when there is one"""
+    compile: bool = True
+    """on a GPU: compile the losses and replay each update as one CUDA graph (a CPU is faster without)"""
+    threads: int = 0
+    """CPU threads for PyTorch (0: PyTorch's own choice)"""
+    # environment
+    env_id: str = "FrankaPickCube-v0"  # TASK: your task
+    """gymnasium id, also module:Env-v0, with Box or flattenable Dict observations and bounded Box actions"""
+    frame_stack: int = 1
+    """observations of this many steps are concatenated"""
+    action_chunk: int = 1
+    """actions chosen at once and executed one after the other; rewards are summed"""
+    gripper_penalty: float = 0.0
+    """subtracted from the reward when the gripper (last action) switches between opening and closing (SERL: 0.1)"""
+    # training
+    total_timesteps: int = 12_000
+    """environment steps"""
+    learning_starts: int = 500
+    """environment steps with random actions before learning starts"""
+    buffer_size: int = 1_000_000
+    """transitions kept"""
+    batch_size: int = 256
+    """transitions per critic update, demonstrations included"""
+    utd_ratio: int = 2
+    """critic updates per environment step"""
+    policy_delay: int = 2
+    """critic updates per update of actor and temperature"""
+    demos: int = 20
+    """demonstrations collected from the task's scripted expert before training (0: none)"""
+    demo_dataset: str | None = None
+    """Minari dataset with demonstrations, instead of the scripted expert"""
+    demo_ratio: float = 0.5
+    """fraction of each batch that is drawn from the demonstrations (RLPD: 0.5)"""
+    eval_every: int = 2_000
+    """environment steps between evaluations"""
+    eval_episodes: int = 10
+    """episodes per evaluation during training"""
+    final_eval_episodes: int = 50
+    """episodes of the last evaluation"""
+    log_every: int = 500
+    """environment steps between rows of train.csv"""
+    save_every: int = 2_000
+    """environment steps between checkpoints"""
+    # algorithm
+    gamma: float = 0.97
+    """discount factor per environment step"""
+    tau: float = 0.005
+    """target critic's step towards the critic after each critic update"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """units of the hidden layers"""
+    activation: Literal["relu", "tanh", "silu", "gelu"] = "relu"
+    """activation of the hidden layers"""
+    layer_norm: bool = True
+    """LayerNorm before each activation"""
+    dropout: float = 0.0
+    """dropout probability in the critics (DroQ: 0.01)"""
+    normalize_observations: bool = True
+    """scale observations by their running mean and standard deviation"""
+    num_qs: int = 4
+    """critics"""
+    num_min_qs: int = 2
+    """critics in a random subset whose minimum is the target (REDQ)"""
+    actor_q: Literal["mean", "min"] = "mean"
+    """what the actor maximises: mean (SERL, REDQ) or minimum (SAC) over all critics"""
+    backup_entropy: bool = False
+    """add the policy's entropy to the target (SAC: yes, SERL: no)"""
+    std_parameterization: Literal["exp", "softplus", "uniform", "fixed"] = "exp"
+    """the policy's standard deviation: of the network by exp or softplus, one learned vector, or a constant"""
+    fixed_std: float = 0.1
+    """standard deviation before tanh for std_parameterization fixed"""
+    std_min: float = 1e-5
+    """smallest standard deviation"""
+    std_max: float = 5.0
+    """largest standard deviation"""
+    autotune: bool = True
+    """adjust the temperature so that the entropy stays at its target"""
+    alpha_init: float = 0.01
+    """temperature at the start, or always with --no-autotune"""
+    target_entropy_per_dim: float = -0.5
+    """target entropy divided by the number of action dimensions (SERL, RLPD: -0.5; SAC: -1)"""
+    reward_scale: float = 1.0
+    """factor on the reward that the critics learn"""
+    actor_lr: float = 3e-4
+    """learning rate of the actor"""
+    critic_lr: float = 3e-4
+    """learning rate of the critics"""
+    alpha_lr: float = 3e-4
+    """learning rate of the temperature"""
+    lr_warmup: int = 0
+    """updates over which actor's and critics' learning rates rise from 0 (SERL: 2,000)"""
+    lr_decay: int = 0
+    """updates after which these learning rates reach 0 along a cosine (0: constant)"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of actor and critics (0: Adam)"""
+    # actor and learner
+    role: Literal["both", "learner", "actor"] = "both"
+    """one process, or one of SERL's two"""
+    learner: str = "127.0.0.1"
+    """actor: host of the learner"""
+    port: int = 5588
+    """port for transitions; weights are published on the next one"""
+    bind: str = "127.0.0.1"
+    """learner: address to listen on; other than loop-back needs curve_keys or insecure_lan"""
+    curve_keys: str | None = None
+    """directory with CURVE keys, the same on all machines; made when the learner finds none there"""
+    insecure_lan: bool = False
+    """learner: listen on a network without encryption and authentication"""
+    paced: bool = True
+    """learner: utd_ratio updates per received step; otherwise it updates without a pause"""
+    publish_every: int = 50
+    """learner: updates between two publications of the weights"""
+    learner_timeout_s: float = 60.0
+    """actor: gives up when no learner has answered for this long (s)"""
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line on stderr and exit code 1."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """The command line; with --resume or --eval-only the run's own flags are the defaults.
+
+    Exits with one line when flags contradict each other or the run.
+    """
+    args = tyro.cli(Args, args=argv, description=__doc__)
+    if run_dir := args.resume or args.eval_only:
+        try:
+            saved = Args(**json.loads((Path(run_dir) / "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            fail(f"--{'resume' if args.resume else 'eval-only'} {run_dir}: no run of this script there ({error})")
+        saved.hidden_dims = tuple(saved.hidden_dims)
+        args = tyro.cli(Args, args=argv, description=__doc__, default=saved)
+        may_change = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
+        may_change += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
+        for name in vars(saved).keys() - set(may_change.split()):
+            if getattr(args, name) != getattr(saved, name):
+                fail(
+                    f"--{name.replace('_', '-')}: {run_dir} has {getattr(saved, name)}; leave it out or start a new run"
+                )
+        args.run_dir = run_dir
+    if min(args.total_timesteps, args.learning_starts, args.batch_size, args.utd_ratio, args.policy_delay) < 1:
+        fail("--total-timesteps, --learning-starts, --batch-size, --utd-ratio and --policy-delay must be at least 1")
+    if args.num_min_qs > args.num_qs:
+        fail(f"--num-min-qs {args.num_min_qs}: there are only --num-qs {args.num_qs} critics to choose from")
+    if not 0 <= args.demo_ratio < 1:
+        fail(f"--demo-ratio {args.demo_ratio}: give a fraction from 0 to below 1")
+    return args
+
+
+# --- Environment ------------------------------------------------------------------------------------------------------
+class GripperPenalty(gym.Wrapper):
+    """Subtracts a penalty when the gripper command, the last action, switches between opening and closing."""
+
+    def __init__(self, env: gym.Env, penalty: float):
+        super().__init__(env)
+        self.penalty, self.command = penalty, 0.0
+
+    def reset(self, **kwargs):
+        self.command = 0.0
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if abs(action[-1]) > 0.5:
+            reward -= self.penalty * (action[-1] * self.command < 0)
+            self.command = action[-1]
+        return obs, reward, terminated, truncated, info
+
+
+class ActionChunk(gym.Wrapper):
+    """Executes several actions, given as one vector (length * A,), one after the other; rewards are summed."""
+
+    def __init__(self, env: gym.Env, length: int):
+        super().__init__(env)
+        self.length = length
+        low, high = (np.tile(bound, length) for bound in (env.action_space.low, env.action_space.high))
+        self.action_space = spaces.Box(low, high, dtype=env.action_space.dtype)
+
+    def step(self, actions):
+        rewards = 0.0
+        for action in np.split(np.asarray(actions), self.length):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            rewards += reward
+            if terminated or truncated:
+                break
+        return obs, rewards, terminated, truncated, info
+
+
+class Playback(gym.Env):
+    """A recorded episode as an environment, so that demonstrations pass through the same wrappers as live steps."""
+
+    def __init__(self, env: gym.Env, observations: list, rewards: np.ndarray, terminations: np.ndarray):
+        self.observation_space, self.action_space = env.observation_space, env.action_space
+        self.observations, self.rewards, self.terminations = observations, rewards, terminations
+
+    def reset(self, **kwargs):
+        self.t = 0
+        return self.observations[0], {}
+
+    def step(self, action):
+        reward, terminated = float(self.rewards[self.t]), bool(self.terminations[self.t])
+        self.t += 1
+        return self.observations[self.t], reward, terminated, self.t == len(self.rewards), {}
+
+
+def wrap_env(env: gym.Env, args: Args) -> gym.Env:
+    """Flat float observations (O,), actions in [-1, 1] (A,). TASK: add wrappers of your own here."""
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if args.gripper_penalty:
+        env = GripperPenalty(env, args.gripper_penalty)
+    env = gym.wrappers.FlattenObservation(env)
+    if args.frame_stack > 1:
+        env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
+    if args.action_chunk > 1:
+        env = ActionChunk(env, args.action_chunk)
+    return env
+
+
+def make_base_env(args: Args, render: bool = False) -> gym.Env:
+    """The task as gymnasium makes it. Exits with one line when this script cannot learn it."""
+    try:
+        env = gym.make(args.env_id, render_mode="rgb_array" if render else None)  # TASK: keyword options of your task
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        fail(f"--env-id {args.env_id}: {error}")
+    boxes = env.observation_space.spaces.values() if isinstance(env.observation_space, spaces.Dict) else ()
+    for box in (env.observation_space, *boxes):
+        if isinstance(box, spaces.Box) and len(box.shape) >= 2:
+            fail(f"--env-id {args.env_id}: observations of shape {box.shape} look like images; use sac_pixel_sim.py")
+    if not env.observation_space.is_np_flattenable:
+        fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {env.observation_space}")
+    if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
+        fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
+    return env
+
+
+def make_env(args: Args, render: bool = False) -> gym.Env:
+    """The wrapped task: flat observations, actions in [-1, 1]."""
+    return wrap_env(make_base_env(args, render), args)
+
+
+def episode_seed(seed: int, stream: int, episode: int) -> int:
+    """The seed of an episode's reset; streams keep training (0), evaluation (1), demonstrations (2) apart."""
+    return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
+
+
+def expert_episode(env: gym.Env, seed: int) -> tuple[list, np.ndarray, np.ndarray, np.ndarray]:
+    """One episode of the task's scripted expert: T+1 observations, actions (T, A), rewards (T,), terminations (T,)."""
+    obs, _ = env.reset(seed=seed)
+    observations, steps, done = [obs], [], False
+    while not done:
+        action = env.unwrapped.expert_action()  # TASK: an expert of your own, or --demo-dataset
+        obs, reward, terminated, truncated, _ = env.step(action)
+        observations.append(obs)
+        steps.append((action, reward, terminated))
+        done = terminated or truncated
+    return observations, *(np.array(values) for values in zip(*steps, strict=True))
+
+
+def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[tuple]:
+    """The episodes of a local Minari dataset, as `expert_episode` gives them. Exits when they do not fit the task."""
+    import minari
+
+    try:
+        dataset = minari.load_dataset(dataset_id)
+    except (FileNotFoundError, ValueError) as error:
+        fail(f"--demo-dataset {dataset_id}: {error}; `minari list local` shows what is there")
+    for name in ("observation_space", "action_space"):
+        ours, theirs = getattr(env, name), getattr(dataset, name)
+        if type(ours) is not type(theirs) or spaces.flatdim(ours) != spaces.flatdim(theirs):
+            fail(f"--demo-dataset {dataset_id}: its {name} is {theirs}, the task's is {ours}")
+    for episode in dataset.iterate_episodes():
+        observations = episode.observations
+        if isinstance(observations, dict):
+            observations = [{k: v[t] for k, v in observations.items()} for t in range(len(episode) + 1)]
+        yield observations, episode.actions, episode.rewards, episode.terminations
+
+
+def load_demos(args: Args) -> np.ndarray:
+    """Demonstrations as rows (N, W) of the replay buffer, from a Minari dataset or the task's scripted expert."""
+    env, rows = make_base_env(args), []
+    if args.demo_dataset:
+        episodes = minari_episodes(args.demo_dataset, env)
+    elif hasattr(env.unwrapped, "expert_action"):
+        episodes = (expert_episode(env, episode_seed(args.seed, 2, i)) for i in range(args.demos))
+    else:
+        fail(f"--demos {args.demos}: {args.env_id} has no expert_action(); use --demo-dataset ID or --demos 0")
+    low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
+    for observations, actions, rewards, terminations in episodes:
+        playback = wrap_env(Playback(env, observations, rewards, terminations), args)
+        actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)  # (T, A) in [-1, 1]
+        obs, _ = playback.reset()
+        for action in actions[: len(actions) // length * length].reshape(-1, length * actions.shape[1]):
+            next_obs, reward, terminated, _, _ = playback.step(action)
+            rows.append(transition(obs, action, reward, next_obs, terminated))
+            obs = next_obs
+    if not np.isfinite(rows).all():
+        fail(f"--demo-dataset {args.demo_dataset}: holds numbers that are not finite")
+    return np.stack(rows)
+
+
+# --- Networks ---------------------------------------------------------------------------------------------------------
+class EnsembleLinear(nn.Module):
+    """E linear layers in one batched product: (E, B, in) -> (E, B, out); weights as in flax, (E, in, out)."""
+
+    def __init__(self, num: int, in_dim: int, out_dim: int):
+        super().__init__()
+        bound = math.sqrt(6 / (in_dim + out_dim))  # xavier uniform
+        self.weight = nn.Parameter(torch.empty(num, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num, 1, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """LayerNorm with scale and offset of its own for each of E networks, (E, B, H)."""
+
+    def __init__(self, num: int, dim: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(num, 1, dim)), nn.Parameter(torch.zeros(num, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), self.weight)  # flax's eps
+
+
+class MLP(nn.Module):
+    """E trunks [linear, dropout, LayerNorm, activation] * len(hidden_dims): (E, B, in) -> (E, B, H)."""
+
+    def __init__(self, num: int, in_dim: int, hidden_dims: tuple[int, ...], activation: str, norm: bool, dropout=0.0):
+        super().__init__()
+        dims = (in_dim, *hidden_dims)
+        self.linears = nn.ModuleList(EnsembleLinear(num, *pair) for pair in zip(dims[:-1], dims[1:], strict=True))
+        self.norms = nn.ModuleList(EnsembleLayerNorm(num, dim) if norm else nn.Identity() for dim in hidden_dims)
+        self.activation = getattr(torch, activation) if hasattr(torch, activation) else getattr(F, activation)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            x = linear(x)
+            if self.dropout and generator is not None:  # only in the critics' training pass
+                x = x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout) / (1 - self.dropout)
+            x = self.activation(norm(x))
+        return x
+
+
+class Actor(nn.Module):
+    """Gaussian policy squashed by tanh; SERL networks/actor_critic_nets.py:156-272."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.std_parameterization, self.std_min, self.std_max = args.std_parameterization, args.std_min, args.std_max
+        self.trunk = MLP(1, obs_dim, args.hidden_dims, args.activation, args.layer_norm)
+        self.mean = EnsembleLinear(1, args.hidden_dims[-1], action_dim)
+        if args.std_parameterization in ("exp", "softplus"):
+            self.log_std = EnsembleLinear(1, args.hidden_dims[-1], action_dim)
+        elif args.std_parameterization == "uniform":
+            self.log_std = nn.Parameter(torch.zeros(action_dim))
+        else:
+            self.register_buffer("log_std", torch.full((action_dim,), math.log(args.fixed_std)))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation before tanh, (B, A) each, of observations (B, O)."""
+        features = self.trunk(obs.unsqueeze(0))  # (1, B, H)
+        mean = self.mean(features).squeeze(0)
+        raw = self.log_std(features).squeeze(0) if isinstance(self.log_std, nn.Module) else self.log_std.expand_as(mean)
+        std = F.softplus(raw) if self.std_parameterization == "softplus" else raw.exp()
+        return mean, std.clamp(self.std_min, self.std_max)
+
+    def sample(self, obs: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (B, A) = tanh(mean + std * eps) and their log density (B,)."""
+        mean, std = self(obs)
+        u = mean + std * eps
+        log_pi = -0.5 * eps.square() - std.log() - 0.5 * math.log(2 * math.pi)
+        log_pi = log_pi - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log |d tanh/du|, stable: arXiv:1812.05905 C
+        return u.tanh(), log_pi.sum(-1)
+
+
+class Critic(nn.Module):
+    """E independent Q functions."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.num = args.num_qs
+        dims = args.hidden_dims
+        self.trunk = MLP(self.num, obs_dim + action_dim, dims, args.activation, args.layer_norm, args.dropout)
+        self.q = EnsembleLinear(self.num, dims[-1], 1)
+
+    def forward(self, obs: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Values (E, B) of observations (B, O) and actions (B, A)."""
+        x = torch.cat([obs, actions], -1).expand(self.num, -1, -1)
+        features = self.trunk(x, generator)  # (E, B, H)
+        return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
+
+
+class Normalizer(nn.Module):
+    """Running mean and variance of observations; the identity until the first `update`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+
+    def update(self, obs: Tensor) -> None:
+        """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
+        total = self.count + len(obs)
+        delta, weight = obs.mean(0) - self.mean, len(obs) / total
+        self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
+        self.mean += weight * delta
+        self.count.copy_(total)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
+
+
+# --- Replay buffer ----------------------------------------------------------------------------------------------------
+class Batch(NamedTuple):
+    observations: Tensor  # (B, O)
+    actions: Tensor  # (B, A)
+    rewards: Tensor  # (B,)
+    next_observations: Tensor  # (B, O)
+    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated)
+
+
+def transition(obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool):
+    """One transition as a float32 row (O + A + 1 + O + 1,): the unit of the buffer, the journal and the wire."""
+    return np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32, casting="same_kind")
+
+
+class ReplayBuffer:
+    """Uniform ring buffer of rows; lives on the device, so that sampling is one gather."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
+        self.capacity, self.splits = capacity, (obs_dim, action_dim, 1, obs_dim, 1)
+        self.width = sum(self.splits)
+        self.rows = torch.empty(capacity, self.width, device=device)
+        self.total = 0  # rows ever added
+        self.size = torch.zeros((), device=device)  # rows held; a tensor, so that a CUDA graph sees it grow
+
+    def add(self, rows: Tensor) -> None:
+        """Appends rows (N, W), oldest first; N may be anything up to the capacity."""
+        start = self.total % self.capacity
+        head = min(len(rows), self.capacity - start)
+        self.rows[start : start + head] = rows[:head]
+        self.rows[: len(rows) - head] = rows[head:]
+        self.total += len(rows)
+        self.size.fill_(min(self.total, self.capacity))
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Rows (B, W), uniformly with replacement."""
+        u = torch.rand(batch_size, generator=generator, device=self.rows.device, dtype=torch.float64)
+        return self.rows[(u * self.size).long()]
+
+    def split(self, rows: Tensor) -> Batch:
+        observations, actions, rewards, next_observations, terminations = rows.split(self.splits, -1)
+        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminations.squeeze(-1))
+
+    def last(self, count: int) -> Tensor:
+        """The newest `count` rows, oldest first."""
+        return self.rows[torch.arange(self.total - count, self.total, device=self.rows.device) % self.capacity]
+
+    def state_dict(self) -> dict:
+        return {"rows": self.rows[: min(self.total, self.capacity)].clone(), "total": self.total}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.rows[: len(state["rows"])] = state["rows"]
+        self.total = state["total"]
+        self.size.fill_(len(state["rows"]))
+
+
+# --- Agent ------------------------------------------------------------------------------------------------------------
+class Agent:
+    """SAC with the options of REDQ, RLPD, DroQ and SERL."""
+
+    PARTS = ("normalizer", "actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
+        self.args, self.device, self.action_dim = args, device, action_dim
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the networks' initialisation
+        self.normalizer = (Normalizer(obs_dim) if args.normalize_observations else nn.Identity()).to(device)
+        self.actor = Actor(obs_dim, action_dim, args).to(device)
+        self.critic = Critic(obs_dim, action_dim, args).to(device)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
+        self.raw_alpha = nn.Parameter(torch.tensor(math.log(math.expm1(args.alpha_init)), device=device))
+        self.target_entropy = args.target_entropy_per_dim * action_dim
+        self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.actor_lr, args.weight_decay)
+        self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.critic_lr, args.weight_decay)
+        self.alpha_optimizer = self.make_optimizer([self.raw_alpha], args.alpha_lr, 0.0)
+        self.critic_updates = 0
+        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+        if args.compile and device.type == "cuda":
+            self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
+
+    def make_optimizer(self, parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        lr_tensor = torch.tensor(lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
+        capturable = self.device.type == "cuda"
+        return torch.optim.AdamW(parameters, lr_tensor, weight_decay=weight_decay, fused=True, capturable=capturable)
+
+    @torch.inference_mode()
+    def act(self, obs: np.ndarray, deterministic: bool) -> np.ndarray:
+        """Action (A,) in [-1, 1] for one observation (O,)."""
+        mean, std = self.actor(self.normalizer(torch.as_tensor(obs, dtype=torch.float32, device=self.device)[None]))
+        if not deterministic:
+            mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
+        return mean.tanh()[0].cpu().numpy()
+
+    def observe(self, observations: Tensor) -> None:
+        """Takes observations (N, O) into the running statistics."""
+        if self.args.normalize_observations:
+            self.normalizer.update(observations)
+
+    def random_action(self) -> np.ndarray:
+        """Action (A,) uniform in [-1, 1]."""
+        return (torch.rand(self.action_dim, generator=self.generator, device=self.device) * 2 - 1).cpu().numpy()
+
+    @property
+    def alpha(self) -> Tensor:
+        return F.softplus(self.raw_alpha)
+
+    def critic_loss(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared soft Bellman error with noise eps (B, A) and target critics `subset` (M,)."""
+        generator = self.generator if self.args.dropout else None
+        with torch.no_grad():  # soft Bellman target, arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
+            next_actions, next_log_pi = self.actor.sample(batch.next_observations, eps)  # (B, A), (B,)
+            next_q_values = self.target_critic(batch.next_observations, next_actions, generator)  # (E, B)
+            next_q = next_q_values[subset].amin(0)  # (B,)
+            if self.args.backup_entropy:
+                next_q = next_q - self.alpha * next_log_pi
+            rewards = self.args.reward_scale * batch.rewards
+            target_q = rewards + self.args.gamma * (1 - batch.terminations) * next_q  # (B,)
+        q_values = self.critic(batch.observations, batch.actions, generator)  # (E, B)
+        loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
+        return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+    def actor_loss(self, observations: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        actions, log_pi = self.actor.sample(observations, eps)  # (B, A), (B,)
+        q_values = self.critic(observations, actions)  # (E, B)
+        q = q_values.mean(0) if self.args.actor_q == "mean" else q_values.amin(0)
+        loss = (self.alpha.detach() * log_pi - q).mean()
+        return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
+
+    def update_critic(self, batch: Batch, eps: Tensor, subset: Tensor) -> dict[str, Tensor]:
+        loss, metrics = self.critic_loss(batch, eps, subset)
+        self.critic_optimizer.zero_grad()
+        loss.backward()
+        self.critic_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.args.tau)
+        return metrics
+
+    def update_actor(self, observations: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        loss, metrics = self.actor_loss(observations, eps)
+        self.actor_optimizer.zero_grad()
+        loss.backward(inputs=list(self.actor.parameters()))  # spares the critics' weight gradients
+        self.actor_optimizer.step()
+        if self.args.autotune:
+            self.alpha_optimizer.zero_grad()
+            (self.alpha * (metrics["losses/entropy"] - self.target_entropy)).backward()
+            self.alpha_optimizer.step()
+        return metrics | {"losses/alpha": self.alpha.detach()}
+
+    def update_once(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, with_actor: bool) -> dict[str, Tensor]:
+        """One critic step on a fresh batch, then, `with_actor`, one step of actor and temperature."""
+
+        def sample(batch_size: int) -> Batch:
+            num_demos = round(self.args.demo_ratio * batch_size) if demos else 0
+            rows = buffer.sample(batch_size - num_demos, self.generator)
+            if num_demos:
+                rows = torch.cat([rows, demos.sample(num_demos, self.generator)])
+            batch = buffer.split(rows)
+            return batch._replace(
+                observations=self.normalizer(batch.observations),
+                next_observations=self.normalizer(batch.next_observations),
+            )
+
+        def noise(batch_size: int) -> Tensor:
+            return torch.randn(batch_size, self.action_dim, generator=self.generator, device=self.device)
+
+        batch = sample(self.args.batch_size)
+        draws = torch.rand(self.args.num_qs, generator=self.generator, device=self.device)
+        metrics = self.update_critic(batch, noise(len(batch.actions)), draws.topk(self.args.num_min_qs).indices)
+        if with_actor:
+            metrics |= self.update_actor(batch.observations, noise(len(batch.actions)))
+        return metrics
+
+    def update(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, count: int) -> dict[str, Tensor]:
+        """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
+        metrics = {}
+        for _ in range(count):
+            self.critic_updates += 1
+            self.schedule_lr()
+            with_actor = self.critic_updates % self.args.policy_delay == 0
+            if self.args.compile and self.device.type == "cuda":
+                metrics |= self.replay(buffer, demos, with_actor)
+            else:
+                metrics |= self.update_once(buffer, demos, with_actor)
+        return metrics
+
+    def replay(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, with_actor: bool) -> dict[str, Tensor]:
+        """`update_once` as one CUDA graph: sampling, losses, optimizers and targets without a launch of their own.
+
+        The first updates run as usual on a side stream (they compile and fill the optimizers), then one is captured.
+        """
+        if self.critic_updates <= 3 * self.args.policy_delay:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                metrics = self.update_once(buffer, demos, with_actor)
+            torch.cuda.current_stream().wait_stream(stream)
+            return metrics
+        if with_actor not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                metrics = self.update_once(buffer, demos, with_actor)
+            self.graphs[with_actor] = graph, metrics
+        graph, metrics = self.graphs[with_actor]
+        graph.replay()
+        return metrics
+
+    def schedule_lr(self) -> None:
+        """Linear warm-up and cosine decay of actor's and critics' learning rates, counted in critic updates."""
+        warmup, decay = self.args.lr_warmup, self.args.lr_decay
+        if warmup or decay:
+            factor = min(1.0, (self.critic_updates - 1) / warmup) if warmup else 1.0
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay))) if decay else 1.0
+            self.actor_optimizer.param_groups[0]["lr"].fill_(self.args.actor_lr * factor)
+            self.critic_optimizer.param_groups[0]["lr"].fill_(self.args.critic_lr * factor)
+
+    def policy_tensors(self) -> list[Tensor]:
+        """What acting needs: the actor's parameters and the normalizer's statistics."""
+        return [*self.actor.state_dict().values(), *self.normalizer.state_dict().values()]
+
+    def state_dict(self) -> dict:
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS}
+        state |= {"raw_alpha": self.raw_alpha.detach(), "critic_updates": self.critic_updates}
+        return state | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError, ValueError or RuntimeError when the state is of other networks."""
+        for name in self.PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        with torch.no_grad():
+            self.raw_alpha.copy_(state["raw_alpha"])
+        self.critic_updates = state["critic_updates"]
+        self.generator.set_state(state["generator"].cpu())
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+def evaluate(agent: Agent, env: gym.Env, episodes: int, seed: int, video=None) -> dict[str, float]:
+    """Means over seeded episodes of the deterministic policy; `video` takes the rendered frames."""
+    results = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=episode_seed(seed, 1, episode))
+        episodic_return, length, done = 0.0, 0, False
+        while not done:
+            if video is not None:
+                video.append_data(env.render())
+            obs, reward, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
+            episodic_return, length, done = episodic_return + float(reward), length + 1, terminated or truncated
+        # TASK: what counts as success; info["success"] of the last step here
+        results.append((episodic_return, length, info.get("success", info.get("is_success", math.nan)), episodes))
+    names = ("eval/episodic_return", "eval/episodic_length", "eval/success_rate", "eval/episodes")
+    return dict(zip(names, np.mean(results, 0, dtype=float).tolist(), strict=True))
+
+
+def record_video(agent: Agent, args: Args, path: Path, episodes: int = 4) -> None:
+    """Writes the first evaluation episodes as an mp4; without OpenGL it says what is missing."""
+    import imageio.v2 as imageio
+
+    try:
+        env = make_env(args, render=True)
+        with imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), macro_block_size=1) as video:
+            evaluate(agent, env, episodes, args.seed, video)
+        env.close()
+    except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained and saved all the same
+        print(f"no video: {error}; afterwards --eval-only {path.parent} writes it", file=sys.stderr)
+
+
+def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
+    """`evaluate`, with the episodes stored as a Minari dataset that knows its task and its reference scores."""
+    import minari
+
+    collector, random = minari.DataCollector(make_base_env(args)), copy.copy(agent)
+    scalars = evaluate(agent, wrap_env(collector, args), args.final_eval_episodes, args.seed)
+    random.act = lambda obs, deterministic: agent.random_action()
+    collector.create_dataset(
+        args.record_dataset,
+        eval_env=make_base_env(args).spec,
+        algorithm_name=args.exp_name,
+        ref_min_score=evaluate(random, make_env(args), 10, args.seed)["eval/episodic_return"],
+        ref_max_score=scalars["eval/episodic_return"],
+        description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
+    )
+    return scalars
+
+
+# --- Run directory ----------------------------------------------------------------------------------------------------
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, whenever the program or the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def git_commit() -> str:
+    """Commit that this script belongs to, with a + when files differ from it."""
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        here = Path(__file__).resolve().parent
+        return subprocess.run(git, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+class Run:
+    """A directory that can be read, resumed and run again: scripts, args.json, CSV, TensorBoard, checkpoints, pictures."""
+
+    def __init__(self, args: Args):
+        suffix = f"__{args.role}-{uuid.uuid4().hex[:6]}" if args.role != "both" else ""
+        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}{suffix}"
+        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
+        if not args.resume:
+            self.create(args)
+        self.seconds, self.steps, self.csv_files, self.signals = defaultdict(float), 0, {}, 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
+
+    def create(self, args: Args) -> None:
+        """Fills the directory under another name and renames it, so that every run directory can be resumed."""
+        if self.dir.exists() and any(self.dir.iterdir()):
+            fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
+        temporary = self.dir.with_name(self.dir.name + ".tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for source in (__file__, franka_sim.__file__):
+            shutil.copy(source, temporary)
+        versions = {m.__name__: m.__version__ for m in (torch, np, gym)} | {"python": sys.version.split()[0]}
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+        about = {
+            "command": sys.argv,
+            "git_commit": git_commit(),
+            "versions": versions,
+            "cpus": os.cpu_count(),
+            "gpu": gpu,
+        }
+        (temporary / "run.json").write_text(json.dumps(about, indent=2))
+        (temporary / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"run_dir": None}, indent=2))
+        temporary.replace(self.dir)
+
+    def stop(self, *_) -> None:
+        """Ctrl-C and SIGTERM end the loop after the current step; a second one ends the program at once."""
+        self.signals += 1
+        if self.signals > 1:
+            raise KeyboardInterrupt
+
+    def open_logs(self, args: Args, progress: "Progress") -> None:
+        """Opens TensorBoard, wandb and the progress bar; CSV rows from after the checkpoint are removed."""
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        if args.track:
+            import wandb  # WANDB_MODE=offline keeps the files here, for `wandb sync`
+
+            config = dataclasses.asdict(args)
+            wandb.init(
+                project=args.wandb_project_name, name=self.dir.name, config=config, dir=self.dir, sync_tensorboard=True
+            )
+        self.writer = SummaryWriter(self.dir, purge_step=progress.global_step + 1)
+        for path in self.dir.glob("*.csv"):
+            header, *rows = path.read_text().split("\n")[:-1]  # what follows the last newline was cut off
+            rows = [row for row in rows if int(row.split(",")[0]) <= progress.global_step]
+            write_atomically(path, "\n".join([header, *rows, ""]).encode())
+        self.started, self.logged = time.perf_counter() - progress.elapsed, time.perf_counter()
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=args.total_timesteps, initial=progress.global_step, unit="step", mininterval=interval)
+
+    def elapsed(self) -> float:
+        """Seconds spent on this run, its resumed parts together."""
+        return time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to this phase."""
+        start = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - start
+
+    def read_timer(self) -> dict[str, float]:
+        """Steps per second, and milliseconds per step of each phase, since the last call, apart from evaluating."""
+        seconds, steps, now = self.seconds, max(self.steps, 1), time.perf_counter()
+        scalars = {"charts/SPS": self.steps / (now - self.logged - seconds["eval"])}
+        scalars |= {f"time/{name}_ms": 1e3 * seconds[name] / steps for name in ("act", "env", "update")}
+        self.seconds, self.steps, self.logged = defaultdict(float), 0, now
+        return scalars
+
+    def due(self, every: int, before: int, progress: "Progress") -> bool:
+        """Whether a multiple of `every` lies in (before, global_step]."""
+        return progress.global_step // every > before // every
+
+    def log_training(self, progress: "Progress", metrics: dict[str, Tensor]) -> None:
+        """A row of train.csv. Exits when the losses are not finite any more."""
+        scalars = {"charts/episodic_return": float(np.mean(progress.returns or [math.nan]))} | self.read_timer()
+        names = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")
+        losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in names}
+        self.log("train", progress.global_step, scalars | losses)
+        progress.returns.clear()
+        if metrics and not math.isfinite(losses["losses/critic_loss"]):
+            fail(f"the critic's loss is {losses['losses/critic_loss']}; lower --critic-lr or --reward-scale")
+
+    def log_evaluation(self, progress: "Progress", scalars: dict[str, float]) -> None:
+        """A row of eval.csv; keeps the best."""
+        self.log("eval", progress.global_step, scalars)
+        if scalars["eval/episodic_return"] >= progress.best.get("eval/episodic_return", -math.inf):
+            progress.best = scalars
+        shown = ("eval/episodic_return", "eval/success_rate")
+        self.bar.set_postfix({k.split("/")[1]: f"{scalars[k]:.2f}" for k in shown if math.isfinite(scalars[k])})
+
+    def log(self, name: str, step: int, scalars: dict[str, float]) -> None:
+        """Writes a row of NAME.csv, and the same numbers to TensorBoard."""
+        row = {"global_step": step, "wall_s": self.elapsed()} | scalars
+        if name not in self.csv_files:
+            self.csv_files[name] = (self.dir / f"{name}.csv").open("a")
+            if self.csv_files[name].tell() == 0:
+                self.csv_files[name].write(",".join(row) + "\n")
+        self.csv_files[name].write(",".join(f"{value:.9g}" for value in row.values()) + "\n")
+        self.csv_files[name].flush()
+        for key, value in scalars.items():
+            self.writer.add_scalar(key, value, step)
+
+    def save(self, state: dict) -> None:
+        """Writes checkpoint.pt, and keeps the one before as checkpoint.previous."""
+        data, path = io.BytesIO(), self.dir / "checkpoint.pt"
+        torch.save(state, data)
+        write_atomically(path.with_suffix(".new"), data.getbuffer())
+        if path.exists():
+            path.replace(path.with_suffix(".previous"))
+        path.with_suffix(".new").replace(path)
+
+    def load(self, device: torch.device) -> dict | None:
+        """The newest checkpoint, or None when the run has none yet. Exits when it cannot be read."""
+        path, previous = self.dir / "checkpoint.pt", self.dir / "checkpoint.previous"
+        path = path if path.exists() or not previous.exists() else previous  # killed between `save`'s two renames
+        try:
+            return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+        except Exception as error:  # noqa: BLE001  a damaged file raises what it likes
+            remedy = f"delete it to go on from {previous}" if previous.exists() else "start a new run"
+            fail(f"{path}: damaged ({str(error).splitlines()[0]}); {remedy}")
+
+    def plot(self) -> None:
+        """Writes curve.png: return and success rate of the evaluations over environment steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        table = np.genfromtxt(self.dir / "eval.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+        keys = [k for k in ("eval/episodic_return", "eval/success_rate") if np.isfinite(table[k]).any()]
+        figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.5), squeeze=False, layout="constrained")
+        for axis, key in zip(axes[0], keys, strict=True):
+            axis.plot(table["global_step"], table[key], marker="o", markersize=3)
+            axis.set(xlabel="environment steps", ylabel=key.removeprefix("eval/").replace("_", " "))
+            axis.grid(alpha=0.3)
+        figure.suptitle(f"{self.dir.name}, {table['wall_s'][-1] / 60:.1f} min", fontsize=9)
+        figure.savefig(self.dir / "curve.png", dpi=150)
+        plt.close(figure)
+
+
+# --- Actor and learner ------------------------------------------------------------------------------------------------
+# A message is a JSON header {protocol, actor, first, count} and `count` rows of float32, the actor's rows number `first`
+# onwards; the reply is JSON, the number of this actor's rows that the learner holds. An actor keeps all its rows in a
+# file. A learner that lost some in a crash answers with a smaller number and the actor goes back to there; rows that
+# arrive twice are known by their number. So each row is learned from exactly once, whichever side is killed.
+def make_socket(kind: int, args: Args):
+    """A ZeroMQ socket, encrypted and authenticated with CURVE when there are keys."""
+    import zmq.auth
+
+    socket = zmq.Context.instance().socket(kind)
+    socket.linger, socket.maxmsgsize, socket.conflate = 1000, 1 << 26, kind == zmq.SUB  # conflate: newest weights only
+    if args.curve_keys:
+        keys = Path(args.curve_keys)
+        try:
+            certificate = zmq.auth.load_certificate(keys / f"{args.role}.key_secret")
+            socket.curve_publickey, socket.curve_secretkey = certificate
+            if args.role == "learner":
+                socket.curve_server = True
+            else:
+                socket.curve_serverkey = zmq.auth.load_certificate(keys / "learner.key")[0]
+        except OSError as error:
+            fail(f"--curve-keys {keys}: {error}; the learner makes the keys, copy its folder to every actor")
+    return socket
+
+
+class LearnerServer:
+    """The learner's end: receives rows, publishes the policy."""
+
+    def __init__(self, args: Args, row_width: int, held: dict[str, int]):
+        import zmq.auth
+        from zmq.auth.thread import ThreadAuthenticator
+
+        self.row_width, self.held, self.published = row_width, held, 0
+        self.no_rows = np.empty((0, row_width), np.float32)
+        if args.bind not in ("127.0.0.1", "localhost") and not args.curve_keys and not args.insecure_lan:
+            fail(f"--bind {args.bind}: a network needs --curve-keys DIR (encrypted), or --insecure-lan")
+        if args.curve_keys:
+            keys = Path(args.curve_keys)
+            if not (keys / "learner.key").exists():
+                keys.mkdir(parents=True, exist_ok=True, mode=0o700)
+                for name in ("learner", "actor"):
+                    zmq.auth.create_certificates(keys, name)
+            self.authenticator = ThreadAuthenticator(zmq.Context.instance())
+            self.authenticator.start()
+            self.authenticator.configure_curve(domain="*", location=str(keys))
+        self.router, self.publisher = make_socket(zmq.ROUTER, args), make_socket(zmq.PUB, args)
+        try:
+            self.router.bind(f"tcp://{args.bind}:{args.port}")
+            self.publisher.bind(f"tcp://{args.bind}:{args.port + 1}")
+        except zmq.ZMQError as error:
+            fail(f"--bind {args.bind} --port {args.port}: {error}")
+
+    def receive(self, timeout_ms: int) -> np.ndarray:
+        """New rows (N, W) of all actors, N may be 0; waits at most `timeout_ms` for the first message."""
+        new = [self.no_rows]
+        while self.router.poll(timeout_ms):
+            identity, *frames = self.router.recv_multipart()
+            try:
+                header = json.loads(frames[0])
+                actor, first, count = str(header["actor"]), int(header["first"]), int(header["count"])
+                rows = np.frombuffer(frames[1], np.float32).reshape(count, self.row_width)
+                if header["protocol"] != PROTOCOL or not np.isfinite(rows).all():
+                    raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}, or numbers are not finite")
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
+            else:
+                held = self.held.get(actor, 0)
+                if first <= held < first + count:
+                    new.append(rows[held - first :])
+                    self.held[actor] = first + count
+                reply = {"held": self.held.get(actor, 0)}
+            self.router.send_multipart([identity, json.dumps(reply).encode()])
+            timeout_ms = 0
+        return np.concatenate(new)
+
+    def publish(self, agent: Agent, done: bool = False) -> None:
+        header = {"protocol": PROTOCOL, "version": agent.critic_updates, "done": done}
+        vector = torch.cat([tensor.flatten() for tensor in agent.policy_tensors()]).cpu().numpy()
+        self.publisher.send(json.dumps(header).encode() + b"\n" + vector.tobytes())
+        self.published = agent.critic_updates
+
+
+class ActorLink:
+    """The actor's end: a file with all its rows, sent in order, and the newest policy."""
+
+    def __init__(self, args: Args, run: Run, row_width: int):
+        import zmq
+
+        self.args, self.row_bytes, self.version, self.done = args, 4 * row_width, 0, False
+        name_file = run.dir / "actor_name"
+        if not name_file.exists():
+            write_atomically(name_file, uuid.uuid4().hex.encode())
+        self.name = name_file.read_text()
+        self.number = int(self.name[:8], 16)
+        self.file = (run.dir / "transitions.f32").open("a+b")
+        self.written = self.file.seek(0, os.SEEK_END) // self.row_bytes
+        self.file.truncate(self.written * self.row_bytes)  # a row that a crash cut off
+        self.held, self.waiting, self.answered = 0, False, time.monotonic()
+        self.dealer, self.subscriber = make_socket(zmq.DEALER, args), make_socket(zmq.SUB, args)
+        self.dealer.connect(f"tcp://{args.learner}:{args.port}")
+        self.subscriber.connect(f"tcp://{args.learner}:{args.port + 1}")
+        self.subscriber.subscribe(b"")
+
+    def write(self, rows: np.ndarray) -> None:
+        """Appends rows; they survive this process from here on."""
+        self.file.write(rows.tobytes())
+        self.file.flush()
+        self.written += len(rows)
+
+    def exchange(self, agent: Agent, wait_ms: int = 0) -> None:
+        """Takes the learner's answer and policy if they are there, and sends rows. Exits when it is silent too long."""
+        if self.waiting and self.dealer.poll(wait_ms):
+            reply = json.loads(self.dealer.recv())
+            if "error" in reply:
+                fail(f"the learner says: {reply['error']}")
+            self.held, self.waiting, self.answered = reply["held"], False, time.monotonic()
+        if (silence := time.monotonic() - self.answered) > self.args.learner_timeout_s:
+            address = f"{self.args.learner}:{self.args.port}"
+            fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
+        if not self.waiting:
+            count = min(self.written - self.held, 4096)
+            self.file.seek(self.held * self.row_bytes)
+            header = {"protocol": PROTOCOL, "actor": self.name, "first": self.held, "count": count}
+            self.dealer.send_multipart([json.dumps(header).encode(), self.file.read(count * self.row_bytes)])
+            self.waiting = True
+        if self.subscriber.poll(0):
+            header, _, data = self.subscriber.recv().partition(b"\n")
+            vector, tensors = torch.frombuffer(bytearray(data), dtype=torch.float32), agent.policy_tensors()
+            if len(vector) != sum(tensor.numel() for tensor in tensors):
+                fail("the learner's policy has another size; give actor and learner the same flags")
+            for tensor, values in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
+                tensor.copy_(values.reshape(tensor.shape))
+            header = json.loads(header)
+            self.version, self.done = header["version"], header["done"]
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Progress:
+    """Where a run stands; part of its checkpoint."""
+
+    global_step: int = 0
+    episode: int = 0
+    episode_length: int = 0  # steps of the unfinished episode
+    returns: list[float] = dataclasses.field(
+        default_factory=list
+    )  # of episodes finished since the last row of train.csv
+    best: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluation with the highest return
+    held: dict[str, int] = dataclasses.field(default_factory=dict)  # learner: rows of each actor
+    elapsed: float = 0.0  # s
+
+
+def set_up_torch(args: Args) -> torch.device:
+    """Precision, threads and memory for speed; the device."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    torch.set_float32_matmul_precision("medium")  # a GPU's TF32; on a CPU oneDNN, on AMD twice as fast as MKL
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations, rather than have the
+        libc.mallopt(-3, 1 << 25)  # system map them anew in every update
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer, ReplayBuffer | None]:
+    """A new run, or one that stands where its newest checkpoint does."""
+    device, run, progress = set_up_torch(args), Run(args), Progress()
+    obs_dim, action_dim = spaces.flatdim(env.observation_space), env.action_space.shape[0]
+    agent, rows = Agent(obs_dim, action_dim, args, device), None
+    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    state = run.load(device) if args.resume or args.eval_only else None
+    if state:
+        try:
+            agent.load_state_dict(state["agent"])
+            buffer.load_state_dict(state["buffer"])
+            rows, progress = state["demos"], Progress(**state["progress"])
+        except (KeyError, RuntimeError, TypeError) as error:
+            fail(f"{run.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
+    elif args.eval_only:
+        fail(f"--eval-only {run.dir}: stopped before its first checkpoint; --resume it")
+    elif (args.demos or args.demo_dataset) and args.role != "actor":
+        rows = torch.from_numpy(load_demos(args)).to(device)
+        agent.observe(buffer.split(rows).observations)
+    demos = None
+    if rows is not None:
+        demos = ReplayBuffer(len(rows), obs_dim, action_dim, device)
+        demos.add(rows)
+    return run, progress, agent, buffer, demos
+
+
+def resume_episode(env: gym.Env, progress: Progress, buffer: ReplayBuffer, args: Args) -> tuple[np.ndarray, float]:
+    """Repeats the unfinished episode's actions, which leads to where it was: its observation (O,) and return so far."""
+    obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
+    episodic_return, batch = 0.0, buffer.split(buffer.last(progress.episode_length).cpu())
+    for action, stored_obs in zip(batch.actions.numpy(), batch.next_observations.numpy(), strict=True):
+        obs, reward, *_ = env.step(action)
+        episodic_return += float(reward)
+        if not np.array_equal(np.float32(obs), stored_obs):
+            print(
+                "this task does not repeat itself: the interrupted episode is left, a new one begins", file=sys.stderr
+            )
+            progress.episode, progress.episode_length = progress.episode + 1, 0
+            return env.reset(seed=episode_seed(args.seed, 0, progress.episode))[0], 0.0
+    return obs, episodic_return
+
+
+def final_evaluation(args: Args, agent: Agent, run: Run) -> dict[str, float]:
+    """The last evaluation, with its dataset and its video."""
+    if args.record_dataset:
+        scalars = record_dataset(agent, args)
+    else:
+        scalars = evaluate(agent, make_env(args), args.final_eval_episodes, args.seed)
+    if args.capture_video:
+        record_video(agent, args, run.dir / "video.mp4")
+    return scalars
+
+
+def report(name: str, scalars: dict[str, float]) -> None:
+    """One line for the terminal about an evaluation."""
+    numbers = ", ".join(f"{key} {scalars[key]:.3g}" for key in ("eval/success_rate", "eval/episodic_return"))
+    print(f"{name}: {numbers} over {scalars['eval/episodes']:.0f} episodes")
+
+
+def save(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
+    progress.elapsed = run.elapsed()
+    state = {"agent": agent.state_dict(), "buffer": buffer.state_dict(), "progress": dataclasses.asdict(progress)}
+    run.save(state | {"demos": demos.rows if demos else None})
+
+
+def train(args: Args) -> None:
+    """The loop of all roles: an actor leaves out learning, a learner receives instead of acting."""
+    env, eval_env, acts, learns = make_env(args), make_env(args), args.role != "learner", args.role != "actor"
+    run, progress, agent, buffer, demos = start(args, env)
+    if args.eval_only:
+        return report("checkpoint", final_evaluation(args, agent, run))
+    if progress.global_step >= args.total_timesteps:
+        fail(
+            f"--total-timesteps {args.total_timesteps}: the run is at step {progress.global_step}; give a larger number"
+        )
+    run.open_logs(args, progress)
+    server = None if acts else LearnerServer(args, buffer.width, progress.held)
+    link = None if learns else ActorLink(args, run, buffer.width)
+    if link:  # what it wrote before gives an actor its seeds, so that no two episodes are the same
+        args.seed, progress.global_step, progress.episode = args.seed + link.number, link.written, link.written
+        agent.generator.manual_seed(episode_seed(args.seed, 0, link.written))
+    if acts:
+        obs, episodic_return = resume_episode(env, progress, buffer, args)
+    metrics, due = {}, 0
+    while not (run.signals or (link.done if link else progress.global_step >= args.total_timesteps)):
+        before = progress.global_step
+        if acts:
+            # Act: uniformly at random until something is learned.
+            with run.phase("act"):
+                learned = link.version if link else before >= args.learning_starts
+                action = agent.act(obs, deterministic=False) if learned else agent.random_action()
+            # Step the environment.
+            with run.phase("env"):
+                next_obs, reward, terminated, truncated, _ = env.step(action)
+            if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
+                fail(
+                    f"step {before}: --env-id {args.env_id} returned reward {reward}, observation {next_obs}: not finite"
+                )
+            # Store: `terminated` cuts the bootstrap, `truncated` does not.
+            rows = transition(obs, action, reward, next_obs, terminated)[None]  # (1, W)
+            obs, episodic_return = next_obs, episodic_return + float(reward)
+            progress.episode_length += 1
+            # Reset: each episode has a seed of its own, so that a resumed run can repeat the unfinished one.
+            if terminated or truncated:
+                progress.returns.append(episodic_return)
+                progress.episode, progress.episode_length, episodic_return = progress.episode + 1, 0, 0.0
+                obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
+        else:
+            # Receive: a paced learner first does what the rows that it has ask for.
+            with run.phase("env"):
+                rows = server.no_rows if due and args.paced else server.receive(0 if due else 100)
+        progress.global_step += len(rows)
+        if link:
+            link.write(rows)
+            link.exchange(agent)
+        elif len(rows):
+            rows = torch.from_numpy(rows).to(agent.device)
+            buffer.add(rows)
+            agent.observe(buffer.split(rows).observations)
+        # Learn: as many critic updates as the ratio to the environment's steps still asks for.
+        if learns and progress.global_step > args.learning_starts:
+            if not metrics:
+                run.read_timer()  # keeps the warm-up out of charts/SPS
+            due = args.utd_ratio * (progress.global_step - args.learning_starts) - agent.critic_updates
+            count = min(due, args.publish_every) if args.paced else args.utd_ratio
+            with run.phase("update"):
+                metrics |= agent.update(buffer, demos, count)
+            due -= count
+            if server and agent.critic_updates - server.published >= args.publish_every:
+                server.publish(agent)
+        # Log.
+        run.steps += len(rows)
+        run.bar.update(len(rows))
+        if run.due(args.log_every, before, progress):
+            run.log_training(progress, metrics)
+        # Evaluate and save.
+        if learns and run.due(args.eval_every, before, progress) and progress.global_step < args.total_timesteps:
+            with run.phase("eval"):
+                run.log_evaluation(progress, evaluate(agent, eval_env, args.eval_episodes, args.seed))
+        if learns and run.due(args.save_every, before, progress):
+            with run.phase("eval"):
+                save(run, progress, agent, buffer, demos)
+
+    run.bar.close()
+    if server:
+        server.publish(agent, done=not run.signals)
+    if learns:
+        save(run, progress, agent, buffer, demos)
+    if run.signals:
+        raise SystemExit(f"stopped at step {progress.global_step}; go on with --resume {run.dir}")
+    if learns:
+        scalars = final_evaluation(args, agent, run)
+        run.log_evaluation(progress, scalars)
+        save(run, progress, agent, buffer, demos)
+        run.plot()
+        report("last", scalars)
+        report("best", progress.best)
+    run.writer.close()
+    print(f"{run.elapsed():.0f} s in all; see {run.dir}")
+
+
+def main(args: Args) -> None:
+    try:
+        train(args)
+    except OSError as error:  # a full disk, above all; the newest checkpoint is whole
+        fail(f"{error}; make room, then go on with --resume and the run directory")
+
+
+if __name__ == "__main__":
+    main(parse_args())
