@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
-import imageio
 import numpy as np
 import tyro
 from gymnasium import spaces
@@ -54,8 +53,6 @@ class Args:
     """seed of the first episode; the next ones count up"""
     video: Path | None = None
     """write this .mp4 file instead of opening a window"""
-    shadows: bool = True
-    """shadows and antialiasing in the video"""
 
 
 # --- Robot ------------------------------------------------------------------------------------------------------------
@@ -366,10 +363,8 @@ class FrankaSim:
     @property
     def tcp_wrench(self) -> np.ndarray:
         """(6,) force (N) and torque (Nm) of the surroundings on the tcp, base frame, in the last physics step.
-
         As libfranka's O_F_ext_hat_K: the joint torques that neither motors nor gravity explain (from contacts anywhere,
-        a load in the grip, applied forces), mapped to the tcp by the pseudo-inverse of the transposed Jacobian.
-        """
+        a load in the grip, applied forces), mapped to the tcp by the pseudo-inverse of the transposed Jacobian."""
         data, jacobian = self.data, np.empty((6, self.model.nv))
         external = data.qfrc_smooth + data.qfrc_constraint - (data.qfrc_actuator + data.qfrc_passive - data.qfrc_bias)
         mujoco.mj_jacSite(self.model, data, jacobian[:3], jacobian[3:], self.tcp)
@@ -433,10 +428,7 @@ def box(*shape: int, low: float = -np.inf, high: float = np.inf) -> spaces.Box:
 
 
 class FrankaEnv(gym.Env):
-    """What the tasks share: options, spaces, the target that actions move, images, saving and restoring.
-
-    A task gives the attributes below and `place`, `evaluate`, `task_observation` and `expert_action`.
-    """
+    """What tasks share. Each gives the attributes below, `place`, `evaluate`, `task_observation`, `expert_action`."""
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 50}
     scene: str  # MJCF bodies
@@ -458,12 +450,10 @@ class FrankaEnv(gym.Env):
         shadows: bool = False,
         render_mode: Literal["rgb_array", "human"] | None = None,
     ) -> None:
-        """Keyword options of `gym.make`; `gripper_action` only where the task offers it.
-
-        `reward_type`: "dense", or "sparse" for 1 at success and 0 otherwise; `control_hz`: actions per second;
-        `image_obs`: observe {state, one image per camera} of `image_size` x `image_size` pixels instead of the task's
-        state; `shadows`: and antialiasing, for pictures, many times slower. Raises ValueError for what makes no sense.
-        """
+        """Keyword options of `gym.make`. `reward_type`: "dense", or "sparse" for 1 at success and 0 otherwise;
+        `control_hz`: actions per second; `gripper_action`: only where the task offers it; `image_obs`: observe {state,
+        one image per camera} of `image_size` x `image_size` pixels instead of the task's state; `shadows`: and
+        antialiasing, for pictures, many times slower. Raises ValueError for what makes no sense."""
         if reward_type not in ("dense", "sparse"):
             raise ValueError(f"reward_type must be 'dense' or 'sparse', not {reward_type!r}")
         self.reward_type, self.terminate_on_success, self.render_mode = reward_type, terminate_on_success, render_mode
@@ -557,9 +547,7 @@ class FrankaEnv(gym.Env):
 
     def get_state(self) -> dict[str, Any]:
         """Everything that `step` and the observations depend on, as a flat dict of arrays and text.
-
-        gymnasium's TimeLimit wrapper counts for itself: give it `elapsed_steps` back on resuming.
-        """
+        gymnasium's TimeLimit wrapper counts for itself: give it `elapsed_steps` back on resuming."""
         task = {name: np.array(getattr(self, name)) for name in self.saved}
         return {**self.sim.get_state(), **task, "np_random": json.dumps(self.np_random.bit_generator.state)}
 
@@ -630,12 +618,9 @@ class FrankaPickCube(FrankaEnv):
 
 
 class FrankaPegInsert(FrankaEnv):
-    """Insert a square 20 mm peg, held by friction between the fingers, 30 mm deep into a 21 mm hole.
-
-    The arm has SERL's peg-insertion gains and action scale (serl_robot_infra/franka_env/envs/peg_env/config.py). The
-    peg can slip and tilt in the grip. Start: tcp within 5 cm and 30 degrees of the middle of the workspace; the hole is
-    within 4 cm of it and turned by up to 10 degrees.
-    """
+    """Insert a square 20 mm peg, held by friction between the fingers (it can slip and tilt), 30 mm deep into a 21 mm
+    hole. Stiffness, damping and action scale are SERL's (serl_robot_infra/franka_env/envs/peg_env/config.py). Start:
+    tcp within 5 cm and 30 degrees of the workspace's middle, the hole within 4 cm and 10 degrees."""
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 10}
     # TASK: bodies that `place` moves but physics does not are mocap bodies; the first two are the arm's target.
@@ -729,9 +714,11 @@ def main(args: Args) -> None:
         raise SystemExit(f"--episodes {args.episodes} --seed {args.seed}: at least one episode, and no negative seed")
     if args.video and (args.video.suffix != ".mp4" or not args.video.parent.is_dir()):
         raise SystemExit(f"--video {args.video}: give an .mp4 file in a folder that exists")
+    import imageio
+
     display = sys.platform != "linux" or any(map(os.environ.get, ("DISPLAY", "WAYLAND_DISPLAY")))
     mode = "rgb_array" if args.video else "human" if display else None
-    env = gym.make(args.env_id, render_mode=mode, shadows=args.video is not None and args.shadows)
+    env = gym.make(args.env_id, render_mode=mode, shadows=mode == "rgb_array")
     writer = imageio.get_writer(args.video, fps=env.metadata["render_fps"]) if args.video else None
     try:
         for episode in range(args.episodes):
