@@ -56,8 +56,8 @@ class Args:
 
 
 # --- Robot ------------------------------------------------------------------------------------------------------------
-# Panda and FR3 by joint, from frankarobotics.github.io/docs/robot_specifications.html: modified (Craig) DH parameters,
-# limits of position, velocity and torque. The hand is turned by -45 degrees on the flange.
+# By joint, frankarobotics.github.io/docs/robot_specifications.html: modified (Craig) DH parameters of Panda and FR3, the
+# Panda's limits of position, velocity and torque. The hand is turned by -45 degrees on the flange.
 DH_A = (0.0, 0.0, 0.0, 0.0825, -0.0825, 0.0, 0.088)  # m
 DH_D = (0.333, 0.0, 0.316, 0.0, 0.384, 0.0, 0.0)  # m
 DH_ALPHA = (0.0, -np.pi / 2, np.pi / 2, np.pi / 2, -np.pi / 2, np.pi / 2, np.pi / 2)  # rad
@@ -199,8 +199,8 @@ def scene_mjcf(scene: str, dt: float, shadows: bool) -> str:
       <worldbody>
         <light pos="0.9 -1.2 2.2" dir="-0.35 0.6 -1" diffuse="0.48 0.47 0.45" directional="true"/>
         <camera name="front" pos="1.25 -0.42 0.68" xyaxes="0.4 0.917 0 -0.388 0.169 0.906" fovy="44"/>
+        <camera name="overview" pos="1.07 -1.34 0.71" xyaxes="0.866 0.5 0 -0.13 0.224 0.966"/>
         <geom name="table" class="fixed" type="box" size="0.55 0.7 0.02" pos="0.3 0 -0.02" material="table"/>
-        <geom class="seen" type="box" size="0.05 0.05 0.35" pos="0.3 0 -0.39" material="grey"/>
         <geom name="floor" class="fixed" type="plane" size="4 4 0.1" pos="0 0 -0.74" rgba="0.72 0.75 0.78 1"/>
         <body name="target" mocap="true"><site name="target" group="4"/></body>
         <body name="target_rotation" mocap="true"><site name="target_rotation" group="4"/></body>
@@ -245,8 +245,8 @@ class FrankaSim:
     the joint's limit. Six actuators pull the site `tcp` to the target (affine bias -K error, force range K x clip), six
     damp it. The target is two mocap bodies, one never turned, so that position errors are clipped by base axes.
     Differs from the real arm: the rotation error is a rotation vector (as franky's), not half of it (as SERL's); the
-    posture is not projected into the nullspace, instead a spring pulls joint 3 to its place at home. Every pose can be
-    reached with joint 3 there, so that at rest the spring is slack and shifts nothing; in motion it disturbs a little.
+    posture is not projected into the nullspace, instead a spring pulls joint 3 to its place at home. The other six
+    suffice for any pose, so that at rest the spring is slack and shifts nothing; in motion it disturbs a little.
     All poses are in the base frame, in metres; quaternions are x, y, z, w as in scipy and SERL.
     """
 
@@ -259,7 +259,7 @@ class FrankaSim:
         self.tcp_position = self.data.site_xpos[self.tcp]  # (3,) view
         self._tcp_matrix = self.data.site_xmat[self.tcp]  # (9,) view, row by row
         self._renderers: dict[tuple[int, int], mujoco.Renderer] = {}
-        self.impedance = impedance or Impedance()
+        self.impedance = replace(impedance or Impedance())  # a copy
         self.set_impedance()
         self.set_gripper(MAX_WIDTH, force=40.0, speed=0.3)
         self.reset_joints(HOME)
@@ -289,7 +289,8 @@ class FrankaSim:
         """Command the distance between the fingers, 0 to 0.08 m; change the force (N, <= 70) or speed (m/s) for it."""
         self.data.ctrl[12] = width
         if force is not None or speed is not None:
-            self.grip_force, self.grip_speed = min(force or self.grip_force, MAX_GRIP_FORCE), speed or self.grip_speed
+            self.grip_force = self.grip_force if force is None else min(force, MAX_GRIP_FORCE)
+            self.grip_speed = self.grip_speed if speed is None else speed
             self.model.actuator_forcerange[12] = -self.grip_force, self.grip_force
             self.model.actuator_gainprm[12, 0] = self.grip_force / 0.01  # full force from 10 mm of error on
             self.model.actuator_biasprm[12, 1] = -self.grip_force / 0.01
@@ -458,7 +459,7 @@ class FrankaEnv(gym.Env):
             raise ValueError(f"reward_type must be 'dense' or 'sparse', not {reward_type!r}")
         self.reward_type, self.terminate_on_success, self.render_mode = reward_type, terminate_on_success, render_mode
         self.image_obs, self.image_size, self.cameras = image_obs, image_size, tuple(cameras)
-        self.sim = sim = FrankaSim(self.scene, impedance=replace(self.impedance), shadows=shadows)
+        self.sim = sim = FrankaSim(self.scene, impedance=self.impedance, shadows=shadows)
         self.nstep = round(1 / (control_hz * sim.model.opt.timestep))
         if self.nstep < 1:
             raise ValueError(f"control_hz={control_hz} is faster than the physics, {1 / sim.model.opt.timestep:.0f} Hz")
@@ -635,7 +636,7 @@ class FrankaPegInsert(FrankaEnv):
           <freejoint/>
           <geom class="object" type="box" size="0.01 0.01 0.035" mass="0.08" friction="0.3" rgba="0.95 0.72 0.2 1"/>
         </body>"""
-    impedance = Impedance(clip=(0.005, 0.005, 0.01), rotational_clip=(0.05, 0.05, 0.05))
+    impedance = Impedance(clip=(0.005, 0.005, 0.01), rotational_clip=(0.05, 0.05, 0.05))  # SERL: 3, 3, 10 mm, 0.02 rad
     workspace = ((0.4, 0.6), (-0.1, 0.1), (0.05, 0.2), (-0.1, 0.1), (-0.1, 0.1), (-0.8, 0.8))
     action_scale = (0.02, 0.02, 0.02, 0.1, 0.1, 0.1)
     task_space = {"hole_pose": box(4)}  # x, y, z of its upper edge (m), yaw (rad)
