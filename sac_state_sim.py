@@ -567,6 +567,7 @@ class Agent:
         self.alpha_optimizer = self.make_optimizer([self.raw_alpha], args.alpha_lr, 0.0)
         self.critic_updates = 0
         self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
+        self.eager_updates = 0  # before the graphs are captured
         if args.compile and device.type == "cuda":
             self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
 
@@ -680,7 +681,8 @@ class Agent:
 
         The first updates run as usual on a side stream (they compile and fill the optimizers), then one is captured.
         """
-        if self.critic_updates <= 3 * self.args.policy_delay:
+        if self.eager_updates < 3 * self.args.policy_delay:
+            self.eager_updates += 1
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
@@ -760,14 +762,15 @@ def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
     """`evaluate`, with the episodes stored as a Minari dataset that knows its task and its reference scores."""
     import minari
 
-    collector, random = minari.DataCollector(make_base_env(args)), copy.copy(agent)
+    collector, random, random_env = minari.DataCollector(make_base_env(args)), copy.copy(agent), make_env(args)
     scalars = evaluate(agent, wrap_env(collector, args), args.final_eval_episodes, args.seed)
-    random.act = lambda obs, deterministic: agent.random_action()
+    random_env.action_space.seed(args.seed)
+    random.act = lambda obs, deterministic: random_env.action_space.sample()
     collector.create_dataset(
         args.record_dataset,
         eval_env=make_base_env(args).spec,
         algorithm_name=args.exp_name,
-        ref_min_score=evaluate(random, make_env(args), 10, args.seed)["eval/episodic_return"],
+        ref_min_score=evaluate(random, random_env, 10, args.seed)["eval/episodic_return"],
         ref_max_score=scalars["eval/episodic_return"],
         description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
     )
@@ -801,7 +804,7 @@ class Run:
         suffix = f"__{args.role}-{uuid.uuid4().hex[:6]}" if args.role != "both" else ""
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}{suffix}"
         self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
-        if not args.resume:
+        if not (args.resume or args.eval_only):
             self.create(args)
         self.seconds, self.steps, self.csv_files, self.signals = defaultdict(float), 0, {}, 0
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -849,9 +852,9 @@ class Run:
             )
         self.writer = SummaryWriter(self.dir, purge_step=progress.global_step + 1)
         for path in self.dir.glob("*.csv"):
-            header, *rows = path.read_text().split("\n")[:-1]  # what follows the last newline was cut off
-            rows = [row for row in rows if int(row.split(",")[0]) <= progress.global_step]
-            write_atomically(path, "\n".join([header, *rows, ""]).encode())
+            header, *rows = [*path.read_text().split("\n")[:-1], ""]  # without what follows the last newline: cut off
+            rows = [row for row in rows if row and int(row.split(",")[0]) <= progress.global_step]
+            write_atomically(path, "".join(row + "\n" for row in (header, *rows) if row).encode())
         self.started, self.logged = time.perf_counter() - progress.elapsed, time.perf_counter()
         interval = 0.2 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(total=args.total_timesteps, initial=progress.global_step, unit="step", mininterval=interval)
@@ -1097,6 +1100,7 @@ class Progress:
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluation with the highest return
     held: dict[str, int] = dataclasses.field(default_factory=dict)  # learner: rows of each actor
     elapsed: float = 0.0  # s
+    finished: bool = False  # with the last evaluation
 
 
 def set_up_torch(args: Args) -> torch.device:
@@ -1185,6 +1189,7 @@ def train(args: Args) -> None:
         fail(
             f"--total-timesteps {args.total_timesteps}: the run is at step {progress.global_step}; give a larger number"
         )
+    progress.finished = False
     run.open_logs(args, progress)
     server = None if acts else LearnerServer(args, buffer.width, progress.held)
     link = None if learns else ActorLink(args, run, buffer.width)
@@ -1204,12 +1209,11 @@ def train(args: Args) -> None:
             # Step the environment.
             with run.phase("env"):
                 next_obs, reward, terminated, truncated, _ = env.step(action)
-            if not (np.isfinite(next_obs).all() and np.isfinite(reward)):
-                fail(
-                    f"step {before}: --env-id {args.env_id} returned reward {reward}, observation {next_obs}: not finite"
-                )
             # Store: `terminated` cuts the bootstrap, `truncated` does not.
             rows = transition(obs, action, reward, next_obs, terminated)[None]  # (1, W)
+            if not np.isfinite(rows).all():
+                save(run, progress, agent, buffer, demos)
+                fail(f"--env-id {args.env_id}: not finite at step {before}: {rows}; saved, go on with --resume {run.dir}")
             obs, episodic_return = next_obs, episodic_return + float(reward)
             progress.episode_length += 1
             # Reset: each episode has a seed of its own, so that a resumed run can repeat the unfinished one.
@@ -1263,6 +1267,7 @@ def train(args: Args) -> None:
     if learns:
         scalars = final_evaluation(args, agent, run)
         run.log_evaluation(progress, scalars)
+        progress.finished = True
         save(run, progress, agent, buffer, demos)
         run.plot()
         report("last", scalars)
