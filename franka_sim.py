@@ -56,8 +56,8 @@ class Args:
 
 
 # --- Robot ------------------------------------------------------------------------------------------------------------
-# By joint, frankarobotics.github.io/docs/robot_specifications.html: modified (Craig) DH parameters of Panda and FR3, the
-# Panda's limits of position, velocity and torque. The hand is turned by -45 degrees on the flange.
+# By joint, frankarobotics.github.io/docs/robot_specifications.html: modified (Craig) DH parameters (Panda and FR3) and
+# the Panda's limits of position, velocity and torque. The hand is turned by -45 degrees on the flange.
 DH_A = (0.0, 0.0, 0.0, 0.0825, -0.0825, 0.0, 0.088)  # m
 DH_D = (0.333, 0.0, 0.316, 0.0, 0.384, 0.0, 0.0)  # m
 DH_ALPHA = (0.0, -np.pi / 2, np.pi / 2, np.pi / 2, -np.pi / 2, np.pi / 2, np.pi / 2)  # rad
