@@ -89,17 +89,17 @@ class Args:
     gripper_penalty: float = 0.0
     """subtracted from the reward when the gripper (last action) switches between opening and closing (SERL: 0.1)"""
     # training
-    total_timesteps: int = 12_000
+    total_timesteps: int = 8_000
     """environment steps"""
     learning_starts: int = 500
     """environment steps with random actions before learning starts"""
     buffer_size: int = 1_000_000
     """transitions kept"""
-    batch_size: int = 256
+    batch_size: int = 128
     """transitions per critic update, demonstrations included"""
-    utd_ratio: int = 2
+    utd_ratio: int = 8
     """critic updates per environment step"""
-    policy_delay: int = 2
+    policy_delay: int = 8
     """critic updates per update of actor and temperature"""
     demos: int = 20
     """demonstrations collected from the task's scripted expert before training (0: none)"""
@@ -107,6 +107,8 @@ class Args:
     """Minari dataset with demonstrations, instead of the scripted expert"""
     demo_ratio: float = 0.5
     """fraction of each batch that is drawn from the demonstrations (RLPD: 0.5)"""
+    demo_noise: float = 0.1
+    """standard deviation of noise on the scripted expert's actions, in [-1, 1]: shows how to recover"""
     eval_every: int = 2_000
     """environment steps between evaluations"""
     eval_episodes: int = 10
@@ -132,7 +134,7 @@ class Args:
     """dropout probability in the critics (DroQ: 0.01)"""
     normalize_observations: bool = True
     """scale observations by their running mean and standard deviation"""
-    num_qs: int = 4
+    num_qs: int = 2
     """critics"""
     num_min_qs: int = 2
     """critics in a random subset whose minimum is the target (REDQ)"""
@@ -154,6 +156,8 @@ class Args:
     """temperature at the start, or always with --no-autotune"""
     target_entropy_per_dim: float = -0.5
     """target entropy divided by the number of action dimensions (SERL, RLPD: -0.5; SAC: -1)"""
+    bc_weight: float = 50.0
+    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
     reward_scale: float = 1.0
     """factor on the reward that the critics learn"""
     actor_lr: float = 3e-4
@@ -320,12 +324,15 @@ def episode_seed(seed: int, stream: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
 
 
-def expert_episode(env: gym.Env, seed: int) -> tuple[list, np.ndarray, np.ndarray, np.ndarray]:
+def expert_episode(env: gym.Env, seed: int, noise: float) -> tuple[list, np.ndarray, np.ndarray, np.ndarray]:
     """One episode of the task's scripted expert: T+1 observations, actions (T, A), rewards (T,), terminations (T,)."""
+    space, rng = env.action_space, np.random.default_rng(seed)
     obs, _ = env.reset(seed=seed)
     observations, steps, done = [obs], [], False
     while not done:
         action = env.unwrapped.expert_action()  # TASK: an expert of your own, or --demo-dataset
+        action = action + noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
+        action = np.clip(action, space.low, space.high).astype(space.dtype)
         obs, reward, terminated, truncated, _ = env.step(action)
         observations.append(obs)
         steps.append((action, reward, terminated))
@@ -358,7 +365,8 @@ def load_demos(args: Args) -> np.ndarray:
     if args.demo_dataset:
         episodes = minari_episodes(args.demo_dataset, env)
     elif hasattr(env.unwrapped, "expert_action"):
-        episodes = (expert_episode(env, episode_seed(args.seed, 2, i)) for i in range(args.demos))
+        seeds = (episode_seed(args.seed, 2, i) for i in range(args.demos))
+        episodes = (expert_episode(env, seed, args.demo_noise) for seed in seeds)
     else:
         fail(f"--demos {args.demos}: {args.env_id} has no expert_action(); use --demo-dataset ID or --demos 0")
     low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
@@ -444,12 +452,16 @@ class Actor(nn.Module):
         return mean, std.clamp(self.std_min, self.std_max)
 
     def sample(self, obs: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions (B, A) = tanh(mean + std * eps) and their log density (B,)."""
-        mean, std = self(obs)
-        u = mean + std * eps
-        log_pi = -0.5 * eps.square() - std.log() - 0.5 * math.log(2 * math.pi)
-        log_pi = log_pi - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log |d tanh/du|, stable: arXiv:1812.05905 C
-        return u.tanh(), log_pi.sum(-1)
+        """Actions (B, A) with noise eps (B, A), and their log density (B,)."""
+        return squash(*self(obs), eps)
+
+
+def squash(mean: Tensor, std: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions tanh(mean + std * eps) and their log density, summed over the last dimension."""
+    u = mean + std * eps
+    log_pi = -0.5 * eps.square() - std.log() - 0.5 * math.log(2 * math.pi)
+    log_pi = log_pi - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log |d tanh/du|, stable: arXiv:1812.05905 appendix C
+    return u.tanh(), log_pi.sum(-1)
 
 
 class Critic(nn.Module):
@@ -612,11 +624,16 @@ class Agent:
         loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
-    def actor_loss(self, observations: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        actions, log_pi = self.actor.sample(observations, eps)  # (B, A), (B,)
-        q_values = self.critic(observations, actions)  # (E, B)
+    def actor_loss(self, batch: Batch, eps: Tensor, num_demos: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft policy improvement, and imitation of the batch's last `num_demos` rows."""
+        mean, std = self.actor(batch.observations)  # (B, A)
+        actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
+        q_values = self.critic(batch.observations, actions)  # (E, B)
         q = q_values.mean(0) if self.args.actor_q == "mean" else q_values.amin(0)
         loss = (self.alpha.detach() * log_pi - q).mean()
+        if num_demos and self.args.bc_weight:  # arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3
+            error = mean[-num_demos:].tanh() - batch.actions[-num_demos:]
+            loss = loss + self.args.bc_weight * error.square().sum(-1).mean()
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
     def update_critic(self, batch: Batch, eps: Tensor, subset: Tensor) -> dict[str, Tensor]:
@@ -628,8 +645,8 @@ class Agent:
             torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.args.tau)
         return metrics
 
-    def update_actor(self, observations: Tensor, eps: Tensor) -> dict[str, Tensor]:
-        loss, metrics = self.actor_loss(observations, eps)
+    def update_actor(self, batch: Batch, eps: Tensor, num_demos: int = 0) -> dict[str, Tensor]:
+        loss, metrics = self.actor_loss(batch, eps, num_demos)
         self.actor_optimizer.zero_grad()
         loss.backward(inputs=list(self.actor.parameters()))  # spares the critics' weight gradients
         self.actor_optimizer.step()
@@ -641,27 +658,17 @@ class Agent:
 
     def update_once(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, with_actor: bool) -> dict[str, Tensor]:
         """One critic step on a fresh batch, then, `with_actor`, one step of actor and temperature."""
-
-        def sample(batch_size: int) -> Batch:
-            num_demos = round(self.args.demo_ratio * batch_size) if demos else 0
-            rows = buffer.sample(batch_size - num_demos, self.generator)
-            if num_demos:
-                rows = torch.cat([rows, demos.sample(num_demos, self.generator)])
-            batch = buffer.split(rows)
-            return batch._replace(
-                observations=self.normalizer(batch.observations),
-                next_observations=self.normalizer(batch.next_observations),
-            )
-
-        def noise(batch_size: int) -> Tensor:
-            return torch.randn(batch_size, self.action_dim, generator=self.generator, device=self.device)
-
-        batch = sample(self.args.batch_size)
+        num_demos = round(self.args.demo_ratio * self.args.batch_size) if demos else 0
+        rows = buffer.sample(self.args.batch_size - num_demos, self.generator)
+        if num_demos:
+            rows = torch.cat([rows, demos.sample(num_demos, self.generator)])
+        batch = buffer.split(rows)
+        observations, next_observations = map(self.normalizer, (batch.observations, batch.next_observations))
+        batch = batch._replace(observations=observations, next_observations=next_observations)
+        eps = torch.randn(2, *batch.actions.shape, generator=self.generator, device=self.device)
         draws = torch.rand(self.args.num_qs, generator=self.generator, device=self.device)
-        metrics = self.update_critic(batch, noise(len(batch.actions)), draws.topk(self.args.num_min_qs).indices)
-        if with_actor:
-            metrics |= self.update_actor(batch.observations, noise(len(batch.actions)))
-        return metrics
+        metrics = self.update_critic(batch, eps[0], draws.topk(self.args.num_min_qs).indices)
+        return metrics | self.update_actor(batch, eps[1], num_demos) if with_actor else metrics
 
     def update(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, count: int) -> dict[str, Tensor]:
         """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
@@ -798,7 +805,7 @@ def git_commit() -> str:
 
 
 class Run:
-    """A directory that can be read, resumed and run again: scripts, args.json, CSV, TensorBoard, checkpoints, pictures."""
+    """A directory that can be read, resumed and run again: scripts, flags, CSV, TensorBoard, checkpoints, pictures."""
 
     def __init__(self, args: Args):
         suffix = f"__{args.role}-{uuid.uuid4().hex[:6]}" if args.role != "both" else ""
@@ -951,9 +958,9 @@ class Run:
 
 
 # --- Actor and learner ------------------------------------------------------------------------------------------------
-# A message is a JSON header {protocol, actor, first, count} and `count` rows of float32, the actor's rows number `first`
-# onwards; the reply is JSON, the number of this actor's rows that the learner holds. An actor keeps all its rows in a
-# file. A learner that lost some in a crash answers with a smaller number and the actor goes back to there; rows that
+# A message is a JSON header {protocol, actor, first, count} and `count` rows of float32, the actor's rows from number
+# `first` on; the reply is JSON, the number of this actor's rows that the learner holds. An actor keeps all its rows in
+# a file. A learner that lost some in a crash answers with a smaller number and the actor goes back to there; rows that
 # arrive twice are known by their number. So each row is learned from exactly once, whichever side is killed.
 def make_socket(kind: int, args: Args):
     """A ZeroMQ socket, encrypted and authenticated with CURVE when there are keys."""
@@ -1213,7 +1220,7 @@ def train(args: Args) -> None:
             rows = transition(obs, action, reward, next_obs, terminated)[None]  # (1, W)
             if not np.isfinite(rows).all():
                 save(run, progress, agent, buffer, demos)
-                fail(f"--env-id {args.env_id}: not finite at step {before}: {rows}; saved, go on with --resume {run.dir}")
+                fail(f"{args.env_id} gave what is not finite at step {before}: {rows}; saved, --resume {run.dir}")
             obs, episodic_return = next_obs, episodic_return + float(reward)
             progress.episode_length += 1
             # Reset: each episode has a seed of its own, so that a resumed run can repeat the unfinished one.
