@@ -24,6 +24,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -219,6 +220,13 @@ def parse_args(argv: list[str] | None = None) -> Args:
                     f"--{name.replace('_', '-')}: {run_dir} has {getattr(saved, name)}; leave it out or start a new run"
                 )
         args.run_dir = run_dir
+    if args.record_dataset:
+        import minari
+
+        if args.record_dataset in minari.list_local_datasets() or not re.fullmatch(
+            r"[\w/.-]+-v\d+", args.record_dataset
+        ):
+            fail(f"--record-dataset {args.record_dataset}: exists already, or is not of the form NAMESPACE/NAME-v0")
     if min(args.total_timesteps, args.learning_starts, args.batch_size, args.utd_ratio, args.policy_delay) < 1:
         fail("--total-timesteps, --learning-starts, --batch-size, --utd-ratio and --policy-delay must be at least 1")
     if args.num_min_qs > args.num_qs:
@@ -265,6 +273,25 @@ class ActionChunk(gym.Wrapper):
             if terminated or truncated:
                 break
         return obs, rewards, terminated, truncated, info
+
+
+class Recorder(gym.Wrapper):
+    """Keeps every episode: its observations, and its steps (action, reward, terminated, truncated)."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.episodes = []
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.episodes.append(([obs], []))
+        return obs, info
+
+    def step(self, action):
+        obs, *ends, info = self.env.step(action)
+        self.episodes[-1][0].append(obs)
+        self.episodes[-1][1].append((action, *ends))
+        return obs, *ends, info
 
 
 class Playback(gym.Env):
@@ -324,34 +351,43 @@ def episode_seed(seed: int, stream: int, episode: int) -> int:
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
 
 
-def expert_episode(env: gym.Env, seed: int, noise: float) -> tuple[list, np.ndarray, np.ndarray, np.ndarray]:
-    """One episode of the task's scripted expert: T+1 observations, actions (T, A), rewards (T,), terminations (T,)."""
-    space, rng = env.action_space, np.random.default_rng(seed)
-    obs, _ = env.reset(seed=seed)
-    observations, steps, done = [obs], [], False
-    while not done:
-        action = env.unwrapped.expert_action()  # TASK: an expert of your own, or --demo-dataset
-        action = action + noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
-        action = np.clip(action, space.low, space.high).astype(space.dtype)
-        obs, reward, terminated, truncated, _ = env.step(action)
-        observations.append(obs)
-        steps.append((action, reward, terminated))
-        done = terminated or truncated
-    return observations, *(np.array(values) for values in zip(*steps, strict=True))
+def expert_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
+    """The task's scripted expert: T+1 observations, actions (T, A), rewards (T,), terminations (T,) of each episode.
+
+    Exits when the task has none, which would be a method `expert_action() -> action` of the unwrapped environment.
+    """
+    if not hasattr(env.unwrapped, "expert_action"):
+        fail(f"--demos {args.demos}: {args.env_id} has no expert_action(); use --demo-dataset ID or --demos 0")
+    recorder, rng, space = Recorder(env), np.random.default_rng(args.seed), env.action_space
+    for episode in range(args.demos):
+        recorder.reset(seed=episode_seed(args.seed, 2, episode))
+        done = False
+        while not done:
+            noise = args.demo_noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
+            action = np.clip(env.unwrapped.expert_action() + noise, space.low, space.high).astype(space.dtype)
+            _, _, terminated, truncated, _ = recorder.step(action)
+            done = terminated or truncated
+        observations, steps = recorder.episodes[-1]
+        actions, rewards, terminations, _ = (np.array(values) for values in zip(*steps, strict=True))
+        yield observations, actions, rewards, terminations
 
 
-def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[tuple]:
-    """The episodes of a local Minari dataset, as `expert_episode` gives them. Exits when they do not fit the task."""
+def minari_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
+    """The episodes of a local Minari dataset, as `expert_episodes` gives them. Exits when they do not fit the task."""
     import minari
 
+    def layout(space: spaces.Space) -> object:
+        return {k: layout(v) for k, v in space.items()} if isinstance(space, spaces.Dict) else space.shape
+
     try:
-        dataset = minari.load_dataset(dataset_id)
+        dataset = minari.load_dataset(args.demo_dataset)
     except (FileNotFoundError, ValueError) as error:
-        fail(f"--demo-dataset {dataset_id}: {error}; `minari list local` shows what is there")
-    for name in ("observation_space", "action_space"):
-        ours, theirs = getattr(env, name), getattr(dataset, name)
-        if type(ours) is not type(theirs) or spaces.flatdim(ours) != spaces.flatdim(theirs):
-            fail(f"--demo-dataset {dataset_id}: its {name} is {theirs}, the task's is {ours}")
+        fail(f"--demo-dataset {args.demo_dataset}: {error}; `minari list local` shows what is there")
+    ours, theirs = env.action_space, dataset.action_space
+    same_actions = ours.shape == theirs.shape and np.allclose([ours.low, ours.high], [theirs.low, theirs.high])
+    if not same_actions or layout(env.observation_space) != layout(dataset.observation_space):
+        spaces_of = f"{dataset.observation_space}, {theirs}; the task's are {env.observation_space}, {ours}"
+        fail(f"--demo-dataset {args.demo_dataset}: does not fit {args.env_id}; its spaces are {spaces_of}")
     for episode in dataset.iterate_episodes():
         observations = episode.observations
         if isinstance(observations, dict):
@@ -362,22 +398,18 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[tuple]:
 def load_demos(args: Args) -> np.ndarray:
     """Demonstrations as rows (N, W) of the replay buffer, from a Minari dataset or the task's scripted expert."""
     env, rows = make_base_env(args), []
-    if args.demo_dataset:
-        episodes = minari_episodes(args.demo_dataset, env)
-    elif hasattr(env.unwrapped, "expert_action"):
-        seeds = (episode_seed(args.seed, 2, i) for i in range(args.demos))
-        episodes = (expert_episode(env, seed, args.demo_noise) for seed in seeds)
-    else:
-        fail(f"--demos {args.demos}: {args.env_id} has no expert_action(); use --demo-dataset ID or --demos 0")
     low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
-    for observations, actions, rewards, terminations in episodes:
-        playback = wrap_env(Playback(env, observations, rewards, terminations), args)
+    for observations, actions, *ends in (minari_episodes if args.demo_dataset else expert_episodes)(args, env):
+        playback = wrap_env(Playback(env, observations, *ends), args)
         actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)  # (T, A) in [-1, 1]
+        padding = np.repeat(actions[-1:], -len(actions) % length, 0)  # the last chunk's, not executed
         obs, _ = playback.reset()
-        for action in actions[: len(actions) // length * length].reshape(-1, length * actions.shape[1]):
-            next_obs, reward, terminated, _, _ = playback.step(action)
+        for action in np.concatenate([actions, padding]).reshape(-1, length * actions.shape[1]):
+            next_obs, reward, terminated, truncated, _ = playback.step(action)
             rows.append(transition(obs, action, reward, next_obs, terminated))
             obs = next_obs
+            if terminated or truncated:
+                break
     if not np.isfinite(rows).all():
         fail(f"--demo-dataset {args.demo_dataset}: holds numbers that are not finite")
     return np.stack(rows)
@@ -527,12 +559,13 @@ class ReplayBuffer:
         self.size = torch.zeros((), device=device)  # rows held; a tensor, so that a CUDA graph sees it grow
 
     def add(self, rows: Tensor) -> None:
-        """Appends rows (N, W), oldest first; N may be anything up to the capacity."""
-        start = self.total % self.capacity
+        """Appends rows (N, W), oldest first."""
+        self.total += len(rows)
+        rows = rows[-self.capacity :]
+        start = (self.total - len(rows)) % self.capacity
         head = min(len(rows), self.capacity - start)
         self.rows[start : start + head] = rows[:head]
         self.rows[: len(rows) - head] = rows[head:]
-        self.total += len(rows)
         self.size.fill_(min(self.total, self.capacity))
 
     def sample(self, batch_size: int, generator: torch.Generator) -> Tensor:
@@ -768,14 +801,23 @@ def record_video(agent: Agent, args: Args, path: Path, episodes: int = 4) -> Non
 def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
     """`evaluate`, with the episodes stored as a Minari dataset that knows its task and its reference scores."""
     import minari
+    from gymnasium.vector.utils import concatenate, create_empty_array
+    from minari.data_collector import EpisodeBuffer
 
-    collector, random, random_env = minari.DataCollector(make_base_env(args)), copy.copy(agent), make_env(args)
-    scalars = evaluate(agent, wrap_env(collector, args), args.final_eval_episodes, args.seed)
+    recorder, random, random_env = Recorder(make_base_env(args)), copy.copy(agent), make_env(args)
+    scalars = evaluate(agent, wrap_env(recorder, args), args.final_eval_episodes, args.seed)
     random_env.action_space.seed(args.seed)
     random.act = lambda obs, deterministic: random_env.action_space.sample()
-    collector.create_dataset(
+    space, buffers = recorder.observation_space, []
+    for observations, steps in recorder.episodes:
+        stacked = concatenate(space, observations, create_empty_array(space, len(observations)))
+        buffers.append(
+            EpisodeBuffer(len(buffers), None, None, stacked, *(np.array(v) for v in zip(*steps, strict=True)))
+        )
+    minari.create_dataset_from_buffers(
         args.record_dataset,
-        eval_env=make_base_env(args).spec,
+        buffers,
+        env=recorder.env.spec,
         algorithm_name=args.exp_name,
         ref_min_score=evaluate(random, random_env, 10, args.seed)["eval/episodic_return"],
         ref_max_score=scalars["eval/episodic_return"],
