@@ -24,7 +24,6 @@ import io
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -222,11 +221,14 @@ def parse_args(argv: list[str] | None = None) -> Args:
         args.run_dir = run_dir
     if args.record_dataset:
         import minari
+        from minari.dataset.minari_dataset import parse_dataset_id
 
-        if args.record_dataset in minari.list_local_datasets() or not re.fullmatch(
-            r"[\w/.-]+-v\d+", args.record_dataset
-        ):
-            fail(f"--record-dataset {args.record_dataset}: exists already, or is not of the form NAMESPACE/NAME-v0")
+        try:
+            parse_dataset_id(args.record_dataset)
+        except ValueError as error:
+            fail(f"--record-dataset: {error}")
+        if args.record_dataset in minari.list_local_datasets():
+            fail(f"--record-dataset {args.record_dataset}: exists; `minari delete` it, or give another name or version")
     if min(args.total_timesteps, args.learning_starts, args.batch_size, args.utd_ratio, args.policy_delay) < 1:
         fail("--total-timesteps, --learning-starts, --batch-size, --utd-ratio and --policy-delay must be at least 1")
     if args.num_min_qs > args.num_qs:
