@@ -21,6 +21,7 @@ import importlib
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -82,8 +83,7 @@ INERTIAL = (
     (0.735522, "0.010517 -0.004252 0.061597", "0.012516 0.010027 0.004815 -0.000428 -0.001196 -0.000741"),
 )
 HOME = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad; the tcp points down at (0.45, 0, 0.3)
-# What the robot looks like: part, colour (with + what collides, too), shape, its two ends or its middle | its size.
-# In metres, in the part's frame.
+# What the robot looks like: part, colour (+: it collides), shape, ends or middle | size; m, in its own frame
 SHAPES = """
     link0  dark   box      -0.045 0 0.006                       | 0.105 0.085 0.006
     link0  white  box      -0.085 0 0.045                       | 0.055 0.06 0.034
@@ -282,8 +282,7 @@ class FrankaSim:
         """Move the target to `position` (x, y, z in m) and, if given, `quaternion` (x, y, z, w)."""
         self.data.mocap_pos[0] = position
         if quaternion is not None:
-            x, y, z, w = quaternion
-            self.data.mocap_quat[1] = w, x, y, z
+            self.data.mocap_quat[1] = np.take(quaternion, (3, 0, 1, 2))
 
     def set_gripper(self, width: float, force: float | None = None, speed: float | None = None) -> None:
         """Command the distance between the fingers, 0 to 0.08 m; change the force (N, <= 70) or speed (m/s) for it."""
@@ -318,7 +317,7 @@ class FrankaSim:
 
     def reset_pose(self, position: Sequence[float], quaternion: Sequence[float], width: float = MAX_WIDTH) -> None:
         """`reset_joints` to this pose of the tcp, with joint 3 as at home. Raises ValueError if it is out of reach."""
-        wanted, actual, error = np.array(quaternion)[[3, 0, 1, 2]], np.empty(4), np.empty(6)
+        wanted, actual, error = np.take(quaternion, (3, 0, 1, 2)), np.empty(4), np.empty(6)
         free, jacobian = [0, 1, 3, 4, 5, 6], np.empty((6, self.model.nv))
         self.data.qpos[:7] = HOME
         for _ in range(20):  # Newton's method
@@ -463,12 +462,10 @@ class FrankaEnv(gym.Env):
         self.nstep = round(1 / (control_hz * sim.model.opt.timestep))
         if self.nstep < 1:
             raise ValueError(f"control_hz={control_hz} is faster than the physics, {1 / sim.model.opt.timestep:.0f} Hz")
-        known = [sim.model.camera(i).name for i in range(sim.model.ncam)]
-        if not set(self.cameras) <= set(known):
-            raise ValueError(f"cameras={self.cameras}: there are {known}")
+        if not set(self.cameras) <= (known := {sim.model.camera(i).name for i in range(sim.model.ncam)}):
+            raise ValueError(f"cameras={self.cameras}: there are {sorted(known)}")
         self.metadata = self.metadata | {"render_fps": round(control_hz)}
-        self.viewer = None
-        self.target, self.closure, self.elapsed_steps = [0.0] * len(self.workspace), 0.0, 0
+        self.target, self.closure, self.elapsed_steps, self.viewer = [0.0] * len(self.workspace), 0.0, 0, None
         self.action_space = box(len(self.workspace) + gripper_action, low=-1, high=1)
         robot_space = {name: box(value.size) for name, value in self.robot_observation().items()}
         self.observation_space = spaces.Dict(robot_space | self.task_space)
@@ -535,7 +532,9 @@ class FrankaEnv(gym.Env):
             if self.viewer is None:
                 import mujoco.viewer  # needs a display
 
-                self.viewer, self.shown = mujoco.viewer.launch_passive(self.sim.model, self.sim.data), time.monotonic()
+                others, self.shown = threading.enumerate(), time.monotonic()
+                self.viewer = mujoco.viewer.launch_passive(self.sim.model, self.sim.data)
+                self.viewer_threads = set(threading.enumerate()) - set(others)
             self.viewer.sync()
             time.sleep(max(self.shown + self.nstep * self.sim.model.opt.timestep - time.monotonic(), 0.0))
             self.shown = time.monotonic()
@@ -545,6 +544,8 @@ class FrankaEnv(gym.Env):
         self.sim.close()
         if self.viewer is not None:
             self.viewer.close()
+            for thread in self.viewer_threads:  # glfw crashes if the process ends before they do
+                thread.join(timeout=5)
 
     def get_state(self) -> dict[str, Any]:
         """Everything that `step` and the observations depend on, as a flat dict of arrays and text.
@@ -728,8 +729,7 @@ def main(args: Args) -> None:
             while not done:
                 _, reward, terminated, truncated, info = env.step(env.unwrapped.expert_action())
                 episodic_return, done = episodic_return + reward, terminated or truncated
-                if info["success"] and first_success is None:
-                    first_success = env.unwrapped.elapsed_steps
+                first_success = first_success or (env.unwrapped.elapsed_steps if info["success"] else None)
                 if writer:
                     writer.append_data(env.render())
             outcome = f"success, first at step {first_success}" if info["success"] else "failure"
