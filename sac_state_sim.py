@@ -77,8 +77,8 @@ class Args:
     """use a GPU when there is one"""
     compile: bool = True
     """on a GPU: compile the losses and replay each update as one CUDA graph (a CPU is faster without)"""
-    threads: int = 0
-    """CPU threads for PyTorch (0: PyTorch's own choice)"""
+    threads: int = 1
+    """CPU threads for PyTorch: a second one helps on an idle machine and hinders on a busy one"""
     # environment
     env_id: str = "FrankaPickCube-v0"  # TASK: your task
     """gymnasium id, also module:Env-v0, with Box or flattenable Dict observations and bounded Box actions"""
@@ -329,7 +329,8 @@ def wrap_env(env: gym.Env, args: Args) -> gym.Env:
 def make_base_env(args: Args, render: bool = False) -> gym.Env:
     """The task as gymnasium makes it. Exits with one line when this script cannot learn it."""
     try:
-        env = gym.make(args.env_id, render_mode="rgb_array" if render else None)  # TASK: keyword options of your task
+        options = {"render_mode": "rgb_array"} if render else {}  # TASK: keyword options of your task
+        env = gym.make(args.env_id, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     boxes = env.observation_space.spaces.values() if isinstance(env.observation_space, spaces.Dict) else ()
@@ -550,46 +551,46 @@ def transition(obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.
     return np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32, casting="same_kind")
 
 
+def split_rows(rows: Tensor, splits: tuple[int, ...]) -> Batch:
+    """Rows (B, W) by their meaning."""
+    observations, actions, rewards, next_observations, terminations = rows.split(splits, -1)
+    return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminations.squeeze(-1))
+
+
 class ReplayBuffer:
     """Uniform ring buffer of rows; lives on the device, so that sampling is one gather."""
 
-    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device):
-        self.capacity, self.splits = capacity, (obs_dim, action_dim, 1, obs_dim, 1)
-        self.width = sum(self.splits)
-        self.rows = torch.empty(capacity, self.width, device=device)
+    def __init__(self, capacity: int, row_width: int, device: torch.device):
+        self.rows = torch.empty(capacity, row_width, device=device)
         self.total = 0  # rows ever added
-        self.size = torch.zeros((), device=device)  # rows held; a tensor, so that a CUDA graph sees it grow
+
+    def __len__(self) -> int:
+        return min(self.total, len(self.rows))
 
     def add(self, rows: Tensor) -> None:
         """Appends rows (N, W), oldest first."""
+        capacity = len(self.rows)
         self.total += len(rows)
-        rows = rows[-self.capacity :]
-        start = (self.total - len(rows)) % self.capacity
-        head = min(len(rows), self.capacity - start)
+        rows = rows[-capacity:]
+        start = (self.total - len(rows)) % capacity
+        head = min(len(rows), capacity - start)
         self.rows[start : start + head] = rows[:head]
         self.rows[: len(rows) - head] = rows[head:]
-        self.size.fill_(min(self.total, self.capacity))
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Rows (B, W), uniformly with replacement."""
-        u = torch.rand(batch_size, generator=generator, device=self.rows.device, dtype=torch.float64)
-        return self.rows[(u * self.size).long()]
-
-    def split(self, rows: Tensor) -> Batch:
-        observations, actions, rewards, next_observations, terminations = rows.split(self.splits, -1)
-        return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminations.squeeze(-1))
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Rows (*shape, W), uniformly with replacement."""
+        return self.rows[torch.randint(len(self), shape, generator=generator, device=self.rows.device)]
 
     def last(self, count: int) -> Tensor:
         """The newest `count` rows, oldest first."""
-        return self.rows[torch.arange(self.total - count, self.total, device=self.rows.device) % self.capacity]
+        return self.rows[torch.arange(self.total - count, self.total, device=self.rows.device) % len(self.rows)]
 
     def state_dict(self) -> dict:
-        return {"rows": self.rows[: min(self.total, self.capacity)].clone(), "total": self.total}
+        return {"rows": self.rows[: len(self)].clone(), "total": self.total}
 
     def load_state_dict(self, state: dict) -> None:
         self.rows[: len(state["rows"])] = state["rows"]
         self.total = state["total"]
-        self.size.fill_(len(state["rows"]))
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
@@ -612,9 +613,11 @@ class Agent:
         self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.actor_lr, args.weight_decay)
         self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.critic_lr, args.weight_decay)
         self.alpha_optimizer = self.make_optimizer([self.raw_alpha], args.alpha_lr, 0.0)
-        self.critic_updates = 0
-        self.graphs: dict[bool, tuple[torch.cuda.CUDAGraph, dict[str, Tensor]]] = {}
-        self.eager_updates = 0  # before the graphs are captured
+        networks = (self.actor, self.critic, self.target_critic)
+        self.actor_parameters, self.critic_parameters, self.target_parameters = (list(n.parameters()) for n in networks)
+        self.splits = (obs_dim, action_dim, 1, obs_dim, 1)
+        self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0  # per batch
+        self.critic_updates, self.eager_updates, self.graphs = 0, 0, {}
         if args.compile and device.type == "cuda":
             self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
 
@@ -631,10 +634,10 @@ class Agent:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         return mean.tanh()[0].cpu().numpy()
 
-    def observe(self, observations: Tensor) -> None:
-        """Takes observations (N, O) into the running statistics."""
+    def observe(self, rows: Tensor) -> None:
+        """Takes the observations of rows (N, W) into the running statistics."""
         if self.args.normalize_observations:
-            self.normalizer.update(observations)
+            self.normalizer.update(rows[:, : self.splits[0]])
 
     def random_action(self) -> np.ndarray:
         """Action (A,) uniform in [-1, 1]."""
@@ -659,15 +662,15 @@ class Agent:
         loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
-    def actor_loss(self, batch: Batch, eps: Tensor, num_demos: int = 0) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft policy improvement, and imitation of the batch's last `num_demos` rows."""
+    def actor_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft policy improvement, and imitation of the demonstrations, which are the batch's last rows."""
         mean, std = self.actor(batch.observations)  # (B, A)
         actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
         q_values = self.critic(batch.observations, actions)  # (E, B)
         q = q_values.mean(0) if self.args.actor_q == "mean" else q_values.amin(0)
         loss = (self.alpha.detach() * log_pi - q).mean()
-        if num_demos and self.args.bc_weight:  # arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3
-            error = mean[-num_demos:].tanh() - batch.actions[-num_demos:]
+        if self.num_demos and self.args.bc_weight:  # arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3
+            error = mean[-self.num_demos :].tanh() - batch.actions[-self.num_demos :]  # (D, A)
             loss = loss + self.args.bc_weight * error.square().sum(-1).mean()
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
@@ -677,13 +680,13 @@ class Agent:
         loss.backward()
         self.critic_optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.target_critic.parameters()), list(self.critic.parameters()), self.args.tau)
+            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
         return metrics
 
-    def update_actor(self, batch: Batch, eps: Tensor, num_demos: int = 0) -> dict[str, Tensor]:
-        loss, metrics = self.actor_loss(batch, eps, num_demos)
+    def update_actor(self, batch: Batch, eps: Tensor) -> dict[str, Tensor]:
+        loss, metrics = self.actor_loss(batch, eps)
         self.actor_optimizer.zero_grad()
-        loss.backward(inputs=list(self.actor.parameters()))  # spares the critics' weight gradients
+        loss.backward(inputs=self.actor_parameters)  # spares the critics' weight gradients
         self.actor_optimizer.step()
         if self.args.autotune:
             self.alpha_optimizer.zero_grad()
@@ -691,53 +694,53 @@ class Agent:
             self.alpha_optimizer.step()
         return metrics | {"losses/alpha": self.alpha.detach()}
 
-    def update_once(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, with_actor: bool) -> dict[str, Tensor]:
-        """One critic step on a fresh batch, then, `with_actor`, one step of actor and temperature."""
-        num_demos = round(self.args.demo_ratio * self.args.batch_size) if demos else 0
-        rows = buffer.sample(self.args.batch_size - num_demos, self.generator)
-        if num_demos:
-            rows = torch.cat([rows, demos.sample(num_demos, self.generator)])
-        batch = buffer.split(rows)
+    def update_once(self, rows: Tensor, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
+        """One critic step on rows (B, W) of the buffer, then, `with_actor`, one step of actor and temperature.
+
+        `eps` (2, B, A) is noise for the two steps, `subset` (M,) chooses critics for the target.
+        """
+        batch = split_rows(rows, self.splits)
         observations, next_observations = map(self.normalizer, (batch.observations, batch.next_observations))
         batch = batch._replace(observations=observations, next_observations=next_observations)
-        eps = torch.randn(2, *batch.actions.shape, generator=self.generator, device=self.device)
-        draws = torch.rand(self.args.num_qs, generator=self.generator, device=self.device)
-        metrics = self.update_critic(batch, eps[0], draws.topk(self.args.num_min_qs).indices)
-        return metrics | self.update_actor(batch, eps[1], num_demos) if with_actor else metrics
+        metrics = self.update_critic(batch, eps[0], subset)
+        return metrics | self.update_actor(batch, eps[1]) if with_actor else metrics
 
     def update(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, count: int) -> dict[str, Tensor]:
         """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
-        metrics = {}
-        for _ in range(count):
+        metrics, rows = {}, buffer.sample((count, self.args.batch_size - self.num_demos), self.generator)
+        if self.num_demos:
+            rows = torch.cat([rows, demos.sample((count, self.num_demos), self.generator)], 1)  # (count, B, W)
+        eps = torch.randn(count, 2, self.args.batch_size, self.action_dim, generator=self.generator, device=self.device)
+        draws = torch.rand(count, self.args.num_qs, generator=self.generator, device=self.device)
+        for inputs in zip(rows, eps, draws.topk(self.args.num_min_qs).indices, strict=True):
             self.critic_updates += 1
             self.schedule_lr()
-            with_actor = self.critic_updates % self.args.policy_delay == 0
-            if self.args.compile and self.device.type == "cuda":
-                metrics |= self.replay(buffer, demos, with_actor)
-            else:
-                metrics |= self.update_once(buffer, demos, with_actor)
+            update = self.replay if self.args.compile and self.device.type == "cuda" else self.update_once
+            metrics |= update(*inputs, with_actor=self.critic_updates % self.args.policy_delay == 0)
         return metrics
 
-    def replay(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, with_actor: bool) -> dict[str, Tensor]:
-        """`update_once` as one CUDA graph: sampling, losses, optimizers and targets without a launch of their own.
+    def replay(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
+        """`update_once` as one CUDA graph: losses, gradients, optimizers and targets are launched together.
 
-        The first updates run as usual on a side stream (they compile and fill the optimizers), then one is captured.
+        The first updates run as usual on a side stream (they compile, and fill the optimizers), then one is captured.
         """
         if self.eager_updates < 3 * self.args.policy_delay:
             self.eager_updates += 1
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                metrics = self.update_once(buffer, demos, with_actor)
+                metrics = self.update_once(*inputs, with_actor)
             torch.cuda.current_stream().wait_stream(stream)
             return metrics
         if with_actor not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
+            graph, static_inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
+            graph.register_generator_state(self.generator)  # for dropout
             with torch.cuda.graph(graph):
-                metrics = self.update_once(buffer, demos, with_actor)
-            self.graphs[with_actor] = graph, metrics
-        graph, metrics = self.graphs[with_actor]
+                metrics = self.update_once(*static_inputs, with_actor)
+            self.graphs[with_actor] = graph, static_inputs, metrics
+        graph, static_inputs, metrics = self.graphs[with_actor]
+        for static, tensor in zip(static_inputs, inputs, strict=True):
+            static.copy_(tensor)
         graph.replay()
         return metrics
 
@@ -1156,8 +1159,7 @@ class Progress:
 
 def set_up_torch(args: Args) -> torch.device:
     """Precision, threads and memory for speed; the device."""
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     torch.set_float32_matmul_precision("medium")  # a GPU's TF32; on a CPU oneDNN, on AMD twice as fast as MKL
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations, rather than have the
@@ -1170,7 +1172,7 @@ def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer,
     device, run, progress = set_up_torch(args), Run(args), Progress()
     obs_dim, action_dim = spaces.flatdim(env.observation_space), env.action_space.shape[0]
     agent, rows = Agent(obs_dim, action_dim, args, device), None
-    buffer = ReplayBuffer(args.buffer_size, obs_dim, action_dim, device)
+    buffer = ReplayBuffer(args.buffer_size, sum(agent.splits), device)
     state = run.load(device) if args.resume or args.eval_only else None
     if state:
         try:
@@ -1183,18 +1185,18 @@ def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer,
         fail(f"--eval-only {run.dir}: stopped before its first checkpoint; --resume it")
     elif (args.demos or args.demo_dataset) and args.role != "actor":
         rows = torch.from_numpy(load_demos(args)).to(device)
-        agent.observe(buffer.split(rows).observations)
+        agent.observe(rows)
     demos = None
     if rows is not None:
-        demos = ReplayBuffer(len(rows), obs_dim, action_dim, device)
+        demos = ReplayBuffer(*rows.shape, device)
         demos.add(rows)
     return run, progress, agent, buffer, demos
 
 
-def resume_episode(env: gym.Env, progress: Progress, buffer: ReplayBuffer, args: Args) -> tuple[np.ndarray, float]:
+def resume_episode(env: gym.Env, progress: Progress, agent: Agent, buffer: ReplayBuffer) -> tuple[np.ndarray, float]:
     """Repeats the unfinished episode's actions, which leads to where it was: its observation (O,) and return so far."""
-    obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
-    episodic_return, batch = 0.0, buffer.split(buffer.last(progress.episode_length).cpu())
+    obs, _ = env.reset(seed=episode_seed(agent.args.seed, 0, progress.episode))
+    episodic_return, batch = 0.0, split_rows(buffer.last(progress.episode_length).cpu(), agent.splits)
     for action, stored_obs in zip(batch.actions.numpy(), batch.next_observations.numpy(), strict=True):
         obs, reward, *_ = env.step(action)
         episodic_return += float(reward)
@@ -1203,7 +1205,7 @@ def resume_episode(env: gym.Env, progress: Progress, buffer: ReplayBuffer, args:
                 "this task does not repeat itself: the interrupted episode is left, a new one begins", file=sys.stderr
             )
             progress.episode, progress.episode_length = progress.episode + 1, 0
-            return env.reset(seed=episode_seed(args.seed, 0, progress.episode))[0], 0.0
+            return env.reset(seed=episode_seed(agent.args.seed, 0, progress.episode))[0], 0.0
     return obs, episodic_return
 
 
@@ -1242,13 +1244,13 @@ def train(args: Args) -> None:
         )
     progress.finished = False
     run.open_logs(args, progress)
-    server = None if acts else LearnerServer(args, buffer.width, progress.held)
-    link = None if learns else ActorLink(args, run, buffer.width)
+    server = None if acts else LearnerServer(args, buffer.rows.shape[1], progress.held)
+    link = None if learns else ActorLink(args, run, buffer.rows.shape[1])
     if link:  # what it wrote before gives an actor its seeds, so that no two episodes are the same
         args.seed, progress.global_step, progress.episode = args.seed + link.number, link.written, link.written
         agent.generator.manual_seed(episode_seed(args.seed, 0, link.written))
     if acts:
-        obs, episodic_return = resume_episode(env, progress, buffer, args)
+        obs, episodic_return = resume_episode(env, progress, agent, buffer)
     metrics, due = {}, 0
     while not (run.signals or (link.done if link else progress.global_step >= args.total_timesteps)):
         before = progress.global_step
@@ -1283,7 +1285,7 @@ def train(args: Args) -> None:
         elif len(rows):
             rows = torch.from_numpy(rows).to(agent.device)
             buffer.add(rows)
-            agent.observe(buffer.split(rows).observations)
+            agent.observe(rows)
         # Learn: as many critic updates as the ratio to the environment's steps still asks for.
         if learns and progress.global_step > args.learning_starts:
             if not metrics:
@@ -1309,6 +1311,7 @@ def train(args: Args) -> None:
                 save(run, progress, agent, buffer, demos)
 
     run.bar.close()
+    run.writer.flush()
     if server:
         server.publish(agent, done=not run.signals)
     if learns:
