@@ -1,11 +1,11 @@
 """SAC from states, from plain SAC up to SERL and RLPD strength, in one file.
 
-    python sac_state_sim.py --seed 1                            # a Franka learns to pick up a cube
-    python sac_state_sim.py --env-id HalfCheetah-v5 --demos 0 --total-timesteps 100000
-    python sac_state_sim.py --resume runs/NAME                  # go on after Ctrl-C or a crash
-    python sac_state_sim.py --eval-only runs/NAME --record-dataset franka/pick-v0
-    python sac_state_sim.py --role learner                      # SERL's two processes: the learner ...
-    python sac_state_sim.py --role actor --learner 127.0.0.1    # ... and as many actors as you like
+    python sac_state_sim.py --seed 1                                # a Franka learns to pick up a cube
+    python sac_state_sim.py --env-id HalfCheetah-v5 --demos 0 --utd-ratio 1 --policy-delay 1 --gamma 0.99
+    python sac_state_sim.py --resume RUN_DIR                        # go on after Ctrl-C or a crash
+    python sac_state_sim.py --eval-only RUN_DIR --record-dataset franka/pick-v0
+    python sac_state_sim.py --role learner                          # needs an actor; SERL's two processes
+    python sac_state_sim.py --role actor --learner 127.0.0.1        # needs a learner; as many as you like
 
 Sources: SAC arXiv:1812.05905; random subsets of an ensemble, many updates per step: REDQ arXiv:2101.05982; LayerNorm
 and 50/50 demonstration sampling: RLPD arXiv:2302.02948; actor and learner: SERL arXiv:2401.16013, agentlace.
@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 import uuid
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -207,35 +208,48 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if run_dir := args.resume or args.eval_only:
         try:
             saved = Args(**json.loads((Path(run_dir) / "args.json").read_text()))
+            saved.hidden_dims = tuple(saved.hidden_dims)
         except (OSError, ValueError, TypeError) as error:
             fail(f"--{'resume' if args.resume else 'eval-only'} {run_dir}: no run of this script there ({error})")
-        saved.hidden_dims = tuple(saved.hidden_dims)
         args = tyro.cli(Args, args=argv, description=__doc__, default=saved)
         may_change = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
         may_change += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
         for name in vars(saved).keys() - set(may_change.split()):
-            if getattr(args, name) != getattr(saved, name):
-                fail(
-                    f"--{name.replace('_', '-')}: {run_dir} has {getattr(saved, name)}; leave it out or start a new run"
-                )
+            if getattr(args, name) != (theirs := getattr(saved, name)):
+                fail(f"{flag(name)}: {run_dir} has {theirs}; leave the flag out, or start a new run")
         args.run_dir = run_dir
-    if args.record_dataset:
-        import minari
-        from minari.dataset.minari_dataset import parse_dataset_id
-
-        try:
-            parse_dataset_id(args.record_dataset)
-        except ValueError as error:
-            fail(f"--record-dataset: {error}")
-        if args.record_dataset in minari.list_local_datasets():
-            fail(f"--record-dataset {args.record_dataset}: exists; `minari delete` it, or give another name or version")
-    if min(args.total_timesteps, args.learning_starts, args.batch_size, args.utd_ratio, args.policy_delay) < 1:
-        fail("--total-timesteps, --learning-starts, --batch-size, --utd-ratio and --policy-delay must be at least 1")
+    for name, value in vars(args).items():
+        least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
+        if type(value) is int and value < least:
+            fail(f"{flag(name)} {value}: give at least {least}")
+        if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
+            fail(f"{flag(name)} {value}: give a number that is not negative")
+        if name in ("gamma", "tau", "demo_ratio", "dropout") and value > 1 - 1e-9 * (name in ("demo_ratio", "dropout")):
+            fail(f"{flag(name)} {value}: give a number from 0 to 1")
     if args.num_min_qs > args.num_qs:
         fail(f"--num-min-qs {args.num_min_qs}: there are only --num-qs {args.num_qs} critics to choose from")
-    if not 0 <= args.demo_ratio < 1:
-        fail(f"--demo-ratio {args.demo_ratio}: give a fraction from 0 to below 1")
+    if not args.hidden_dims or min(args.hidden_dims) < 1 or not args.alpha_init or not args.fixed_std:
+        fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+    if args.record_dataset:
+        check_new_dataset(args.record_dataset)
     return args
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def check_new_dataset(dataset_id: str) -> None:
+    """Exits with one line when Minari would refuse this name after the training."""
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except ValueError as error:
+        fail(f"--record-dataset: {error}")
+    if dataset_id in minari.list_local_datasets():
+        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -854,12 +868,15 @@ def git_commit() -> str:
 class Run:
     """A directory that can be read, resumed and run again: scripts, flags, CSV, TensorBoard, checkpoints, pictures."""
 
+    bar = None  # the progress bar
+
     def __init__(self, args: Args):
         suffix = f"__{args.role}-{uuid.uuid4().hex[:6]}" if args.role != "both" else ""
         name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}{suffix}"
         self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
         if not (args.resume or args.eval_only):
             self.create(args)
+        args.run_dir = str(self.dir)
         self.seconds, self.steps, self.csv_files, self.signals = defaultdict(float), 0, {}, 0
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.stop)
@@ -911,7 +928,7 @@ class Run:
             write_atomically(path, "".join(row + "\n" for row in (header, *rows) if row).encode())
         self.started, self.logged = time.perf_counter() - progress.elapsed, time.perf_counter()
         interval = 0.2 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=args.total_timesteps, initial=progress.global_step, unit="step", mininterval=interval)
+        Run.bar = tqdm(total=args.total_timesteps, initial=progress.global_step, unit="step", mininterval=interval)
 
     def elapsed(self) -> float:
         """Seconds spent on this run, its resumed parts together."""
@@ -980,10 +997,11 @@ class Run:
         path, previous = self.dir / "checkpoint.pt", self.dir / "checkpoint.previous"
         path = path if path.exists() or not previous.exists() else previous  # killed between `save`'s two renames
         try:
-            return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
+            with warnings.catch_warnings(action="ignore"):  # it advises to load without weights_only
+                return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
         except Exception as error:  # noqa: BLE001  a damaged file raises what it likes
             remedy = f"delete it to go on from {previous}" if previous.exists() else "start a new run"
-            fail(f"{path}: damaged ({str(error).splitlines()[0]}); {remedy}")
+            fail(f"{path}: damaged, cannot be read ({type(error).__name__}); {remedy}")
 
     def plot(self) -> None:
         """Writes curve.png: return and success rate of the evaluations over environment steps."""
@@ -1148,9 +1166,7 @@ class Progress:
     global_step: int = 0
     episode: int = 0
     episode_length: int = 0  # steps of the unfinished episode
-    returns: list[float] = dataclasses.field(
-        default_factory=list
-    )  # of episodes finished since the last row of train.csv
+    returns: list[float] = dataclasses.field(default_factory=list)  # of episodes since the last row of train.csv
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluation with the highest return
     held: dict[str, int] = dataclasses.field(default_factory=dict)  # learner: rows of each actor
     elapsed: float = 0.0  # s
@@ -1238,10 +1254,8 @@ def train(args: Args) -> None:
     run, progress, agent, buffer, demos = start(args, env)
     if args.eval_only:
         return report("checkpoint", final_evaluation(args, agent, run))
-    if progress.global_step >= args.total_timesteps:
-        fail(
-            f"--total-timesteps {args.total_timesteps}: the run is at step {progress.global_step}; give a larger number"
-        )
+    if progress.finished and progress.global_step >= args.total_timesteps:
+        fail(f"--total-timesteps {args.total_timesteps}: {run.dir} is at {progress.global_step}; give a larger number")
     progress.finished = False
     run.open_logs(args, progress)
     server = None if acts else LearnerServer(args, buffer.rows.shape[1], progress.held)
@@ -1266,7 +1280,8 @@ def train(args: Args) -> None:
             rows = transition(obs, action, reward, next_obs, terminated)[None]  # (1, W)
             if not np.isfinite(rows).all():
                 save(run, progress, agent, buffer, demos)
-                fail(f"{args.env_id} gave what is not finite at step {before}: {rows}; saved, --resume {run.dir}")
+                what = "reward" if np.isfinite([obs, next_obs]).all() else "observation"
+                fail(f"{args.env_id}: the {what} of step {before} is not finite; saved, --resume {run.dir} goes on")
             obs, episodic_return = next_obs, episodic_return + float(reward)
             progress.episode_length += 1
             # Reset: each episode has a seed of its own, so that a resumed run can repeat the unfinished one.
@@ -1310,20 +1325,21 @@ def train(args: Args) -> None:
             with run.phase("eval"):
                 save(run, progress, agent, buffer, demos)
 
-    run.bar.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # from here on they end the program at once
     run.writer.flush()
     if server:
         server.publish(agent, done=not run.signals)
     if learns:
         save(run, progress, agent, buffer, demos)
     if run.signals:
-        raise SystemExit(f"stopped at step {progress.global_step}; go on with --resume {run.dir}")
+        raise KeyboardInterrupt
     if learns:
         scalars = final_evaluation(args, agent, run)
         run.log_evaluation(progress, scalars)
+        run.plot()
         progress.finished = True
         save(run, progress, agent, buffer, demos)
-        run.plot()
         report("last", scalars)
         report("best", progress.best)
     run.writer.close()
@@ -1333,8 +1349,13 @@ def train(args: Args) -> None:
 def main(args: Args) -> None:
     try:
         train(args)
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; go on with --resume {args.run_dir}") from None
     except OSError as error:  # a full disk, above all; the newest checkpoint is whole
-        fail(f"{error}; make room, then go on with --resume and the run directory")
+        fail(f"{error}; make room, then go on with --resume {args.run_dir}")
+    finally:
+        if Run.bar:
+            Run.bar.close()
 
 
 if __name__ == "__main__":

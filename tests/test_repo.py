@@ -29,7 +29,8 @@ SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
 OWN_PYTHON = [*SCRIPTS, *sorted(str(path.relative_to(REPO)) for path in REPO.glob("benchmarks/*.py"))]
 MAY_DIFFER = {"Args", "Agent", "make_env", "main"}
 SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agent", "Evaluation", "Main"]
-FOOTER = 'if __name__ == "__main__":\n    main(tyro.cli(Args, description=__doc__))'
+FOOTER = 'if __name__ == "__main__":\n    main({})'
+CALLS = ("tyro.cli(Args, description=__doc__)", "parse_args()")  # the second where --resume reads a run's own flags
 MAX_LINES, MAX_FUNCTION_LINES, BANNER_LENGTH = 750, 90, 120
 
 # Appended to every command that the README or a header shows, to run it in seconds. tyro takes the last of two flags.
@@ -227,8 +228,8 @@ def layout_faults(source: str) -> list[str]:
     lengths = {len(line) for line in source.splitlines() if line.startswith("# --- ")}
     if lengths - {BANNER_LENGTH}:
         faults.append(f"banner lines have lengths {sorted(lengths)}, not {BANNER_LENGTH}")
-    if not source.endswith("\n\n\n" + FOOTER + "\n"):
-        faults.append(f"the last two lines are not\n{FOOTER}")
+    if not source.endswith(tuple("\n\n\n" + FOOTER.format(call) + "\n" for call in CALLS)):
+        faults.append(f"the last two lines are not\n{FOOTER.format(CALLS[0])}")
     if not re.search(r"^def main\(args: Args\)", source, re.M):
         faults.append("there is no def main(args: Args)")
     if (lines := source.count("\n")) > MAX_LINES:
@@ -261,7 +262,7 @@ class Agent: ...  # TASK: 2
 def main(args: Args) -> None: ...  # TASK: 3
 
 
-{FOOTER}
+{FOOTER.format(CALLS[0])}
 '''
 
 
