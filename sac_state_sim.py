@@ -1,7 +1,7 @@
 """SAC from states, from plain SAC up to SERL and RLPD strength, in one file.
 
     python sac_state_sim.py --seed 1                                # a Franka learns to pick up a cube
-    python sac_state_sim.py --env-id HalfCheetah-v5 --demos 0 --utd-ratio 1 --policy-delay 1 --gamma 0.99
+    python sac_state_sim.py --env-id HalfCheetah-v5 --demos 0       # benchmarks/run.py has good settings for it
     python sac_state_sim.py --resume RUN_DIR                        # go on after Ctrl-C or a crash
     python sac_state_sim.py --eval-only RUN_DIR --record-dataset franka/pick-v0
     python sac_state_sim.py --role learner                          # needs an actor; SERL's two processes
@@ -98,9 +98,9 @@ class Args:
     """transitions kept"""
     batch_size: int = 128
     """transitions per critic update, demonstrations included"""
-    utd_ratio: int = 8
+    utd_ratio: int = 6
     """critic updates per environment step"""
-    policy_delay: int = 8
+    policy_delay: int = 2
     """critic updates per update of actor and temperature"""
     demos: int = 20
     """demonstrations collected from the task's scripted expert before training (0: none)"""
