@@ -67,7 +67,7 @@ ROWS = {
         "at least 6,000",
     ),
     # The published settings, as far as flags of ours express them; the script's header says what differs.
-    "serl_settings": Row(  # rail-berkeley/serl async_sac_state_sim.py, utils/launcher.py:50; its actor sees all 8 batches
+    "serl_settings": Row(  # rail-berkeley/serl utils/launcher.py:50; its actor sees all 8 batches of a step
         "SERL's settings",
         "sac_state_sim.py --demos 0 --total-timesteps 20000 --batch-size 256 --num-qs 10 --num-min-qs 2 --utd-ratio 8"
         " --policy-delay 8 --activation tanh --gamma 0.99 --lr-warmup 2000 --learning-starts 1000"
@@ -78,8 +78,8 @@ ROWS = {
     ),
     "rlpd_settings": Row(  # ikostrikov/rlpd README.md (locomotion), configs/rlpd_config.py; its actor has no LayerNorm
         "RLPD's settings",
-        "sac_state_sim.py --bc-weight 0 --demo-noise 0 --total-timesteps 6000 --batch-size 256 --num-qs 10 --num-min-qs 2"
-        " --utd-ratio 20 --policy-delay 20 --gamma 0.99 --learning-starts 500 --no-normalize-observations"
+        "sac_state_sim.py --bc-weight 0 --demo-noise 0 --total-timesteps 6000 --batch-size 256 --num-qs 10"
+        " --num-min-qs 2 --utd-ratio 20 --policy-delay 20 --gamma 0.99 --learning-starts 500 --no-normalize-observations"
         " --backup-entropy --alpha-init 1.0",
         "eval/success_rate",
         "",
