@@ -188,6 +188,8 @@ class Args:
     """learner: listen on a network without encryption and authentication"""
     paced: bool = True
     """learner: utd_ratio updates per received step; otherwise it updates without a pause"""
+    actor_ahead: int = 1_000
+    """actor: steps that it may be ahead of a paced learner before it waits"""
     publish_every: int = 50
     """learner: updates between two publications of the weights"""
     learner_timeout_s: float = 60.0
@@ -1110,7 +1112,7 @@ class ActorLink:
     def __init__(self, args: Args, run: Run, row_width: int):
         import zmq
 
-        self.args, self.row_bytes, self.version, self.done = args, 4 * row_width, 0, False
+        self.args, self.run, self.row_bytes, self.version, self.done = args, run, 4 * row_width, 0, False
         name_file = run.dir / "actor_name"
         if not name_file.exists():
             write_atomically(name_file, uuid.uuid4().hex.encode())
@@ -1131,7 +1133,15 @@ class ActorLink:
         self.file.flush()
         self.written += len(rows)
 
-    def exchange(self, agent: Agent, wait_ms: int = 0) -> None:
+    def exchange(self, agent: Agent) -> None:
+        """`exchange_once`, and waits while a paced learner is more than `actor_ahead` steps behind."""
+        self.exchange_once(agent, 0)
+        while (
+            self.args.paced and self.written - self.held > self.args.actor_ahead and not (self.done or self.run.signals)
+        ):
+            self.exchange_once(agent, 100)
+
+    def exchange_once(self, agent: Agent, wait_ms: int) -> None:
         """Takes the learner's answer and policy if they are there, and sends rows. Exits when it is silent too long."""
         if self.waiting and self.dealer.poll(wait_ms):
             reply = json.loads(self.dealer.recv())
@@ -1141,12 +1151,12 @@ class ActorLink:
         if (silence := time.monotonic() - self.answered) > self.args.learner_timeout_s:
             address = f"{self.args.learner}:{self.args.port}"
             fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
-        if not self.waiting:
+        if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
             count = min(self.written - self.held, 4096)
             self.file.seek(self.held * self.row_bytes)
             header = {"protocol": PROTOCOL, "actor": self.name, "first": self.held, "count": count}
             self.dealer.send_multipart([json.dumps(header).encode(), self.file.read(count * self.row_bytes)])
-            self.waiting = True
+            self.waiting, self.sent = True, time.monotonic()
         if self.subscriber.poll(0):
             header, _, data = self.subscriber.recv().partition(b"\n")
             vector, tensors = torch.frombuffer(bytearray(data), dtype=torch.float32), agent.policy_tensors()
