@@ -14,7 +14,7 @@ sys.path.insert(0, str(REPO / "benchmarks"))
 import report
 import run
 
-LINE = {"row": "sac_pick_demos", "env_id": "FrankaPickCube-v0", "global_step": 12000, "metric": "eval/success_rate"}
+LINE = {"row": "sac_pick_default", "env_id": "FrankaPickCube-v0", "global_step": 12000, "metric": "eval/success_rate"}
 LINE |= {"wall_s": 90, "peak_mb": 700, "date": "2026-01-02", "commit": "abc1234", "hardware": "a CPU, 2 cores"}
 
 
@@ -87,13 +87,13 @@ def test_run_seed_records_a_line_and_the_curve(tmp_path, monkeypatch):
 def test_summary(tmp_path):
     assert "Nothing has been measured" in report.summary(tmp_path)
     for seed, value in [(1, 0.9), (2, 1.0)]:
-        run.record(tmp_path / "sac_pick_demos.csv", LINE | {"seed": seed, "value": value, "command": "python x.py"})
+        run.record(tmp_path / "sac_pick_default.csv", LINE | {"seed": seed, "value": value, "command": "python x.py"})
     (tmp_path / "sac_state_speed.csv").write_text(
         "contender,steps_per_second\nslow,100\nours,300\nours,290\nours,1000\n"
     )
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
     summary = report.summary(tmp_path)
-    line = next(line for line in summary.splitlines() if "sac_pick_demos" in line)
+    line = next(line for line in summary.splitlines() if "sac_pick_default" in line)
     assert "| **0.95** (0.9, 1) |" in line and "| 12,000 |" in line and "| 1.5 min |" in line and "| 700 MB |" in line
     assert summary.index("| ours | 300 | 3 |") < summary.index("| slow | 100 | 1 |")
     assert "notes" not in summary

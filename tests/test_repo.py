@@ -410,7 +410,7 @@ def test_requirements_are_what_is_imported():
 # --- Numbers that a header or the README promises ---------------------------------------------------------------------
 # A header promises results in lines of this form and nowhere else, and the file shows that it holds for every seed
 # (or for their mean or median, where the line says so):
-#   Expect: eval/success_rate >= 0.95, mean wall_s <= 180 (2 CPU cores) [benchmarks/results/sac_pick_demos.csv]
+#   Expect: eval/success_rate >= 0.95, mean wall_s <= 180 (2 CPU cores) [benchmarks/results/sac_pick_default.csv]
 #   Expect: median steps_per_second >= 3000 [benchmarks/results/franka_sim_speed.csv contender=franka_sim]
 PROMISE = re.compile(r"(?:\b(mean|median) )?([A-Za-z_]+(?:/[A-Za-z_]+)?) (<=|>=|<|>) ([\d_.]*\d)")
 SOURCE = re.compile(r"\[(benchmarks/results/[\w/-]+\.csv)((?: \w+=[^\s\]]+)*)\]")
