@@ -1288,6 +1288,29 @@ def save(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos
     run.save(state | {"demos": demos.rows if demos else None})
 
 
+def finish(
+    args: Args, run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None
+) -> None:
+    """A checkpoint; then, unless the run was stopped, the last evaluation, curve, video and checkpoint."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)  # from here on they end the program at once
+    run.writer.flush()
+    if args.role != "actor":
+        save(run, progress, agent, buffer, demos)
+    if run.signals:
+        raise KeyboardInterrupt
+    if args.role != "actor":
+        scalars = final_evaluation(args, agent, run)
+        run.log_evaluation(progress, scalars)
+        run.plot()
+        progress.finished = True
+        save(run, progress, agent, buffer, demos)
+        report("last", scalars)
+        report("best", progress.best)
+    run.writer.close()
+    print(f"{run.elapsed():.0f} s in all; see {run.dir}")
+
+
 def train(args: Args) -> None:
     """The loop of all roles: an actor leaves out learning, a learner receives instead of acting."""
     env, eval_env, acts, learns = make_env(args), make_env(args), args.role != "learner", args.role != "actor"
@@ -1366,25 +1389,9 @@ def train(args: Args) -> None:
             with run.phase("eval"):
                 save(run, progress, agent, buffer, demos)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # from here on they end the program at once
-    run.writer.flush()
     if server:
         server.publish(agent, done=not run.signals)
-    if learns:
-        save(run, progress, agent, buffer, demos)
-    if run.signals:
-        raise KeyboardInterrupt
-    if learns:
-        scalars = final_evaluation(args, agent, run)
-        run.log_evaluation(progress, scalars)
-        run.plot()
-        progress.finished = True
-        save(run, progress, agent, buffer, demos)
-        report("last", scalars)
-        report("best", progress.best)
-    run.writer.close()
-    print(f"{run.elapsed():.0f} s in all; see {run.dir}")
+    finish(args, run, progress, agent, buffer, demos)
 
 
 def main(args: Args) -> None:
