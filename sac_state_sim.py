@@ -154,6 +154,10 @@ class Args:
     """smallest standard deviation"""
     std_max: float = 5.0
     """largest standard deviation"""
+    explore_prob: float = 0.0
+    """probability per step to hold one action dimension at a random value for explore_steps steps"""
+    explore_steps: int = 10
+    """how long such a value is held"""
     autotune: bool = True
     """adjust the temperature so that the entropy stays at its target"""
     alpha_init: float = 0.01
@@ -636,6 +640,7 @@ class Agent:
         self.actor_parameters, self.critic_parameters, self.target_parameters = (list(n.parameters()) for n in networks)
         self.splits = (obs_dim, action_dim, 1, obs_dim, 1)
         self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0  # per batch
+        self.held_steps, self.held = 0, (0, 0.0)  # of `explore`: steps to go, dimension and value
         self.critic_updates, self.eager_updates, self.graphs, self.pool = 0, 0, {}, None
         if args.threads > 1 and device.type == "cpu":
             self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
@@ -653,7 +658,18 @@ class Agent:
         mean, std = self.actor(self.normalizer(torch.as_tensor(obs, dtype=torch.float32, device=self.device)[None]))
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
-        return mean.tanh()[0].cpu().numpy()
+        action = mean.tanh()[0].cpu().numpy()
+        return action if deterministic or not self.args.explore_prob else self.explore(action)
+
+    def explore(self, action: np.ndarray) -> np.ndarray:
+        """Now and then one dimension keeps a random value for a while; after arXiv:2006.01782."""
+        start, dimension, value = torch.rand(3, generator=self.generator, device=self.device).tolist()
+        if self.held_steps == 0 and start < self.args.explore_prob:
+            self.held_steps, self.held = self.args.explore_steps, (int(dimension * self.action_dim), 2 * value - 1)
+        if self.held_steps:
+            self.held_steps -= 1
+            action[self.held[0]] = self.held[1]
+        return action
 
     def observe(self, rows: Tensor) -> None:
         """Takes the observations of rows (N, W) into the running statistics."""
@@ -806,7 +822,7 @@ class Agent:
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {"raw_alpha": self.raw_alpha.detach(), "critic_updates": self.critic_updates}
-        return state | {"generator": self.generator.get_state()}
+        return state | {"generator": self.generator.get_state(), "held": (self.held_steps, self.held)}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError, ValueError or RuntimeError when the state is of other networks."""
@@ -814,7 +830,7 @@ class Agent:
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.raw_alpha.copy_(state["raw_alpha"])
-        self.critic_updates = state["critic_updates"]
+        self.critic_updates, (self.held_steps, self.held) = state["critic_updates"], state["held"]
         self.generator.set_state(state["generator"].cpu())
 
 
