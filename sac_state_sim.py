@@ -195,7 +195,7 @@ class Args:
     """learner: listen on a network without encryption and authentication"""
     paced: bool = True
     """learner: utd_ratio updates per received step; otherwise it updates without a pause"""
-    actor_ahead: int = 1_000
+    actor_ahead: int = 100
     """actor: steps that it may be ahead of a paced learner before it waits"""
     publish_every: int = 50
     """learner: updates between two publications of the weights"""
@@ -1071,10 +1071,10 @@ class Run:
 
 
 # --- Actor and learner ------------------------------------------------------------------------------------------------
-# A message is a JSON header {protocol, actor, first, count} and `count` rows of float32, the actor's rows from number
-# `first` on; the reply is JSON, the number of this actor's rows that the learner holds. An actor keeps all its rows in
-# a file. A learner that lost some in a crash answers with a smaller number and the actor goes back to there; rows that
-# arrive twice are known by their number. So each row is learned from exactly once, whichever side is killed.
+# A message is a JSON header {protocol, flags, actor, first, count} and `count` rows of float32, the actor's rows from
+# number `first` on; the reply is JSON, the number of this actor's rows that the learner holds. An actor keeps its rows
+# in a file. A learner that lost some in a crash answers with a smaller number and the actor goes back to there; rows
+# that arrive twice are known by their number. So each row is learned from exactly once, whichever side is killed.
 def make_socket(kind: int, args: Args):
     """A ZeroMQ socket, encrypted and authenticated with CURVE when there are keys."""
     import zmq.auth
@@ -1095,6 +1095,13 @@ def make_socket(kind: int, args: Args):
     return socket
 
 
+def shared_flags(args: Args) -> dict[str, object]:
+    """What shapes task and policy, and so must be the same in actor and learner."""
+    names = "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
+    names += "std_parameterization fixed_std std_min std_max"
+    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()}))
+
+
 class LearnerServer:
     """The learner's end: receives rows, publishes the policy."""
 
@@ -1103,7 +1110,7 @@ class LearnerServer:
         from zmq.auth.thread import ThreadAuthenticator
 
         self.row_width, self.held, self.published = row_width, held, 0
-        self.no_rows = np.empty((0, row_width), np.float32)
+        self.no_rows, self.flags = np.empty((0, row_width), np.float32), shared_flags(args)
         if args.bind not in ("127.0.0.1", "localhost") and not args.curve_keys and not args.insecure_lan:
             fail(f"--bind {args.bind}: a network needs --curve-keys DIR (encrypted), or --insecure-lan")
         if args.curve_keys:
@@ -1125,7 +1132,9 @@ class LearnerServer:
     def receive(self, timeout_ms: int) -> np.ndarray:
         """New rows (N, W) of all actors, N may be 0; waits at most `timeout_ms` for the first message."""
         new = [self.no_rows]
-        while self.router.poll(timeout_ms):
+        for _ in range(100):  # then learning has its turn
+            if not self.router.poll(timeout_ms):
+                break
             identity, *frames = self.router.recv_multipart()
             try:
                 header = json.loads(frames[0])
@@ -1133,7 +1142,9 @@ class LearnerServer:
                 rows = np.frombuffer(frames[1], np.float32).reshape(count, self.row_width)
                 if header["protocol"] != PROTOCOL or not np.isfinite(rows).all():
                     raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}, or numbers are not finite")
-            except (ValueError, KeyError, TypeError, IndexError) as error:
+                if differ := [flag(k) for k, v in self.flags.items() if header["flags"].get(k) != v]:
+                    raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
                 reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
             else:
                 held = self.held.get(actor, 0)
@@ -1200,7 +1211,8 @@ class ActorLink:
         if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
             count = min(self.written - self.held, 4096)
             self.file.seek(self.held * self.row_bytes)
-            header = {"protocol": PROTOCOL, "actor": self.name, "first": self.held, "count": count}
+            header = {"protocol": PROTOCOL, "flags": shared_flags(self.args), "actor": self.name}
+            header |= {"first": self.held, "count": count}
             self.dealer.send_multipart([json.dumps(header).encode(), self.file.read(count * self.row_bytes)])
             self.waiting, self.sent = True, time.monotonic()
         if self.subscriber.poll(0):
@@ -1345,8 +1357,14 @@ def train(args: Args) -> None:
         agent.generator.manual_seed(episode_seed(args.seed, 0, link.written))
     if acts:
         obs, episodic_return = resume_episode(env, progress, agent, buffer)
-    metrics, due = {}, 0
-    while not (run.signals or (link.done if link else progress.global_step >= args.total_timesteps)):
+
+    def owed() -> int:
+        """Critic updates that the ratio to the environment's steps still asks for."""
+        steps = progress.global_step - args.learning_starts
+        return max(args.utd_ratio * steps - agent.critic_updates, 0) if learns and args.paced else 0
+
+    metrics = {}
+    while not (run.signals or (link.done if link else progress.global_step >= args.total_timesteps and not owed())):
         before = progress.global_step
         if acts:
             # Act: uniformly at random until something is learned.
@@ -1370,9 +1388,9 @@ def train(args: Args) -> None:
                 progress.episode, progress.episode_length, episodic_return = progress.episode + 1, 0, 0.0
                 obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
         else:
-            # Receive: a paced learner first does what the rows that it has ask for.
+            # Receive: a paced learner first does what the rows that it has ask for; another never waits.
             with run.phase("env"):
-                rows = server.no_rows if due and args.paced else server.receive(0 if due else 100)
+                rows = server.no_rows if owed() else server.receive(100 if args.paced else 0)
         progress.global_step += len(rows)
         if link:
             link.write(rows)
@@ -1381,15 +1399,13 @@ def train(args: Args) -> None:
             rows = torch.from_numpy(rows).to(agent.device)
             buffer.add(rows)
             agent.observe(rows)
-        # Learn: as many critic updates as the ratio to the environment's steps still asks for.
+        # Learn: several critic updates, and actor updates, per step.
         if learns and progress.global_step > args.learning_starts:
             if not metrics:
                 run.read_timer()  # keeps the warm-up out of charts/SPS
-            due = args.utd_ratio * (progress.global_step - args.learning_starts) - agent.critic_updates
-            count = min(due, args.publish_every) if args.paced else args.utd_ratio
             with run.phase("update"):
+                count = min(owed(), args.publish_every) if server and args.paced else args.utd_ratio
                 metrics |= agent.update(buffer, demos, count)
-            due -= count
             if server and agent.critic_updates - server.published >= args.publish_every:
                 server.publish(agent)
         # Log.

@@ -1484,3 +1484,123 @@ def test_losses_that_explode_end_the_run(tmp_path):
         *TINY.split(), *POINT, "--reward-scale", 1e30, "--total-timesteps", 300, "--run-dir", "run", cwd=tmp_path
     )
     assert "--reward-scale" in error or "--critic-lr" in error
+
+
+# --- GPU and compiler -------------------------------------------------------------------------------------------------
+def test_a_run_of_a_gpu_goes_on_without(finished, tmp_path):
+    """A checkpoint as a GPU writes it: its generator's state has 16 bytes, its optimizers are capturable."""
+    run_dir = copy_run(finished, tmp_path)
+    state = checkpoint(run_dir)
+    state["agent"]["generator"] = torch.zeros(16, dtype=torch.uint8)
+    for part in ("actor_optimizer", "critic_optimizer", "alpha_optimizer"):
+        state["agent"][part]["param_groups"][0]["capturable"] = True
+    torch.save(state, run_dir / "checkpoint.pt")
+    result = run_forked(SCRIPT, "--eval-only", "run", "--no-capture-video", cwd=tmp_path, env=TASKS)
+    last = next(line for line in finished.stdout.splitlines() if line.startswith("last: "))
+    assert last.removeprefix("last: ") in result.stdout
+    run_forked(SCRIPT, *GO_ON, 350, cwd=tmp_path, env=TASKS)
+    assert math.isfinite(read_csv(run_dir, "train.csv")["losses/actor_loss"][-1])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_losses_are_the_eager_ones():
+    agent, batch, eps = small_agent(num_qs=3, hidden_dims=(32, 32)), random_batch(16), torch.randn(16, 2)
+    for loss, inputs in ((agent.critic_loss, (batch, eps, torch.tensor([2, 0]))), (agent.actor_loss, (batch, eps))):
+        for module in (agent.actor, agent.critic):
+            module.zero_grad()
+        eager, _ = loss(*inputs)
+        eager.backward()
+        gradients = [
+            p.grad.clone() for p in [*agent.critic.parameters(), *agent.actor.parameters()] if p.grad is not None
+        ]
+        for module in (agent.actor, agent.critic):
+            module.zero_grad()
+        compiled, _ = torch.compile(loss)(*inputs)
+        compiled.backward()
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+        again = [p.grad for p in [*agent.critic.parameters(), *agent.actor.parameters()] if p.grad is not None]
+        for one, other in zip(again, gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def on_gpu(agent_args: Args, rows: torch.Tensor) -> tuple[Agent, ReplayBuffer]:
+    device = torch.device("cuda")
+    agent, buffer = Agent(3, 2, agent_args, device), ReplayBuffer(5000, 10, device)
+    buffer.add(rows.to(device))
+    agent.observe(rows.to(device))
+    return agent, buffer
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_graphed_updates_on_a_gpu(dropout):
+    """Losses finite, weights move, the graph follows the learning rate and the buffer, and resumes."""
+    rows = filled_buffer(200, capacity=200).rows
+    rows[:, 5] = 0  # rewards
+    args = small_args(compile=True, cuda=True, dropout=dropout, lr_decay=60, hidden_dims=(64, 64), batch_size=64)
+    agent, buffer = on_gpu(args, rows)
+    eager, eager_buffer = on_gpu(dataclasses.replace(args, compile=False), rows)
+    before = {name: parameters_of(getattr(agent, name)) for name in ("actor", "critic", "target_critic")}
+    losses = []
+    for _ in range(50):
+        metrics = agent.update(buffer, None, 1)
+        losses.append({name: float(value) for name, value in metrics.items()})
+        eager_metrics = eager.update(eager_buffer, None, 1)
+        if not dropout:  # whose draws differ
+            assert losses[-1]["losses/critic_loss"] == pytest.approx(
+                float(eager_metrics["losses/critic_loss"]), rel=0.05
+            )
+    assert set(agent.graphs) == {False, True} and not eager.graphs
+    assert all(math.isfinite(value) for loss in losses for value in loss.values())
+    assert len({loss["losses/critic_loss"] for loss in losses[-20:]}) == 20  # a fresh batch each time
+    for name, old in before.items():
+        moved = (parameters_of(getattr(agent, name)) - old).abs().mean()
+        assert moved > 1e-5, name
+        if not dropout:
+            gap = (parameters_of(getattr(agent, name)) - parameters_of(getattr(eager, name))).abs().mean()
+            assert gap < 0.2 * moved, name
+    # the buffer grows: high rewards, which the graph has not seen
+    new = rows.repeat(10, 1)
+    new[:, 5] = 100
+    buffer.add(new.cuda())
+    assert float(agent.update(buffer, None, 1)["losses/critic_loss"]) > 100 * losses[-1]["losses/critic_loss"]
+    # state: through a file into another agent, which goes on as the first one does
+    file = io.BytesIO()
+    torch.save(agent.state_dict(), file)
+    file.seek(0)
+    other, _ = on_gpu(dataclasses.replace(args, seed=7), rows)
+    other.load_state_dict(torch.load(file, weights_only=True, map_location="cuda"))
+    for name in before:
+        assert torch.equal(parameters_of(getattr(other, name)), parameters_of(getattr(agent, name)))
+    one, two = (float(each.update(buffer, None, 1)["losses/critic_loss"]) for each in (agent, other))
+    if not dropout:
+        assert one == pytest.approx(two, rel=1e-3)
+    other.update(buffer, None, 7)  # its own graphs too
+    agent.update(buffer, None, 7)
+    assert agent.critic_updates == other.critic_updates == 59
+    assert set(other.graphs) <= {False, True}
+    # the schedule has reached 0: nothing moves any more
+    agent.update(buffer, None, 1)
+    before = [parameters_of(agent.actor), parameters_of(agent.critic)]
+    agent.update(buffer, None, 4)
+    assert torch.equal(before[0], parameters_of(agent.actor)) and torch.equal(before[1], parameters_of(agent.critic))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu(tmp_path):
+    """As a user: trains with graphs, resumes there, and its checkpoint is evaluated on a CPU."""
+    env = TASKS | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    flags = [*TINY.split(), *POINT, "--demos", 2, "--run-dir", "run"]
+    run_script(SCRIPT, *flags, "--total-timesteps", 200, cwd=tmp_path, env=env, timeout=280)
+    run_script(SCRIPT, "--resume", "run", "--total-timesteps", 300, cwd=tmp_path, env=env, timeout=280)
+    columns = read_csv(tmp_path / "run", "train.csv")
+    assert columns["global_step"] == [50, 100, 150, 200, 250, 300]
+    assert all(math.isfinite(x) for key in columns if "losses" in key for x in columns[key][1:])
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", map_location="cpu")["agent"]["critic_updates"] == 250
+    last = read_csv(tmp_path / "run", "eval.csv")["eval/episodic_return"][-1]
+    result = run_script(SCRIPT, "--eval-only", "run", "--no-cuda", "--no-capture-video", cwd=tmp_path, env=TASKS)
+    measured = float(re.search(r"eval/episodic_return ([-\d.e+]+)", result.stdout)[1])
+    assert measured == pytest.approx(last, rel=0.02, abs=0.02)
