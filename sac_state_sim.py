@@ -831,7 +831,12 @@ class Agent:
         with torch.no_grad():
             self.raw_alpha.copy_(state["raw_alpha"])
         self.critic_updates, (self.held_steps, self.held) = state["critic_updates"], state["held"]
-        self.generator.set_state(state["generator"].cpu())
+        for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
+            optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
+        if state["generator"].shape == self.generator.get_state().shape:
+            self.generator.set_state(state["generator"].cpu())
+        else:  # written on a GPU and read on a CPU, or the other way: the run goes on, with other random numbers
+            self.generator.manual_seed(self.args.seed + self.critic_updates)
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
