@@ -1183,7 +1183,7 @@ class ActorLink:
         self.file = (run.dir / "transitions.f32").open("a+b")
         self.written = self.file.seek(0, os.SEEK_END) // self.row_bytes
         self.file.truncate(self.written * self.row_bytes)  # a row that a crash cut off
-        self.held, self.waiting, self.answered = 0, False, time.monotonic()
+        self.held, self.waiting, self.answered, self.sent, self.zmq = 0, False, time.monotonic(), 0.0, zmq
         self.dealer, self.subscriber = make_socket(zmq.DEALER, args), make_socket(zmq.SUB, args)
         self.dealer.connect(f"tcp://{args.learner}:{args.port}")
         self.subscriber.connect(f"tcp://{args.learner}:{args.port + 1}")
@@ -1213,7 +1213,8 @@ class ActorLink:
         if (silence := time.monotonic() - self.answered) > self.args.learner_timeout_s:
             address = f"{self.args.learner}:{self.args.port}"
             fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
-        if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
+        late = time.monotonic() - self.sent > 2  # a message to a learner that was killed is lost
+        if (late or not self.waiting) and self.dealer.poll(0, self.zmq.POLLOUT):
             count = min(self.written - self.held, 4096)
             self.file.seek(self.held * self.row_bytes)
             header = {"protocol": PROTOCOL, "flags": shared_flags(self.args), "actor": self.name}
