@@ -63,7 +63,7 @@ def _exact_and_on_one_thread():
 
 
 def small_args(**changes) -> Args:
-    return Args(**{"hidden_dims": (16, 16), "batch_size": 8, "demos": 0, "compile": False} | changes)
+    return Args(**{"hidden_dims": (16, 16), "batch_size": 8, "demos": 0, "compile": False, "threads": 1} | changes)
 
 
 def small_agent(obs_dim: int = 3, action_dim: int = 2, **changes) -> Agent:
@@ -474,6 +474,50 @@ def test_temperature_follows_the_entropy_or_stays():
     agent = small_agent(autotune=False, alpha_init=0.2)
     agent.update_actor(batch, eps)
     assert agent.alpha.item() == pytest.approx(0.2, rel=1e-6)
+
+
+def test_two_threads_take_critic_and_actor_step_side_by_side():
+    """The critic's step is that of one thread; the actor's is the one from before it, SERL's order."""
+    one, two, actor_first = small_agent(policy_delay=1), small_agent(policy_delay=1, threads=2), small_agent()
+    batch, eps, subset = random_batch(8), torch.randn(2, 8, 2), torch.tensor([0, 1])
+    rows = [batch.observations, batch.actions, batch.rewards[:, None], batch.next_observations]
+    rows = torch.cat([*rows, batch.terminations[:, None]], 1)
+    for agent in (one, two):
+        agent.update_once(rows, eps, subset, with_actor=True)
+    actor_first.update_actor(batch._replace(observations=actor_first.normalizer(batch.observations)), eps[1])
+    assert torch.equal(parameters_of(one.critic), parameters_of(two.critic))
+    assert torch.equal(parameters_of(actor_first.actor), parameters_of(two.actor))
+    assert not torch.equal(parameters_of(one.actor), parameters_of(two.actor))
+    assert all(parameter.grad is not None for parameter in two.critic.parameters())
+
+
+def test_bfloat16_comes_near_float32():
+    losses = []
+    for amp in (False, True):
+        agent, batch, eps = small_agent(amp=amp, hidden_dims=(64, 64)), random_batch(32), torch.ones(32, 2)
+        metrics = agent.update_critic(batch, eps, torch.tensor([0, 1])) | agent.update_actor(batch, eps)
+        losses.append(
+            [float(metrics[f"losses/{name}"]) for name in ("critic_loss", "q_values", "actor_loss", "entropy")]
+        )
+        assert all(p.dtype == torch.float32 for p in [*agent.critic.parameters(), *agent.actor.parameters()])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03, abs=0.02)
+
+
+def test_exploration_holds_a_value_for_a_while():
+    agent = small_agent(explore_prob=0.05, explore_steps=10, std_parameterization="fixed", fixed_std=1e-4)
+    obs = np.array([0.1, -0.2, 0.3])
+    mode = agent.act(obs, deterministic=True)
+    actions = np.array([agent.act(obs, deterministic=False) for _ in range(2000)])
+    held = abs(actions - mode) > 1e-2
+    assert not held.all(1).any()  # one dimension at a time
+    assert held.any(1).mean() == pytest.approx(10 / (10 + 1 / 0.05), abs=0.08)
+    assert min(held.mean(0)) > 0.05  # each dimension has its turn
+    starts = np.flatnonzero(np.diff(held[:, 0].astype(int)) == 1) + 1
+    for start in starts[:5]:
+        assert len(set(actions[start : start + 10, 0])) == 1  # the same value ten times
+    assert np.ptp(actions[starts, 0]) > 1  # and another one the next time
+    assert np.array_equal(agent.act(obs, deterministic=True), mode)
 
 
 def test_target_critic_follows_by_tau():
@@ -1106,7 +1150,7 @@ def test_wandb_mirrors_offline(tmp_path):
             75,
             150,
             "--env-id probe_envs:Point-v0 --frame-stack 2 --action-chunk 3 --gripper-penalty 0.1 --demos 2"
-            " --dropout 0.1 --lr-warmup 100 --lr-decay 200 --buffer-size 90",
+            " --dropout 0.1 --lr-warmup 100 --lr-decay 200 --buffer-size 90 --explore-prob 0.2",
         ),
     ],
     ids=["Pendulum", "HalfCheetah-mid-episode", "FrankaPickCube-mid-episode", "all-wrappers-mid-episode"],
@@ -1359,7 +1403,7 @@ def test_resume_of_a_finished_run_asks_for_more_steps(finished, tmp_path):
 
 FREE = "run_dir resume eval_only record_dataset capture_video track wandb_project_name cuda compile threads"
 FREE += " total_timesteps eval_every eval_episodes final_eval_episodes log_every save_every role learner port bind"
-FREE += " curve_keys insecure_lan paced publish_every learner_timeout_s exp_name"
+FREE += " curve_keys insecure_lan paced publish_every learner_timeout_s exp_name amp actor_ahead"
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--eval-only"])
