@@ -840,6 +840,11 @@ class Agent:
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
+def success(info: dict) -> float:
+    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
+    return float(info.get("success", info.get("is_success", math.nan)))
+
+
 def evaluate(agent: Agent, env: gym.Env, episodes: int, seed: int, video=None) -> dict[str, float]:
     """Means over seeded episodes of the deterministic policy; `video` takes the rendered frames."""
     results = []
@@ -851,8 +856,7 @@ def evaluate(agent: Agent, env: gym.Env, episodes: int, seed: int, video=None) -
                 video.append_data(env.render())
             obs, reward, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
             episodic_return, length, done = episodic_return + float(reward), length + 1, terminated or truncated
-        # TASK: what counts as success; info["success"] of the last step here
-        results.append((episodic_return, length, info.get("success", info.get("is_success", math.nan)), episodes))
+        results.append((episodic_return, length, success(info), episodes))
     names = ("eval/episodic_return", "eval/episodic_length", "eval/success_rate", "eval/episodes")
     return dict(zip(names, np.mean(results, 0, dtype=float).tolist(), strict=True))
 
@@ -1008,11 +1012,13 @@ class Run:
 
     def log_training(self, progress: "Progress", metrics: dict[str, Tensor]) -> None:
         """A row of train.csv. Exits when the losses are not finite any more."""
-        scalars = {"charts/episodic_return": float(np.mean(progress.returns or [math.nan]))} | self.read_timer()
+        means = np.mean(progress.episodes or [(math.nan,) * 3], 0, dtype=float).tolist()
+        names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
+        scalars = dict(zip(names, means, strict=True)) | self.read_timer()
         names = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")
         losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in names}
         self.log("train", progress.global_step, scalars | losses)
-        progress.returns.clear()
+        progress.episodes.clear()
         if metrics and not math.isfinite(losses["losses/critic_loss"]):
             fail(f"the critic's loss is {losses['losses/critic_loss']}; lower --critic-lr or --reward-scale")
 
@@ -1149,7 +1155,15 @@ class LearnerServer:
                     raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}, or numbers are not finite")
                 if differ := [flag(k) for k, v in self.flags.items() if header["flags"].get(k) != v]:
                     raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+                IndexError,
+                AttributeError,
+                OverflowError,
+                RecursionError,
+            ) as error:
                 reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
             else:
                 held = self.held.get(actor, 0)
@@ -1240,7 +1254,9 @@ class Progress:
     global_step: int = 0
     episode: int = 0
     episode_length: int = 0  # steps of the unfinished episode
-    returns: list[float] = dataclasses.field(default_factory=list)  # of episodes since the last row of train.csv
+    episodes: list = dataclasses.field(
+        default_factory=list
+    )  # (return, length, success) since the last row of train.csv
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluation with the highest return
     held: dict[str, int] = dataclasses.field(default_factory=dict)  # learner: rows of each actor
     elapsed: float = 0.0  # s
@@ -1379,7 +1395,7 @@ def train(args: Args) -> None:
                 action = agent.act(obs, deterministic=False) if learned else agent.random_action()
             # Step the environment.
             with run.phase("env"):
-                next_obs, reward, terminated, truncated, _ = env.step(action)
+                next_obs, reward, terminated, truncated, info = env.step(action)
             # Store: `terminated` cuts the bootstrap, `truncated` does not.
             rows = transition(obs, action, reward, next_obs, terminated)[None]  # (1, W)
             if not np.isfinite(rows).all():
@@ -1390,7 +1406,7 @@ def train(args: Args) -> None:
             progress.episode_length += 1
             # Reset: each episode has a seed of its own, so that a resumed run can repeat the unfinished one.
             if terminated or truncated:
-                progress.returns.append(episodic_return)
+                progress.episodes.append((episodic_return, progress.episode_length, success(info)))
                 progress.episode, progress.episode_length, episodic_return = progress.episode + 1, 0, 0.0
                 obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
         else:
