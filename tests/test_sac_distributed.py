@@ -109,8 +109,8 @@ def updates(site: Site) -> tuple[int, int]:
 # --- Learner and actors -----------------------------------------------------------------------------------------------
 def test_learner_and_actor_to_the_end(tmp_path):
     """All rows, the exact ratio, and an actor that follows the learner's policy."""
-    site = Site(tmp_path, "--std-parameterization", "fixed", "--fixed-std", 1e-3, "--utd-ratio", 3)
-    with site.learner("--total-timesteps", 600) as learner, site.actor() as actor:
+    site = Site(tmp_path, "--std-parameterization", "fixed", "--fixed-std", 1e-3, "--utd-ratio", 3, "--actor-lr", 1e-5)
+    with site.learner("--total-timesteps", 600) as learner, site.actor("actor", "--seed", 5) as actor:
         finish(learner, actor)
     assert_each_row_once(site, "actor")
     made, asked = updates(site)
@@ -122,7 +122,7 @@ def test_learner_and_actor_to_the_end(tmp_path):
     rows = site.journal()[: site.state()["progress"]["global_step"]]
     distance = [np.abs(agent.act(row[:4], deterministic=True) - row[4:7]).mean() for row in rows]
     assert np.mean(distance[:40]) > 0.3  # random actions at first
-    assert np.mean(distance[-40:]) < 0.15  # at last those of the learner's newest policy, almost
+    assert np.mean(distance[-40:]) < 0.1  # at last those of the learner's policy, which hardly moves
     for word in ("last: ", "best: "):
         assert word in learner.stdout_path.read_text()
     assert (tmp_path / "learner" / "curve.png").exists()
@@ -401,7 +401,7 @@ def test_curve_keys(tmp_path):
         shutil.copytree(wrong_keys, tmp_path / "intruder")
         shutil.copy(tmp_path / "keys" / "learner.key", tmp_path / "intruder")
         for flags in ((), ("--curve-keys", "wrong_keys"), ("--curve-keys", "intruder")):
-            error = actor_error(site, *flags, "--learner-timeout-s", 2)
+            error = actor_error(site, *flags, "--learner-timeout-s", 1)
             assert f"no learner at 127.0.0.1:{site.port}" in error
             shutil.rmtree(tmp_path / "wrong")
         assert "--curve-keys nowhere" in actor_error(site, "--curve-keys", "nowhere")

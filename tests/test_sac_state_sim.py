@@ -44,6 +44,7 @@ from sac_state_sim import (
     parse_args,
     split_rows,
     transition,
+    write_atomically,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -596,7 +597,9 @@ def test_dropout_only_with_a_generator_and_reproducible():
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dropout": 0.1, "backup_entropy": True, "lr_warmup": 5, "weight_decay": 0.01}]
+    "options",
+    [{}, {"dropout": 0.1, "backup_entropy": True, "lr_warmup": 5, "weight_decay": 0.01}, {"threads": 2}, {"amp": True}],
+    ids=["plain", "many", "threads", "amp"],
 )
 def test_updates_depend_on_the_seed_only(options):
     agents = [small_agent(seed=seed, **options) for seed in (1, 1, 2)]
@@ -1255,6 +1258,15 @@ def test_kill_at_twenty_moments(tmp_path):
         assert table(run_dir, name) == table(tmp_path / "whole", name)
 
 
+def test_files_are_replaced_never_overwritten(tmp_path):
+    path, link = tmp_path / "file", tmp_path / "link"
+    path.write_bytes(b"old")
+    os.link(path, link)
+    write_atomically(path, b"new and longer")
+    assert (path.read_bytes(), link.read_bytes()) == (b"new and longer", b"old")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+
+
 @pytest.mark.parametrize("content", ["", "global_st", "global_step,wall_s\n", "global_step,wall_s\n5"])
 def test_resume_after_a_kill_while_a_csv_was_begun(finished, tmp_path, content):
     run_dir = copy_run(finished, tmp_path)
@@ -1506,12 +1518,12 @@ def test_nan_from_the_environment(tmp_path, task, step):
 
 def test_full_disk(tmp_path):
     """Files may not grow beyond what the first checkpoint needs: the message names it, the checkpoint stays."""
-    flags = [*TINY.split(), *POINT, "--total-timesteps", 2000, "--save-every", 500, "--eval-every", 10_000]
-    run_forked(SCRIPT, *flags, "--total-timesteps", 500, "--run-dir", "short", cwd=tmp_path, env=TASKS)
-    space = (tmp_path / "short" / "checkpoint.pt").stat().st_size + 10_000
+    flags = [*TINY.split(), *POINT, "--total-timesteps", 900, "--save-every", 300, "--eval-every", 10_000]
+    run_forked(SCRIPT, *flags, "--total-timesteps", 300, "--run-dir", "short", cwd=tmp_path, env=TASKS)
+    space = (tmp_path / "short" / "checkpoint.pt").stat().st_size + 5_000
     error = refused(*flags, "--run-dir", "run", cwd=tmp_path, max_file_bytes=space)
     assert "--resume" in error and ("too large" in error or "No space" in error)
-    assert checkpoint(tmp_path / "run")["progress"]["global_step"] in (500, 1000)
+    assert checkpoint(tmp_path / "run")["progress"]["global_step"] == 300
     run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, env=TASKS)
     run_forked(SCRIPT, *flags, "--run-dir", "whole", cwd=tmp_path, env=TASKS)
     assert differences(tmp_path / "run", tmp_path / "whole") == []
