@@ -113,7 +113,7 @@ class Args:
     """fraction of each batch that is drawn from the demonstrations (RLPD: 0.5)"""
     demo_noise: float = 0.1
     """standard deviation of noise on the scripted expert's actions, in [-1, 1]: shows how to recover"""
-    eval_every: int = 2_000
+    eval_every: int = 1_000
     """environment steps between evaluations"""
     eval_episodes: int = 10
     """episodes per evaluation during training"""
@@ -1076,6 +1076,7 @@ class Run:
             axis.plot(table["global_step"], table[key], marker="o", markersize=3)
             axis.set(xlabel="environment steps", ylabel=key.removeprefix("eval/").replace("_", " "))
             axis.grid(alpha=0.3)
+            axis.set_ylim(*((-0.03, 1.03) if key == "eval/success_rate" else (None, None)))
         figure.suptitle(f"{self.dir.name}, {table['wall_s'][-1] / 60:.1f} min", fontsize=9)
         figure.savefig(self.dir / "curve.png", dpi=150)
         plt.close(figure)
