@@ -1151,6 +1151,8 @@ class LearnerServer:
             try:
                 header = json.loads(frames[0])
                 actor, first, count = str(header["actor"]), int(header["first"]), int(header["count"])
+                if first < 0 or count < 0:
+                    raise ValueError("negative numbers")
                 rows = np.frombuffer(frames[1], np.float32).reshape(count, self.row_width)
                 if header["protocol"] != PROTOCOL or not np.isfinite(rows).all():
                     raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}, or numbers are not finite")
