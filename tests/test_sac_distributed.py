@@ -57,8 +57,12 @@ class Site:
         return start(SCRIPT, "--resume", name, *flags, cwd=self.cwd, env=TASKS)
 
     def state(self) -> dict:
-        """The learner's newest checkpoint."""
-        return torch.load(self.cwd / "learner" / "checkpoint.pt", weights_only=True)
+        """The learner's newest checkpoint; of a running learner it may be away for a moment, between two renames."""
+        wait_until((self.cwd / "learner" / "checkpoint.pt").exists, timeout=5)
+        try:
+            return torch.load(self.cwd / "learner" / "checkpoint.pt", weights_only=True)
+        except FileNotFoundError:
+            return self.state()
 
     def step(self) -> int:
         """Where the learner's log stands."""
