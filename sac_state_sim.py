@@ -93,7 +93,7 @@ class Args:
     gripper_penalty: float = 0.0
     """subtracted from the reward when the gripper (last action) switches between opening and closing (SERL: 0.1)"""
     # training
-    total_timesteps: int = 8_000
+    total_timesteps: int = 6_000
     """environment steps"""
     learning_starts: int = 500
     """environment steps with random actions before learning starts"""
@@ -158,6 +158,8 @@ class Args:
     """probability per step to hold one action dimension at a random value for explore_steps steps"""
     explore_steps: int = 10
     """how long such a value is held"""
+    actor_ema: float = 0.9995
+    """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
     autotune: bool = True
     """adjust the temperature so that the entropy stays at its target"""
     alpha_init: float = 0.01
@@ -233,7 +235,9 @@ def parse_args(argv: list[str] | None = None) -> Args:
             fail(f"{flag(name)} {value}: give at least {least}")
         if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
             fail(f"{flag(name)} {value}: give a number that is not negative")
-        if name in ("gamma", "tau", "demo_ratio", "dropout") and value > 1 - 1e-9 * (name in ("demo_ratio", "dropout")):
+        if name in ("gamma", "tau", "demo_ratio", "dropout", "actor_ema") and value > 1 - 1e-9 * (
+            name in ("demo_ratio", "dropout", "actor_ema")
+        ):
             fail(f"{flag(name)} {value}: give a number from 0 to 1")
     if args.num_min_qs > args.num_qs:
         fail(f"--num-min-qs {args.num_min_qs}: there are only --num-qs {args.num_qs} critics to choose from")
@@ -620,7 +624,8 @@ class ReplayBuffer:
 class Agent:
     """SAC with the options of REDQ, RLPD, DroQ and SERL."""
 
-    PARTS = ("normalizer", "actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    PARTS = ("normalizer", "actor", "mean_actor", "critic", "target_critic")
+    PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer")
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
         self.args, self.device, self.action_dim = args, device, action_dim
@@ -628,6 +633,7 @@ class Agent:
         torch.manual_seed(args.seed)  # the networks' initialisation
         self.normalizer = (Normalizer(obs_dim) if args.normalize_observations else nn.Identity()).to(device)
         self.actor = Actor(obs_dim, action_dim, args).to(device)
+        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(obs_dim, action_dim, args).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
@@ -636,8 +642,9 @@ class Agent:
         self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.actor_lr, args.weight_decay)
         self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.critic_lr, args.weight_decay)
         self.alpha_optimizer = self.make_optimizer([self.raw_alpha], args.alpha_lr, 0.0)
-        networks = (self.actor, self.critic, self.target_critic)
-        self.actor_parameters, self.critic_parameters, self.target_parameters = (list(n.parameters()) for n in networks)
+        networks = (self.actor, self.mean_actor, self.critic, self.target_critic)
+        self.actor_parameters, self.mean_parameters, *others = (list(network.parameters()) for network in networks)
+        self.critic_parameters, self.target_parameters = others
         self.splits = (obs_dim, action_dim, 1, obs_dim, 1)
         self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0  # per batch
         self.held_steps, self.held = 0, (0, 0.0)  # of `explore`: steps to go, dimension and value
@@ -655,7 +662,8 @@ class Agent:
     @torch.inference_mode()
     def act(self, obs: np.ndarray, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation (O,)."""
-        mean, std = self.actor(self.normalizer(torch.as_tensor(obs, dtype=torch.float32, device=self.device)[None]))
+        actor = self.mean_actor if deterministic else self.actor
+        mean, std = actor(self.normalizer(torch.as_tensor(obs, dtype=torch.float32, device=self.device)[None]))
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         action = mean.tanh()[0].cpu().numpy()
@@ -737,6 +745,8 @@ class Agent:
         self.actor_optimizer.step()
         if self.args.autotune:
             self.alpha_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.mean_parameters, self.actor_parameters, 1 - self.args.actor_ema)
 
     def update_critic(self, batch: Batch, eps: Tensor, subset: Tensor) -> dict[str, Tensor]:
         metrics = self.critic_gradient(batch, eps, subset)
