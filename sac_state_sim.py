@@ -7,12 +7,17 @@
     python sac_state_sim.py --role learner                          # needs an actor; SERL's two processes
     python sac_state_sim.py --role actor --learner 127.0.0.1        # needs a learner; as many as you like
 
+Expect: eval/success_rate >= 0.95, wall_s <= 180, peak_mb <= 1000 (2 cores) [benchmarks/results/sac_pick_default.csv]
+Expect: eval/episodic_return >= 6000 [benchmarks/results/sac_halfcheetah_100k.csv]
+
 Sources: SAC arXiv:1812.05905; random subsets of an ensemble, many updates per step: REDQ arXiv:2101.05982; LayerNorm
-and 50/50 demonstration sampling: RLPD arXiv:2302.02948; actor and learner: SERL arXiv:2401.16013, agentlace.
+and 50/50 demonstration sampling: RLPD arXiv:2302.02948; imitation in the actor's loss: arXiv:1709.10089; actor and
+learner: SERL arXiv:2401.16013, agentlace.
 Differs from SERL (serl_launcher, commit cd5f7e7): an optimizer steps only when its network is updated (SERL feeds zero
 gradients through Adam, so that an actor updated every N-th tick moves about sqrt(N) times further per gradient); the
 entropy for the temperature is that of the actor's own batch, not of next_observations; subsets are drawn without
-replacement; the ratio of updates to steps is kept exactly, also with two processes, unless --no-paced.
+replacement; the ratio of updates to steps is kept exactly, also with two processes, unless --no-paced; the policy that
+is evaluated is an average of the learned ones.
 New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit.
 """
 

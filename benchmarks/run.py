@@ -48,7 +48,7 @@ CHEETAH += " --eval-every 10000 --batch-size 256 --utd-ratio 1 --policy-delay 1 
 CHEETAH += " --target-entropy-per-dim -1.0"
 ROWS = {
     "sac_pick_default": Row(
-        "the default: 20 scripted demonstrations, 8,000 steps",
+        "the default: 20 scripted demonstrations, 6,000 steps",
         "sac_state_sim.py",
         "eval/success_rate",
         "at least 0.95; 12,000 steps, 3 min",

@@ -112,6 +112,7 @@ def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
     if args.ours:
         flags = ["--seed", str(seed), "--run-dir", str(folder / "runs")]
         found["ours"] = [sys.executable, str(REPO / "sac_state_sim.py"), *OURS.format(**values).split(), *flags]
+        found["ours_bf16"] = [*found["ours"], "--amp"]
     if args.cleanrl_path:
         script = args.cleanrl_path.resolve() / "cleanrl" / "sac_continuous_action.py"
         flags = CLEANRL.format(**values | {"total": values["total"] + 1}).split()  # it logs a step after taking it
@@ -125,7 +126,13 @@ def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
 
 def version(contender: str, command: list[str]) -> str:
     """The versions that matter, as the contender's interpreter finds them; CleanRL's is the hash of its script."""
-    names = {"ours": "torch", "cleanrl": "torch", "sb3": "stable_baselines3 torch", "sbx": "sbx-rl jax"}[contender]
+    names = {
+        "ours": "torch",
+        "ours_bf16": "torch",
+        "cleanrl": "torch",
+        "sb3": "stable_baselines3 torch",
+        "sbx": "sbx-rl jax",
+    }[contender]
     code = "import sys, importlib.metadata as m; print(*(n + ' ' + m.version(n) for n in sys.argv[1:]), sep=', ')"
     query = [command[0], "-c", code, *names.split(), "gymnasium", "mujoco"]
     found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
