@@ -653,6 +653,7 @@ class Agent:
         self.critic_parameters, self.target_parameters = others
         self.splits = (obs_dim, action_dim, 1, obs_dim, 1)
         self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0  # per batch
+        self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
         self.held_steps, self.held = 0, (0, 0.0)  # of `explore`: steps to go, dimension and value
         self.critic_updates, self.eager_updates, self.graphs, self.pool = 0, 0, {}, None
         if args.threads > 1 and device.type == "cpu":
@@ -752,7 +753,8 @@ class Agent:
         if self.args.autotune:
             self.alpha_optimizer.step()
         with torch.no_grad():
-            torch._foreach_lerp_(self.mean_parameters, self.actor_parameters, 1 - self.args.actor_ema)
+            for mean, parameter in zip(self.mean_parameters, self.actor_parameters, strict=True):
+                mean.lerp_(parameter, self.mean_weight)
 
     def update_critic(self, batch: Batch, eps: Tensor, subset: Tensor) -> dict[str, Tensor]:
         metrics = self.critic_gradient(batch, eps, subset)
@@ -793,6 +795,8 @@ class Agent:
         for inputs in zip(rows, eps, draws.topk(self.args.num_min_qs).indices, strict=True):
             self.critic_updates += 1
             self.schedule_lr()
+            # A plain mean of all actors at first, so that the random one it began with does not stay in it.
+            self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
             update = self.replay if self.args.compile and self.device.type == "cuda" else self.update_once
             metrics |= update(*inputs, with_actor=self.critic_updates % self.args.policy_delay == 0)
         return metrics
