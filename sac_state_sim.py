@@ -1239,6 +1239,8 @@ class ActorLink:
             self.args.paced and self.written - self.held > self.args.actor_ahead and not (self.done or self.run.signals)
         ):
             self.exchange_once(agent, 100)
+            if not self.waiting:  # nothing could be sent
+                time.sleep(0.1)
 
     def exchange_once(self, agent: Agent, wait_ms: int) -> None:
         """Takes the learner's answer and policy if they are there, and sends rows. Exits when it is silent too long."""

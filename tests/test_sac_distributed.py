@@ -353,12 +353,14 @@ def test_a_paced_learner_waits_and_a_free_one_goes_on(tmp_path):
 def actor_error(site: Site, *flags: object, end: Callable[[], object] = lambda: None) -> str:
     """The one line of an actor that must give up."""
     with site.actor("wrong", *flags, start=popen_forked) as actor:
-        actor.join(30)
+        actor.join(90)  # a loaded machine starts slowly
         end()
     errors = actor.stderr_path.read_text()
     assert actor.exitcode not in (0, None), errors
     assert "Traceback" not in errors, errors
-    (error,) = [line for line in re.split("[\r\n]", errors) if line.strip() and "step/s]" not in line]
+    lines = [line for line in re.split("[\r\n]", errors) if line.strip() and "step/s]" not in line]
+    assert len(lines) == 1, errors
+    (error,) = lines
     return error
 
 
