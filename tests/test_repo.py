@@ -366,7 +366,7 @@ def test_no_machine_paths():
 
 def test_machine_paths_are_seen():
     assert path_faults("see /" + "work/main and '/" + "root/x'") == ["/" + "work/main", "/" + "root/x'"]
-    assert path_faults("https://example.org/work/x runs/work/y") == []
+    assert path_faults("https://example.org/" + "work/x runs/" + "work/y") == []
 
 
 @pytest.mark.parametrize(
