@@ -1,12 +1,13 @@
 """A mock of Franka's controller interface, so that the real SDKs (franky, panda-py: libfranka) run without a robot.
 
-    with MockFranka(version=10) as robot:   # a process of its own; 10 is what an FR3 speaks to libfranka 0.18 and later,
-        franky.Robot(robot.address, ...)    # 5 what a Panda speaks to libfranka 0.9
+    with MockFranka(version=10) as robot:   # a process of its own
+        franky.Robot(robot.address, ...)
         robot.ask("reflex")                 # what else can be asked: methods `do_...` of Controller
 
-The arm is a FrankaSim without its controller: libfranka's torques act on it, its positions are obeyed exactly. It looks
-at its limits as the real one does: too large an external force, too large a joint step, a user stop and (where asked
-for) lost commands end a motion, and nothing moves until the error is recovered. Time is its own: one tick is 1 ms.
+Version 10 is what an FR3 speaks to libfranka 0.18 and later, version 5 what a Panda speaks to libfranka 0.9. The arm is
+a FrankaSim without its controller: libfranka's torques act on it, its positions are obeyed exactly. It looks at its
+limits as the real one does: too large an external force, too large a joint step, a user stop and (where asked for) lost
+commands end a motion, and nothing moves until the error is recovered. Time is its own: one tick is 1 ms.
 The messages are those of frankarobotics/libfranka-common, service_types.h and rbk_types.h, packed and little-endian.
 """
 
@@ -29,6 +30,7 @@ from collections import deque
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import mujoco
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -180,9 +182,10 @@ void O_T_J9(const double *q, const double *tool, double *out) { forward(q, 8, to
 void O_J_J9(const double *q, const double *tool, double *out) { jacobian(q, 8, tool, 0, out); }
 void Ji_J_J9(const double *q, const double *tool, double *out) { jacobian(q, 8, tool, 1, out); }
 static void fill(double *out, int size, double value) { for (int i = 0; i < size; i++) out[i] = value; }
-void M_NE(const double *q, const double *I, double m, const double *c, double *out) { fill(out, 49, NAN); }
-void c_NE(const double *q, const double *dq, const double *I, double m, const double *c, double *out) { fill(out, 7, 0); }
-void g_NE(const double *q, const double *g, double m, const double *c, double *out) { fill(out, 7, NAN); }
+#define V const double *
+void M_NE(V q, V inertia, double mass, V center, double *out) { fill(out, 49, NAN); }
+void c_NE(V q, V dq, V inertia, double mass, V center, double *out) { fill(out, 7, 0); }
+void g_NE(V q, V gravity, double mass, V center, double *out) { fill(out, 7, NAN); }
 """
 
 
@@ -421,8 +424,6 @@ class Controller:
             state["tau_ext_hat_filtered"], state["O_F_ext_hat_K"], state["K_F_ext_hat_K"] = 0, 0, 0
         elif self.ticks % 4 == 0:
             jacobian = np.empty((6, sim.model.nv))
-            import mujoco
-
             mujoco.mj_jacSite(sim.model, data, jacobian[:3], jacobian[3:], sim.tcp)
             wrench = np.linalg.lstsq(jacobian[:, :7].T, external, rcond=1e-3)[0]
             in_hand = np.concatenate([pose[:3, :3].T @ wrench[:3], pose[:3, :3].T @ wrench[3:]])
