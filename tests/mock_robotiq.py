@@ -2,7 +2,7 @@
 
     with MockRobotiq(tmp_path / "ttyUSB0", object_at=120) as gripper:
         ...                     # a driver opens that path; gripper.position, gripper.writes tell what happened
-        gripper.silent = True   # no answer any more
+        gripper.silent = True   # it neither hears nor answers
         gripper.unplug()        # the port is gone; gripper.plug() brings it back
 
 Registers, two bytes each, high byte first (2F-85 manual, section 4):
@@ -92,11 +92,13 @@ class MockRobotiq:
                     buffer = b""  # a silence ends a frame
                     continue
                 buffer += os.read(master, 512)
+                if self.silent:
+                    buffer = b""
                 if len(buffer) > 2 and len(buffer) >= self.request_size(buffer):
                     self.move()
                     reply = self.reply(buffer[: self.request_size(buffer)])
                     buffer = b""
-                    if reply and not self.silent:
+                    if reply:
                         os.write(master, reply + crc(reply))
             except (OSError, ValueError):  # unplugged meanwhile
                 buffer = b""

@@ -213,16 +213,15 @@ def test_robotiq(tmp_path):
         time.sleep(1)
         assert (gripper.reads - reads) / (time.monotonic() - start) > 20  # 30 Hz, but for a busy machine
 
-        writes = len(gripper.writes)
+        stands = gripper.position
         gripper.silent = True
         wait_until(lambda: wire.state()["gripper_fault"], 10)
         assert wire.job("gripper", action="open")["status"] == "failed"
         assert wire.state()["mode"] == "idle" and wire.state()["fault"] is None  # the arm is well
         gripper.silent = False
         wait_until(lambda: not wire.state()["gripper_fault"], 10)
-        assert (
-            len(gripper.writes) == writes or gripper.position == 3 or gripper.writes[-1] == gripper.writes[writes - 1]
-        )
+        time.sleep(0.5)
+        assert gripper.position == pytest.approx(stands, abs=2)  # what has failed is not done later
 
         wire.stream()
         gripper.unplug()
