@@ -634,6 +634,7 @@ class FrankyArm(Arm):
         except ImportError as error:
             raise ArmError("sdk", NO_SDK.format("franky", error, "franky-control==2.0.0")) from error
         self.franky, self.motion, self.clips = franky, None, None
+        self.errors = franky.Exception, RuntimeError, franky.InvalidMotionTypeException, franky.MotionReuseException
         self.info |= {"sdk": f"franky-control {importlib.metadata.version('franky-control')}"}
         self.connect()
 
@@ -660,8 +661,8 @@ class FrankyArm(Arm):
         except self.franky.ControlException as error:
             self.motion, self.controlling = None, False
             if "preempted" not in str(error):
-                raise ArmError("reflex", str(error)) from error
-        except self.franky.Exception as error:
+                raise ArmError("user_stopped" if "User Stop" in str(error) else "reflex", str(error)) from error
+        except self.errors as error:
             raise ArmError("sdk", f"{type(error).__name__}: {error}") from error
 
     def get_state(self) -> ArmState:
@@ -735,7 +736,8 @@ class FrankyArm(Arm):
 
     def moving(self) -> bool:
         with self.faults():
-            if self.motion is not None and not self.robot.poll_motion():
+            self.robot.poll_motion()  # raises what ended the motion; returns True when there is none
+            if not self.robot.is_in_control:
                 self.motion = None
         return self.motion is not None
 
@@ -749,7 +751,7 @@ class FrankyArm(Arm):
             self.motion = None
             if not self.robot.recover_from_errors():
                 raise ArmError("reflex", "the robot did not recover: look at Desk (user stop, brakes, guiding mode?)")
-        except self.franky.NetworkException:
+        except (self.franky.NetworkException, RuntimeError):  # no connection any more
             self.connect()
         except self.franky.Exception as error:
             raise ArmError("sdk", f"{type(error).__name__}: {error}") from error
@@ -1245,6 +1247,9 @@ class Snapshot:
     limited: list[str]
 
 
+NO_WISH = ("", -math.inf)  # why, and when
+
+
 class Control(threading.Thread):
     """The robot thread: constructs the arm, reads it, limits the reference, watches. Other threads only leave wishes in
     attributes (a single assignment each) and read `snapshot`, `mode`, `fault`; nobody ever waits for this thread."""
@@ -1258,8 +1263,8 @@ class Control(threading.Thread):
         self.mode, self.fault, self.faults, self.reflexes, self.overruns = "idle", None, 0, 0, 0
         self.gains, self.new_gains = args.gains, None
         self.target, self.target_at, self.lease_until = None, -math.inf, -math.inf
-        self.hold_wish = self.held = ""  # why it is held until `start`; empty: it is not
-        self.stop_wish, self.job = False, None
+        self.hold_wish = self.stop_wish = NO_WISH
+        self.held, self.job = "", None  # why it is held until `start`; empty: it is not
         self.patience = math.inf  # until when a call into the SDK may block: a longer one counts as frozen
         self.robot_time, self.advanced = -math.inf, math.inf  # the robot's clock, and when it last went on
 
@@ -1299,13 +1304,19 @@ class Control(threading.Thread):
         """Measure, watch, act; whatever goes wrong ends as a fault, never as an exception."""
         now = time.monotonic()
         try:
-            dt = self.measure(now)
+            try:
+                dt = self.measure(now)
+            except ArmError:
+                if not self.recovering():
+                    raise
+                dt = 0.0
             self.watch(now)
             self.act(dt)
         except ArmError as error:
             self.latch(error.code, str(error))
-        except Exception as error:
-            log.exception("robot thread")
+        except Exception as error:  # a bug must not end the thread
+            if self.fault is None:
+                log.exception("robot thread")
             self.latch("internal", f"{type(error).__name__} in the control loop, see the log")
         if self.snapshot.at < now:
             self.snapshot.limited = self.limiter.limited
@@ -1332,18 +1343,18 @@ class Control(threading.Thread):
 
     def watch(self, now: float) -> None:
         """The watchdog's ladder, and the wishes of other threads."""
-        hold, self.hold_wish = self.hold_wish, ""
-        stop, self.stop_wish = self.stop_wish, False
+        (hold, hold_at), self.hold_wish = self.hold_wish, NO_WISH
+        (stop, stop_at), self.stop_wish = self.stop_wish, NO_WISH
         force = float(np.linalg.norm(self.snapshot.state.wrench[:3]))
         if self.mode in ("streaming", "hold") and 0 < self.args.max_force < force:
             hold = f"an external force of {force:.0f} N exceeded --max-force {self.args.max_force:g}"
             self.limiter.seed(self.snapshot.state.tcp_pose)
-        if self.job and (hold or stop or now > self.lease_until):
+        if self.job and (self.job.began < max(hold_at, stop_at) or now > self.lease_until):
             self.break_off("hold" if hold else "stop" if stop else "the lease ended")
         if self.mode in ("streaming", "hold"):
             silent = now - self.target_at
             if stop or silent > self.args.stop_after_s:
-                log.warning("soft stop: %s", "a client asked for it" if stop else f"no target for {silent:.1f} s")
+                log.warning("soft stop: %s", stop or f"no target for {silent:.1f} s")
                 self.mode, self.held = "idle", ""
             elif hold:
                 self.mode, self.held = "hold", hold
@@ -1564,7 +1575,10 @@ class Server:
         if self.control.failure:
             fail(self.control.failure)
         self.ops = {name[3:]: getattr(self, name) for name in dir(self) if name.startswith("op_")}
-        self.parameters = {name: inspect.signature(op).parameters for name, op in self.ops.items()}
+        self.parameters = {name: dict(inspect.signature(op).parameters) for name, op in self.ops.items()}
+        for parameters in self.parameters.values():
+            if parameters.pop("changes", None):
+                parameters |= {f.name: f for f in fields(Gains)}
 
     def open_sockets(self) -> None:
         args, context = self.args, zmq.Context.instance()
@@ -1654,7 +1668,8 @@ class Server:
         control, at = self.control, self.control.snapshot.at
         self.stale = 0.0 if at != getattr(self, "seen", None) else self.stale + min(passed, 0.012)
         self.seen = at
-        if self.stale > self.args.frozen_after_s and control.patience == math.inf and control.fault is None:
+        limit = self.args.frozen_after_s if control.mode != "idle" else 0.5
+        if self.stale > limit and control.patience == math.inf and control.fault is None:
             control.latch("frozen", "the robot thread hangs in the SDK: connection lost?")
 
     def answer(self) -> bool:
@@ -1710,7 +1725,7 @@ class Server:
         if unknown := arguments.keys() - known.keys():
             raise Refused("bad_argument", f"{op} has no {sorted(unknown)[0]!r:.40}, it has {[*known]}")
         for name, parameter in known.items():
-            if name not in arguments and parameter.default is inspect.Parameter.empty and name != "changes":
+            if name not in arguments and parameter.default is inspect.Parameter.empty:
                 raise Refused("bad_argument", f"{op} needs {name!r}")
         now = time.monotonic()
         mine = bool(token) and now <= self.control.lease_until and secrets.compare_digest(token.encode(), self.token)
@@ -1876,22 +1891,19 @@ class Server:
         return asdict(gains)
 
     def changed_gains(self, changes: dict[str, Any]) -> Gains:
-        known = {f.name for f in fields(Gains)}
         values = asdict(self.control.new_gains or self.control.gains)
         for name, value in changes.items():
-            if name not in known:
-                raise Refused("bad_argument", f"{name!r:.40}: there are {sorted(known)}")
             clip = name.endswith("clip")
             values[name] = tuple(vector(name, value, 3).tolist()) if clip else number(name, value, 0, 1e5)
         check_gains(values, self.args)
         return Gains(**values)
 
     def op_hold(self) -> dict[str, Any]:
-        self.control.hold_wish = "a client asked for it"
+        self.control.hold_wish = "a client asked for it", time.monotonic()
         return {}
 
     def op_stop(self) -> dict[str, Any]:
-        self.control.stop_wish = True
+        self.control.stop_wish = "a client asked for it", time.monotonic()
         return {}
 
     def op_job(self, handle) -> dict[str, Any]:
