@@ -43,7 +43,7 @@ import zmq.auth
 from gymnasium import spaces
 from PIL import Image
 
-PROTOCOL = 1  # of robot_server.py
+PROTOCOL_VERSION = 1  # of robot_server.py
 SERVER = "tcp://127.0.0.1:5600"
 
 
@@ -72,9 +72,17 @@ def fail(message: str) -> NoReturn:
 # --- Rotations --------------------------------------------------------------------------------------------------------
 # Quaternions are x, y, z, w; Euler angles are roll, pitch, yaw about the fixed axes x, y, z: scipy's "xyz". (SERL's own
 # euler_2_quat turns the pitch around, serl_robot_infra/franka_env/utils/rotations.py:11.)
-def quat_multiply(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(4,) rotation b first, then a."""
-    return np.append(a[3] * b[:3] + b[3] * a[:3] + np.cross(a[:3], b[:3]), a[3] * b[3] - a[:3] @ b[:3])
+def quat_multiply(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+    """(4,) rotation b, then a; x, y, z, w."""
+    (ax, ay, az, aw), (bx, by, bz, bw) = map(float, a), map(float, b)
+    return np.array(
+        [
+            aw * bx + ax * bw + ay * bz - az * by,
+            aw * by - ax * bz + ay * bw + az * bx,
+            aw * bz + ax * by - ay * bx + az * bw,
+            aw * bw - ax * bx - ay * by - az * bz,
+        ]
+    )
 
 
 def quat_inverse(quaternion: np.ndarray) -> np.ndarray:
@@ -86,16 +94,21 @@ def rotate(quaternion: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     return vectors + 2 * np.cross(quaternion[:3], np.cross(quaternion[:3], vectors) + quaternion[3] * vectors)
 
 
-def quat_from_rotvec(rotvec: np.ndarray) -> np.ndarray:
-    angle = float(np.linalg.norm(rotvec))
-    return np.append(np.sinc(angle / (2 * np.pi)) / 2 * rotvec, np.cos(angle / 2))
+def quat_from_rotvec(rotvec: Sequence[float]) -> np.ndarray:
+    x, y, z = map(float, rotvec)
+    angle = math.sqrt(x * x + y * y + z * z)
+    scale = 0.5 if angle < 1e-8 else math.sin(angle / 2) / angle
+    return np.array([x * scale, y * scale, z * scale, math.cos(angle / 2)])
 
 
-def rotvec_from_quat(quaternion: np.ndarray) -> np.ndarray:
-    """(3,) axis times angle, the angle from 0 to pi."""
-    quaternion = -quaternion if quaternion[3] < 0 else quaternion
-    sine = float(np.linalg.norm(quaternion[:3]))
-    return quaternion[:3] * (2 * np.arctan2(sine, quaternion[3]) / sine if sine > 1e-12 else 2.0)
+def rotation_between(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
+    """(3,) rotation vector in base axes that turns quaternion b into a, the short way round, rad."""
+    x, y, z, w = quat_multiply(a, (-b[0], -b[1], -b[2], b[3])).tolist()
+    if w < 0:
+        x, y, z, w = -x, -y, -z, -w
+    sin = math.sqrt(x * x + y * y + z * z)
+    scale = 2.0 if sin < 1e-8 else 2 * math.atan2(sin, w) / sin
+    return np.array([x * scale, y * scale, z * scale])
 
 
 def quat_from_euler(euler: Sequence[float]) -> np.ndarray:
@@ -112,9 +125,9 @@ def euler_from_quat(quaternion: np.ndarray) -> np.ndarray:
     return np.array([np.arctan2(y[2], z[2]), pitch, np.arctan2(x[1], x[0])])
 
 
-def rotation_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(3,) rotation vector in the base frame that turns a into b."""
-    return rotvec_from_quat(quat_multiply(b, quat_inverse(a)))
+def shortened(vector: np.ndarray, length: float) -> np.ndarray:
+    """`vector`, at most this long."""
+    return vector * min(length / max(float(np.linalg.norm(vector)), 1e-9), 1.0)
 
 
 def relative_pose(pose: np.ndarray, origin: np.ndarray) -> np.ndarray:
@@ -198,13 +211,14 @@ class RobotClient:
     def call(self, op: str, timeout_s: float | None = None, tries: int | None = None, **args: Any) -> dict:
         """Ask for `op` and return the reply's map, "ok", "result", "mode" and so on, with raw frames under "frames"."""
         self._requests += 1
-        request = {"v": PROTOCOL, "op": op, "id": self._requests, "args": args}
+        request = {"v": PROTOCOL_VERSION, "op": op, "id": self._requests, "args": args}
         message = msgpack.packb(request | ({"token": self.token} if self.token else {}), default=np.ndarray.tolist)
         timeout_s, tries = timeout_s or self.timeout_s, tries or self.tries
         for self.attempts in range(1, tries + 1):
             deadline = time.monotonic() + timeout_s
-            if self._wait(zmq.POLLOUT, deadline):
-                self.socket.send(message)
+            with contextlib.suppress(zmq.Again):  # not connected, and nothing is kept for later
+                self._wait(zmq.POLLOUT, deadline)
+                self.socket.send(message, zmq.NOBLOCK)
             if self._wait(zmq.POLLIN, deadline):
                 break
         else:
@@ -248,7 +262,8 @@ class RobotClient:
 
     def release(self) -> None:
         if self.token:
-            self.call("release")
+            with contextlib.suppress(RefusedError):  # it has ended already
+                self.call("release")
             self.token = None
 
     def target(self, pose: np.ndarray) -> dict:
@@ -311,8 +326,8 @@ class RobotClient:
         arrays = reply["result"]["arrays"]
         if [math.prod(array["shape"]) for array in arrays] != [len(frame) for frame in reply["frames"]]:
             raise RobotError(f"{self.server}: frames do not have the sizes that they announce")
-        images = [np.frombuffer(*pair, count=-1) for pair in zip(reply["frames"], ["u1"] * len(arrays))]
-        return [array | {"image": image.reshape(array["shape"])} for array, image in zip(arrays, images)]
+        images = [np.frombuffer(f, np.uint8).reshape(a["shape"]) for f, a in zip(reply["frames"], arrays)]
+        return [array | {"image": image} for array, image in zip(arrays, images)]
 
     def job(self, op: str, timeout_s: float = 60.0, wait: bool = True, **args: Any) -> str:
         """Start what takes long, under a handle of our own, and wait for its end. Returns the handle."""
@@ -356,27 +371,18 @@ class CameraError(RobotError):
 
 @dataclass(frozen=True)
 class CameraConfig:
-    name: str
-    """name of the image in the observation"""
-    kind: Literal["sim", "realsense", "test"] = "sim"
-    """frames of the simulated server's camera of this name, a RealSense, or a test pattern"""
-    serial: str = ""
-    """RealSense: serial number, `python robot_client.py` lists them"""
+    name: str  # of the image in the observation
+    kind: Literal["sim", "realsense", "test"] = "sim"  # sim: the simulated server's camera of this name
+    serial: str = ""  # RealSense: serial number, `python robot_client.py` lists them
     width: int = 640
     height: int = 480
     fps: int = 30
-    exposure: float | None = 10_000
-    """RealSense: exposure time in microseconds, fixed so that the policy sees one brightness (None: automatic)"""
-    gain: float | None = None
-    """RealSense: sensor gain (None: as it is)"""
-    white_balance: float | None = None
-    """RealSense: colour temperature in K (None: automatic)"""
-    crop: tuple[float, float, float, float] | None = None
-    """left, upper, right, lower edge as fractions of the picture (None: the largest square in the middle)"""
-    warmup_frames: int = 30
-    """RealSense: frames dropped after every start"""
-    timeout_s: float = 0.5
-    """without a new frame for this long, the camera is started anew"""
+    exposure: float | None = 10_000.0  # us, fixed so that the policy always sees the same brightness (None: automatic)
+    gain: float | None = None  # None: as it is
+    white_balance: float | None = None  # K (None: automatic)
+    crop: tuple[float, float, float, float] | None = None  # left, upper, right, lower edge from 0 to 1 (None: square)
+    warmup_frames: int = 30  # dropped after every start
+    timeout_s: float = 0.5  # without a new frame for this long, the camera is started anew
 
 
 class Frame(NamedTuple):
@@ -392,7 +398,7 @@ class Camera:
     """
 
     def __init__(self, config: CameraConfig, size: int = 128):
-        self.config, self.size, self.error, self.restarts, self.dropped = config, size, "not started", 0, 0
+        self.config, self.size, self.error, self.restarts = config, size, "not started", 0
         self.frame: Frame | None = None
         self._stop, self._arrived = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"camera-{config.name}", daemon=True)
@@ -410,6 +416,7 @@ class Camera:
 
     def reset_hardware(self) -> None:
         """What helps when starting anew did not."""
+        self.shut()
 
     def start(self, timeout_s: float = 10.0) -> Self:
         """Start the thread, or see that it still delivers. Raises CameraError without a fresh frame in `timeout_s`."""
@@ -443,7 +450,6 @@ class Camera:
                     image, number, age = self.grab()
                     now = time.monotonic()
                     if self.frame is None or number != self.frame.number:
-                        self.dropped += max(number - self.frame.number - 1, 0) if self.frame else 0
                         self.frame, self.error, failures = Frame(self._fit(image), now - age, number), "", 0
                         self._arrived.set()
                     elif now - max(self.frame.time, started) > self.config.timeout_s:
@@ -736,7 +742,9 @@ class ScriptedExpert(Teleop):
         return np.zeros(6), 0.0
 
     def read(self, env: gym.Env) -> np.ndarray | None:
-        self.left = self.left - 1 if self.left else self.steps * (self.rng.random() < self.probability)
+        self.left -= self.left > 0
+        if not self.left and self.rng.random() < self.probability:
+            self.left = self.steps
         return env.unwrapped.expert_action() if self.left else None
 
 
@@ -787,61 +795,42 @@ class TaskConfig:
     """One task on the real or the simulated robot; the defaults are SERL's peg insertion (peg_env/config.py)."""
 
     server: str = SERVER
-    """address of robot_server.py"""
-    keys: str | None = None
-    """folder with CURVE keys"""
-    hz: float = 10.0
-    """steps per second; below 4, the server's watchdog would hold the arm between two steps"""
-    max_episode_steps: int = 100
-    """after these the episode is truncated"""
-    reset_pose: tuple[float, ...] = (0.5, 0.0, 0.14, np.pi, 0.0, 0.0)
-    """where episodes start: x, y, z (m), roll, pitch, yaw (rad)"""
-    random_reset: tuple[float, float, float] = (0.05, 0.05, np.pi / 6)
-    """the start is shifted by up to this: x, y (m), yaw (rad)"""
+    keys: str | None = None  # folder with CURVE keys
+    hz: float = 10.0  # steps per second; below 4 the server's watchdog would hold the arm between two steps
+    max_episode_steps: int = 100  # then the episode is truncated
+    reset_pose: tuple[float, ...] = (0.5, 0.0, 0.14, np.pi, 0.0, 0.0)  # start: x, y, z (m), roll, pitch, yaw (rad)
+    random_reset: tuple[float, float, float] = (0.05, 0.05, np.pi / 6)  # shifted by up to this: x, y (m), yaw (rad)
+    # safety box of the target: x, y, z (m); roll, pitch, yaw (rad) about the base's axes, from reset_pose's
     workspace: tuple[tuple[float, float], ...] = (
         (0.4, 0.6), (-0.1, 0.1), (0.05, 0.2), (-0.1, 0.1), (-0.1, 0.1), (-0.8, 0.8)
     )  # fmt: skip
-    """safety box of the target: x, y, z (m), and roll, pitch, yaw (rad) about the base's axes, from reset_pose's"""
+    # what an action of 1 adds to the target: m, and rad (three entries: a task without rotation)
     action_scale: tuple[float, ...] = (0.02, 0.02, 0.02, 0.1, 0.1, 0.1)
-    """what an action of 1 adds to the target: m, and rad (leave the last three out for a task without rotation)"""
-    relative_frame: bool = True
-    """actions and observations in the tcp's frame, the pose from where the episode began"""
-    proprio: tuple[str, ...] = ("gripper", "tcp_force", "tcp_pose", "tcp_torque", "tcp_vel")
-    """what `state` holds, in this order: any keys of `PROPRIO`"""
+    relative_frame: bool = True  # actions and observations in the tcp's frame, its pose from where the episode began
+    proprio: tuple[str, ...] = ("gripper", "tcp_force", "tcp_pose", "tcp_torque", "tcp_vel")  # what `state` holds
+    # fixed: no gripper action; binary: beyond +-0.5 it closes (+) or opens (-); continuous: the closure moves on by it
     gripper: Literal["fixed", "binary", "continuous"] = "binary"
-    """no gripper action; beyond +-0.5 it closes (+) or opens (-), as in SERL; or it adds to the closure"""
     gripper_at_reset: Literal["open", "close", "keep"] = "keep"
-    gripper_penalty: float = 0.0
-    """info["grasp_penalty"] is minus this when the gripper moves (HIL-SERL: 0.02)"""
-    gripper_wait_s: float = 0.6
-    """binary gripper: a step that moves it lasts until it stands, at most this much longer"""
+    gripper_penalty: float = 0.0  # minus this is info["grasp_penalty"] when the gripper moves (HIL-SERL: 0.02)
+    gripper_wait_s: float = 0.6  # binary: a step that moves it waits until it stands, at most this long (SERL: 0.6)
     compliance: Impedance = field(
         default_factory=lambda: Impedance(clip=(0.003, 0.003, 0.01), rotational_clip=(0.02, 0.02, 0.02))
-    )
-    """gains during the episode"""
+    )  # gains during the episode
+    # gains on the way to the reset pose; SERL's, but damped, so that the arm cannot go faster than 0.25 m/s and 1 rad/s
     precision: Impedance = field(default_factory=lambda: Impedance(3000.0, 120.0, 300.0, 15.0))
-    """gains on the way to the reset pose (SERL's, with damping for at most 0.25 m/s and 1 rad/s)"""
-    reset_speed: float = 0.1
-    """m/s, on this way"""
-    reset_joints_every: int = 200
-    """episodes between two moves to reset_joints, which bring the elbow back (0: never)"""
-    reset_joints: tuple[float, ...] = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)
-    """rad"""
-    recover_at_reset: bool = True
-    """reset() clears a latched reflex or fault; otherwise it raises, and a person calls `client.recover()`"""
+    reset_speed: float = 0.1  # m/s on this way
+    reset_joints_every: int = 200  # episodes between two moves to reset_joints, which bring the elbow back (0: never)
+    reset_joints: tuple[float, ...] = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad
+    recover_at_reset: bool = True  # else reset() raises after a fault, and a person calls `client.recover()`
     cameras: tuple[CameraConfig, ...] = (CameraConfig("front"), CameraConfig("wrist"))
-    image_size: int = 128
-    """pixels"""
-    max_image_age_s: float = 0.2
-    """an older picture ends the episode"""
+    image_size: int = 128  # pixels
+    max_image_age_s: float = 0.2  # an older picture ends the episode
+    # 1 at success: tcp within `tolerance` (m along each axis, rad) of `goal_pose` (x, y, z, roll, pitch, yaw); or
+    # what the simulated robot's task says; or nothing
     reward: Literal["pose", "task", "none"] = "pose"
-    """1 for success: tcp within `tolerance` of `goal_pose`; what the simulated task says; or never (a script's own)"""
     goal_pose: tuple[float, ...] = (0.5, 0.0, 0.06, np.pi, 0.0, 0.0)
-    """x, y, z (m), roll, pitch, yaw (rad)"""
     tolerance: tuple[float, float] = (0.01, 0.2)
-    """m along each axis, rad"""
-    server_wait_s: float = 60.0
-    """how long reset() waits for a server or a camera that is away"""
+    wait_s: float = 60.0  # how long reset() waits for a server or a camera that is away
 
 
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
@@ -917,9 +906,9 @@ class FrankaEnv(gym.Env):
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
         for camera in self.cameras:
-            camera.start(self.config.server_wait_s)
+            camera.start(self.config.wait_s)
         self.state = self.client.state()
-        self.origin, self.elapsed_steps = self.state["tcp_pose"], 0
+        self.origin, self.target, self.elapsed_steps = self.state["tcp_pose"], self.state["reference"], 0
         self.closure = (
             self.measured_closure() if self.config.gripper == "continuous" else round(self.measured_closure())
         )
@@ -932,7 +921,7 @@ class FrankaEnv(gym.Env):
         config = self.config
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
-        self.hello = hello = self.client.wait_for_server(config.server_wait_s)
+        self.hello = hello = self.client.wait_for_server(config.wait_s)
         limits = hello["limits"]
         faults = []
         if np.linalg.norm(config.action_scale[:3]) > limits["max_jump"]:
@@ -949,7 +938,7 @@ class FrankaEnv(gym.Env):
         if not self.cameras:
             self.cameras = [make_camera(camera, config) for camera in config.cameras]
             for camera in self.cameras:
-                camera.start(config.server_wait_s)
+                camera.start(config.wait_s)
 
     def prepare(self) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
@@ -959,7 +948,8 @@ class FrankaEnv(gym.Env):
             raise RefusedError("fault", f"{fault['message']}; look at the robot, then call client.recover()")
         if fault:
             client.recover()
-        client.stop()
+        if client.state()["mode"] != "idle":
+            client.stop()
         if self.hello["robot"]["task"]:
             client.reset_task(int(self.np_random.integers(2**31)))
         if config.gripper_at_reset != "keep":
@@ -978,7 +968,7 @@ class FrankaEnv(gym.Env):
     def go_to(self, pose: np.ndarray) -> None:
         """Stream targets along a straight line to `pose` and wait until the arm is there. Raises RobotError if not."""
         start = self.client.state()["reference"]
-        distance, turn = np.linalg.norm(pose[:3] - start[:3]), rotation_between(start[3:], pose[3:])
+        distance, turn = np.linalg.norm(pose[:3] - start[:3]), rotation_between(pose[3:], start[3:])
         seconds = max(distance / self.config.reset_speed, np.linalg.norm(turn) / (5 * self.config.reset_speed))
         steps, rate = max(math.ceil(seconds * 20), 1), Rate(20)
         for t in np.append(np.arange(1, steps + 1) / steps, np.ones(40)):  # at most 2 s to settle
@@ -1030,23 +1020,31 @@ class FrankaEnv(gym.Env):
         return np.clip(values, -1, 1)
 
     def command(self, values: np.ndarray, info: dict) -> None:
-        """Move the target on from the reference in force, and the gripper if the action says so."""
-        config, reference = self.config, self.state["reference"]
+        """Move the target on, and the gripper if the action says so."""
         motion = np.zeros(6)
-        motion[: self.axes] = values[: self.axes] * config.action_scale
-        motion = self.action_to_base(motion)
-        quaternion = quat_multiply(quat_from_rotvec(motion[3:]), reference[3:])
-        position = np.clip(reference[:3] + motion[:3], self.low[:3], self.high[:3])
+        motion[: self.axes] = values[: self.axes] * self.config.action_scale
+        motion, start = self.action_to_base(motion), self.last_target()
+        position, quaternion = np.clip(start[:3] + motion[:3], self.low[:3], self.high[:3]), start[3:]
         if self.axes == 6:
-            euler = euler_from_quat(quat_multiply(quaternion, quat_inverse(self.reset_pose[3:])))
+            turned = quat_multiply(quat_from_rotvec(motion[3:]), quaternion)
+            euler = euler_from_quat(quat_multiply(turned, quat_inverse(self.reset_pose[3:])))
             inside = quat_from_euler(np.clip(euler, self.low[3:], self.high[3:]))
             quaternion = quat_multiply(inside, self.reset_pose[3:])
-        target = np.append(position, quaternion / np.linalg.norm(quaternion))
-        info["limited"] = self.client.target(target)["result"]["limited"]
-        if config.gripper != "fixed":
-            self.command_gripper(values[-1], target, info)
+        self.target = np.append(position, quaternion / np.linalg.norm(quaternion))
+        info["limited"] = self.client.target(self.target)["result"]["limited"]
+        if self.config.gripper != "fixed":
+            self.command_gripper(values[-1], info)
 
-    def command_gripper(self, value: float, target: np.ndarray, info: dict) -> None:
+    def last_target(self) -> np.ndarray:
+        """(7,) what an action moves on from: the last target, but no further than half an action ahead of the reference
+        that the server has in force. So single actions are carried out in full although the server takes its time, and
+        where the arm is blocked or too slow, the target waits for it."""
+        scale, reference = np.array(self.config.action_scale), self.state["reference"]
+        lead, turn = self.target[:3] - reference[:3], rotation_between(self.target[3:], reference[3:])
+        lead, turn = shortened(lead, scale[:3].max() / 2), shortened(turn, scale[3:].max(initial=0.0) / 2)
+        return np.append(reference[:3] + lead, quat_multiply(quat_from_rotvec(turn), reference[3:]))
+
+    def command_gripper(self, value: float, info: dict) -> None:
         binary = self.config.gripper == "binary"
         closure = float(value > 0) if binary else float(np.clip(self.closure + value, 0, 1))
         if closure == self.closure or (binary and abs(value) < 0.5):
@@ -1060,7 +1058,7 @@ class FrankaEnv(gym.Env):
         deadline = time.monotonic() + self.config.gripper_wait_s
         while time.monotonic() < deadline and self.client.job_running(handle):
             time.sleep(0.05)
-            self.client.target(target)  # the watchdog wants to hear from us
+            self.client.target(self.target)  # the watchdog wants to hear from us
         overruns = self.rate.overruns
         self.rate.restart()
         self.rate.overruns = overruns
@@ -1069,17 +1067,14 @@ class FrankaEnv(gym.Env):
     def action_to_base(self, motion: np.ndarray) -> np.ndarray:
         """(6,) translation and rotation vector from the action's frame to the base's: both are turned, and no more.
         SERL's adjoint (franka_env/utils/transformations.py:19) also adds a rotation to each translation."""
-        return self._turn(motion, self.state["tcp_pose"][3:])
+        return rotate(self.frame(), motion.reshape(2, 3)).ravel()
 
     def base_to_action(self, motion: np.ndarray) -> np.ndarray:
         """(6,) the other way round, for what a person does in the base frame."""
-        return self._turn(motion, quat_inverse(self.state["tcp_pose"][3:]))
+        return rotate(quat_inverse(self.frame()), motion.reshape(2, 3)).ravel()
 
-    def _turn(self, vectors: np.ndarray, quaternion: np.ndarray) -> np.ndarray:
-        """Rows of three, turned by `quaternion` if the frame is relative."""
-        if not self.config.relative_frame:
-            return vectors
-        return rotate(quaternion, vectors.reshape(-1, 3)).ravel()
+    def frame(self) -> np.ndarray:
+        return self.state["tcp_pose"][3:] if self.config.relative_frame else np.array([0.0, 0.0, 0.0, 1.0])
 
     def measured_closure(self) -> float:
         width = self.hello["gripper"]["max_width"]
@@ -1101,7 +1096,7 @@ class FrankaEnv(gym.Env):
                 frame = camera.read(self.config.max_image_age_s)
             except CameraError as error:
                 frame, fault = camera.frame, str(error)
-            obs[camera.config.name] = frame.image
+            obs[camera.config.name] = frame.image.copy()
         return obs, fault
 
     def is_success(self, obs: dict[str, np.ndarray]) -> bool:
@@ -1111,16 +1106,15 @@ class FrankaEnv(gym.Env):
         if self.config.reward == "task":
             return bool(self.client.task()["success"])
         pose, (near, aligned) = self.state["tcp_pose"], self.config.tolerance
-        turned = np.abs(rotation_between(self.goal_pose[3:], pose[3:])).max()
+        turned = np.abs(rotation_between(pose[3:], self.goal_pose[3:])).max()
         return self.config.reward == "pose" and np.abs(pose[:3] - self.goal_pose[:3]).max() < near and turned < aligned
 
     def expert_action(self) -> np.ndarray:
         """(A,) action of the simulated task's scripted expert. Raises RefusedError on a real robot, which has none."""
         expert = self.client.task()["expert"]
-        goal, reference = np.array(expert["pose"]), self.state["reference"]
-        turn = rotation_between(reference[3:], goal[3:])
-        motion = self.base_to_action(np.concatenate([goal[:3] - reference[:3], turn]))[: self.axes]
-        action = np.append(motion / self.config.action_scale, 1.0 if expert["close"] else -1.0)
+        goal, start = np.array(expert["pose"]), self.last_target()
+        motion = np.concatenate([goal[:3] - start[:3], rotation_between(goal[3:], start[3:])])
+        action = np.append(self.base_to_action(motion)[: self.axes] / self.config.action_scale, 2 * expert["close"] - 1)
         return np.clip(action, -1, 1)[: self.action_space.shape[0]].astype(np.float32)
 
     def render(self) -> np.ndarray | None:
@@ -1149,70 +1143,66 @@ gym.register("FrankaReal-v0", f"{__name__}:FrankaEnv")
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-def check(fine: object, what: str, remedy: str = "") -> bool:
+def say(fine: object, what: str, remedy: str = "") -> bool:
     """Print a line of the doctor: ok, or what to do."""
     print(f"ok   {what}" if fine else f"FIX  {what}{f': {remedy}' if remedy else ''}", flush=True)
     return bool(fine)
 
 
-def check_server(client: RobotClient) -> tuple[dict, bool]:
+def examine_server(client: RobotClient) -> tuple[dict, bool]:
     """What the server says about itself, and whether all of it is well."""
     hello, times = client.hello(), []
     for _ in range(200):
         start = time.perf_counter()
         state = client.state()
         times.append(1000 * (time.perf_counter() - start))
-    robot, gripper, fault = hello["robot"], hello["gripper"], state["fault"] or {}
-    check(
-        True,
-        f"{client.server}: {robot['kind']}, SDK {robot['sdk']}, firmware {robot['firmware']}, task {robot['task']}",
-    )
-    check(True, f"commander: {hello['lease'] or 'nobody'}, mode: {state['mode']}")
-    check(True, "round trip {:.2f} ms, 99 % below {:.2f} ms".format(*np.percentile(times, (50, 99))))
-    fine = check(not fault, f"fault: {fault.get('message')}", "look at the robot, then call client.recover()")
-    fine &= check(
-        not state["gripper_fault"],
-        f"gripper: {gripper['kind']}, {state['gripper_fault'] or 'no fault'}",
-        "power, cable",
-    )
-    rate = state["success_rate"]
-    return hello, fine & check(rate >= 0.95, f"{rate:.0%} of the control packets arrive", "robot_server.py --doctor")
+    robot, gripper, fault, arriving = hello["robot"], hello["gripper"], state["fault"], state["success_rate"]
+    say(True, f"{client.server}: {robot['kind']}, {robot['sdk']}, firmware {robot['firmware']}, task {robot['task']}")
+    say(True, f"commander: {hello['lease'] or 'nobody'}; mode: {state['mode']}")
+    say(True, "round trip {:.2f} ms, 99 % below {:.2f} ms".format(*np.percentile(times, (50, 99))))
+    fine = say(not fault, f"fault: {fault and fault['message']}", "look at the robot, then call client.recover()")
+    fine &= say(not state["gripper_fault"], f"gripper {gripper['kind']}: {state['gripper_fault']}", "power, cable")
+    fine &= say(arriving >= 0.95, f"{arriving:.0%} of the control packets arrive", "robot_server.py --doctor")
+    return hello, fine
+
+
+def examine_realsense() -> tuple[list[Camera], bool]:
+    """The RealSense cameras that are plugged in, and whether all is well."""
+    rs, fine = import_realsense(), True
+    devices = realsense_devices(rs)
+    say(True, f"pyrealsense2 {rs.__version__}, {len(devices)} cameras")
+    for serial, device in devices.items():
+        name, usb = (device.get_info(key) for key in (rs.camera_info.name, rs.camera_info.usb_type_descriptor))
+        fine &= say(usb.startswith("3"), f"{name}, serial {serial}, USB {usb}", "USB 3 needs its cable and port")
+    return [RealSense(CameraConfig(serial, "realsense", serial)) for serial in devices], fine
 
 
 def doctor(args: Args) -> tuple[RobotClient | None, list[Camera], Teleop | None, bool]:
     """Check what a real-robot script needs, a line each: ok, or what to do. Returns what works, and if all does."""
-    packages = ("numpy", "gymnasium", "pyzmq", "msgpack")
-    check(
-        True,
-        f"Python {platform.python_version()}, {', '.join(f'{p} {importlib.metadata.version(p)}' for p in packages)}",
+    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
+    fine, client, cameras, teleop = (
+        say(True, f"Python {platform.python_version()}, {', '.join(packages)}"),
+        None,
+        [],
+        None,
     )
-    client, cameras, teleop, fine = None, [], None, True
     try:
         client = RobotClient(args.server, args.keys)
-        hello, fine = check_server(client)
+        hello, fine = examine_server(client)
         cameras = [SimCamera(CameraConfig(c["name"]), 128, args.server, args.keys) for c in hello["cameras"]]
     except RobotError as error:
-        fine = check(False, str(error))
+        fine, client = say(False, str(error)), None
     try:
-        rs = import_realsense()
-        devices = realsense_devices(rs)
-        check(True, f"pyrealsense2 {rs.__version__}, {len(devices)} cameras")
-        for serial, device in devices.items():
-            name, usb = (device.get_info(key) for key in (rs.camera_info.name, rs.camera_info.usb_type_descriptor))
-            fine &= check(usb.startswith("3"), f"{name}, serial {serial}, USB {usb}", "USB 3 needs its cable and port")
-            cameras.append(RealSense(CameraConfig(serial, "realsense", serial), 128))
-    except CameraError as error:
-        fine &= check(False, str(error))
-    for camera in list(cameras):
-        try:
+        found, well = examine_realsense()
+        cameras, fine = cameras + found, fine and well
+        for camera in cameras:
             camera.start()
-        except CameraError as error:
-            fine = check(False, str(error))
-            cameras.remove(camera)
+    except CameraError as error:
+        fine, cameras = say(False, str(error)), [camera for camera in cameras if camera.frame]
     try:
         teleop = {"none": lambda: None, "keyboard": Keyboard, "spacemouse": SpaceMouse}[args.teleop]()
     except TeleopError as error:
-        fine = check(False, str(error))
+        fine = say(False, str(error))
     return client, cameras, teleop, fine
 
 
