@@ -39,7 +39,9 @@ class Wire:
 
     def frames(self, op: str, token: str | None = None, **args: object) -> list[bytes]:
         """Every frame of the reply. Raises TimeoutError."""
-        message = {"v": 1, "op": op, "id": next(self.count), "token": token or self.token, "args": args}
+        token = token or self.token
+        args |= {"token": token} if op == "acquire" else {}
+        message = {"v": 1, "op": op, "id": next(self.count), "token": token, "args": args}
         self.socket.send(msgpack.packb(message))
         if not self.socket.poll(self.timeout * 1000):
             raise TimeoutError(op)

@@ -4,15 +4,19 @@ import math
 import signal
 import socket
 import stat
+import sys
 import threading
 import time
 
 import msgpack
 import numpy as np
 import pytest
+import tyro
 import zmq
 from conftest import REPO, run_script, wait_until
 from robot_wire import TOKEN, Wire, follow, memory_mb, moved, serving, subscribe, watch
+
+import robot_server
 
 OTHER = "b" * 16
 HIDDEN = ("Traceback", ".py", "/")  # what an answer never tells
@@ -90,7 +94,7 @@ def test_published_states(server, wire):
 
 def test_slow_subscriber_gets_the_newest_state(server, wire):
     with subscribe(server.states) as socket:
-        assert socket.poll(5000)
+        socket.recv()  # poll() would take one out and keep it
         time.sleep(1)
         newest = msgpack.unpackb(socket.recv())
     assert wire.state()["server_time"] - newest["server_time"] < 0.3
@@ -135,7 +139,7 @@ def nested(depth: int) -> object:
         (message() + b"\x00", "malformed"),
         (message()[:-1], "malformed"),
         (msgpack.packb({1: 2}), "malformed"),
-        (msgpack.packb({"v": 1, "op": "state", "args": {"x": nested(20)}}), "malformed"),
+        (msgpack.packb({"v": 1, "op": "state", "args": {"x": nested(20)}}), None),
         (msgpack.packb({"v": 1, "op": "state", "args": {"x": b"bytes"}}), "malformed"),
         (msgpack.packb({"v": 1, "op": "state", "args": {"x": msgpack.ExtType(1, b"x")}}), "malformed"),
         (msgpack.packb({"v": 1, "op": "state", "args": {"x": msgpack.Timestamp(1)}}), "malformed"),
@@ -154,7 +158,7 @@ def nested(depth: int) -> object:
         (message(op=3), None),
         (message(op=["state"]), None),
         (message(id=1.5), None),
-        (message(id="x" * 100), None),
+        (message(id="x" * 300), "malformed"),
         (message(id=[1]), None),
         (message(args=[1]), None),
         (message(args={"x": 1}), "bad_argument"),
@@ -354,21 +358,20 @@ def test_stale_targets_are_refused(wire):
 
 
 def test_box(wire):
-    """A target outside is followed to the wall and no further; so is one in a corner."""
+    """A target outside is followed to the walls, into an edge of the box, and no further."""
     limits, start = wire.hello["limits"], wire.stream()
-    high = limits["workspace_high"]
+    low, high = limits["workspace_low"], limits["workspace_high"]
     reference = start
     for _ in range(400):
-        goal = moved(reference, x=0.02, y=0.02)
-        reply = wire.ask("target", pose=goal)
+        reply = wire.ask("target", pose=moved(reference, y=0.1, z=-0.08))
         reference = reply["reference"]
-        assert all(low - 1e-9 <= v <= top + 1e-9 for low, v, top in zip(limits["workspace_low"], reference, high))
-        if "box" in reply["result"]["limited"] and math.dist(reference[:2], high[:2]) < 1e-6:
+        assert all(a - 1e-9 <= v <= b + 1e-9 for a, v, b in zip(low, reference, high))
+        if "box" in reply["result"]["limited"] and math.dist(reference[1:3], (high[1], low[2])) < 1e-6:
             break
         time.sleep(0.02)
     else:
-        raise AssertionError(f"the corner was not reached: {reference}")
-    assert all(value < top + 0.01 for value, top in zip(wire.state()["tcp_pose"], high))
+        raise AssertionError(f"the edge was not reached: {reference}")
+    assert wire.state()["tcp_pose"][1] < high[1] + 0.005 and wire.state()["tcp_pose"][2] > low[2] - 0.005
 
 
 def test_tilt(wire):
@@ -439,8 +442,8 @@ def test_full_speed_is_reached_and_not_exceeded(server, wire):
 
 def test_the_reference_never_leaves_the_arm(tmp_path):
     """Pressed on the table, the target stays within the clip of the measured pose, and the force below K x clip."""
-    low = "--workspace-low", 0.2, -0.3, -0.2
-    with serving(tmp_path, *low) as process, Wire(process.requests) as wire:
+    flags = "--workspace-low", 0.2, -0.3, -0.2, "--collision-force", 1000  # the impact is above the static force
+    with serving(tmp_path, *flags) as process, Wire(process.requests) as wire:
         start = wire.stream()
         assert wire.hello["limits"]["workspace_low"][2] == pytest.approx(-0.2)
         gains = wire.hello["gains"]
@@ -471,7 +474,7 @@ def test_the_reference_never_leaves_the_arm(tmp_path):
 # --- Watchdog, hold, stop ---------------------------------------------------------------------------------------------
 def test_watchdog_holds_then_stops(server, wire):
     start = wire.stream()
-    follow(wire, lambda t: moved(start, y=0.1), 0.4)  # still on its way
+    follow(wire, lambda t: moved(start, y=0.14), 0.2)  # still on its way
     states = watch(server.states, 3.0)
     first = states[0]["robot_time"]
     modes = [state["mode"] for state in states]
@@ -481,21 +484,23 @@ def test_watchdog_holds_then_stops(server, wire):
     assert held[0]["robot_time"] - first < 0.6 and 1.2 < held[-1]["robot_time"] - held[0]["robot_time"] < 2.2
     assert distance(held[-1]["reference"], held[0]["reference"]) < 0.02  # it ran out, at its own deceleration
     assert distance(held[-1]["reference"], held[len(held) // 2]["reference"]) < 1e-9
-    assert distance(wire.state()["reference"], start) < 0.09
-    assert wire.state()["robot_mode"] == "idle"
+    assert distance(held[-1]["reference"], start) < 0.135
+    assert wire.wait_for(robot_mode="idle", timeout=2)["mode"] == "idle"
 
 
 def test_streaming_goes_on_after_a_pause(wire):
     start = wire.stream()
     wire.ask("target", pose=start)
     wire.wait_for(mode="hold", timeout=5)
-    assert wire.ask("target", pose=moved(start, y=0.01))["mode"] == "streaming"
+    wire.ask("target", pose=moved(start, y=0.01))
+    wire.wait_for(mode="streaming", timeout=0.25)
 
 
 def test_anyone_may_hold(server, wire):
     start = wire.stream()
     follow(wire, lambda t: moved(start, y=0.1), 0.3)
-    assert wire.ask("hold", token=OTHER)["mode"] == "hold"
+    wire.ask("hold", token=OTHER)
+    wire.wait_for(mode="hold", timeout=0.25)  # before the watchdog would
     for _ in range(5):
         assert wire.refused("target", pose=moved(start, y=0.1)) == "held"
     assert wire.state()["mode"] == "hold"
@@ -503,7 +508,8 @@ def test_anyone_may_hold(server, wire):
     stands = wire.state()
     assert np.linalg.norm(stands["tcp_vel"]) < 0.02
     wire.done("start")
-    assert wire.ask("target", pose=stands["tcp_pose"])["mode"] == "streaming"
+    wire.ask("target", pose=stands["tcp_pose"])
+    assert wire.state()["mode"] == "streaming"
     assert distance(wire.state()["reference"], stands["tcp_pose"]) < 0.005
 
 
@@ -520,15 +526,16 @@ def test_anyone_may_stop(wire):
 def test_the_end_of_a_lease_holds(wire):
     start = wire.stream()
     wire.ask("target", pose=moved(start, y=0.05))
-    assert wire.ask("release")["mode"] == "hold"
+    wire.ask("release")
+    assert wire.wait_for(mode="hold", timeout=0.25)["lease"] is None
     wire.wait_for(mode="idle", timeout=5)
 
 
 def test_a_takeover_holds(wire):
     start = wire.stream()
     follow(wire, lambda t: moved(start, y=0.1), 0.3)
-    reply = wire.ask("acquire", name="other", token=OTHER, takeover=True)
-    assert reply["mode"] == "hold"
+    wire.ask("acquire", name="other", token=OTHER, takeover=True)
+    wire.wait_for(mode="hold", timeout=0.25)
     assert wire.refused("target", pose=start) == "no_lease"
     reference = wire.state()["reference"]
     reply = wire.call("target", token=OTHER, pose=moved(reference, y=0.001))
@@ -593,8 +600,9 @@ def test_a_job_stops_when_its_lease_ends(wire):
 def test_joint_goals_are_checked(wire, q):
     """A joint beyond its limits (joint 4 at 0 is), or what is no goal at all."""
     wire.take()
+    before = wire.state()["q"]
     assert wire.refused("move_joints", handle="bad-goal", q=q) in ("bad_argument", "refused")
-    assert wire.state()["mode"] == "idle"
+    assert wire.state()["mode"] == "idle" and math.dist(wire.state()["q"], before) < 1e-3
 
 
 @pytest.mark.parametrize("speed", [0.0, -1.0, 5.0, math.nan, "fast", True])
@@ -748,6 +756,8 @@ def test_pick_up_the_cube(wire):
     assert wire.state()["gripper_holding"] and wire.state()["gripper_width"] == pytest.approx(0.04, abs=0.004)
     go([cube[0], cube[1], 0.2])
     assert wire.ask("task")["result"]["success"] is True
+    wire.ask("stop")
+    wire.wait_for(mode="idle", timeout=5)
     wire.done("reset_task", seed=0)
 
 
@@ -779,7 +789,7 @@ def test_signals_end_it_cleanly(tmp_path, number):
         output = process.stdout_path.read_text() + process.stderr_path.read_text()
         assert "Traceback" not in output
         log = (tmp_path / "server.log").read_text()
-        assert "Traceback" not in log and "stream" in log
+        assert "Traceback" not in log and signal.Signals(number).name in log
 
 
 def test_the_port_is_taken(tmp_path):
@@ -791,17 +801,18 @@ def test_the_port_is_taken(tmp_path):
 
 
 BAD_FLAGS = {
-    "--robot franky": "--robot-ip",
-    "--robot panda-py": "--robot-ip",
-    "--gripper robotiq": "--gripper-port",
+    "--robot franky --robot-ip 127.8.8.8 --gripper none": "127.8.8.8",
     "--gripper robotiq --gripper-port /nowhere": "/nowhere",
     "--gripper franka-hand": "--gripper",
+    "--env-id FrankaFly-v0": "--env-id",
+    "--cameras side": "--cameras",
     "--bind 0.0.0.0": "--insecure-lan",
     "--bind 192.0.2.1": "--keys",
-    "--bind 127.0.0.1 --keys nowhere": "--keys",
-    "--control-hz 0": "--control-hz",
+    "--keys nowhere": "--keys",
+    "--keygen": "--keys",
     "--control-hz 50": "--control-hz",
     "--max-speed -1": "--max-speed",
+    "--max-speed 0": "--max-speed",
     "--max-speed nan": "--max-speed",
     "--sim-speed -1": "--sim-speed",
     "--port 70000": "--port",
@@ -809,28 +820,39 @@ BAD_FLAGS = {
     "--log-file nowhere/x.log": "--log-file",
     "--workspace-low 1 1 1": "--workspace",
     "--reset-joints 0 0 0 0 0 0 0": "--reset-joints",
+    "--hold-after-s 3": "--hold-after-s",
+    "--gains.stiffness 1e6": "--gains",
 }
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags_are_named(tmp_path, flags):
-    result = run_script("robot_server.py", *flags.split(), cwd=tmp_path, timeout=30, check=False)
-    output = result.stdout + result.stderr
-    assert result.returncode not in (0, None), output
-    assert BAD_FLAGS[flags] in output and "Traceback" not in output
+def test_bad_flags_are_named(tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["robot_server.py", "--port", "0", *flags.split()])
+    with pytest.raises(SystemExit) as ended:
+        robot_server.main(tyro.cli(robot_server.Args))
+    output = f"{ended.value}{''.join(capsys.readouterr())}"
+    assert ended.value.code not in (0, None) and BAD_FLAGS[flags] in output
+
+
+def test_a_bad_flag_ends_the_program(tmp_path):
+    result = run_script("robot_server.py", "--env-id", "FrankaFly-v0", cwd=tmp_path, timeout=60, check=False)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.startswith("robot_server.py: --env-id") and result.stderr.count("\n") <= 2
 
 
 def test_doctor(tmp_path):
-    result = run_script("robot_server.py", "--doctor", cwd=tmp_path, timeout=60, check=False)
-    text = result.stdout.lower()
-    for word in ("real-time", "governor", "priority", "libfranka", "pymodbus", "serial"):
-        assert word in text, result.stdout
-    lines = [line for line in result.stdout.splitlines() if line.strip()]
-    assert len(lines) >= 6 and "Traceback" not in result.stderr
-    # nobody answers there, and the port does not exist
-    flags = ("--robot", "franky", "--robot-ip", "127.9.9.9", "--gripper", "robotiq", "--gripper-port", "/nowhere")
+    result = run_script("robot_server.py", "--doctor", cwd=tmp_path, timeout=60)
+    assert "mujoco" in result.stdout and result.stdout.rstrip().endswith("ready")
+    # a robot that nobody answers for, a port that is not there
+    flags = ("--robot", "franky", "--robot-ip", "127.8.8.8", "--gripper", "robotiq", "--gripper-port", "/nowhere")
     result = run_script("robot_server.py", "--doctor", *flags, cwd=tmp_path, timeout=60, check=False)
-    assert "127.9.9.9" in result.stdout and "/nowhere" in result.stdout and "Traceback" not in result.stderr
+    text = result.stdout.lower()
+    for word in ("franky-control", "pymodbus", "preempt_rt", "governor", "priority", "127.8.8.8", "/nowhere"):
+        assert word in text, result.stdout
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    checks = [line for line in result.stdout.splitlines() if line[:4] in ("ok  ", "FIX ", "note")]
+    assert len(checks) >= 10 and all(": " in line for line in checks if line.startswith("FIX"))  # each with its remedy
 
 
 # --- Keys -------------------------------------------------------------------------------------------------------------
@@ -846,7 +868,7 @@ def test_keygen(keys):
     names = {path.name for path in (keys / "good").iterdir()}
     assert {"server.key", "server.key_secret", "client.key", "client.key_secret"} <= names
     for name in ("server.key_secret", "client.key_secret"):
-        assert stat.S_IMODE((keys / "good" / name).stat().st_mode) == 0o600
+        assert stat.S_IMODE((keys / "good" / name).stat().st_mode) == 0o600, "others may read it"
     before = (keys / "good" / "server.key_secret").read_bytes()
     again = run_script("robot_server.py", "--keygen", "--keys", keys / "good", cwd=keys, timeout=30, check=False)
     assert again.returncode != 0 and (keys / "good" / "server.key_secret").read_bytes() == before
