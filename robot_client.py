@@ -116,6 +116,11 @@ def quat_from_euler(euler: Sequence[float]) -> np.ndarray:
     return quat_multiply(yaw, quat_multiply(pitch, roll))
 
 
+def pose_from_euler(pose: Sequence[float]) -> np.ndarray:
+    """(7,) position and quaternion of x, y, z, roll, pitch, yaw."""
+    return np.append(pose[:3], quat_from_euler(pose[3:]))
+
+
 def euler_from_quat(quaternion: np.ndarray) -> np.ndarray:
     """(3,) roll, pitch, yaw; yaw is 0 where the pitch is +-pi/2 and only the difference of the two others counts."""
     x, y, z = rotate(quaternion, np.eye(3))  # the columns of the rotation matrix
@@ -162,7 +167,7 @@ class Rate:
 
 # --- Client -----------------------------------------------------------------------------------------------------------
 class RobotError(RuntimeError):
-    """What robot and server can do wrong; the message names the remedy."""
+    """Something is wrong with robot, server, camera or teleoperation; the message names the remedy."""
 
 
 class UnreachableError(RobotError):
@@ -500,7 +505,7 @@ class RealSense(Camera):
         devices = realsense_devices(self.rs)  # pipeline.start waits 15 s for one that is not there
         if config.serial not in devices:
             raise CameraError(
-                f"no RealSense with serial number {config.serial!r}; there are {sorted(devices) or 'none'}"
+                f"no RealSense has serial number {config.serial!r}; there are {sorted(devices) or 'none'}"
             )
         settings = self.rs.config()
         settings.enable_device(config.serial)
@@ -513,20 +518,22 @@ class RealSense(Camera):
 
     def set_options(self, device: Any) -> None:
         """Exposure, gain and white balance on the sensor that gives the colour (D405: the stereo module)."""
-        colour = self.rs.stream.color
-        sensor = next(
-            s for s in device.query_sensors() if any(p.stream_type() == colour for p in s.get_stream_profiles())
-        )
         option, config = self.rs.option, self.config
-        wanted = [(option.enable_auto_exposure, float(config.exposure is None)), (option.exposure, config.exposure)]
-        wanted += [(option.gain, config.gain), (option.enable_auto_white_balance, float(config.white_balance is None))]
-        for name, value in [*wanted, (option.white_balance, config.white_balance)]:  # automatic off before the value
-            if value is None or not sensor.supports(name):
-                continue
-            limits = sensor.get_option_range(name)
-            if not limits.min <= value <= limits.max:
-                raise CameraError(f"{name} {value}: this camera takes {limits.min} to {limits.max}")
-            sensor.set_option(name, value)
+        for sensor in device.query_sensors():
+            if self.rs.stream.color in [profile.stream_type() for profile in sensor.get_stream_profiles()]:
+                break
+        for name, value in (  # what is automatic is switched off before its value is set
+            (option.enable_auto_exposure, float(config.exposure is None)),
+            (option.exposure, config.exposure),
+            (option.gain, config.gain),
+            (option.enable_auto_white_balance, float(config.white_balance is None)),
+            (option.white_balance, config.white_balance),
+        ):
+            if value is not None and sensor.supports(name):
+                limits = sensor.get_option_range(name)
+                if not limits.min <= value <= limits.max:
+                    raise CameraError(f"{name} {value}: this camera takes {limits.min} to {limits.max}")
+                sensor.set_option(name, value)
 
     def grab(self) -> tuple[np.ndarray, int, float]:
         arrived, frames = self.pipeline.try_wait_for_frames(round(1000 * self.config.timeout_s))
@@ -674,7 +681,7 @@ class Keyboard(Teleop):
     w s forward, back; a d left, right; r f up, down; j l roll; i k pitch; u o yaw; c close, v open the gripper.
     Other keys are kept in `keys` for the script."""
 
-    AXES = {key: (i // 2, 1 - 2 * (i % 2)) for i, key in enumerate("wsadrfjlikuo")}
+    AXES = {key: (i // 2, 1 - 2 * (i % 2)) for i, key in enumerate("wsadrfjlikuocv")}  # the seventh is the gripper
 
     def __init__(self, speed: float = 0.5, hold_s: float = 0.15, fd: int | None = None):
         """`speed`: size of the motion. Raises TeleopError where standard input is no terminal."""
@@ -684,51 +691,31 @@ class Keyboard(Teleop):
         self.fd = sys.stdin.fileno() if fd is None else fd
         if not os.isatty(self.fd):
             raise TeleopError("keyboard: standard input is no terminal; start the script in one, without a pipe")
-        self.speed, self.hold_s, self.keys = speed, hold_s, collections.deque(maxlen=32)
-        self._pressed: dict[str, float] = {}
+        self.speed, self.hold_s, self.keys, self._pressed, self._read = speed, hold_s, collections.deque(), {}, 0.0
         settings = termios.tcgetattr(self.fd)
         self._restore = lambda: termios.tcsetattr(self.fd, termios.TCSADRAIN, settings)
         tty.setcbreak(self.fd)
         atexit.register(self._restore)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="keyboard", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            if not select.select([self.fd], [], [], 0.1)[0]:
-                continue
-            try:
-                typed = os.read(self.fd, 64).decode(errors="ignore")
-            except OSError:
-                typed = ""
-            if not typed:
-                self.fault = "the terminal is closed"
-                return
-            for key in typed:
-                if key in self.AXES or key in "cv":
-                    self._pressed[key] = time.monotonic()
-                else:
-                    self.keys.append(key)
 
     def motion(self) -> tuple[np.ndarray, float]:
-        motion, gripper, now = np.zeros(6), 0.0, time.monotonic()
-        for key, pressed in list(self._pressed.items()):
-            if now - pressed > self.hold_s:
-                continue
-            if key in self.AXES:
-                axis, sign = self.AXES[key]
-                motion[axis] += sign * self.speed
-            else:
-                gripper += 1.0 if key == "c" else -1.0
-        return motion, gripper
+        values, now, last = np.zeros(7), time.monotonic(), self._read
+        self._read = now
+        try:
+            while select.select([self.fd], [], [], 0)[0] and (typed := os.read(self.fd, 1).decode(errors="ignore")):
+                if typed not in self.AXES:
+                    self.keys.append(typed)
+                elif now - last < 1.0:  # what was typed during a pause, such as a reset, moves nothing after it
+                    self._pressed[typed] = now
+        except OSError as error:
+            self.fault = f"keyboard: {error}"
+        for key in [key for key, pressed in self._pressed.items() if now - pressed < self.hold_s]:
+            axis, sign = self.AXES[key]
+            values[axis] += sign
+        return self.speed * values[:6], float(values[6])
 
     def close(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=2.0)
         atexit.unregister(self._restore)
-        if not self.fault:
-            self._restore()
+        self._restore()
 
 
 class ScriptedExpert(Teleop):
@@ -884,22 +871,19 @@ class FrankaEnv(gym.Env):
         image = spaces.Box(0, 255, (config.image_size, config.image_size, 3), np.uint8)
         self.observation_space = spaces.Dict({"state": state} | {camera.name: image for camera in config.cameras})
         self.action_space = spaces.Box(-1, 1, (self.axes + (config.gripper != "fixed"),), np.float32)
-        self.reset_pose, self.goal_pose = (
-            np.concatenate([pose[:3], quat_from_euler(pose[3:])]) for pose in (config.reset_pose, config.goal_pose)
-        )
+        self.reset_pose, self.goal_pose = pose_from_euler(config.reset_pose), pose_from_euler(config.goal_pose)
         self.low, self.high = np.array(config.workspace).T
         self.client: RobotClient | None = None
         self.cameras: list[Camera] = []
         self.rate = Rate(config.hz)
         self.episodes = self.reflexes = self.elapsed_steps = 0
-        self.origin, self.closure = self.reset_pose, 0.0
+        self.origin, self.closure, self.task_success = self.reset_pose, 0.0, False
 
-    # --- reset
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)
         for attempt in range(3):
+            self.connect()
             try:
-                self.connect()
                 self.prepare()
                 break
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
@@ -909,9 +893,9 @@ class FrankaEnv(gym.Env):
             camera.start(self.config.wait_s)
         self.state = self.client.state()
         self.origin, self.target, self.elapsed_steps = self.state["tcp_pose"], self.state["reference"], 0
-        self.closure = (
-            self.measured_closure() if self.config.gripper == "continuous" else round(self.measured_closure())
-        )
+        self.closure = self.measured_closure()
+        if self.config.gripper == "binary":
+            self.closure = round(self.closure)
         self.episodes += 1
         self.rate.restart()
         return self.observe()[0], {"success": False, "fault": None, "reflexes": self.reflexes}
@@ -922,18 +906,15 @@ class FrankaEnv(gym.Env):
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
         self.hello = hello = self.client.wait_for_server(config.wait_s)
-        limits = hello["limits"]
-        faults = []
-        if np.linalg.norm(config.action_scale[:3]) > limits["max_jump"]:
-            faults.append(
-                f"action_scale {config.action_scale[:3]} is beyond the server's --max-jump {limits['max_jump']}"
-            )
-        if np.any(self.low[:3] < limits["workspace_low"]) or np.any(self.high[:3] > limits["workspace_high"]):
-            faults.append(f"the workspace reaches beyond {limits['workspace_low']} to {limits['workspace_high']}")
-        if config.reward == "task" and not hello["robot"]["task"]:
-            faults.append("reward='task' needs the simulated robot with a task")
-        if faults:
-            raise RobotError(f"TaskConfig does not fit {config.server}: {'; '.join(faults)}")
+        limits, scale = hello["limits"], config.action_scale[:3]
+        low, high = limits["workspace_low"], limits["workspace_high"]
+        for wrong, what in (
+            (np.linalg.norm(scale) > limits["max_jump"] / 2, f"action_scale {scale} is too large for --max-jump"),
+            (np.any(self.low[:3] < low) or np.any(self.high[:3] > high), f"the workspace reaches beyond {low}, {high}"),
+            (config.reward == "task" and not hello["robot"]["task"], "reward='task' needs a simulated robot"),
+        ):
+            if wrong:
+                raise RobotError(f"TaskConfig does not fit {config.server}: {what}")
         self.client.acquire()
         if not self.cameras:
             self.cameras = [make_camera(camera, config) for camera in config.cameras]
@@ -943,10 +924,9 @@ class FrankaEnv(gym.Env):
     def prepare(self) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
-        fault = client.state()["fault"]
-        if fault and not config.recover_at_reset:
-            raise RefusedError("fault", f"{fault['message']}; look at the robot, then call client.recover()")
-        if fault:
+        if fault := client.state()["fault"]:
+            if not config.recover_at_reset:
+                raise RefusedError("fault", f"{fault['message']}; look at the robot, then call client.recover()")
             client.recover()
         if client.state()["mode"] != "idle":
             client.stop()
@@ -957,60 +937,54 @@ class FrankaEnv(gym.Env):
         x, y, yaw = self.np_random.uniform(-1, 1, 3) * config.random_reset
         turned = quat_multiply(quat_from_euler((0, 0, yaw)), self.reset_pose[3:])
         client.start(**asdict(config.precision))
+        lifted = client.state()["reference"]
+        lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
+        self.go_to(lifted)
         if config.reset_joints_every and self.episodes % config.reset_joints_every == config.reset_joints_every - 1:
-            self.go_to(self.reset_pose)  # first out of whatever the tcp is in
             client.stop()
             client.move_joints(config.reset_joints)
             client.start(**asdict(config.precision))
-        self.go_to(np.concatenate([self.reset_pose[:3] + (x, y, 0), turned]))
+        self.go_to(np.append(self.reset_pose[:3] + (x, y, 0), turned))
         client.set_gains(**asdict(config.compliance))
 
     def go_to(self, pose: np.ndarray) -> None:
         """Stream targets along a straight line to `pose` and wait until the arm is there. Raises RobotError if not."""
-        start = self.client.state()["reference"]
-        distance, turn = np.linalg.norm(pose[:3] - start[:3]), rotation_between(pose[3:], start[3:])
-        seconds = max(distance / self.config.reset_speed, np.linalg.norm(turn) / (5 * self.config.reset_speed))
-        steps, rate = max(math.ceil(seconds * 20), 1), Rate(20)
-        for t in np.append(np.arange(1, steps + 1) / steps, np.ones(40)):  # at most 2 s to settle
-            quaternion = quat_multiply(quat_from_rotvec(t * turn), start[3:])
-            self.client.target(np.append(start[:3] + t * (pose[:3] - start[:3]), quaternion))
+        start, rate, speed = self.client.state()["reference"], Rate(20), self.config.reset_speed  # 5 rad for each m
+        move, turn = pose[:3] - start[:3], rotation_between(pose[3:], start[3:])
+        steps = math.ceil(20 * max(np.linalg.norm(move) / speed, np.linalg.norm(turn) / (5 * speed), 0.05))
+        for t in np.append(np.arange(1, steps + 1) / steps, np.ones(40)):  # and at most 2 s to settle
+            self.client.target(np.append(start[:3] + t * move, quat_multiply(quat_from_rotvec(t * turn), start[3:])))
             rate.sleep()
             state = self.client.state()
-            error = state["tcp_pose"][:3] - pose[:3]
-            still = np.abs(state["tcp_vel"]).max() < 0.01
-            if t == 1 and still and np.abs(error).max() < 0.01:
+            off = state["tcp_pose"][:3] - pose[:3]
+            if t == 1 and np.abs(off).max() < 0.01 and np.abs(state["tcp_vel"]).max() < 0.01:
                 return
-        raise RefusedError(
-            "failed", f"reset: the tcp stands {np.round(error, 3)} m off its start; is something in its way?"
-        )
+        raise RefusedError("failed", f"reset: the tcp stands {np.round(off, 3)} m off; is something in its way?")
 
-    # --- step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         values = self.checked(action)
-        info: dict[str, Any] = {"success": False, "fault": None, "late_s": 0.0, "grasp_penalty": 0.0, "limited": []}
-        info["executed_action"] = values.astype(np.float32)
-        fault, reflex = "", False
+        info: dict[str, Any] = {"executed_action": values.astype(np.float32), "late_s": 0.0, "grasp_penalty": 0.0}
         try:
             self.command(values, info)
             info["late_s"] = self.rate.sleep()
             self.state = self.client.state()
-        except RefusedError as refusal:
-            fault, latched = str(refusal), refusal.reply.get("fault")
-        except RobotError as error:
-            fault, latched = str(error), None
-        else:
+            if self.config.reward == "task":
+                self.task_success = self.client.task()["success"]
             latched = self.state["fault"]
             fault = latched["message"] if latched else self.state["gripper_fault"] or ""
-        if latched and latched["code"] == "reflex":
-            self.reflexes, reflex = self.reflexes + 1, True
+        except RefusedError as error:
+            latched, fault = error.reply.get("fault"), str(error)
+        except RobotError as error:
+            latched, fault = None, str(error)
+        reflex = bool(latched) and latched["code"] == "reflex"
+        self.reflexes, self.elapsed_steps = self.reflexes + reflex, self.elapsed_steps + 1
         obs, camera_fault = self.observe()
         fault = fault or camera_fault
-        info["success"] = not fault and self.is_success(obs)
-        self.elapsed_steps += 1
-        terminated = info["success"] or reflex
-        truncated = not terminated and (bool(fault) or self.elapsed_steps >= self.config.max_episode_steps)
-        info |= {"fault": fault or None, "reflexes": self.reflexes, "overruns": self.rate.overruns}
-        return obs, float(info["success"]), terminated, truncated, info
+        success = not fault and self.is_success(obs)
+        truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
+        info |= {"success": success, "fault": fault or None}
+        info |= {"reflexes": self.reflexes, "overruns": self.rate.overruns}
+        return obs, float(success), success or reflex, truncated and not (success or reflex), info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
         """The action within -1..1; raises ValueError for another shape, NaN or infinity. The arm then holds."""
@@ -1063,7 +1037,6 @@ class FrankaEnv(gym.Env):
         self.rate.restart()
         self.rate.overruns = overruns
 
-    # --- observation
     def action_to_base(self, motion: np.ndarray) -> np.ndarray:
         """(6,) translation and rotation vector from the action's frame to the base's: both are turned, and no more.
         SERL's adjoint (franka_env/utils/transformations.py:19) also adds a rotation to each translation."""
@@ -1104,7 +1077,7 @@ class FrankaEnv(gym.Env):
         if self.success:
             return bool(self.success(obs))
         if self.config.reward == "task":
-            return bool(self.client.task()["success"])
+            return self.task_success
         pose, (near, aligned) = self.state["tcp_pose"], self.config.tolerance
         turned = np.abs(rotation_between(pose[3:], self.goal_pose[3:])).max()
         return self.config.reward == "pose" and np.abs(pose[:3] - self.goal_pose[:3]).max() < near and turned < aligned
