@@ -378,7 +378,7 @@ def test_ruff(command):
 
 
 # --- Requirements -----------------------------------------------------------------------------------------------------
-NOT_IMPORTED = {"ruff", "pytest-timeout", "imageio-ffmpeg", "h5py"}  # tools, and what imageio and minari import
+NOT_IMPORTED = {"ruff", "pytest-timeout", "imageio-ffmpeg", "h5py", "pyserial"}  # tools; what others import
 
 
 def imported(source: str) -> set[str]:
