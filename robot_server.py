@@ -344,15 +344,14 @@ class Limiter:
         return None
 
     def step(self, target: np.ndarray | None, measured: np.ndarray, gains: Gains, dt: float) -> None:
-        """Moves the reference by `dt` towards the target (7,), or lets it stand (None), within all limits.
+        """Moves the reference by `dt` towards the target (7,), or lets it come to rest (None), within all limits.
 
         In this order: box and tilt for the goal; speed and acceleration for the way there; then per axis not further
         than the clip from the measured pose, so that the controller's force is bounded and nothing winds up.
         """
         old, new, a, self.limited = self.reference, self.reference.copy(), self.args, []
-        if target is None or dt <= 0 or not np.isfinite(target).all():
-            self.velocity = np.zeros(6)
-        else:
+        target = old if target is None or not np.isfinite(target).all() else target
+        if dt > 0:
             low, high = np.minimum(self.low, old[:3]), np.maximum(self.high, old[:3])  # inward as far as wanted, only
             most_tilt = max(a.max_tilt, tilt(old[3:]))
             position, quat = np.clip(target[:3], low, high), self.upright(target[3:] / norm(target[3:]), most_tilt)
@@ -433,6 +432,7 @@ class ArmState:
     robot_mode: str = "idle"
     errors: tuple[str, ...] = ()
     success_rate: float = 1.0  # share of the last 100 control commands that reached the robot in time
+    at: float = field(default_factory=time.monotonic)  # this machine's clock
 
 
 class Arm(ABC):
@@ -444,7 +444,8 @@ class Arm(ABC):
 
     def __init__(self, args: Args):
         self.args, self.controlling = args, False  # controlling: whether the impedance controller runs
-        self.info: dict[str, Any] = {"kind": args.robot, "sdk": "", "firmware": None, "task": None}
+        self.info: dict[str, Any] = dict.fromkeys(("sdk", "libfranka", "firmware", "task"))
+        self.info["kind"] = args.robot
 
     @abstractmethod
     def get_state(self) -> ArmState:
@@ -617,18 +618,18 @@ class FrankyArm(Arm):
             import franky
         except ImportError as error:
             raise ArmError("sdk", NO_SDK.format("franky", error, "franky-control==2.0.0")) from error
-        self.franky, self.info["sdk"] = franky, f"franky-control {importlib.metadata.version('franky-control')}"
+        self.franky, self.info = franky, self.info | sdk_versions("franky-control")
         self.connect()
 
     def connect(self) -> None:
-        check_reachable(self.args.robot_ip)
+        if (version := interface_version(self.args.robot_ip)) is None:
+            raise ArmError("sdk", NO_ROBOT.format(self.args.robot_ip, "no answer"))
         try:
             self.robot = self.franky.Robot(self.args.robot_ip, realtime_config=self.franky.RealtimeConfig.Ignore)
             self.robot.set_collision_behavior(self.args.collision_torque, self.args.collision_force)
-            self.model, self.motion = self.robot.model, None
+            self.model, self.motion, self.info["firmware"] = self.robot.model, None, version
         except self.franky.IncompatibleVersionException as error:
-            version = firmware_version(self.args.robot_ip)
-            message = f"{error} The robot speaks version {version}: {FRANKY_FOR.format(version or 'N')}"
+            message = f"{error} The robot speaks version {version}: {FRANKY_FOR.format(version)}"
             raise ArmError("sdk", message) from error
         except self.franky.Exception as error:
             raise ArmError("sdk", NO_ROBOT.format(self.args.robot_ip, error)) from error
@@ -731,17 +732,18 @@ class PandaPyArm(Arm):
         except ImportError as error:
             raise ArmError("sdk", NO_SDK.format("panda-py", error, "panda-python==1.1.1")) from error
         self.panda_py, self.trajectory, self.last, self.kept = panda_py, None, None, []
-        self.info["sdk"] = f"panda-python {panda_py.__version__}"
+        self.info |= sdk_versions("panda-python")
         self.connect()
 
     def connect(self) -> None:
-        check_reachable(self.args.robot_ip)
+        if (version := interface_version(self.args.robot_ip)) is None:
+            raise ArmError("sdk", NO_ROBOT.format(self.args.robot_ip, "no answer"))
         torque, force = [self.args.collision_torque] * 7, [self.args.collision_force] * 6
         try:
             self.panda = self.panda_py.Panda(self.args.robot_ip)
             self.kept.append(self.panda)  # a Panda that is destroyed without connection aborts the process
             self.panda.get_robot().set_collision_behavior(torque, torque, force, force)
-            self.model, self.info["firmware"] = self.panda.get_model(), self.panda.get_robot().server_version()
+            self.model, self.info["firmware"] = self.panda.get_model(), version
         except self.panda_py.IncompatibleVersionError as error:
             message = f"{error} Or, with --robot franky: {FRANKY_FOR.format(error.server_version)}"
             raise ArmError("sdk", message) from error
@@ -794,7 +796,10 @@ class PandaPyArm(Arm):
 
     def stop(self) -> None:
         self.controlling, self.trajectory = False, None
-        self.panda.stop_controller()
+        try:
+            self.panda.stop_controller()
+        except RuntimeError as error:
+            raise ArmError("sdk", str(error)) from error
 
     def move_to_joint_positions(self, q: np.ndarray, speed: float) -> None:
         """Streams panda-py's own trajectory: its blocking call could not be broken off."""
@@ -823,8 +828,16 @@ class PandaPyArm(Arm):
         try:
             self.stop()
             self.panda.recover()
-        except RuntimeError:  # no connection any more
+        except (ArmError, RuntimeError):  # no connection any more
             self.connect()
+
+
+def sdk_versions(distribution: str) -> dict[str, str | None]:
+    """Of the wheel, and of the libfranka in it: its file's name tells."""
+    names = [file.name for file in importlib.metadata.files(distribution) or [] if "libfranka" in file.name]
+    versions = [match[1] for name in names if (match := re.search(r"\.so\.([\d.]+)$", name))]
+    sdk = f"{distribution} {importlib.metadata.version(distribution)}"
+    return {"sdk": sdk, "libfranka": versions[0] if versions else None}
 
 
 def health(state) -> tuple[str, tuple[str, ...], float]:
@@ -845,18 +858,10 @@ def quat_from_matrix(m: np.ndarray) -> np.ndarray:
     return quat / norm(quat)
 
 
-def check_reachable(ip: str) -> None:
-    """Raises ArmError within seconds; libfranka would take a minute."""
+def interface_version(ip: str) -> int | None:
+    """The version of Franka's interface that the robot speaks, from how it refuses version 0; None: no answer."""
     try:
-        socket.create_connection((ip, 1337), timeout=3).close()
-    except OSError as error:
-        raise ArmError("sdk", NO_ROBOT.format(ip, error)) from error
-
-
-def firmware_version(ip: str) -> int | None:
-    """The version of Franka's protocol that the robot speaks, from how it refuses version 0; None: no answer."""
-    try:
-        with socket.create_connection((ip, 1337), timeout=2) as tcp:
+        with socket.create_connection((ip, 1337), timeout=3) as tcp:
             tcp.sendall(struct.pack("<IIIHH", 0, 0, 16, 0, 0))  # Connect: command, id, size, version, UDP port
             return struct.unpack("<IIIBH", tcp.recv(15, socket.MSG_WAITALL))[-1]
     except (OSError, struct.error):
@@ -981,7 +986,8 @@ class FrankaHand(Gripper):
     def __init__(self, args: Args):
         super().__init__(args)
         try:
-            check_reachable(args.robot_ip)
+            if interface_version(args.robot_ip) is None:  # the SDKs would wait for a minute
+                raise TimeoutError(NO_ROBOT.format(args.robot_ip, "no answer"))
             if args.robot == "franky":
                 import franky
 
@@ -1111,19 +1117,12 @@ GRIPPERS = {"sim": SimGripper, "franka-hand": FrankaHand, "robotiq": Robotiq, "n
 
 
 # --- Robot thread -----------------------------------------------------------------------------------------------------
-@dataclass
-class Fault:
-    code: str
-    message: str
-    count: int
-
-
 class Job:
     """A long operation; its handle is made up by the client."""
 
-    def __init__(self, handle: str, op: str):
+    def __init__(self, handle: str, op: str, steps: Iterator[None]):
         self.handle, self.op, self.status, self.error = handle, op, "queued", None
-        self.began, self.ended, self.steps = time.monotonic(), None, iter(())
+        self.began, self.ended, self.steps = time.monotonic(), None, steps
 
     def finish(self, error: str | None = None) -> None:
         self.error, self.ended, self.status = error, time.monotonic(), "failed" if error else "done"
@@ -1132,16 +1131,6 @@ class Job:
     def report(self) -> dict[str, Any]:
         report = {name: getattr(self, name) for name in ("handle", "op", "status", "error")}
         return report | {"seconds": (self.ended or time.monotonic()) - self.began}
-
-
-@dataclass
-class Snapshot:
-    """What the robot thread knows after a tick."""
-
-    at: float  # server's time of the measurement
-    state: ArmState
-    reference: np.ndarray  # (7,)
-    limited: list[str]
 
 
 class Control(threading.Thread):
@@ -1153,10 +1142,10 @@ class Control(threading.Thread):
         self.args, self.gripper, self.limiter = args, gripper, Limiter(args)
         self.gains = self.wanted_gains = args.gains  # in force, to be in force
         self.arm: Arm | None = None
-        self.snapshot: Snapshot | None = None
+        self.state: ArmState | None = None
         self.failure, self.ready, self.stopping = "", threading.Event(), threading.Event()
         self.phase, self.held = "idle", ""  # idle streaming hold busy stopping; why it is held until `start`
-        self.fault: Fault | None = None
+        self.fault: dict[str, Any] | None = None  # code, message, count
         self.job: Job | None = None
         self.faults = self.reflexes = self.overruns = 0
         self.target, self.target_at, self.lease_until = None, -math.inf, -math.inf
@@ -1173,8 +1162,8 @@ class Control(threading.Thread):
             self.arm = ARMS[self.args.robot](self.args)
             if isinstance(self.gripper, SimGripper):
                 self.gripper.arm = self.arm
-            self.advanced, state = time.monotonic(), self.arm.get_state()
-            self.snapshot = Snapshot(time.monotonic(), state, state.tcp_pose, [])
+            self.advanced, self.state = time.monotonic(), self.arm.get_state()
+            self.limiter.seed(self.state.tcp_pose)
         except ArmError as error:
             self.failure = str(error)
         except Exception as error:
@@ -1222,11 +1211,13 @@ class Control(threading.Thread):
             raise ArmError("sdk", "the robot's state is not finite")
         if (dt := state.time - self.robot_time) != 0:
             self.robot_time, self.advanced = state.time, now
-        elif now - self.advanced > self.args.frozen_after_s:
+        else:
+            state.at = self.state.at
+        if now - self.advanced > self.args.frozen_after_s:
             raise ArmError("frozen", f"the robot's clock stands still at {state.time:.3f} s: connection lost?")
         if self.phase not in ("streaming", "hold"):
             self.limiter.seed(state.tcp_pose)
-        self.snapshot = Snapshot(time.monotonic(), state, self.limiter.reference, self.limiter.limited)
+        self.state = state
         if state.robot_mode in ("reflex", "user_stopped") and not self.recovering():
             raise ArmError(state.robot_mode, ", ".join(state.errors) or f"the robot reports {state.robot_mode}")
         return min(max(dt, 0.0), 0.02)
@@ -1244,9 +1235,9 @@ class Control(threading.Thread):
             self.end_job(f"broken off: {hold or stop or 'the lease ended'}")
         if self.phase not in ("streaming", "hold"):
             return
-        if 0 < a.max_force < (force := norm(self.snapshot.state.wrench[:3])) and not self.held:
+        if 0 < a.max_force < (force := norm(self.state.wrench[:3])) and not self.held:
             hold = f"an external force of {force:.0f} N exceeded --max-force {a.max_force:g}"
-            self.limiter.seed(self.snapshot.state.tcp_pose)
+            self.limiter.seed(self.state.tcp_pose)
         if stop or silent > a.stop_after_s:
             log.warning("soft stop: %s", stop or f"no target for {silent:.1f} s")
             self.phase, self.held = "breaking", ""
@@ -1263,7 +1254,7 @@ class Control(threading.Thread):
         """One step of the job, or of the reference."""
         arm, job = self.arm, self.job
         if job and self.fault and not self.recovering():
-            self.end_job(f"{self.fault.code}: {self.fault.message}")
+            self.end_job(f"{self.fault['code']}: {self.fault['message']}")
         elif job:
             try:
                 job.status = "running"
@@ -1280,9 +1271,8 @@ class Control(threading.Thread):
                 arm.set_gains(gains)
                 self.gains = gains
             target = self.target if self.phase == "streaming" else None
-            self.limiter.step(target, self.snapshot.state.tcp_pose, self.gains, dt)
+            self.limiter.step(target, self.state.tcp_pose, self.gains, dt)
             arm.stream(self.limiter.reference)
-            self.snapshot.reference, self.snapshot.limited = self.limiter.reference, self.limiter.limited
         elif arm.controlling or self.phase in ("streaming", "hold", "breaking"):  # nothing must run, or a fault came
             self.phase = "stopping"
             arm.stop()
@@ -1300,7 +1290,7 @@ class Control(threading.Thread):
             self.end_job(f"{code}: {message}")
         if self.fault is None:
             self.faults, self.reflexes = self.faults + 1, self.reflexes + (code == "reflex")
-            self.fault, self.held = Fault(code, message, self.faults), ""
+            self.fault, self.held = {"code": code, "message": message, "count": self.faults}, ""
             log.error("fault %d, %s: %s", self.faults, code, message)
 
     # Jobs: generators, one step per tick
@@ -1314,9 +1304,10 @@ class Control(threading.Thread):
                 raise ArmError("sdk", "the arm does not come to rest")
             yield
 
-    def start_streaming(self) -> Iterator[None]:
+    def start_streaming(self, gains: Gains) -> Iterator[None]:
+        self.wanted_gains = gains
         yield from self.settle()
-        state, self.gains, self.may_block_until = self.snapshot.state, self.wanted_gains, time.monotonic() + 2
+        state, self.gains, self.may_block_until = self.state, self.wanted_gains, time.monotonic() + 2
         self.limiter.seed(state.tcp_pose)
         self.arm.start(state.tcp_pose, state.q, self.gains)
         self.target, self.target_at, self.phase, self.held = None, time.monotonic(), "streaming", ""
@@ -1335,7 +1326,7 @@ class Control(threading.Thread):
         self.may_block_until = time.monotonic() + 20
         self.arm.recover()
         self.may_block_until, self.advanced, before = 0.0, time.monotonic(), self.robot_time
-        while self.robot_time == before or (mode := self.snapshot.state.robot_mode) in ("reflex", "user_stopped"):
+        while self.robot_time == before or (mode := self.state.robot_mode) in ("reflex", "user_stopped"):
             if time.monotonic() > self.advanced + 2:
                 raise ArmError("sdk", f"still not ready: the robot reports {mode}")
             yield
@@ -1413,6 +1404,11 @@ def text(name: str, value: object, low: int, high: int) -> str:
     return value
 
 
+def nests_deeper(value: object, levels: int) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return levels == 0 or any(nests_deeper(item, levels - 1) for item in items if isinstance(item, dict | list))
+
+
 class Server:
     """Answers requests and publishes the state, in the main thread. Methods `op_*` are the operations of the header."""
 
@@ -1482,6 +1478,8 @@ class Server:
             for _ in range(20):  # then the state has its turn
                 if not self.answer():
                     break
+            if time.monotonic() - self.control.ticked > 0.01:  # the robot thread must not starve in a flood of requests
+                time.sleep(0.002)
             while self.woken.poll(0):
                 self.woken.recv()
             while not self.renderer.done.empty():
@@ -1519,8 +1517,8 @@ class Server:
 
     def watch(self, passed: float) -> None:
         """The robot thread itself may hang inside an SDK. Only time in which this thread ran counts."""
-        c, at = self.control, self.control.snapshot.at
-        self.stale, self.seen = 0.0 if at != self.seen else self.stale + min(passed, 0.012), at
+        c, tick = self.control, self.control.ticked
+        self.stale, self.seen = 0.0 if tick != self.seen else self.stale + min(passed, 0.012), tick
         limit = 0.5 if c.phase == "idle" else self.args.frozen_after_s
         if self.stale > limit and time.monotonic() > c.may_block_until and c.fault is None:
             c.latch("frozen", "the robot thread hangs in the SDK: connection lost?")
@@ -1565,9 +1563,8 @@ class Server:
                 raise Refused("malformed", f"{key!r:.40}: unknown, or of the wrong type")
         if len(str(request.get("id", ""))) > 64:
             raise Refused("malformed", "id: at most 64 characters")
-        for value in request.get("args", {}).values():
-            if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(x, list | dict) for x in value)):
-                raise Refused("malformed", "an argument is nested")
+        if nests_deeper(request, 8):
+            raise Refused("malformed", "nested too deep")
         return request
 
     def carry_out(self, envelope: list[bytes], request: dict[str, Any]) -> dict[str, Any] | None:
@@ -1606,12 +1603,12 @@ class Server:
                 "result": None if error else result,
                 "server_id": self.id,
                 "server_time": now,
-                "robot_time": c.snapshot.state.time,
-                "state_age": now - c.snapshot.at,
+                "robot_time": c.state.time,
+                "state_age": now - c.state.at,
                 "mode": c.mode,
-                "reference": c.snapshot.reference.tolist(),
+                "reference": c.limiter.reference.tolist(),
                 "lease": self.holder(),
-                "fault": asdict(fault) if (fault := c.fault) else None,
+                "fault": c.fault,
                 "seq": self.seq,
             }
         )
@@ -1622,7 +1619,7 @@ class Server:
 
     def show(self, now: float) -> None:
         """The terminal's status line; refusals go to the log, in sums."""
-        c, s = self.control, self.control.snapshot.state
+        c, s = self.control, self.control.state
         if self.refusals and now - self.complained > 10:
             log.warning("refused: %s", dict(self.refusals))
             self.refusals, self.complained = Counter(), now
@@ -1634,7 +1631,7 @@ class Server:
             line += (
                 f"{norm(s.wrench[:3]):4.1f} N  width {self.gripper.state.width:5.3f} m  link {s.success_rate:4.0%}  "
             )
-            line += f"late {c.overruns}  {f'{c.fault.code}: {c.fault.message}' if c.fault else c.held}"
+            line += f"late {c.overruns}  " + (f"{c.fault['code']}: {c.fault['message']}" if c.fault else c.held)
             print("\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K", end="", flush=True)
 
     # Operations
@@ -1659,14 +1656,14 @@ class Server:
         }
 
     def op_state(self) -> dict[str, Any]:
-        c, g, s = self.control, self.gripper.state, self.control.snapshot.state
+        c, g, s = self.control, self.gripper.state, self.control.state
         return {
             **{name: getattr(s, name).tolist() for name in ("tcp_pose", "tcp_vel", "q", "dq")},
             "tcp_force": s.wrench[:3].tolist(),
             "tcp_torque": s.wrench[3:].tolist(),
             **{f"gripper_{name}": value for name, value in vars(g).items()},
             **{"robot_mode": s.robot_mode, "errors": s.errors, "success_rate": s.success_rate},
-            **{"overruns": c.overruns, "reflexes": c.reflexes, "limited": c.snapshot.limited},
+            **{"overruns": c.overruns, "reflexes": c.reflexes, "limited": c.limiter.limited},
         }
 
     def op_acquire(self, name, token, ttl=1.0, takeover=False) -> dict[str, Any]:
@@ -1703,12 +1700,12 @@ class Server:
                 raise Refused("bad_argument", "seq: give a whole number")
             if self.seq is not None and seq <= self.seq:
                 raise Refused("stale", f"seq {seq} after {self.seq}")
-        if reason := c.limiter.refusal(target, c.snapshot.reference):
+        if reason := c.limiter.refusal(target, c.limiter.reference):
             raise Refused("refused", reason)
         self.seq, c.target, c.target_at = self.seq if seq is None else seq, target, time.monotonic()
         if c.phase == "hold":
             self.let_tick()
-        return {"limited": c.snapshot.limited}
+        return {"limited": c.limiter.limited}
 
     def ready_for(self, op: str) -> None:
         """Raises Refused if the mode does not allow `op`: target, or an arm's job."""
@@ -1716,7 +1713,7 @@ class Server:
         if c.job is not None:
             raise Refused("busy", f"{c.job.op} is going on")
         if c.fault is not None and op != "recover":
-            raise Refused("fault", f"{c.fault.code}: {c.fault.message}; look at the robot, then recover")
+            raise Refused("fault", f"{c.fault['code']}: {c.fault['message']}; look at the robot, then recover")
         if op == "target" and c.held:
             raise Refused("held", f"{c.held}; start again")
         if op == "target" and c.phase not in ("streaming", "hold"):
@@ -1735,12 +1732,12 @@ class Server:
         return Gains(**values)
 
     def op_hold(self) -> dict[str, Any]:
-        self.control.hold_wish = "a client asked for it", time.monotonic()
+        self.control.hold_wish = "a client asked to hold", time.monotonic()
         self.let_tick()
         return {}
 
     def op_stop(self) -> dict[str, Any]:
-        self.control.stop_wish = "a client asked for it", time.monotonic()
+        self.control.stop_wish = "a client asked to stop", time.monotonic()
         self.let_tick()
         return {}
 
@@ -1749,41 +1746,38 @@ class Server:
             raise Refused("unknown_handle", f"no job {handle}")
         return self.jobs[handle].report()
 
-    def begin(self, handle: object, op: str, begin: Callable[[Job], None]) -> dict[str, Any]:
-        """A new job, or with a known handle how that one goes."""
+    def begin(
+        self, handle: object, op: str, steps: Iterator[None], submit: Callable[[Job], None] | None = None
+    ) -> dict:
+        """A new job of the arm, or with `submit` of the gripper; with a known handle how that one goes."""
         if text("handle", handle, 8, 64) not in self.jobs:
-            if op != "gripper":
+            job = Job(handle, op, steps)
+            if submit:
+                submit(job)
+            else:
                 self.ready_for(op)
-            begin(job := Job(handle, op))
+                self.control.job = job
             self.jobs[handle] = job
             if len(self.jobs) > 256:
                 self.jobs.popitem(last=False)
         return self.jobs[handle].report()
 
-    def begin_arm(self, handle: object, op: str, steps: Iterator[None]) -> dict[str, Any]:
-        def begin(job: Job) -> None:
-            job.steps, self.control.job = steps, job  # in this order: the robot thread takes it from here
-
-        return self.begin(handle, op, begin)
-
     def op_start(self, handle, **changes) -> dict[str, Any]:
-        gains, known = self.changed_gains(changes), handle in self.jobs if isinstance(handle, str) else False
-        if not known:
-            self.control.wanted_gains = gains
-        return self.begin_arm(handle, "start", self.control.start_streaming())
+        gains = self.changed_gains(changes)
+        return self.begin(handle, "start", self.control.start_streaming(gains))
 
     def op_move_joints(self, handle, q, speed=0.2) -> dict[str, Any]:
         q, speed = vector("q", q, 7), number("speed", speed, 0.01, 1)
         if not within_joint_limits(q):  # nor is NaN
             raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
-        return self.begin_arm(handle, "move_joints", self.control.move_joints(q, speed))
+        return self.begin(handle, "move_joints", self.control.move_joints(q, speed))
 
     def op_reset(self, handle, speed=0.2) -> dict[str, Any]:
         speed = number("speed", speed, 0.01, 1)
-        return self.begin_arm(handle, "reset", self.control.move_joints(None, speed))
+        return self.begin(handle, "reset", self.control.move_joints(None, speed))
 
     def op_recover(self, handle) -> dict[str, Any]:
-        return self.begin_arm(handle, "recover", self.control.recover())
+        return self.begin(handle, "recover", self.control.recover())
 
     def op_gripper(self, handle, action, width=None, speed=1.0, force=0.5) -> dict[str, Any]:
         if self.gripper.kind == "none":
@@ -1792,7 +1786,9 @@ class Server:
             raise Refused("bad_argument", "action: give open, close, move, activate or stop")
         width = number("width", width, 0, self.gripper.max_width) if action == "move" or width is not None else 0.0
         speed, force = number("speed", speed, 0, 1), number("force", force, 0, 1)
-        return self.begin(handle, "gripper", lambda job: self.gripper.submit(job, action, width, speed, force))
+        return self.begin(
+            handle, "gripper", iter(()), lambda job: self.gripper.submit(job, action, width, speed, force)
+        )
 
     def need_scene(self) -> None:
         if not self.control.arm.has_task:
@@ -1814,7 +1810,7 @@ class Server:
     def op_reset_task(self, handle, seed=None) -> dict[str, Any]:
         self.need_scene()
         seed = None if seed is None else int(number("seed", seed, 0, 2**31))
-        return self.begin_arm(handle, "reset_task", self.control.reset_task(seed))
+        return self.begin(handle, "reset_task", self.control.reset_task(seed))
 
 
 # --- Doctor -----------------------------------------------------------------------------------------------------------
@@ -1856,7 +1852,7 @@ def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
     governors = {path.read_text().strip() for path in files}
     fix = "sudo cpupower frequency-set -g performance"
     yield governors <= {"performance"} or None, f"CPU governor {' '.join(governors) or 'not shown'}", fix
-    firmware = firmware_version(ip)
+    firmware = interface_version(ip)
     fix = "cable into the control cabinet, this PC in its subnet, brakes open, FCI activated in Desk"
     yield firmware is not None, f"robot at {ip}: interface version {firmware or 'unknown'}", fix
     if not shutil.which("ping"):
