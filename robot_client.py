@@ -43,7 +43,7 @@ import zmq.auth
 from gymnasium import spaces
 from PIL import Image
 
-PROTOCOL_VERSION = 1  # of robot_server.py
+PROTOCOL_VERSION = 1
 SERVER = "tcp://127.0.0.1:5600"
 
 
@@ -167,7 +167,12 @@ class Rate:
 
 # --- Client -----------------------------------------------------------------------------------------------------------
 class RobotError(RuntimeError):
-    """Something is wrong with robot, server, camera or teleoperation; the message names the remedy."""
+    """Something is wrong with robot, server, camera or teleoperation; the message names the remedy.
+    `code` and `reply` are the server's, where it is the one that says so."""
+
+    def __init__(self, message: str, code: str = "", reply: dict | None = None):
+        super().__init__(f"{code}: {message}" if code else message)
+        self.code, self.reply = code, reply or {}
 
 
 class UnreachableError(RobotError):
@@ -176,10 +181,6 @@ class UnreachableError(RobotError):
 
 class RefusedError(RobotError):
     """The server is alive and said no. `code` is one of the protocol's, or "failed" for a job that went wrong."""
-
-    def __init__(self, code: str, message: str, reply: dict | None = None):
-        super().__init__(f"{code}: {message}")
-        self.code, self.reply = code, reply or {}
 
 
 class RobotClient:
@@ -237,7 +238,7 @@ class RobotClient:
             if reply["id"] != self._requests:
                 raise ValueError(f"answers request {reply['id']}, not {self._requests}")
             if not reply["ok"]:
-                raise RefusedError(reply["error"]["code"], reply["error"]["message"], reply)
+                raise RefusedError(reply["error"]["message"], reply["error"]["code"], reply)
         except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
             raise RobotError(f"{self.server} does not speak the protocol of robot_server.py: {error}") from error
         return reply | {"frames": frames}
@@ -342,7 +343,7 @@ class RobotClient:
         while wait and self.job_running(handle):
             if time.monotonic() > deadline:
                 self.hold()
-                raise RefusedError("failed", f"{op} took longer than {timeout_s} s; the arm holds")
+                raise RefusedError(f"{op} took longer than {timeout_s} s; the arm holds", "failed")
             time.sleep(0.02)
         return handle
 
@@ -350,7 +351,7 @@ class RobotClient:
         """Whether a job goes on. Raises RefusedError if it failed."""
         job = self.call("job", handle=handle)["result"]
         if job["status"] == "failed":
-            raise RefusedError("failed", f"{job['op']}: {job['error']}")
+            raise RefusedError(f"{job['op']}: {job['error']}", "failed")
         return job["status"] != "done"
 
     def wait_for_server(self, timeout_s: float) -> dict:
@@ -598,10 +599,6 @@ class TestCamera(Camera):
 
 
 # --- Teleoperation ----------------------------------------------------------------------------------------------------
-class TeleopError(RobotError):
-    """A device that is missing; the message names the remedy."""
-
-
 class Teleop:
     """A person's hand: `motion` of the device, made into the environment's actions by `read`."""
 
@@ -633,7 +630,7 @@ class SpaceMouse(Teleop):
     """3Dconnexion SpaceMouse: the cap moves the arm; the left button closes, the right one opens the gripper."""
 
     def __init__(self, gain: float = 1.0):
-        """Raises TeleopError if there is none."""
+        """Raises RobotError if there is none."""
         self.gain, self._stop, self._state = gain, threading.Event(), (np.zeros(6), 0.0)
         self._device = self._open()
         self._thread = threading.Thread(target=self._run, name="spacemouse", daemon=True)
@@ -645,7 +642,7 @@ class SpaceMouse(Teleop):
 
             return pyspacemouse.open(axis_convention="ros")  # x forward, y left, z up
         except (ImportError, RuntimeError, OSError) as error:
-            raise TeleopError(
+            raise RobotError(
                 f"SpaceMouse: {error} Run: pip install pyspacemouse, apt-get install libhidapi-hidraw0, and allow its "
                 'use: KERNEL=="hidraw*", ATTRS{idVendor}=="256f", MODE="0666" in /etc/udev/rules.d/99-spacemouse.rules'
             ) from error
@@ -660,7 +657,7 @@ class SpaceMouse(Teleop):
                 state, before = self._device.read(), None
                 while state.t != before:  # one report per read: without draining them the arm lags behind the hand
                     before, state = state.t, self._device.read()
-            except (HIDException, TeleopError) as error:
+            except (HIDException, RobotError) as error:
                 self._device, self.fault, self._state = None, f"SpaceMouse: {error}", (np.zeros(6), 0.0)
                 self._stop.wait(1.0)
                 continue
@@ -684,13 +681,13 @@ class Keyboard(Teleop):
     AXES = {key: (i // 2, 1 - 2 * (i % 2)) for i, key in enumerate("wsadrfjlikuocv")}  # the seventh is the gripper
 
     def __init__(self, speed: float = 0.5, hold_s: float = 0.15, fd: int | None = None):
-        """`speed`: size of the motion. Raises TeleopError where standard input is no terminal."""
+        """`speed`: size of the motion. Raises RobotError where standard input is no terminal."""
         import termios
         import tty
 
         self.fd = sys.stdin.fileno() if fd is None else fd
         if not os.isatty(self.fd):
-            raise TeleopError("keyboard: standard input is no terminal; start the script in one, without a pipe")
+            raise RobotError("keyboard: standard input is no terminal; start the script in one, without a pipe")
         self.speed, self.hold_s, self.keys, self._pressed, self._read = speed, hold_s, collections.deque(), {}, 0.0
         settings = termios.tcgetattr(self.fd)
         self._restore = lambda: termios.tcsetattr(self.fd, termios.TCSADRAIN, settings)
@@ -877,10 +874,13 @@ class FrankaEnv(gym.Env):
         self.cameras: list[Camera] = []
         self.rate = Rate(config.hz)
         self.episodes = self.reflexes = self.elapsed_steps = 0
-        self.origin, self.closure, self.task_success = self.reset_pose, 0.0, False
+        self.origin, self.closure, self.task_success, self.stopped = self.reset_pose, 0.0, False, ""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         super().reset(seed=seed)
+        if self.stopped:
+            stopped, self.stopped = self.stopped, ""
+            raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
         for attempt in range(3):
             self.connect()
             try:
@@ -926,10 +926,12 @@ class FrankaEnv(gym.Env):
         config, client = self.config, self.client
         if fault := client.state()["fault"]:
             if not config.recover_at_reset:
-                raise RefusedError("fault", f"{fault['message']}; look at the robot, then call client.recover()")
+                raise RefusedError(f"{fault['message']}; look at the robot, then call client.recover()", "fault")
             client.recover()
         if client.state()["mode"] != "idle":
             client.stop()
+        if client.state()["gripper_fault"] and config.gripper != "fixed":
+            raise RobotError(f"{client.state()['gripper_fault']}; then call client.gripper('activate')")
         if self.hello["robot"]["task"]:
             client.reset_task(int(self.np_random.integers(2**31)))
         if config.gripper_at_reset != "keep":
@@ -959,11 +961,12 @@ class FrankaEnv(gym.Env):
             off = state["tcp_pose"][:3] - pose[:3]
             if t == 1 and np.abs(off).max() < 0.01 and np.abs(state["tcp_vel"]).max() < 0.01:
                 return
-        raise RefusedError("failed", f"reset: the tcp stands {np.round(off, 3)} m off; is something in its way?")
+        raise RefusedError(f"reset: the tcp stands {np.round(off, 3)} m off; is something in its way?", "failed")
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         values = self.checked(action)
         info: dict[str, Any] = {"executed_action": values.astype(np.float32), "late_s": 0.0, "grasp_penalty": 0.0}
+        code = ""
         try:
             self.command(values, info)
             info["late_s"] = self.rate.sleep()
@@ -972,11 +975,10 @@ class FrankaEnv(gym.Env):
                 self.task_success = self.client.task()["success"]
             latched = self.state["fault"]
             fault = latched["message"] if latched else self.state["gripper_fault"] or ""
-        except RefusedError as error:
-            latched, fault = error.reply.get("fault"), str(error)
         except RobotError as error:
-            latched, fault = None, str(error)
-        reflex = bool(latched) and latched["code"] == "reflex"
+            latched, fault, code = error.reply.get("fault"), str(error), error.code
+        reflex, user_stopped = (bool(latched) and latched["code"] == kind for kind in ("reflex", "user_stopped"))
+        self.stopped = fault if user_stopped or code == "held" else ""
         self.reflexes, self.elapsed_steps = self.reflexes + reflex, self.elapsed_steps + 1
         obs, camera_fault = self.observe()
         fault = fault or camera_fault
@@ -1174,7 +1176,7 @@ def doctor(args: Args) -> tuple[RobotClient | None, list[Camera], Teleop | None,
         fine, cameras = say(False, str(error)), [camera for camera in cameras if camera.frame]
     try:
         teleop = {"none": lambda: None, "keyboard": Keyboard, "spacemouse": SpaceMouse}[args.teleop]()
-    except TeleopError as error:
+    except RobotError as error:
         fine = say(False, str(error))
     return client, cameras, teleop, fine
 
