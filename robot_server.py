@@ -265,10 +265,10 @@ class Refused(Exception):  # noqa: N818
 def check_gains(gains: dict[str, Any], args: Args) -> None:
     """Raises Refused for gains beyond the limits, too weakly or strongly damped, or with which a spring that is let go
     outruns the limiter: it reaches stiffness x clip / damping."""
-    a, problem = args, ""
+    problem = ""
     for prefix, most, most_clip, fastest in (
-        ("", a.max_stiffness, a.max_clip, a.max_speed),
-        ("rotational_", a.max_stiffness / 10, a.max_clip * 10, a.max_rotation_speed),
+        ("", args.max_stiffness, args.max_clip, args.max_speed),
+        ("rotational_", args.max_stiffness / 10, args.max_clip * 10, args.max_rotation_speed),
     ):
         stiffness, damping, clip = (gains[prefix + name] for name in ("stiffness", "damping", "clip"))
         low, high = 0.5 * math.sqrt(max(stiffness, 0)), 4 * math.sqrt(max(stiffness, 0))  # a quarter of critical, twice
@@ -349,17 +349,18 @@ class Limiter:
         In this order: box and tilt for the goal; speed and acceleration for the way there; then per axis not further
         than the clip from the measured pose, so that the controller's force is bounded and nothing winds up.
         """
-        old, new, a, self.limited = self.reference, self.reference.copy(), self.args, []
+        old, new, args, self.limited = self.reference, self.reference.copy(), self.args, []
         target = old if target is None or not np.isfinite(target).all() else target
         if dt > 0:
             low, high = np.minimum(self.low, old[:3]), np.maximum(self.high, old[:3])  # inward as far as wanted, only
-            most_tilt = max(a.max_tilt, tilt(old[3:]))
+            most_tilt = max(args.max_tilt, tilt(old[3:]))
             position, quat = np.clip(target[:3], low, high), self.upright(target[3:] / norm(target[3:]), most_tilt)
             if (position != target[:3]).any():
                 self.limited.append("box")
-            v, fast = approach(position - old[:3], self.velocity[:3], a.max_speed, a.max_acceleration, dt)
-            turn, (most, change) = rotation_between(quat, old[3:]), (a.max_rotation_speed, a.max_rotation_acceleration)
-            w, spins = approach(turn, self.velocity[3:], most, change, dt)
+            most, change = args.max_speed, args.max_acceleration
+            v, fast = approach(position - old[:3], self.velocity[:3], most, change, dt)
+            most, change = args.max_rotation_speed, args.max_rotation_acceleration
+            w, spins = approach(rotation_between(quat, old[3:]), self.velocity[3:], most, change, dt)
             if fast or spins:
                 self.limited.append("speed")
             self.velocity = np.concatenate([v, w])
@@ -622,8 +623,7 @@ class FrankyArm(Arm):
         self.connect()
 
     def connect(self) -> None:
-        if (version := interface_version(self.args.robot_ip)) is None:
-            raise ArmError("sdk", NO_ROBOT.format(self.args.robot_ip, "no answer"))
+        version = reach(self.args.robot_ip)
         try:
             self.robot = self.franky.Robot(self.args.robot_ip, realtime_config=self.franky.RealtimeConfig.Ignore)
             self.robot.set_collision_behavior(self.args.collision_torque, self.args.collision_force)
@@ -736,8 +736,7 @@ class PandaPyArm(Arm):
         self.connect()
 
     def connect(self) -> None:
-        if (version := interface_version(self.args.robot_ip)) is None:
-            raise ArmError("sdk", NO_ROBOT.format(self.args.robot_ip, "no answer"))
+        version = reach(self.args.robot_ip)
         torque, force = [self.args.collision_torque] * 7, [self.args.collision_force] * 6
         try:
             self.panda = self.panda_py.Panda(self.args.robot_ip)
@@ -858,14 +857,15 @@ def quat_from_matrix(m: np.ndarray) -> np.ndarray:
     return quat / norm(quat)
 
 
-def interface_version(ip: str) -> int | None:
-    """The version of Franka's interface that the robot speaks, from how it refuses version 0; None: no answer."""
+def reach(ip: str) -> int:
+    """The version of Franka's interface that the robot speaks, from how it refuses version 0. Raises ArmError within
+    seconds where libfranka would wait for a minute."""
     try:
         with socket.create_connection((ip, 1337), timeout=3) as tcp:
             tcp.sendall(struct.pack("<IIIHH", 0, 0, 16, 0, 0))  # Connect: command, id, size, version, UDP port
             return struct.unpack("<IIIBH", tcp.recv(15, socket.MSG_WAITALL))[-1]
-    except (OSError, struct.error):
-        return None
+    except (OSError, struct.error) as error:
+        raise ArmError("sdk", NO_ROBOT.format(ip, error)) from error
 
 
 # TASK: an arm of your own: subclass Arm, and name it here and in Args.robot.
@@ -986,8 +986,7 @@ class FrankaHand(Gripper):
     def __init__(self, args: Args):
         super().__init__(args)
         try:
-            if interface_version(args.robot_ip) is None:  # the SDKs would wait for a minute
-                raise TimeoutError(NO_ROBOT.format(args.robot_ip, "no answer"))
+            reach(args.robot_ip)
             if args.robot == "franky":
                 import franky
 
@@ -1230,24 +1229,24 @@ class Control(threading.Thread):
         (hold, hold_at), (stop, stop_at) = wishes = self.hold_wish, self.stop_wish
         hold, stop = hold * (wishes[0] is not self.hold_seen), stop * (wishes[1] is not self.stop_seen)
         self.hold_seen, self.stop_seen = wishes
-        a, silent, lost = self.args, now - self.target_at, now > self.lease_until
+        args, silent, lost = self.args, now - self.target_at, now > self.lease_until
         if self.job and (self.job.began < max(hold_at, stop_at) or lost):
             self.end_job(f"broken off: {hold or stop or 'the lease ended'}")
         if self.phase not in ("streaming", "hold"):
             return
-        if 0 < a.max_force < (force := norm(self.state.wrench[:3])) and not self.held:
-            hold = f"an external force of {force:.0f} N exceeded --max-force {a.max_force:g}"
+        if 0 < args.max_force < (force := norm(self.state.wrench[:3])) and not self.held:
+            hold = f"an external force of {force:.0f} N exceeded --max-force {args.max_force:g}"
             self.limiter.seed(self.state.tcp_pose)
-        if stop or silent > a.stop_after_s:
+        if stop or silent > args.stop_after_s:
             log.warning("soft stop: %s", stop or f"no target for {silent:.1f} s")
             self.phase, self.held = "breaking", ""
         elif hold:
             log.warning("hold: %s", hold)
             self.phase, self.held = "hold", hold
-        elif self.phase == "streaming" and (silent > a.hold_after_s or lost):
+        elif self.phase == "streaming" and (silent > args.hold_after_s or lost):
             log.warning("hold: %s", "the lease ended" if lost else f"no target for {silent:.2f} s")
             self.phase = "hold"
-        elif not self.held and silent <= a.hold_after_s and not lost:
+        elif not self.held and silent <= args.hold_after_s and not lost:
             self.phase = "streaming"
 
     def act(self, dt: float) -> None:
@@ -1636,22 +1635,22 @@ class Server:
 
     # Operations
     def op_hello(self) -> dict[str, Any]:
-        a, g = self.args, self.gripper
-        limits = {name: value for name, value in vars(a).items() if name.startswith(("max_", "workspace_"))}
-        limits |= {"max_rotational_stiffness": a.max_stiffness / 10, "max_rotational_clip": a.max_clip * 10}
+        args, g = self.args, self.gripper
+        limits = {name: value for name, value in vars(args).items() if name.startswith(("max_", "workspace_"))}
+        limits |= {"max_rotational_stiffness": args.max_stiffness / 10, "max_rotational_clip": args.max_clip * 10}
         versions = {"python": platform.python_version(), "platform": platform.platform(), "pyzmq": zmq.__version__}
-        cameras = a.cameras if self.control.arm.has_task else ()
+        cameras = args.cameras if self.control.arm.has_task else ()
         return {
             "protocol": PROTOCOL_VERSION,
             "server_id": self.id,
-            "server": versions | {"control_hz": a.control_hz, "publish_hz": 100.0},
+            "server": versions | {"control_hz": args.control_hz, "publish_hz": 100.0},
             "robot": self.control.arm.info,
             "gripper": {"kind": g.kind, "max_width": g.max_width, "max_force": g.max_force, "max_speed": g.max_speed},
-            "cameras": [{"name": name, "height": a.image_size, "width": a.image_size} for name in cameras],
+            "cameras": [{"name": name, "height": args.image_size, "width": args.image_size} for name in cameras],
             "limits": limits,
-            "watchdog": {"hold_s": a.hold_after_s, "stop_s": a.stop_after_s, "frozen_s": a.frozen_after_s},
+            "watchdog": {"hold_s": args.hold_after_s, "stop_s": args.stop_after_s, "frozen_s": args.frozen_after_s},
             "gains": asdict(self.control.wanted_gains),
-            "reset_joints": list(a.reset_joints),
+            "reset_joints": list(args.reset_joints),
             "lease": self.holder(),
         }
 
@@ -1852,9 +1851,12 @@ def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
     governors = {path.read_text().strip() for path in files}
     fix = "sudo cpupower frequency-set -g performance"
     yield governors <= {"performance"} or None, f"CPU governor {' '.join(governors) or 'not shown'}", fix
-    firmware = interface_version(ip)
+    try:
+        answer = f"interface version {reach(ip)}"
+    except ArmError as error:
+        answer = str(error)
     fix = "cable into the control cabinet, this PC in its subnet, brakes open, FCI activated in Desk"
-    yield firmware is not None, f"robot at {ip}: interface version {firmware or 'unknown'}", fix
+    yield "version" in answer, f"robot at {ip}: {answer}", fix
     if not shutil.which("ping"):
         yield None, "round trip not measured", "sudo apt install iputils-ping"
         return
@@ -1865,7 +1867,7 @@ def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
     yield good, f"round trip: mean {times[1]} ms, longest {times[2]} ms" if times else "no answer to ping", fix
 
 
-def doctor(args: Args) -> int:
+def run_doctor(args: Args) -> int:
     """Prints a line per check; the number of those that failed."""
     checks = [print_check(*check_) for check_ in examine(args)]
     print(f"{failed} to fix" if (failed := checks.count(False)) else "ready")
@@ -1892,7 +1894,7 @@ def main(args: Args) -> None:
     if args.keygen:
         return make_keys(Path(args.keys))
     if args.doctor:
-        raise SystemExit(1 if doctor(args) else 0)
+        raise SystemExit(1 if run_doctor(args) else 0)
     try:
         handler = logging.handlers.RotatingFileHandler(args.log_file, maxBytes=5_000_000, backupCount=3)
     except OSError as error:
