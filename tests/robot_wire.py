@@ -25,7 +25,9 @@ class Wire:
     def __init__(self, address: str, token: str = TOKEN, keys: Path | None = None, timeout: float = 20.0):
         self.context, self.timeout, self.token, self.count = zmq.Context.instance(), timeout, token, itertools.count(1)
         self.socket = self.context.socket(zmq.REQ)
-        for option, value in ((zmq.LINGER, 0), (zmq.REQ_RELAXED, 1), (zmq.REQ_CORRELATE, 1)):
+        for option in (zmq.REQ_RELAXED, zmq.REQ_CORRELATE):
+            self.socket.setsockopt(option, 1)
+        for option, value in ((zmq.LINGER, 0), (zmq.HEARTBEAT_IVL, 500), (zmq.HEARTBEAT_TIMEOUT, 1500)):
             self.socket.setsockopt(option, value)
         if keys is not None:
             use_keys(self.socket, keys)

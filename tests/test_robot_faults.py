@@ -201,7 +201,7 @@ def test_robotiq(tmp_path):
         wire.take()
         wire.done("gripper", action="activate")
         wire.done("gripper", action="open")
-        assert gripper.position == pytest.approx(3, abs=2) and gripper.writes[-1][3] == 0  # all the way, not 175
+        assert gripper.position == 3 and gripper.writes[-1][3] <= 3  # all the way; SERL's 175 leaves it half closed
         assert wire.state()["gripper_width"] == pytest.approx(0.085, abs=0.003)
         wire.done("gripper", action="close", speed=1.0, force=0.5)
         assert gripper.position == 120 and wire.state()["gripper_holding"] is True
@@ -256,14 +256,14 @@ def test_robotiq_that_was_reset(tmp_path):
 
 # --- Clients and servers that die -------------------------------------------------------------------------------------
 CLIENT = """
-import sys
+import math, sys
 sys.path.insert(0, sys.argv[1])
 from robot_wire import Wire, follow, moved
 wire = Wire(sys.argv[2], token="c" * 16)
 start = wire.stream()
 wire.take(ttl=0.5)
 print("streaming", flush=True)
-follow(wire, lambda t: moved(start, y=0.2), 60)
+follow(wire, lambda t: moved(start, y=0.07 * math.sin(4 * t)), 60)
 """
 
 
@@ -275,6 +275,7 @@ def test_client_killed(tmp_path):
             assert client.stdout.readline() == "streaming\n"
             time.sleep(0.2)
             killed = wire.state()
+            assert client.poll() is None
             client.kill()
         states = watch(process.states, 3.0)
         holds = [state for state in states if state["mode"] == "hold"]
@@ -330,7 +331,7 @@ subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
 with serving(Path(sys.argv[2]), "--log-file", "server.log") as process, Wire(process.requests) as wire:
     start = wire.stream()
     wire.take(ttl=0.5)
-    follow(wire, lambda t: moved(start, y=0.2), 0.4)
+    follow(wire, lambda t: moved(start, y=0.14), 0.2)
     before = wire.state()
     subprocess.run(["ip", "link", "set", "lo", "down"], check=True)
     time.sleep(1.0)
@@ -342,8 +343,13 @@ with serving(Path(sys.argv[2]), "--log-file", "server.log") as process, Wire(pro
         reached = False
     time.sleep(2.0)
     subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+    for attempt in range(60):
+        try:
+            after = wire.state()
+            break
+        except TimeoutError:
+            pass
     wire.timeout = 20
-    after = wire.state()
     refused = wire.refused("target", pose=start)
     wire.stream()
     print(json.dumps({"before": before, "reached": reached, "after": after, "refused": refused}))
@@ -458,20 +464,17 @@ def test_full_queue(tmp_path):
 
 
 def some_value(choose: random.Random, depth: int = 0) -> object:
-    values = [
-        None,
-        True,
-        choose.randint(-(2**63), 2**64 - 1),
-        choose.choice([math.nan, math.inf, -math.inf, 1e308, -0.0, choose.gauss(0, 1)]),
-        "".join(chr(choose.randrange(1, 0x2FF)) for _ in range(choose.choice([0, 3, 16, 300, 3000]))),
-        choose.randbytes(choose.choice([0, 8, 500])),
-        msgpack.ExtType(choose.randrange(128), choose.randbytes(4)),
-        [0.0] * choose.choice([0, 3, 6, 7, 8, 65, 5000]),
-    ]
-    if depth < 12:
-        values += [[some_value(choose, depth + 1) for _ in range(choose.randrange(4))]]
-        values += [{choose.choice(["pose", "name", "q", "", "x" * 300, 3]): some_value(choose, depth + 1)}]
-    return choose.choice(values)
+    """Anything that msgpack can say."""
+    kind = choose.randrange(10 if depth < 12 else 8)
+    if kind == 8:
+        return [some_value(choose, depth + 1) for _ in range(choose.randrange(3))]
+    if kind == 9:
+        return {choose.choice(["pose", "name", "q", "", "x" * 300, 3]): some_value(choose, depth + 1)}
+    numbers = [math.nan, math.inf, -math.inf, 1e308, -0.0, choose.gauss(0, 1)]
+    values = [None, True, choose.randint(-(2**63), 2**64 - 1), choose.choice(numbers)]
+    values += ["\u0141\0x" * choose.choice([0, 1, 5, 100, 1000]), choose.randbytes(choose.choice([0, 8, 500]))]
+    values += [msgpack.ExtType(choose.randrange(128), b"1234"), [0.0] * choose.choice([0, 3, 6, 7, 8, 65, 5000])]
+    return values[kind]
 
 
 def deep(depth: int) -> bytes:
@@ -578,9 +581,9 @@ def hostile(tmp_path: Path, count: int) -> dict[str, float]:
 
 
 def test_hostile_messages(tmp_path):
-    seen = hostile(tmp_path, 4_000)
+    seen = hostile(tmp_path, 10_000)
     print(seen)
-    assert seen["answers"] > 2_000  # most get a reason
+    assert seen["answers"] > 9_000  # nearly all get a reason
     assert seen["grown_mb"] < 8 and seen["honest_p50_ms"] < 200 and seen["log_mb"] < 2
 
 
@@ -588,5 +591,5 @@ def test_hostile_messages(tmp_path):
 def test_hundred_thousand_hostile_messages(tmp_path):
     seen = hostile(tmp_path, 100_000)
     print(seen)
-    assert seen["answers"] > 50_000
+    assert seen["answers"] > 90_000
     assert seen["grown_mb"] < 8 and seen["honest_p50_ms"] < 200 and seen["log_mb"] < 2

@@ -4,7 +4,6 @@ import math
 import signal
 import socket
 import stat
-import sys
 import threading
 import time
 
@@ -406,7 +405,8 @@ def test_speed_and_acceleration_of_the_reference(server, wire):
         reference = wire.state()["reference"]
         offset = random.choice((-1, 1), 3) * jump / math.sqrt(3)
         back = [0.3 * (a - b) for a, b in zip(start[:3], reference[:3])]
-        return moved(reference, *(float(o + b) * 0.7 for o, b in zip(offset, back)))
+        step = 0.7 * (offset + back)
+        return moved(reference, *(step * min(1.0, jump / np.linalg.norm(step))).tolist())
 
     follow(wire, targets, 3.5, hz=30)
     watcher.join()
@@ -506,7 +506,7 @@ def test_anyone_may_hold(server, wire):
     assert wire.state()["mode"] == "hold"
     time.sleep(0.3)
     stands = wire.state()
-    assert np.linalg.norm(stands["tcp_vel"]) < 0.02
+    assert np.linalg.norm(stands["tcp_vel"][:3]) < 0.03
     wire.done("start")
     wire.ask("target", pose=stands["tcp_pose"])
     assert wire.state()["mode"] == "streaming"
@@ -722,7 +722,8 @@ def test_task_and_its_reset(wire):
         assert task["env_id"] == "FrankaPickCube-v0" and task["success"] is False
     assert places[0][:2] == pytest.approx(places[2][:2], abs=1e-4) and distance(places[0], places[1]) > 0.01
     wire.stream()
-    assert wire.refused("reset_task", handle="x" * 8) in ("busy", "bad_argument", "not_idle", "held")
+    wire.done("reset_task", seed=4)  # stops what runs, first
+    assert wire.state()["mode"] == "idle"
 
 
 def test_pick_up_the_cube(wire):
@@ -800,15 +801,11 @@ def test_the_port_is_taken(tmp_path):
     assert "Traceback" not in second.stderr
 
 
-BAD_FLAGS = {
-    "--robot franky --robot-ip 127.8.8.8 --gripper none": "127.8.8.8",
-    "--gripper robotiq --gripper-port /nowhere": "/nowhere",
+BAD_FLAGS = {  # flags: what the message names
     "--gripper franka-hand": "--gripper",
-    "--env-id FrankaFly-v0": "--env-id",
-    "--cameras side": "--cameras",
+    "--gripper sim --robot franky": "--gripper",
     "--bind 0.0.0.0": "--insecure-lan",
     "--bind 192.0.2.1": "--keys",
-    "--keys nowhere": "--keys",
     "--keygen": "--keys",
     "--control-hz 50": "--control-hz",
     "--max-speed -1": "--max-speed",
@@ -826,19 +823,19 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS)
-def test_bad_flags_are_named(tmp_path, monkeypatch, capsys, flags):
+def test_bad_flags_are_named(tmp_path, monkeypatch, flags):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["robot_server.py", "--port", "0", *flags.split()])
+    monkeypatch.setattr(robot_server, "Server", lambda args: pytest.fail(f"{flags} were accepted"))
     with pytest.raises(SystemExit) as ended:
-        robot_server.main(tyro.cli(robot_server.Args))
-    output = f"{ended.value}{''.join(capsys.readouterr())}"
-    assert ended.value.code not in (0, None) and BAD_FLAGS[flags] in output
+        robot_server.main(tyro.cli(robot_server.Args, args=flags.split()))
+    assert BAD_FLAGS[flags] in str(ended.value)
 
 
-def test_a_bad_flag_ends_the_program(tmp_path):
-    result = run_script("robot_server.py", "--env-id", "FrankaFly-v0", cwd=tmp_path, timeout=60, check=False)
-    assert result.returncode == 1 and "Traceback" not in result.stderr
-    assert result.stderr.startswith("robot_server.py: --env-id") and result.stderr.count("\n") <= 2
+@pytest.mark.parametrize("flags", ["--env-id FrankaFly-v0", "--cameras side", "--keys nowhere"])
+def test_a_bad_flag_ends_the_program(tmp_path, flags):
+    result = run_script("robot_server.py", "--port", 0, *flags.split(), cwd=tmp_path, timeout=60, check=False)
+    assert result.returncode == 1 and result.stdout == ""
+    assert result.stderr.startswith(f"robot_server.py: {flags.split()[0]}") and result.stderr.count("\n") == 1
 
 
 def test_doctor(tmp_path):
