@@ -246,9 +246,9 @@ class RobotClient:
     def _wait(self, event: int, deadline: float) -> bool:
         return bool(self.socket.poll(max(round(1000 * (deadline - time.monotonic())), 0), event))
 
-    def hello(self) -> dict:
-        """Robot, gripper, cameras, limits, watchdog, versions. Raises RefusedError for another protocol version."""
-        return self.call("hello")["result"]
+    def hello(self, wait_s: float = 0.0) -> dict:
+        """Robot, gripper, cameras, limits, watchdog, versions. Waits up to `wait_s` for a server to be there."""
+        return self.call("hello", tries=max(self.tries, round(wait_s / self.timeout_s)))["result"]
 
     def state(self) -> dict:
         """The measured state (arrays in the base frame; m, rad, N) with "mode", "reference", "fault" and times."""
@@ -354,16 +354,6 @@ class RobotClient:
             raise RefusedError(f"{job['op']}: {job['error']}", "failed")
         return job["status"] != "done"
 
-    def wait_for_server(self, timeout_s: float) -> dict:
-        """`hello`, as often as it takes until a server answers."""
-        deadline = time.monotonic() + timeout_s
-        while True:
-            try:
-                return self.hello()
-            except UnreachableError:
-                if time.monotonic() > deadline:
-                    raise
-
     def close(self) -> None:
         with contextlib.suppress(RobotError):
             self.release()
@@ -460,7 +450,7 @@ class Camera:
                         self._arrived.set()
                     elif now - max(self.frame.time, started) > self.config.timeout_s:
                         raise CameraError(f"it delivers picture {number} over and over")
-            except (RuntimeError, OSError, ValueError) as error:  # pyrealsense2 raises RuntimeError
+            except (RuntimeError, OSError, ValueError, zmq.ZMQError) as error:  # pyrealsense2 raises RuntimeError
                 self.error, failures, self.restarts = str(error) or repr(error), failures + 1, self.restarts + 1
             with contextlib.suppress(RuntimeError, OSError):
                 self.reset_hardware() if failures >= 2 else self.shut()
@@ -889,8 +879,6 @@ class FrankaEnv(gym.Env):
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
-        for camera in self.cameras:
-            camera.start(self.config.wait_s)
         self.state = self.client.state()
         self.origin, self.target, self.elapsed_steps = self.state["tcp_pose"], self.state["reference"], 0
         self.closure = self.measured_closure()
@@ -901,11 +889,11 @@ class FrankaEnv(gym.Env):
         return self.observe()[0], {"success": False, "fault": None, "reflexes": self.reflexes}
 
     def connect(self) -> None:
-        """Find the server, check that the task fits it, become its commander, make the cameras."""
+        """Find the server and the cameras, check that the task fits, become the robot's commander."""
         config = self.config
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
-        self.hello = hello = self.client.wait_for_server(config.wait_s)
+        self.hello = hello = self.client.hello(config.wait_s)
         limits, scale = hello["limits"], config.action_scale[:3]
         low, high = limits["workspace_low"], limits["workspace_high"]
         for wrong, what in (
@@ -915,11 +903,10 @@ class FrankaEnv(gym.Env):
         ):
             if wrong:
                 raise RobotError(f"TaskConfig does not fit {config.server}: {what}")
+        self.cameras = self.cameras or [make_camera(camera, config) for camera in config.cameras]
+        for camera in self.cameras:
+            camera.start(config.wait_s)
         self.client.acquire()
-        if not self.cameras:
-            self.cameras = [make_camera(camera, config) for camera in config.cameras]
-            for camera in self.cameras:
-                camera.start(config.wait_s)
 
     def prepare(self) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
@@ -1155,25 +1142,25 @@ def examine_realsense() -> tuple[list[Camera], bool]:
 def doctor(args: Args) -> tuple[RobotClient | None, list[Camera], Teleop | None, bool]:
     """Check what a real-robot script needs, a line each: ok, or what to do. Returns what works, and if all does."""
     packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
-    fine, client, cameras, teleop = (
-        say(True, f"Python {platform.python_version()}, {', '.join(packages)}"),
-        None,
-        [],
-        None,
-    )
+    say(True, f"Python {platform.python_version()}, {', '.join(packages)}")
+    client, cameras, teleop, fine = None, [], None, True
     try:
         client = RobotClient(args.server, args.keys)
         hello, fine = examine_server(client)
-        cameras = [SimCamera(CameraConfig(c["name"]), 128, args.server, args.keys) for c in hello["cameras"]]
+        cameras += [SimCamera(CameraConfig(c["name"]), 128, args.server, args.keys) for c in hello["cameras"]]
     except RobotError as error:
         fine, client = say(False, str(error)), None
     try:
         found, well = examine_realsense()
         cameras, fine = cameras + found, fine and well
-        for camera in cameras:
-            camera.start()
     except CameraError as error:
-        fine, cameras = say(False, str(error)), [camera for camera in cameras if camera.frame]
+        say(True, f"{error} (only for such cameras)")
+    for camera in list(cameras):
+        try:
+            camera.start()
+        except CameraError as error:
+            fine = say(False, str(error))
+            cameras.remove(camera)
     try:
         teleop = {"none": lambda: None, "keyboard": Keyboard, "spacemouse": SpaceMouse}[args.teleop]()
     except RobotError as error:
@@ -1181,26 +1168,22 @@ def doctor(args: Args) -> tuple[RobotClient | None, list[Camera], Teleop | None,
     return client, cameras, teleop, fine
 
 
-def live_line(client: RobotClient | None, cameras: list[Camera], teleop: Teleop | None) -> str:
-    """State, cameras and teleoperation in one line."""
+def show(client: RobotClient | None, cameras: list[Camera], teleop: Teleop | None) -> None:
+    """Print state, cameras and teleoperation in one line, over the last one in a terminal."""
     parts = []
     if client:
         state = client.state()
-        numbers = [*state["tcp_pose"][:3], *np.degrees(euler_from_quat(state["tcp_pose"][3:]))]
-        parts.append("{:.3f} {:.3f} {:.3f} m {:.0f} {:.0f} {:.0f} deg".format(*numbers))
-        parts.append("force {:.1f} {:.1f} {:.1f} N".format(*state["tcp_force"]))
-        parts.append(
-            f"gripper {1000 * state['gripper_width']:.0f} mm, {state['mode']}, {state['lease'] or 'no commander'}"
-        )
+        numbers = [*state["tcp_pose"][:3], *np.degrees(euler_from_quat(state["tcp_pose"][3:])), *state["tcp_force"]]
+        parts.append("{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers))
+        parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
+        parts.append(f"{state['mode']} {' '.join(state['limited'])} {state['lease'] or 'nobody'}")
     for camera in cameras:
         age = 1000 * (time.monotonic() - camera.frame.time)
-        parts.append(
-            f"{camera.config.name} {camera.frame.number} {age:.0f} ms" + f" {camera.error}" * bool(camera.error)
-        )
+        parts.append(f"{camera.config.name} {camera.frame.number} {age:.0f} ms {camera.error}")
     if teleop:
         motion, gripper = teleop.motion()
         parts.append(teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}")
-    return " | ".join(parts)
+    print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
 def drive(args: Args, teleop: Teleop) -> None:
@@ -1213,44 +1196,38 @@ def drive(args: Args, teleop: Teleop) -> None:
         workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3), action_scale=(0.01,) * 3 + (0.05,) * 3, relative_frame=False,
         reset_joints_every=0, recover_at_reset=False, cameras=(), reward="none", max_episode_steps=sys.maxsize,
     )  # fmt: skip
-    env = Intervention(FrankaEnv(config), teleop)
-    try:
+    env, end = Intervention(FrankaEnv(config), teleop), time.monotonic() + (args.seconds or math.inf)
+    with contextlib.closing(env):
         env.reset()
-        end = time.monotonic() + (args.seconds or math.inf)
         while time.monotonic() < end:
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
-            print(
-                f"\r{live_line(env.unwrapped.client, [], teleop)} {' '.join(info['limited'])}\033[K", end="", flush=True
-            )
+            show(env.unwrapped.client, [], teleop)
             if terminated or truncated:
-                fail(info["fault"])
-    finally:
-        env.close()
-        print()
+                raise RobotError(info["fault"])
 
 
 def main(args: Args) -> None:
     client, cameras, teleop, fine = doctor(args)
     try:
-        if args.snapshots:
+        if args.drive and not (teleop and client):
+            fail("--drive needs a server, and --teleop keyboard or spacemouse")
+        for camera in cameras if args.snapshots else []:
             args.snapshots.mkdir(parents=True, exist_ok=True)
-            for camera in cameras:
-                path = args.snapshots / f"{camera.config.name}.png"
-                Image.fromarray(camera.read(1.0).image).save(path)
-                print(f"wrote {path}")
+            path = args.snapshots / f"{camera.config.name}.png"
+            Image.fromarray(camera.read(1.0).image).save(path)
+            print(f"wrote {path}")
         if args.drive:
-            if not (teleop and client):
-                fail("--drive needs a server, and --teleop keyboard or spacemouse")
             drive(args, teleop)
         end = time.monotonic() + (args.seconds or math.inf)
         while (client or cameras or teleop) and not args.drive and time.monotonic() < end:
-            print(f"\r{live_line(client, cameras, teleop)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
+            show(client, cameras, teleop)
             time.sleep(0.2)
     except (RobotError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         pass
     finally:
+        print()
         for closing in (*cameras, *filter(None, (teleop, client))):
             closing.close()
     if not fine:

@@ -4,6 +4,7 @@ teleoperation, and the environment against robot_server.py on the simulated arm.
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -206,8 +207,54 @@ def test_no_stale_command_reaches_a_server_that_comes_back(fake, client):
     with pytest.raises(rc.UnreachableError):
         client.target(np.zeros(7))
     with contextlib.closing(FakeServer(fake.address)) as back:
-        assert client.wait_for_server(5.0) == {}
+        assert client.hello(wait_s=5.0) == {}
         assert {request["op"] for request in back.requests} == {"hello"}
+
+
+class Cable:
+    """A TCP connection through us to `port`, which can be cut: nothing passes, nobody is told."""
+
+    def __init__(self, port: int):
+        self.cut, self.port, self.listener = False, port, socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.port))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(4096):
+                if self.cut:
+                    return  # this connection never carries anything again, but stays open
+                sink.sendall(data)
+            sink.close()
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+def test_cut_cable_is_noticed_and_a_mended_one_works_again(fake):
+    with (
+        contextlib.closing(Cable(int(fake.address.rsplit(":")[-1]))) as cable,
+        contextlib.closing(RobotClient(cable.address, timeout_s=0.2)) as client,
+    ):
+        client.call("state")
+        for _ in range(2):
+            cable.cut = True
+            with pytest.raises(rc.UnreachableError, match="is the cable in"):
+                client.target(np.zeros(7))
+            cable.cut = False
+            start, sent = time.monotonic(), len(fake.requests)
+            client.hello(wait_s=5.0)
+            assert time.monotonic() - start < 4.0
+            assert {request["op"] for request in fake.requests[sent:]} == {
+                "hello"
+            }  # the old target does not arrive now
 
 
 def test_target_that_arrived_but_whose_answer_was_lost(fake, client):
@@ -431,6 +478,35 @@ def test_realsense_fixes_the_exposure_of_the_colour_sensor(realsense):
     np.testing.assert_array_equal(frame.image, realsense.image)
     options = ["enable_auto_exposure", "exposure", "enable_auto_white_balance"]  # automatic off, before the value
     assert realsense.log == ["start", *(("rgb", option, value) for option, value in zip(options, (0.0, 8000.0, 1.0)))]
+
+
+def test_realsense_frames_are_copied_out_of_the_cameras_pool():
+    """With frames of the real library, from its software device."""
+    pytest.importorskip("libusb_package")
+    rs = rc.import_realsense()
+    sensor, queue, stream = rs.software_device().add_sensor("colour"), rs.frame_queue(1), rs.video_stream()
+    stream.type, stream.uid, stream.width, stream.height, stream.fps, stream.bpp = rs.stream.color, 1, 4, 3, 30, 3
+    stream.fmt = rs.format.rgb8
+    profile = sensor.add_video_stream(stream)
+    sensor.open(profile)
+    sensor.start(queue)
+    video, image = rs.software_video_frame(), RNG.integers(0, 255, (3, 4, 3), dtype=np.uint8)
+    video.pixels, video.stride, video.bpp, video.frame_number, video.profile = (
+        image,
+        12,
+        3,
+        7,
+        profile.as_video_stream_profile(),
+    )
+    sensor.on_video_frame(video)
+    frames = mock.Mock(
+        spec=rs.composite_frame, **{"get_color_frame.return_value": queue.wait_for_frame().as_video_frame()}
+    )
+    camera = rc.RealSense(CameraConfig("wrist", "realsense"))
+    camera.pipeline = mock.Mock(spec=rs.pipeline, **{"try_wait_for_frames.return_value": (True, frames)})
+    copy, number, _ = camera.grab()
+    np.testing.assert_array_equal(copy, image)
+    assert copy.flags.owndata and copy.dtype == np.uint8 and number == 7
 
 
 def test_realsense_names_an_impossible_exposure(realsense):
@@ -854,7 +930,11 @@ ZERO = np.zeros(7, np.float32)
 
 def test_scripted_person_inserts_the_peg_in_view_of_two_cameras(peg):
     """From reset to success, through every part: the stored action is what moves the arm, and time does not drift."""
-    changes = {"reward": "task", "random_reset": (0.02, 0.02, 0.3), "max_image_age_s": 2.0}  # a busy machine may be slow
+    changes = {
+        "reward": "task",
+        "random_reset": (0.02, 0.02, 0.3),
+        "max_image_age_s": 2.0,
+    }  # a busy machine may be slow
     with environment(peg, cameras=rc.PEG.cameras, **changes) as env:
         env = Intervention(env, rc.ScriptedExpert())
         obs, info = env.reset(seed=3)
@@ -1044,7 +1124,7 @@ def test_task_that_does_not_fit_the_server(peg, changes, fault):
 def test_doctor_and_live_values(peg, tmp_path):
     run = run_script("robot_client.py", "--server", peg, "--seconds", 1, "--snapshots", "shots", cwd=tmp_path)
     assert f"ok   {peg}: sim" in run.stdout and "round trip" in run.stdout and "FIX" not in run.stdout
-    assert run.stdout.count(" deg | force ") >= 3 and "front" in run.stdout
+    assert run.stdout.count(" N | gripper ") >= 3 and "front" in run.stdout
     assert {path.name for path in (tmp_path / "shots").iterdir()} == {"front.png", "wrist.png"}
 
 
@@ -1065,7 +1145,7 @@ def test_first_motion_by_keyboard(peg, tmp_path, terminal):
         contextlib.closing(RobotClient(peg)) as observer,
         popen_script("robot_client.py", *flags, cwd=tmp_path, stdin=theirs) as process,
     ):
-        wait_until(lambda: " deg | force " in process.stdout_path.read_text() or process.poll() is not None, 20.0)
+        wait_until(lambda: " N | gripper " in process.stdout_path.read_text() or process.poll() is not None, 20.0)
         start = observer.state()["tcp_pose"]
         for _ in range(20):
             os.write(ours, b"r")
