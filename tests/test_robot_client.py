@@ -27,6 +27,12 @@ from robot_client import CameraConfig, FrankaEnv, Intervention, RobotClient, Tas
 RNG = np.random.default_rng(0)
 
 
+def test_nothing_heavy_is_imported():
+    """A laptop beside the robot needs no torch; SDKs are imported where they are used."""
+    code = "import sys, robot_client; print(*{'torch', 'mujoco', 'pyrealsense2', 'pyspacemouse'} & set(sys.modules))"
+    assert run_python(code).stdout.strip() == ""
+
+
 # --- Rotations --------------------------------------------------------------------------------------------------------
 def quaternions(count: int = 50) -> np.ndarray:
     return Rotation.random(count, random_state=1).as_quat()
@@ -573,6 +579,31 @@ def test_intervention_rules_of_hil_serl(size):
     hand.moves = (np.zeros(6), 0.0)  # let go: the policy acts in the very next step
     assert not wrapped.step(policy)[-1]["intervened"]
     assert wrapped.step(np.full(size, 3.0))[-1]["executed_action"].max() == 1.0  # what is stored fits the action space
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.05, 1.0])
+def test_scripted_person_takes_over_for_segments(probability):
+    """On any task with an expert; the same seed, the same segments."""
+    env = Echo(4)
+    env.expert_action = lambda: np.full(4, 0.7, np.float32)
+    runs = []
+    for _ in range(2):
+        wrapped = Intervention(env, rc.ScriptedExpert(probability, steps=10, seed=1))
+        runs.append([wrapped.step(np.zeros(4))[-1]["intervened"] for _ in range(400)])
+    assert runs[0] == runs[1]
+    assert env.actions[-1].tolist() == pytest.approx([0.7 * runs[1][-1]] * 4)
+    segments = [len(segment) for segment in "".join("x" if taken else " " for taken in runs[0]).split()]
+    if probability == 0.05:
+        assert 5 < len(segments) < 30 and all(length % 10 == 0 for length in segments[:-1])
+    else:
+        assert sum(segments) == 400 * probability
+
+
+def test_scripted_person_solves_the_simulated_task():
+    env = Intervention(gym.make("franka_sim:FrankaPickCube-v0"), rc.ScriptedExpert())
+    env.reset(seed=0)
+    assert any(env.step(np.zeros(4))[-1]["success"] for _ in range(60))
+    env.close()
 
 
 @pytest.fixture
