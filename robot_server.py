@@ -343,13 +343,14 @@ class Limiter:
             return f"the target turns {turn:.2f} rad from the reference, --max-rotation-jump is {most}"
         return None
 
-    def step(self, target: np.ndarray | None, measured: np.ndarray, gains: Gains, dt: float) -> None:
+    def step(self, target: np.ndarray | None, state: "ArmState", gains: Gains, dt: float) -> None:
         """Moves the reference by `dt` towards the target (7,), or lets it come to rest (None), within all limits.
 
         In this order: box and tilt for the goal; speed and acceleration for the way there; then per axis not further
-        than the clip from the measured pose, so that the controller's force is bounded and nothing winds up.
+        than the clip from the measured pose, so that the controller's force is bounded and nothing winds up, and in all
+        not further than its damper holds at the maximum speed, less when that is near: so the arm keeps to it, too.
         """
-        old, new, args, self.limited = self.reference, self.reference.copy(), self.args, []
+        measured, old, new, args, self.limited = state.tcp_pose, self.reference, self.reference.copy(), self.args, []
         target = old if target is None or not np.isfinite(target).all() else target
         if dt > 0:
             low, high = np.minimum(self.low, old[:3]), np.maximum(self.high, old[:3])  # inward as far as wanted, only
@@ -367,12 +368,18 @@ class Limiter:
             new[:3] = np.clip(old[:3] + v * dt, low, high)
             new[3:] = self.upright(quat_multiply(quat_from_rotvec(w * dt), old[3:]), most_tilt)
         lag, bound = difference(new, measured), np.array([*gains.clip, *gains.rotational_clip])
-        if (np.abs(lag) > bound).any():
+        clipped, parts = np.clip(lag, -bound, bound), (slice(0, 3), slice(3, 6))
+        speeds = args.max_speed, args.max_rotation_speed
+        nearness = max(norm(state.tcp_vel[part]) / speed for part, speed in zip(parts, speeds))
+        brake = min(max(5.5 - 5 * nearness, 0.0), 1.0)  # less from 0.9 of the speed on, nothing from 1.1 on
+        dampers = gains.damping / gains.stiffness, gains.rotational_damping / gains.rotational_stiffness
+        for part, speed, damper in zip(parts, speeds, dampers):
+            clipped[part] *= min(1.0, 0.9 * brake * speed * damper / max(norm(clipped[part]), 1e-12))
+        if (clipped != lag).any():
             self.limited.append("clip")
-            lag = np.clip(lag, -bound, bound)
-            new[:3], new[3:] = measured[:3] + lag[:3], quat_multiply(quat_from_rotvec(lag[3:]), measured[3:])
+            new[:3], new[3:] = measured[:3] + clipped[:3], quat_multiply(quat_from_rotvec(clipped[3:]), measured[3:])
             moved = difference(new, old) / max(dt, 1e-3)  # go on from how it really moved, but not faster than before
-            for part in (slice(0, 3), slice(3, 6)):
+            for part in parts:
                 self.velocity[part] = moved[part] * min(1.0, norm(self.velocity[part]) / max(norm(moved[part]), 1e-9))
         new[3:] /= norm(new[3:])
         self.reference = new
@@ -1270,7 +1277,7 @@ class Control(threading.Thread):
                 arm.set_gains(gains)
                 self.gains = gains
             target = self.target if self.phase == "streaming" else None
-            self.limiter.step(target, self.state.tcp_pose, self.gains, dt)
+            self.limiter.step(target, self.state, self.gains, dt)
             arm.stream(self.limiter.reference)
         elif arm.controlling or self.phase in ("streaming", "hold", "breaking"):  # nothing must run, or a fault came
             self.phase = "stopping"
@@ -1324,10 +1331,11 @@ class Control(threading.Thread):
     def recover(self) -> Iterator[None]:
         self.may_block_until = time.monotonic() + 20
         self.arm.recover()
-        self.may_block_until, self.advanced, before = 0.0, time.monotonic(), self.robot_time
-        while self.robot_time == before or (mode := self.state.robot_mode) in ("reflex", "user_stopped"):
-            if time.monotonic() > self.advanced + 2:
-                raise ArmError("sdk", f"still not ready: the robot reports {mode}")
+        self.may_block_until, before, give_up = 0.0, self.robot_time, time.monotonic() + 2
+        while (still := self.robot_time == before) or self.state.robot_mode in ("reflex", "user_stopped"):
+            if time.monotonic() > give_up:
+                reason = "its clock stands still" if still else f"it reports {self.state.robot_mode}"
+                raise ArmError("sdk", f"the robot is not ready: {reason}")
             yield
         yield from self.settle()
         self.fault, self.held, self.phase = None, "", "idle"
@@ -1518,7 +1526,7 @@ class Server:
         """The robot thread itself may hang inside an SDK. Only time in which this thread ran counts."""
         c, tick = self.control, self.control.ticked
         self.stale, self.seen = 0.0 if tick != self.seen else self.stale + min(passed, 0.012), tick
-        limit = 0.5 if c.phase == "idle" else self.args.frozen_after_s
+        limit = 0.5 if c.phase == "idle" or c.arm.has_task else self.args.frozen_after_s  # a busy machine is no fault
         if self.stale > limit and time.monotonic() > c.may_block_until and c.fault is None:
             c.latch("frozen", "the robot thread hangs in the SDK: connection lost?")
 
@@ -1573,7 +1581,7 @@ class Server:
             raise Refused("unknown_op", f"{op!r:.40}: there are {' '.join(self.ops)}")
         known = self.parameters[op]
         if wrong := arguments.keys() - known.keys():
-            raise Refused("bad_argument", f"{op} has no {min(wrong)!r:.40}, it has {[*known]}")
+            raise Refused("bad_argument", f"{op} has no {min(wrong, key=str)!r:.40}, it has {[*known]}")
         if missing := [n for n, p in known.items() if n not in arguments and p.default is inspect.Parameter.empty]:
             raise Refused("bad_argument", f"{op} needs {missing[0]!r}")
         if (holder := self.holder()) and secrets.compare_digest(token, self.token):
@@ -1675,8 +1683,8 @@ class Server:
                 raise Refused("lease_taken", f"{holder} has the lease; takeover=true takes it")
             log.info("lease: %s%s", name, f", taken from {holder}" if holder else "")
             self.seq, c = None, self.control
-            c.target_at = min(c.target_at, time.monotonic() - self.args.hold_after_s)  # hold: the old one's target ends
-            self.let_tick()
+            c.lease_until, c.target_at = -math.inf, min(c.target_at, time.monotonic() - self.args.hold_after_s)
+            self.let_tick()  # the old one's job ends, or its target
         self.name, self.token, self.ttl, self.control.lease_until = name, token, ttl, time.monotonic() + ttl
         return {"ttl": ttl}
 
