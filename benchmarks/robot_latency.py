@@ -220,7 +220,9 @@ def episodes(args: Args) -> list[dict[str, object]]:
         robot, actions = env.unwrapped, np.random.default_rng(0)
 
         def our_step(action: np.ndarray) -> None:
-            env.step(action)
+            *_, info = env.step(action)
+            if info["fault"]:
+                raise SystemExit(f"the episode broke off: {info['fault']}")
 
         def serl_step(action: np.ndarray) -> None:
             robot.client.target(robot.client.state()["reference"])

@@ -22,7 +22,8 @@ class FakeArm(Arm):
     def __init__(self, args: robot_server.Args):
         super().__init__(args)
         self.clock, self.pose, self.goal, self.mode = 10.0, np.array([0.45, 0.0, 0.3, *DOWN]), None, "idle"
-        self.wrench, self.frozen, self.failing, self.busy, self.calls = np.zeros(6), 0, {}, 0, []
+        self.twist, self.wrench = np.zeros(6), np.zeros(6)
+        self.frozen, self.failing, self.busy, self.calls = 0, {}, 0, []
 
     def called(self, name: str) -> None:
         self.calls.append(name)
@@ -31,6 +32,7 @@ class FakeArm(Arm):
 
     def get_state(self) -> ArmState:
         self.called("get_state")
+        before, self.twist = self.pose.copy(), np.zeros(6)
         if self.frozen:
             self.frozen -= 1
         else:
@@ -38,8 +40,9 @@ class FakeArm(Arm):
             if self.controlling and self.goal is not None:
                 self.pose[:3] += 0.1 * (self.goal[:3] - self.pose[:3])
                 self.pose[3:] = self.goal[3:]
+                self.twist = np.append(self.pose[:3] - before[:3], np.zeros(3)) / DT
         zero = np.zeros(7)
-        return ArmState(self.clock, self.pose.copy(), np.zeros(6), self.wrench.copy(), zero, zero, self.mode)
+        return ArmState(self.clock, self.pose.copy(), self.twist, self.wrench.copy(), zero, zero, self.mode)
 
     def start(self, pose, q, gains) -> None:
         self.called("start")
