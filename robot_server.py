@@ -1041,7 +1041,7 @@ class Robotiq(Gripper):
     """Robotiq 2F-85, Modbus RTU on a serial port. Registers have two bytes: from 0x03E8 on action, position, speed and
     force are written; from 0x07D0 on status, fault and echo, position and current are read (instruction manual)."""
 
-    kind, max_width, max_force, max_speed = "robotiq", 0.085, 235.0, 0.15
+    kind, max_width, max_force, max_speed, hz = "robotiq", 0.085, 235.0, 0.15, 100.0
     open_at, closed_at = 3, 228  # positions at max_width and at 0  # TASK: measure yours, with your finger tips
     requested, active_by = None, 0.0  # position; until when an activation may take
 
@@ -1154,7 +1154,7 @@ class Control(threading.Thread):
         self.fault: dict[str, Any] | None = None  # code, message, count
         self.job: Job | None = None
         self.faults = self.reflexes = self.overruns = 0
-        self.target, self.target_at, self.lease_until = None, -math.inf, -math.inf
+        self.target, self.target_at, self.lease_began, self.lease_until = None, -math.inf, -math.inf, -math.inf
         self.hold_wish = self.stop_wish = self.hold_seen = self.stop_seen = ("", -math.inf)  # why, and when
         self.may_block_until = 0.0  # a call into the SDK that takes longer counts as frozen
         self.robot_time = self.advanced = self.ticked = -math.inf  # robot's clock, when it went on, start of last tick
@@ -1237,7 +1237,7 @@ class Control(threading.Thread):
         hold, stop = hold * (wishes[0] is not self.hold_seen), stop * (wishes[1] is not self.stop_seen)
         self.hold_seen, self.stop_seen = wishes
         args, silent, lost = self.args, now - self.target_at, now > self.lease_until
-        if self.job and (self.job.began < max(hold_at, stop_at) or lost):
+        if self.job and (self.job.began < max(hold_at, stop_at, self.lease_began) or lost):
             self.end_job(f"broken off: {hold or stop or 'the lease ended'}")
         if self.phase not in ("streaming", "hold"):
             return
@@ -1364,8 +1364,9 @@ class Renderer(threading.Thread):
             try:
                 shot, fault = self.shoot({name for _, _, names in batch for name in names}), None
             except Exception as error:
-                log.exception("cameras")
-                shot, fault = {}, str(error)
+                if self.seq >= 0:  # the first time
+                    log.exception("cameras")
+                shot, fault, self.seq = {}, str(error), -1
             for envelope, request, names in batch:
                 arrays, images = zip(*(shot[name] for name in names)) if shot and names else ((), ())
                 self.done.put((envelope, request, fault, arrays, images))
@@ -1519,7 +1520,7 @@ class Server:
             print("\nthe robot's SDK does not return: use the stop button", file=sys.stderr)
         log.info("end")
         logging.shutdown()
-        sys.stdout.flush()
+        print(end="\n" * sys.stdout.isatty(), flush=True)
         os._exit(1 if hangs else 0)  # not through the SDKs' destructors: they may abort
 
     def watch(self, passed: float) -> None:
@@ -1683,7 +1684,7 @@ class Server:
                 raise Refused("lease_taken", f"{holder} has the lease; takeover=true takes it")
             log.info("lease: %s%s", name, f", taken from {holder}" if holder else "")
             self.seq, c = None, self.control
-            c.lease_until, c.target_at = -math.inf, min(c.target_at, time.monotonic() - self.args.hold_after_s)
+            c.lease_began, c.target_at = time.monotonic(), min(c.target_at, time.monotonic() - self.args.hold_after_s)
             self.let_tick()  # the old one's job ends, or its target
         self.name, self.token, self.ttl, self.control.lease_until = name, token, ttl, time.monotonic() + ttl
         return {"ttl": ttl}
