@@ -1028,12 +1028,15 @@ class FrankaHand(Gripper):
         self.begin(self.hand.stop)
 
     def poll(self) -> GripperState:
+        moving, fault = not self.future.done(), None
+        if not moving and (error := self.future.exception()):
+            fault = f"{type(error).__name__}: {error}"
+        elif not moving and not self.future.result():
+            fault = "the hand did not reach its goal"
         try:
-            state, moving = self.read(), not self.future.done()
-            reached = moving or self.future.result()
+            state = self.read()
         except Exception as error:
             raise GripperError(f"{type(error).__name__}: {error}") from error
-        fault = None if reached else "the hand did not reach its goal"
         return GripperState(state.width, moving, state.is_grasped and state.width > 1e-3, fault)
 
 
@@ -1237,7 +1240,7 @@ class Control(threading.Thread):
         hold, stop = hold * (wishes[0] is not self.hold_seen), stop * (wishes[1] is not self.stop_seen)
         self.hold_seen, self.stop_seen = wishes
         args, silent, lost = self.args, now - self.target_at, now > self.lease_until
-        if self.job and (self.job.began < max(hold_at, stop_at, self.lease_began) or lost):
+        if (job := self.job) and (job.began < max(hold_at, stop_at, self.lease_began) or lost):
             self.end_job(f"broken off: {hold or stop or 'the lease ended'}")
         if self.phase not in ("streaming", "hold"):
             return
@@ -1272,6 +1275,9 @@ class Control(threading.Thread):
                 self.end_job(str(error))
                 if error.code != "refused":
                     raise
+            except Exception:  # a bug; the generator is dead
+                self.end_job("internal: see the log")
+                raise
         elif self.phase in ("streaming", "hold") and not self.fault:
             if (gains := self.wanted_gains) is not self.gains:
                 arm.set_gains(gains)
