@@ -151,7 +151,7 @@ class Args:
     image_size: int = 128
     """height and width of their images, pixels"""
     # limits, whatever a client asks for
-    workspace_low: tuple[float, float, float] = (0.2, -0.35, 0.01)  # TASK: the box in which the tcp may move
+    workspace_low: tuple[float, float, float] = (0.2, -0.35, 0.015)  # TASK: the box in which the tcp may move
     """smallest x, y, z of the reference, m"""
     workspace_high: tuple[float, float, float] = (0.65, 0.35, 0.5)
     """largest x, y, z of the reference, m"""
@@ -546,7 +546,7 @@ class SimArm(Arm):
         if due > 0:
             sim.step(due)
             self.time += due * self.dt
-            self.wrench += (sim.tcp_wrench - self.wrench) * (1 - math.exp(-due * self.dt / 0.02))
+            self.wrench += (sim.tcp_wrench - self.wrench) * (1 - math.exp(-due * self.dt / 0.05))  # s
             if norm(self.wrench[:3]) > self.args.collision_force and (self.controlling or self.motion):
                 self.reflex = (f"cartesian_reflex: {norm(self.wrench[:3]):.0f} N",)
                 self.stop()
