@@ -277,7 +277,7 @@ def test_a_target_is_reached(wire):
     wire.take()
     assert wire.refused("target", pose=wire.state()["tcp_pose"]) == "not_streaming"
     start = wire.stream()
-    assert wire.state()["mode"] == "streaming" and wire.state()["robot_mode"] == "move"
+    assert wire.state()["mode"] == "streaming" and wire.wait_for(robot_mode="move", timeout=0.25)
     goal = moved(start, x=0.03, y=-0.04, z=0.02)
     replies = follow(wire, lambda t: goal, 2.0)
     assert replies[-1]["result"]["limited"] == []
