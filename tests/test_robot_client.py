@@ -317,7 +317,10 @@ def test_lease_token_is_sent_only_while_held(fake, client):
     assert client.token is None
 
 
-@pytest.mark.parametrize("answer", [b"\xc1", b"", msgpack.packb([1]), msgpack.packb({"id": 1}), b"\x81" * 50])
+OTHER = {"id": 99, "ok": True, "result": {}}  # the answer to another question
+
+
+@pytest.mark.parametrize("answer", [b"\xc1", b"", b"\x81" * 50, *map(msgpack.packb, ([1], {"id": 1}, OTHER))])
 def test_nonsense_from_a_server_is_one_clear_error(fake, client, answer):
     fake.answer = lambda request: answer
     with pytest.raises(rc.RobotError, match=r"does not speak the protocol of robot_server\.py"):
@@ -786,7 +789,7 @@ def test_observation_in_both_frames():
     state = env.observe()[0]["state"]
     expected = [0.75, 1, -2, -3, 0, -0.1, -0.1, 0, 0, 0, 1, 4, -5, -6, 0, -1, -2, 3, -4, -5]
     np.testing.assert_allclose(state, expected, atol=1e-6)
-    env = posed_env(-np.array([1, 1, 1, -1, 1, 1, 1]) * pose, relative=False)  # the same rotation, the other sign
+    env = posed_env(-pose, relative=False)  # the same rotation, the other sign
     np.testing.assert_allclose(env.observe()[0]["state"][4:11], [-0.5, -0.1, -0.3, 1, 0, 0, 0], atol=1e-6)
 
 
