@@ -1252,14 +1252,15 @@ class ActorLink:
         if (silence := time.monotonic() - self.answered) > self.args.learner_timeout_s:
             address = f"{self.args.learner}:{self.args.port}"
             fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
-        late = time.monotonic() - self.sent > 2  # a message to a learner that was killed is lost
-        if (late or not self.waiting) and self.dealer.poll(0, self.zmq.POLLOUT):
+        if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
             count = min(self.written - self.held, 4096)
             self.file.seek(self.held * self.row_bytes)
             header = {"protocol": PROTOCOL, "flags": shared_flags(self.args), "actor": self.name}
             header |= {"first": self.held, "count": count}
-            self.dealer.send_multipart([json.dumps(header).encode(), self.file.read(count * self.row_bytes)])
-            self.waiting, self.sent = True, time.monotonic()
+            message = [json.dumps(header).encode(), self.file.read(count * self.row_bytes)]
+            with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
+                self.dealer.send_multipart(message, self.zmq.NOBLOCK)
+                self.waiting, self.sent = True, time.monotonic()
         if self.subscriber.poll(0):
             header, _, data = self.subscriber.recv().partition(b"\n")
             vector, tensors = torch.frombuffer(bytearray(data), dtype=torch.float32), agent.policy_tensors()
