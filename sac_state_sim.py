@@ -241,9 +241,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
             fail(f"{flag(name)} {value}: give at least {least}")
         if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
             fail(f"{flag(name)} {value}: give a number that is not negative")
-        if name in ("gamma", "tau", "demo_ratio", "dropout", "actor_ema") and value > 1 - 1e-9 * (
-            name in ("demo_ratio", "dropout", "actor_ema")
-        ):
+        if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
             fail(f"{flag(name)} {value}: give a number from 0 to 1")
     if args.num_min_qs > args.num_qs:
         fail(f"--num-min-qs {args.num_min_qs}: there are only --num-qs {args.num_qs} critics to choose from")
@@ -756,33 +754,21 @@ class Agent:
             for mean, parameter in zip(self.mean_parameters, self.actor_parameters, strict=True):
                 mean.lerp_(parameter, self.mean_weight)
 
-    def update_critic(self, batch: Batch, eps: Tensor, subset: Tensor) -> dict[str, Tensor]:
-        metrics = self.critic_gradient(batch, eps, subset)
-        self.step_critic()
-        return metrics
-
-    def update_actor(self, batch: Batch, eps: Tensor) -> dict[str, Tensor]:
-        metrics = self.actor_gradient(batch, eps)
-        self.step_actor()
-        return metrics
-
     def update_once(self, rows: Tensor, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """One critic step on rows (B, W) of the buffer, then, `with_actor`, one step of actor and temperature.
+        """One critic step on rows (B, W) of the buffer and, `with_actor`, one step of actor and temperature.
 
-        `eps` (2, B, A) is noise for the two steps, `subset` (M,) chooses critics for the target.
+        `eps` (2, B, A) is noise for the two steps, `subset` (M,) chooses critics for the target. Both gradients are of
+        the same parameters, as SERL takes them (agents/continuous/sac.py:276), so that two threads share the work.
         """
         batch = split_rows(rows, self.splits)
         observations, next_observations = map(self.normalizer, (batch.observations, batch.next_observations))
         batch = batch._replace(observations=observations, next_observations=next_observations)
-        if not with_actor:
-            return self.update_critic(batch, eps[0], subset)
-        if not self.pool:
-            return self.update_critic(batch, eps[0], subset) | self.update_actor(batch, eps[1])
-        # Side by side, both from the same parameters, as SERL takes them (agents/continuous/sac.py:276).
-        actor = self.pool.submit(self.actor_gradient, batch, eps[1])
-        metrics = self.critic_gradient(batch, eps[0], subset) | actor.result()
+        actor = self.pool.submit(self.actor_gradient, batch, eps[1]) if self.pool and with_actor else None
+        metrics = self.critic_gradient(batch, eps[0], subset)
+        if with_actor:
+            metrics |= actor.result() if actor else self.actor_gradient(batch, eps[1])
+            self.step_actor()
         self.step_critic()
-        self.step_actor()
         return metrics
 
     def update(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, count: int) -> dict[str, Tensor]:
@@ -907,9 +893,8 @@ def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
     space, buffers = recorder.observation_space, []
     for observations, steps in recorder.episodes:
         stacked = concatenate(space, observations, create_empty_array(space, len(observations)))
-        buffers.append(
-            EpisodeBuffer(len(buffers), None, None, stacked, *(np.array(v) for v in zip(*steps, strict=True)))
-        )
+        steps = [np.array(values) for values in zip(*steps, strict=True)]
+        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *steps))
     minari.create_dataset_from_buffers(
         args.record_dataset,
         buffers,
@@ -969,13 +954,8 @@ class Run:
             shutil.copy(source, temporary)
         versions = {m.__name__: m.__version__ for m in (torch, np, gym)} | {"python": sys.version.split()[0]}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        about = {
-            "command": sys.argv,
-            "git_commit": git_commit(),
-            "versions": versions,
-            "cpus": os.cpu_count(),
-            "gpu": gpu,
-        }
+        about = {"command": sys.argv, "git_commit": git_commit(), "versions": versions}
+        about |= {"cpus": os.cpu_count(), "gpu": gpu}
         (temporary / "run.json").write_text(json.dumps(about, indent=2))
         (temporary / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"run_dir": None}, indent=2))
         temporary.replace(self.dir)
@@ -994,10 +974,8 @@ class Run:
         if args.track:
             import wandb  # WANDB_MODE=offline keeps the files here, for `wandb sync`
 
-            config = dataclasses.asdict(args)
-            wandb.init(
-                project=args.wandb_project_name, name=self.dir.name, config=config, dir=self.dir, sync_tensorboard=True
-            )
+            options = {"project": args.wandb_project_name, "name": self.dir.name, "config": dataclasses.asdict(args)}
+            wandb.init(dir=self.dir, sync_tensorboard=True, **options)
         self.writer = SummaryWriter(self.dir, purge_step=progress.global_step + 1)
         for path in self.dir.glob("*.csv"):
             header, *rows = [*path.read_text().split("\n")[:-1], ""]  # without what follows the last newline: cut off
@@ -1178,15 +1156,7 @@ class LearnerServer:
                     raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}, or numbers are not finite")
                 if differ := [flag(k) for k, v in self.flags.items() if header["flags"].get(k) != v]:
                     raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                IndexError,
-                AttributeError,
-                OverflowError,
-                RecursionError,
-            ) as error:
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
                 reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
             else:
                 held = self.held.get(actor, 0)
@@ -1235,9 +1205,8 @@ class ActorLink:
     def exchange(self, agent: Agent) -> None:
         """`exchange_once`, and waits while a paced learner is more than `actor_ahead` steps behind."""
         self.exchange_once(agent, 0)
-        while (
-            self.args.paced and self.written - self.held > self.args.actor_ahead and not (self.done or self.run.signals)
-        ):
+        ahead = self.args.actor_ahead if self.args.paced else math.inf
+        while self.written - self.held > ahead and not (self.done or self.run.signals):
             self.exchange_once(agent, 100)
             if not self.waiting:  # nothing could be sent
                 time.sleep(0.1)
@@ -1280,9 +1249,7 @@ class Progress:
     global_step: int = 0
     episode: int = 0
     episode_length: int = 0  # steps of the unfinished episode
-    episodes: list = dataclasses.field(
-        default_factory=list
-    )  # (return, length, success) since the last row of train.csv
+    episodes: list = dataclasses.field(default_factory=list)  # (return, length, success) since the last train.csv row
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluation with the highest return
     held: dict[str, int] = dataclasses.field(default_factory=dict)  # learner: rows of each actor
     elapsed: float = 0.0  # s
@@ -1333,9 +1300,7 @@ def resume_episode(env: gym.Env, progress: Progress, agent: Agent, buffer: Repla
         obs, reward, *_ = env.step(action)
         episodic_return += float(reward)
         if not np.array_equal(np.float32(obs), stored_obs):
-            print(
-                "this task does not repeat itself: the interrupted episode is left, a new one begins", file=sys.stderr
-            )
+            print("this task does not repeat itself: the unfinished episode is given up", file=sys.stderr)
             progress.episode, progress.episode_length = progress.episode + 1, 0
             return env.reset(seed=episode_seed(agent.args.seed, 0, progress.episode))[0], 0.0
     return obs, episodic_return
@@ -1364,10 +1329,9 @@ def save(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos
     run.save(state | {"demos": demos.rows if demos else None})
 
 
-def finish(
-    args: Args, run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None
-) -> None:
+def finish(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
     """A checkpoint; then, unless the run was stopped, the last evaluation, curve, video and checkpoint."""
+    args = agent.args
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # from here on they end the program at once
     run.writer.flush()
@@ -1471,7 +1435,7 @@ def train(args: Args) -> None:
 
     if server:
         server.publish(agent, done=not run.signals)
-    finish(args, run, progress, agent, buffer, demos)
+    finish(run, progress, agent, buffer, demos)
 
 
 def main(args: Args) -> None:
