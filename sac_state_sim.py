@@ -210,6 +210,32 @@ class Args:
     learner_timeout_s: float = 60.0
     """actor: gives up when no learner has answered for this long (s)"""
 
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
+    MAY_CHANGE += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
+    SHAPING = (
+        "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
+    )
+    SHAPING += "std_parameterization fixed_std std_min std_max"
+
+    def check(self) -> None:
+        """Exits with one line when a value is out of its range or contradicts another."""
+        for name, value in vars(self).items():
+            least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
+            if type(value) is int and value < least:
+                fail(f"{flag(name)} {value}: give at least {least}")
+            if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
+                fail(f"{flag(name)} {value}: give a number that is not negative")
+            if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
+                fail(f"{flag(name)} {value}: give a number from 0 to 1")
+        if self.num_min_qs > self.num_qs:
+            fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
+        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or not self.fixed_std:
+            fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+
+    def shared(self) -> dict[str, object]:
+        """What shapes task and policy, and so must be the same in actor and learner."""
+        return json.loads(json.dumps({name: getattr(self, name) for name in Args.SHAPING.split()}))
+
 
 def fail(message: str) -> NoReturn:
     """Ends the program with one line on stderr and exit code 1."""
@@ -224,29 +250,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, description=__doc__)
     if run_dir := args.resume or args.eval_only:
         try:
-            saved = Args(**json.loads((Path(run_dir) / "args.json").read_text()))
-            saved.hidden_dims = tuple(saved.hidden_dims)
-        except (OSError, ValueError, TypeError) as error:
+            saved = json.loads((Path(run_dir) / "args.json").read_text())
+            saved = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+            saved.check()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             fail(f"--{'resume' if args.resume else 'eval-only'} {run_dir}: no run of this script there ({error})")
         args = tyro.cli(Args, args=argv, description=__doc__, default=saved)
-        may_change = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
-        may_change += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
-        for name in vars(saved).keys() - set(may_change.split()):
+        for name in vars(saved).keys() - set(Args.MAY_CHANGE.split()):
             if getattr(args, name) != (theirs := getattr(saved, name)):
                 fail(f"{flag(name)}: {run_dir} has {theirs}; leave the flag out, or start a new run")
         args.run_dir = run_dir
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
-        if type(value) is int and value < least:
-            fail(f"{flag(name)} {value}: give at least {least}")
-        if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
-            fail(f"{flag(name)} {value}: give a number that is not negative")
-        if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
-            fail(f"{flag(name)} {value}: give a number from 0 to 1")
-    if args.num_min_qs > args.num_qs:
-        fail(f"--num-min-qs {args.num_min_qs}: there are only --num-qs {args.num_qs} critics to choose from")
-    if not args.hidden_dims or min(args.hidden_dims) < 1 or not args.alpha_init or not args.fixed_std:
-        fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+    args.check()
     if args.record_dataset:
         check_new_dataset(args.record_dataset)
     return args
@@ -344,24 +358,14 @@ class Playback(gym.Env):
         return self.observations[self.t], reward, terminated, self.t == len(self.rewards), {}
 
 
-def wrap_env(env: gym.Env, args: Args) -> gym.Env:
-    """Flat float observations (O,), actions in [-1, 1] (A,). TASK: add wrappers of your own here."""
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    if args.gripper_penalty:
-        env = GripperPenalty(env, args.gripper_penalty)
-    env = gym.wrappers.FlattenObservation(env)
-    if args.frame_stack > 1:
-        env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
-    if args.action_chunk > 1:
-        env = ActionChunk(env, args.action_chunk)
-    return env
+def make_env(args: Args, render: bool = False, base: gym.Env | None = None, wrap: bool = True) -> gym.Env:
+    """The task, or `base`, with flat observations (O,) and actions in [-1, 1] (A,), or as it is without `wrap`.
 
-
-def make_base_env(args: Args, render: bool = False) -> gym.Env:
-    """The task as gymnasium makes it. Exits with one line when this script cannot learn it."""
+    Exits with one line when this script cannot learn it.
+    """
     try:
         options = {"render_mode": "rgb_array"} if render else {}  # TASK: keyword options of your task
-        env = gym.make(args.env_id, **options)
+        env = base or gym.make(args.env_id, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     boxes = env.observation_space.spaces.values() if isinstance(env.observation_space, spaces.Dict) else ()
@@ -372,12 +376,17 @@ def make_base_env(args: Args, render: bool = False) -> gym.Env:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {env.observation_space}")
     if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
         fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
+    if not wrap:
+        return env
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if args.gripper_penalty:
+        env = GripperPenalty(env, args.gripper_penalty)
+    env = gym.wrappers.FlattenObservation(env)  # TASK: wrappers of your own
+    if args.frame_stack > 1:
+        env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
+    if args.action_chunk > 1:
+        env = ActionChunk(env, args.action_chunk)
     return env
-
-
-def make_env(args: Args, render: bool = False) -> gym.Env:
-    """The wrapped task: flat observations, actions in [-1, 1]."""
-    return wrap_env(make_base_env(args, render), args)
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:
@@ -431,10 +440,10 @@ def minari_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
 
 def load_demos(args: Args) -> np.ndarray:
     """Demonstrations as rows (N, W) of the replay buffer, from a Minari dataset or the task's scripted expert."""
-    env, rows = make_base_env(args), []
+    env, rows = make_env(args, wrap=False), []
     low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
     for observations, actions, *ends in (minari_episodes if args.demo_dataset else expert_episodes)(args, env):
-        playback = wrap_env(Playback(env, observations, *ends), args)
+        playback = make_env(args, base=Playback(env, observations, *ends))
         actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)  # (T, A) in [-1, 1]
         padding = np.repeat(actions[-1:], -len(actions) % length, 0)  # the last chunk's, not executed
         obs, _ = playback.reset()
@@ -630,8 +639,10 @@ class Agent:
 
     PARTS = ("normalizer", "actor", "mean_actor", "critic", "target_critic")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    LOSSES = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")  # columns of train.csv
 
-    def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
+    def __init__(self, observation_space: spaces.Box, action_space: spaces.Box, args: Args, device: torch.device):
+        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
         self.args, self.device, self.action_dim = args, device, action_dim
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
@@ -658,6 +669,10 @@ class Agent:
             self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
         if args.compile and device.type == "cuda":
             self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
+
+    def make_buffer(self, capacity: int, folder: Path) -> ReplayBuffer:
+        """A buffer for this agent's rows; `folder` is for one that is larger than memory."""
+        return ReplayBuffer(capacity, sum(self.splits), self.device)
 
     def make_optimizer(self, parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         lr_tensor = torch.tensor(lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
@@ -886,8 +901,8 @@ def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
     from gymnasium.vector.utils import concatenate, create_empty_array
     from minari.data_collector import EpisodeBuffer
 
-    recorder, random, random_env = Recorder(make_base_env(args)), copy.copy(agent), make_env(args)
-    scalars = evaluate(agent, wrap_env(recorder, args), args.final_eval_episodes, args.seed)
+    recorder, random, random_env = Recorder(make_env(args, wrap=False)), copy.copy(agent), make_env(args)
+    scalars = evaluate(agent, make_env(args, base=recorder), args.final_eval_episodes, args.seed)
     random_env.action_space.seed(args.seed)
     random.act = lambda obs, deterministic: random_env.action_space.sample()
     space, buffers = recorder.observation_space, []
@@ -1013,8 +1028,7 @@ class Run:
         means = np.mean(progress.episodes or [(math.nan,) * 3], 0, dtype=float).tolist()
         names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
         scalars = dict(zip(names, means, strict=True)) | self.read_timer()
-        names = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")
-        losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in names}
+        losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in Agent.LOSSES}
         self.log("train", progress.global_step, scalars | losses)
         progress.episodes.clear()
         if metrics and not math.isfinite(losses["losses/critic_loss"]):
@@ -1105,13 +1119,6 @@ def make_socket(kind: int, args: Args):
     return socket
 
 
-def shared_flags(args: Args) -> dict[str, object]:
-    """What shapes task and policy, and so must be the same in actor and learner."""
-    names = "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
-    names += "std_parameterization fixed_std std_min std_max"
-    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()}))
-
-
 class LearnerServer:
     """The learner's end: receives rows, publishes the policy."""
 
@@ -1120,7 +1127,7 @@ class LearnerServer:
         from zmq.auth.thread import ThreadAuthenticator
 
         self.row_width, self.held, self.published = row_width, held, 0
-        self.no_rows, self.flags = np.empty((0, row_width), np.float32), shared_flags(args)
+        self.no_rows, self.flags = np.empty((0, row_width), np.float32), args.shared()
         if args.bind not in ("127.0.0.1", "localhost") and not args.curve_keys and not args.insecure_lan:
             fail(f"--bind {args.bind}: a network needs --curve-keys DIR (encrypted), or --insecure-lan")
         if args.curve_keys:
@@ -1222,9 +1229,9 @@ class ActorLink:
             address = f"{self.args.learner}:{self.args.port}"
             fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
         if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
-            count = min(self.written - self.held, 4096)
+            count = min(self.written - self.held, 4096, max(1, (1 << 25) // self.row_bytes))  # at most 32 MB
             self.file.seek(self.held * self.row_bytes)
-            header = {"protocol": PROTOCOL, "flags": shared_flags(self.args), "actor": self.name}
+            header = {"protocol": PROTOCOL, "flags": self.args.shared(), "actor": self.name}
             header |= {"first": self.held, "count": count}
             message = [json.dumps(header).encode(), self.file.read(count * self.row_bytes)]
             with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
@@ -1269,15 +1276,17 @@ def set_up_torch(args: Args) -> torch.device:
 def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer, ReplayBuffer | None]:
     """A new run, or one that stands where its newest checkpoint does."""
     device, run, progress = set_up_torch(args), Run(args), Progress()
-    obs_dim, action_dim = spaces.flatdim(env.observation_space), env.action_space.shape[0]
-    agent, rows = Agent(obs_dim, action_dim, args, device), None
-    buffer = ReplayBuffer(args.buffer_size, sum(agent.splits), device)
+    agent, demos = Agent(env.observation_space, env.action_space, args, device), None
+    buffer = agent.make_buffer(args.buffer_size, run.dir / "replay")
     state = run.load(device) if args.resume or args.eval_only else None
     if state:
         try:
             agent.load_state_dict(state["agent"])
             buffer.load_state_dict(state["buffer"])
-            rows, progress = state["demos"], Progress(**state["progress"])
+            if state["demos"]:
+                demos = agent.make_buffer(state["demos"]["total"], run.dir / "demos")
+                demos.load_state_dict(state["demos"])
+            progress = Progress(**state["progress"])
         except (KeyError, RuntimeError, TypeError) as error:
             fail(f"{run.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
     elif args.eval_only:
@@ -1285,9 +1294,7 @@ def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer,
     elif (args.demos or args.demo_dataset) and args.role != "actor":
         rows = torch.from_numpy(load_demos(args)).to(device)
         agent.observe(rows)
-    demos = None
-    if rows is not None:
-        demos = ReplayBuffer(*rows.shape, device)
+        demos = agent.make_buffer(len(rows), run.dir / "demos")
         demos.add(rows)
     return run, progress, agent, buffer, demos
 
@@ -1326,7 +1333,7 @@ def report(name: str, scalars: dict[str, float]) -> None:
 def save(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
     progress.elapsed = run.elapsed()
     state = {"agent": agent.state_dict(), "buffer": buffer.state_dict(), "progress": dataclasses.asdict(progress)}
-    run.save(state | {"demos": demos.rows if demos else None})
+    run.save(state | {"demos": demos.state_dict() if demos else None})
 
 
 def finish(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
@@ -1362,8 +1369,8 @@ def train(args: Args) -> None:
     progress.finished = False
     run.open_logs(args, progress)
     print(f"run directory {run.dir}", flush=True)
-    server = None if acts else LearnerServer(args, buffer.rows.shape[1], progress.held)
-    link = None if learns else ActorLink(args, run, buffer.rows.shape[1])
+    server = None if acts else LearnerServer(args, sum(agent.splits), progress.held)
+    link = None if learns else ActorLink(args, run, sum(agent.splits))
     if link:  # what it wrote before gives an actor its seeds, so that no two episodes are the same
         args.seed, progress.global_step, progress.episode = args.seed + link.number, link.written, link.written
         agent.generator.manual_seed(episode_seed(args.seed, 0, link.written))
@@ -1409,8 +1416,8 @@ def train(args: Args) -> None:
             link.exchange(agent)
         elif len(rows):
             rows = torch.from_numpy(rows).to(agent.device)
-            buffer.add(rows)
             agent.observe(rows)
+            buffer.add(rows)
         # Learn: several critic updates, and actor updates, per step.
         if learns and progress.global_step > args.learning_starts:
             if not metrics:
