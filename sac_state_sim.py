@@ -1136,6 +1136,7 @@ class LearnerServer:
                 keys.mkdir(parents=True, exist_ok=True, mode=0o700)
                 for name in ("learner", "actor"):
                     zmq.auth.create_certificates(keys, name)
+                    (keys / f"{name}.key_secret").chmod(0o600)
             self.authenticator = ThreadAuthenticator(zmq.Context.instance())
             self.authenticator.start()
             self.authenticator.configure_curve(domain="*", location=str(keys))

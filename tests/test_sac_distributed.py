@@ -403,7 +403,8 @@ def test_curve_keys(tmp_path):
         zmq.auth.create_certificates(wrong_keys, name)
     with site.learner("--curve-keys", "keys") as learner:
         wait_until((tmp_path / "keys" / "actor.key_secret").exists)
-        assert (tmp_path / "keys").stat().st_mode & 0o077 == 0  # the owner's alone
+        secret = tmp_path / "keys" / "actor.key_secret"
+        wait_until(lambda: secret.stat().st_mode & 0o077 == 0 == (tmp_path / "keys").stat().st_mode & 0o077)
         # an intruder who knows the learner's public key, but whose own key the learner does not know
         shutil.copytree(wrong_keys, tmp_path / "intruder")
         shutil.copy(tmp_path / "keys" / "learner.key", tmp_path / "intruder")
