@@ -798,7 +798,7 @@ class TaskConfig:
     recover_at_reset: bool = True  # else reset() raises after a fault, and a person calls `client.recover()`
     cameras: tuple[CameraConfig, ...] = (CameraConfig("front"), CameraConfig("wrist"))
     image_size: int = 128  # pixels
-    max_image_age_s: float = 0.2  # an older picture ends the episode
+    max_image_age_s: float = 0.3  # an older picture ends the episode
     # 1 at success: tcp within `tolerance` (m along each axis, rad) of `goal_pose` (x, y, z, roll, pitch, yaw); or
     # what the simulated robot's task says; or nothing
     reward: Literal["pose", "task", "none"] = "pose"
