@@ -151,7 +151,7 @@ class Args:
     image_size: int = 128
     """height and width of their images, pixels"""
     # limits, whatever a client asks for
-    workspace_low: tuple[float, float, float] = (0.2, -0.35, 0.015)  # TASK: the box in which the tcp may move
+    workspace_low: tuple[float, float, float] = (0.2, -0.35, 0.012)  # TASK: the box in which the tcp may move
     """smallest x, y, z of the reference, m"""
     workspace_high: tuple[float, float, float] = (0.65, 0.35, 0.5)
     """largest x, y, z of the reference, m"""
