@@ -4,16 +4,19 @@
     python benchmarks/robot_latency.py --flask-python FLASK_VENV/bin/python  # with SERL's way of serving beside it
     python benchmarks/robot_latency.py --rounds 1 --requests 500 --episodes 1 --minutes 0.2    # a quick look
 
-robot_round_trip.csv: what one control step costs a client on the server's machine while the arm moves in real time, its
-loop at 1 kHz: a target and the state after it. Contender `ours` is RobotClient; `flask` is a Flask development server
-answering POST /pose and POST /getstate in JSON (SERL: serl_robot_infra/robot_servers/franka_server.py), asked through
-requests as SERL does, and `flask_session` the same over a connection that stays open. It has no arm at all to move.
+robot_round_trip.csv: what it costs a client on the server's machine to send a target and to learn the state while the
+arm moves in real time, its physics at 1 kHz. Contender `ours` is RobotClient.target, whose answer brings the state. The
+others ask a Flask development server in JSON, which has no arm at all to move: `flask` with POST /pose and POST
+/getstate, as SERL does (serl_robot_infra/robot_servers/franka_server.py), `flask_single` with one POST for both, over a
+connection that stays open, which is as fast as this way can be.
 robot_period.csv: the period of FrankaReal-v0's steps at 10 Hz with two cameras, over episodes of 100 steps; `serl_loop`
 waits 1/hz after each command and then reads state and images, as SERL's env does (franka_env/envs/franka_env.py:229).
 `machine` waits for the same beats and does nothing else: what the machine itself adds. drift_ms is the whole
 episode's length against its schedule.
 robot_load.csv: CPU of one core and memory of the server while it streams with all its publications, and how many of its
 control ticks came more than 5 ms late; `machine_late` counts the same in a process that only sleeps.
+On a machine that others use, too, start it with `chrt -f 20`: all contenders then go before the others. The column
+`priority` says so. server_mb is the server's largest resident memory, with OpenGL where there are cameras.
 """
 
 import csv
@@ -28,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +58,11 @@ def set_pose():
     pose[:] = request.json["arr"]
     return "Moved"
 
+@app.route("/both", methods=["POST"])
+def both():
+    set_pose()
+    return get_state()
+
 @app.route("/getstate", methods=["POST"])
 def get_state():
     state = dict(pose=pose, vel=[0.123456789] * 6, force=[1.23456789] * 3, torque=[0.123456789] * 3)
@@ -65,17 +73,21 @@ server = make_server("127.0.0.1", 0, app, threaded=True)  # what `flask run` and
 print(server.server_port, flush=True)
 server.serve_forever()
 """
-# Its client. Asks as often as standard input says and prints the times of the pairs in ms.
+# Its client. Asks as often as standard input says and prints what each time took, in ms.
 FLASK_CLIENT = """
 import json, sys, time
 import requests
-port, keep = sys.argv[1], sys.argv[2] == "session"
+url, single = f"http://127.0.0.1:{sys.argv[1]}/", sys.argv[2] == "flask_single"
+session, target = requests.Session(), {"arr": [0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0]}
 for line in sys.stdin:
-    times, post = [], requests.Session().post if keep else requests.post
+    times = []
     for _ in range(int(line)):
         start = time.perf_counter()
-        post(f"http://127.0.0.1:{port}/pose", json={"arr": [0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0]})
-        post(f"http://127.0.0.1:{port}/getstate").json()
+        if single:
+            session.post(url + "both", json=target).json()
+        else:
+            requests.post(url + "pose", json=target)
+            requests.post(url + "getstate").json()
         times.append(1000 * (time.perf_counter() - start))
     print(json.dumps(times), flush=True)
 """
@@ -132,19 +144,20 @@ def usage(pid: int) -> tuple[float, float]:
 
 # --- Round trips ------------------------------------------------------------------------------------------------------
 def ours(client: robot_client.RobotClient) -> Callable[[int], list[float]]:
-    """Moves the arm along a line at about half its speed and measures what a target and a state cost, in ms."""
-    client.acquire(ttl_s=10.0)
-    client.start()
-    start = client.state()["reference"]
+    """Moves the arm to and fro at up to 0.1 m/s and measures what a target and the state cost, in ms."""
+    start = client.state()["tcp_pose"]
 
     def measure(count: int) -> list[float]:
+        client.acquire(ttl_s=10.0)  # anew: the others' turns were longer than that
+        client.start()
         times = []
         for _ in range(count):
             pose = start.copy()
             pose[1] += 0.05 * np.sin(2 * time.monotonic())
             asked = time.perf_counter()
-            client.target(pose)
-            client.state()
+            state = client.target(pose)["result"]
+            if "tcp_pose" not in state:
+                client.state()
             times.append(1000 * (time.perf_counter() - asked))
         return times
 
@@ -153,12 +166,12 @@ def ours(client: robot_client.RobotClient) -> Callable[[int], list[float]]:
 
 @contextmanager
 def flask(python: str) -> Iterator[dict[str, Callable[[int], list[float]]]]:
-    """Both ways of asking a Flask server."""
+    """Two ways of asking a Flask server."""
     processes = [subprocess.Popen([python, "-c", FLASK], stdout=subprocess.PIPE, text=True)]
     port = processes[0].stdout.readline().strip()
     contenders = {}
-    for name in ("flask", "flask_session"):
-        command = [python, "-c", FLASK_CLIENT, port, "session" if name == "flask_session" else "anew"]
+    for name in ("flask", "flask_single"):
+        command = [python, "-c", FLASK_CLIENT, port, name]
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         processes.append(process)
 
@@ -185,8 +198,6 @@ def round_trips(args: Args) -> list[dict[str, object]]:
         def go() -> None:
             for number in range(args.rounds):
                 for name, measure in contenders.items():
-                    if name == "ours":
-                        client.start()  # the others' turns were longer than the watchdog waits
                     times = measure(args.requests)
                     values = {f"p{p}_ms": round(float(np.percentile(times, p)), 4) for p in (50, 90, 99)}
                     lines.append({"contender": name, "round": number, "requests": args.requests, **values})
@@ -214,8 +225,8 @@ def periods(times: list[float], hz: float) -> dict[str, float]:
 
 def episodes(args: Args) -> list[dict[str, object]]:
     lines = []
-    with server() as (address, _):
-        config = robot_client.TaskConfig(**vars(robot_client.PICK) | {"server": address})
+    with server("--env-id", "FrankaPegInsert-v0") as (address, pid):
+        config = replace(robot_client.PEG, server=address)
         env = gym.make("robot_client:FrankaReal-v0", config=config)
         robot, actions = env.unwrapped, np.random.default_rng(0)
 
@@ -242,6 +253,7 @@ def episodes(args: Args) -> list[dict[str, object]]:
                     times.append(time.perf_counter())
                 lines.append({"contender": name, "episode": episode, "steps": 100, "hz": config.hz})
                 lines[-1] |= {"cameras": len(config.cameras), **periods(times, config.hz)}
+                lines[-1]["server_mb"] = round(usage(pid)[1], 1)
                 print(f"{name:14} {lines[-1]}")
         env.close()
     return lines
@@ -282,7 +294,7 @@ def load(args: Args) -> list[dict[str, object]]:
         elapsed, after, (cpu_after, peak_mb) = time.monotonic() - began, client.state(), usage(pid)
         client.close()
     line = {"contender": "ours", "minutes": round(elapsed / 60, 2), "mode_at_end": after["mode"]}
-    line |= {"cpu_percent_of_a_core": round(100 * (cpu_after - cpu) / elapsed, 2), "peak_mb": round(peak_mb, 1)}
+    line |= {"cpu_percent_of_a_core": round(100 * (cpu_after - cpu) / elapsed, 2), "server_mb": round(peak_mb, 1)}
     line |= {"late_ticks": int(after["overruns"] - before["overruns"]), "machine_late": int(machine_late)}
     line |= {"machine_worst_ms": round(1000 * machine_worst, 2)}
     line |= {"robot_time_error_ms": round(1000 * (after["robot_time"] - before["robot_time"] - elapsed), 1)}
@@ -297,6 +309,7 @@ def write(path: Path, lines: list[dict[str, object]]) -> None:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": commit(),
         "hardware": hardware(),
+        "priority": {os.SCHED_FIFO: "real-time", os.SCHED_OTHER: f"nice {os.nice(0)}"}[os.sched_getscheduler(0)],
         "command": "python benchmarks/robot_latency.py",
     }
     temporary = path.with_suffix(".tmp")
