@@ -146,11 +146,7 @@ class Rate:
     """Beats at a fixed rate by an absolute schedule, so that neither work nor late wake-ups add up."""
 
     def __init__(self, hz: float) -> None:
-        self.period = 1 / hz
-        self.restart()
-
-    def restart(self) -> None:
-        self.overruns, self.deadline = 0, time.monotonic()
+        self.period, self.overruns, self.deadline = 1 / hz, 0, time.monotonic()
 
     def sleep(self) -> float:
         """Wait for the next beat. Returns how late it is (s): 0 when there was time left. A beat later than half a
@@ -218,7 +214,7 @@ class RobotClient:
         """Ask for `op` and return the reply's map, "ok", "result", "mode" and so on, with raw frames under "frames"."""
         self._requests += 1
         request = {"v": PROTOCOL_VERSION, "op": op, "id": self._requests, "args": args}
-        message = msgpack.packb(request | ({"token": self.token} if self.token else {}), default=np.ndarray.tolist)
+        message = msgpack.packb(request | ({"token": self.token} if self.token else {}), default=lambda x: x.tolist())
         timeout_s, tries = timeout_s or self.timeout_s, tries or self.tries
         for self.attempts in range(1, tries + 1):
             deadline = time.monotonic() + timeout_s
@@ -253,9 +249,10 @@ class RobotClient:
     def state(self) -> dict:
         """The measured state (arrays in the base frame; m, rad, N) with "mode", "reference", "fault" and times."""
         reply = self.call("state")
-        state = {key: np.array(value) if type(value) is list else value for key, value in reply["result"].items()}
-        keys = ("mode", "fault", "lease", "robot_time", "server_time", "server_id", "state_age")
-        return state | {key: reply[key] for key in keys} | {"reference": np.array(reply["reference"])}
+        keys = ("mode", "fault", "lease", "robot_time", "server_time", "server_id", "state_age", "reference")
+        state = reply["result"] | {key: reply[key] for key in keys}
+        arrays = ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "reference")
+        return state | {key: np.array(state[key]) for key in arrays}
 
     def acquire(self, ttl_s: float = 1.0, takeover: bool = False) -> None:
         """Become the one commander, or stay it. Any later call renews; `ttl_s` without one ends it, the arm holds."""
@@ -862,7 +859,6 @@ class FrankaEnv(gym.Env):
         self.low, self.high = np.array(config.workspace).T
         self.client: RobotClient | None = None
         self.cameras: list[Camera] = []
-        self.rate = Rate(config.hz)
         self.episodes = self.reflexes = self.elapsed_steps = 0
         self.origin, self.closure, self.task_success, self.stopped = self.reset_pose, 0.0, False, ""
 
@@ -885,7 +881,7 @@ class FrankaEnv(gym.Env):
         if self.config.gripper == "binary":
             self.closure = round(self.closure)
         self.episodes += 1
-        self.rate.restart()
+        self.rate = Rate(self.config.hz)
         return self.observe()[0], {"success": False, "fault": None, "reflexes": self.reflexes}
 
     def connect(self) -> None:
@@ -900,6 +896,7 @@ class FrankaEnv(gym.Env):
             (np.linalg.norm(scale) > limits["max_jump"] / 2, f"action_scale {scale} is too large for --max-jump"),
             (np.any(self.low[:3] < low) or np.any(self.high[:3] > high), f"the workspace reaches beyond {low}, {high}"),
             (config.reward == "task" and not hello["robot"]["task"], "reward='task' needs a simulated robot"),
+            (config.gripper != "fixed" and hello["gripper"]["kind"] == "none", "without a gripper it must be 'fixed'"),
         ):
             if wrong:
                 raise RobotError(f"TaskConfig does not fit {config.server}: {what}")
@@ -1022,9 +1019,7 @@ class FrankaEnv(gym.Env):
         while time.monotonic() < deadline and self.client.job_running(handle):
             time.sleep(0.05)
             self.client.target(self.target)  # the watchdog wants to hear from us
-        overruns = self.rate.overruns
-        self.rate.restart()
-        self.rate.overruns = overruns
+        self.rate.deadline = time.monotonic()
 
     def action_to_base(self, motion: np.ndarray) -> np.ndarray:
         """(6,) translation and rotation vector from the action's frame to the base's: both are turned, and no more.
