@@ -1143,15 +1143,19 @@ def test_frozen_camera_ends_the_episode_and_reset_waits_for_it(peg):
 
 
 @pytest.mark.parametrize(
-    ("changes", "fault"),
+    ("changes", "hello", "fault"),
     [
-        ({"workspace": ((0.1, 0.9), *rc.PEG.workspace[1:])}, "the workspace reaches beyond"),
-        ({"action_scale": (0.2, 0.2, 0.2, 0.1, 0.1, 0.1)}, "too large for --max-jump"),
+        ({"workspace": ((0.1, 0.9), *rc.PEG.workspace[1:])}, {}, "the workspace reaches beyond"),
+        ({"action_scale": (0.2, 0.2, 0.2, 0.1, 0.1, 0.1)}, {}, "too large for --max-jump"),
+        ({"reward": "task"}, {"robot": {"task": None}}, "needs a simulated robot"),
+        ({}, {"gripper": {"kind": "none"}}, "without a gripper it must be 'fixed'"),
     ],
 )
-def test_task_that_does_not_fit_the_server(peg, changes, fault):
-    with environment(peg, **changes) as env, pytest.raises(rc.RobotError, match=f"TaskConfig does not fit .*{fault}"):
-        env.reset()
+def test_task_that_does_not_fit_the_server(peg, changes, hello, fault):
+    with environment(peg, **changes) as env, contextlib.closing(RobotClient(peg)) as client:
+        env.unwrapped.client = mock.Mock(**{"hello.return_value": client.hello() | hello})
+        with pytest.raises(rc.RobotError, match=f"TaskConfig does not fit .*{fault}"):
+            env.reset()
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
