@@ -3,12 +3,15 @@
 The real SDKs drive mock_franka.py, the real Modbus driver mock_robotiq.py; the rest happens to the simulated arm.
 """
 
+import contextlib
 import importlib.util
 import json
 import math
+import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -307,12 +310,23 @@ def test_client_killed(tmp_path):
         assert wire.stream()
 
 
+def free_pair() -> int:
+    """A port that is free, as the next one is; below those that the system gives to outgoing connections."""
+    for port in range(20_000 + os.getpid() % 10_000, 32_000, 2):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", port))
+            two.bind(("127.0.0.1", port + 1))
+            return port
+    raise AssertionError("no free ports")
+
+
 def test_server_killed_and_restarted(tmp_path):
     """The client's socket finds the new server; the old lease is worth nothing there."""
-    with serving(tmp_path) as process, Wire(process.requests, timeout=0.5) as wire:
+    port = free_pair()
+    with serving(tmp_path, "--port", port) as process, Wire(process.requests, timeout=0.5) as wire:
         start = wire.stream()
         wire.ask("target", pose=start, seq=1)
-        first, port = wire.state()["server_id"], process.requests.rsplit(":", 1)[1]
+        first = wire.state()["server_id"]
         process.kill()
         process.wait()
         with pytest.raises(TimeoutError):
