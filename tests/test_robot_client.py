@@ -932,9 +932,9 @@ def test_other_faults_truncate(trouble, fault):
 
 # --- Environment against robot_server.py on the simulated arm ---------------------------------------------------------
 @contextlib.contextmanager
-def served(folder, *flags):
-    """The address of a running server; its process is an attribute of the second value."""
-    with popen_script("robot_server.py", "--port", 0, *flags, cwd=folder) as process:
+def served(folder, *flags, port: int = 0):
+    """The address of a running server, and its process."""
+    with popen_script("robot_server.py", "--port", port, *flags, cwd=folder) as process:
 
         def line() -> str:
             return process.stdout_path.read_text()
@@ -1075,9 +1075,19 @@ def test_wild_or_slow_policies_end_in_hold_and_stop(peg):
         assert env.step(ZERO)[-1]["fault"] is None
 
 
+def free_ports() -> int:
+    """The first of two free ports that the system does not hand out by itself: they are still free after a restart."""
+    for port in np.random.default_rng().integers(20_000, 32_000, 100).tolist():
+        with contextlib.suppress(OSError):
+            for number in (port, port + 1):
+                socket.create_server(("127.0.0.1", number)).close()
+            return port
+    raise AssertionError("no free ports")
+
+
 def test_dead_frozen_and_restarted_server(tmp_path):
-    flags = ("--env-id", "FrankaPegInsert-v0")
-    with served(tmp_path, *flags) as (address, process), environment(address) as env:
+    flags, port = ("--env-id", "FrankaPegInsert-v0"), free_ports()
+    with served(tmp_path, *flags, port=port) as (address, process), environment(address) as env:
         env.reset(seed=0)
         for signal_number in (signal.SIGSTOP, signal.SIGKILL):
             assert env.step(ZERO)[-1]["fault"] is None
@@ -1093,7 +1103,7 @@ def test_dead_frozen_and_restarted_server(tmp_path):
         with pytest.raises(rc.UnreachableError, match=r"is robot_server\.py running"):
             env.reset(seed=0)
         env.unwrapped.config.wait_s = 20.0
-        with popen_script("robot_server.py", "--port", address.rsplit(":")[-1], *flags, cwd=tmp_path):
+        with popen_script("robot_server.py", "--port", port, *flags, cwd=tmp_path):
             env.reset(seed=0)
             assert env.step(ZERO)[-1]["fault"] is None
 
