@@ -1,6 +1,6 @@
 """Round trips, step periods and load of robot_server.py with the simulated arm, measured on one machine.
 
-    python benchmarks/robot_latency.py                                       # everything but Flask: 12 minutes
+    python benchmarks/robot_latency.py                                       # everything but Flask
     python benchmarks/robot_latency.py --flask-python FLASK_VENV/bin/python  # with SERL's way of serving beside it
     python benchmarks/robot_latency.py --rounds 1 --requests 500 --episodes 1 --minutes 0.2    # a quick look
 

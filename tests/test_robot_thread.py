@@ -151,10 +151,24 @@ def test_a_start_that_meets_a_fault(world, monkeypatch, when):
     if when == "before the job is there":
         monkeypatch.setattr(world.server, "ready_for", ready_and_then_a_fault)
     handle = world.job("start")
-    world.control.latch("frozen", "for this test")
+    if when == "before its first tick":
+        world.control.latch("frozen", "for this test")
     world.tick(5)
     assert world.control.mode == "fault" and world.control.fault["code"] == "frozen" and "start" not in world.arm.calls
     assert world.ask("job", handle=handle)["status"] == "failed"
+
+
+def test_a_frozen_robot(world):
+    """Its clock stands still for more than 50 ms: a fault, which stays when it goes on."""
+    world.streaming()
+    world.arm.frozen = 11
+    world.tick(11)
+    assert world.control.mode == "streaming"
+    world.arm.frozen = 30
+    world.tick(14)
+    assert world.control.fault["code"] == "frozen"
+    world.tick(100)
+    assert world.arm.frozen == 0 and world.control.mode == "fault" and not world.arm.controlling
 
 
 @pytest.mark.parametrize("job", ["move_joints", "start"])
