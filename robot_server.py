@@ -1173,11 +1173,9 @@ class Control(threading.Thread):
                 self.gripper.arm = self.arm
             self.advanced, self.state = time.monotonic(), self.arm.get_state()
             self.limiter.seed(self.state.tcp_pose)
-        except ArmError as error:
-            self.failure = str(error)
         except Exception as error:
             log.exception("the arm does not start")
-            self.failure = f"{type(error).__name__}: {error}"
+            self.failure = str(error) if isinstance(error, ArmError) else repr(error)
         self.ready.set()
         due = time.monotonic()
         while not self.failure and not self.stopping.is_set():
@@ -1866,12 +1864,11 @@ def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
     governors = {path.read_text().strip() for path in files}
     fix = "sudo cpupower frequency-set -g performance"
     yield governors <= {"performance"} or None, f"CPU governor {' '.join(governors) or 'not shown'}", fix
-    try:
-        answer = f"interface version {reach(ip)}"
-    except ArmError as error:
-        answer = str(error)
     fix = "cable into the control cabinet, this PC in its subnet, brakes open, FCI activated in Desk"
-    yield "version" in answer, f"robot at {ip}: {answer}", fix
+    try:
+        yield True, f"robot at {ip}: interface version {reach(ip)}", fix
+    except ArmError:
+        yield False, f"robot at {ip} does not answer", fix
     if not shutil.which("ping"):
         yield None, "round trip not measured", "sudo apt install iputils-ping"
         return
@@ -1884,14 +1881,12 @@ def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
 
 def run_doctor(args: Args) -> int:
     """Prints a line per check; the number of those that failed."""
-    checks = [print_check(*check_) for check_ in examine(args)]
-    print(f"{failed} to fix" if (failed := checks.count(False)) else "ready")
+    failed = 0
+    for good, what, fix in examine(args):
+        failed += good is False
+        print(f"ok    {what}" if good else f"{'note' if good is None else 'FIX '}  {what}: {fix}", flush=True)
+    print(f"{failed} to fix" if failed else "ready")
     return failed
-
-
-def print_check(good: bool | None, what: str, fix: str) -> bool | None:
-    print({True: f"ok    {what}", None: f"note  {what}: {fix}", False: f"FIX   {what}: {fix}"}[good], flush=True)
-    return good
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
