@@ -330,6 +330,8 @@ class Controller:
             possible = self.mode in ("idle", "reflex")
             if possible:
                 self.state["errors"], self.state["reflex_reason"], self.mode = 0, 0, "idle"
+                self.state["message_id"] += 1
+                self.send()  # before the answer: who has recovered finds no error in the newest state
             self.answer(name, command_id, 0 if possible else 1)
         elif name in ("GetRobotModel", "LoadModelLibrary"):
             self.answer(name, command_id, 0, self.model)

@@ -87,7 +87,7 @@ def test_sdk(tmp_path, sdk):
         wire.wait_for(mode="idle", timeout=5)
         q = [value + 0.1 for value in robot.ask("status")["q"]]
         wire.done("move_joints", q=q, speed=0.5)
-        assert np.abs(np.subtract(robot.ask("status")["q"], q)).max() < 0.01
+        assert np.abs(np.subtract(robot.ask("status")["q"], q)).max() < 0.02
 
         wire.done("gripper", action="open")
         assert wire.state()["gripper_width"] == pytest.approx(0.08, abs=0.002)

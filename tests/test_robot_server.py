@@ -283,8 +283,8 @@ def test_a_target_is_reached(wire):
     assert replies[-1]["result"]["limited"] == []
     assert distance(replies[-1]["reference"], goal) < 1e-4
     assert distance(wire.state()["tcp_pose"], goal) < 0.004
-    speeds = np.diff([reply["robot_time"] for reply in replies])
-    assert np.all(speeds > 0)
+    times = [reply["robot_time"] for reply in replies]
+    assert times == sorted(times) and times[-1] - times[0] > 1
 
 
 def test_a_turn_is_reached(wire):
