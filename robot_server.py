@@ -37,7 +37,7 @@ state {}    -> tcp_pose (7), tcp_vel (6), tcp_force (3), tcp_torque (3): of the 
 acquire {name, token, ttl=1, takeover=False} -> ttl. The client makes up the token (16 to 64 characters); the same one
             again renews the lease, as any request with the token does. Without any for `ttl` s: hold, no lease.
 release {}  L; the arm holds, and after 2 s stops.
-target {pose, seq=None}  L, streaming or in the watchdog's hold -> limited. A seq must be above this lease's last one.
+target {pose, seq=None}  L, streaming or in the watchdog's hold -> as state. A seq must be above this lease's last one.
 gains {stiffness, damping, rotational_stiffness, rotational_damping, clip (3), rotational_clip (3),
             nullspace_stiffness}  L, any of them -> all. Force is at most stiffness x clip, speed that over damping.
 hold {}     from anyone: reference stands, a job is broken off; targets are refused until `start`
@@ -649,7 +649,7 @@ class FrankyArm(Arm):
         except self.franky.ControlException as error:
             self.motion, self.controlling = None, False
             if "preempted" not in str(error):
-                raise ArmError("user_stopped" if "User Stop" in str(error) else "reflex", str(error)) from error
+                raise ArmError(fault_code(str(error)), str(error)) from error
         except (self.franky.Exception, self.franky.InvalidMotionTypeException, RuntimeError) as error:
             raise ArmError("sdk", f"{type(error).__name__}: {error}") from error
 
@@ -761,7 +761,7 @@ class PandaPyArm(Arm):
             self.panda.raise_error()  # the only place that tells of a reflex: the state just stands still
         except RuntimeError as error:
             self.controlling, self.trajectory = False, None
-            raise ArmError("user_stopped" if "User Stop" in str(error) else "reflex", str(error)) from error
+            raise ArmError(fault_code(str(error)), str(error)) from error
         try:
             s = self.panda.get_state()
         except RuntimeError as error:
@@ -844,6 +844,11 @@ def sdk_versions(distribution: str) -> dict[str, str | None]:
     versions = [match[1] for name in names if (match := re.search(r"\.so\.([\d.]+)$", name))]
     sdk = f"{distribution} {importlib.metadata.version(distribution)}"
     return {"sdk": sdk, "libfranka": versions[0] if versions else None}
+
+
+def fault_code(message: str) -> str:
+    """Of what ended libfranka's control loop."""
+    return "user_stopped" if "User Stop" in message else "reflex" if "reflex" in message else "sdk"
 
 
 def health(state) -> tuple[str, tuple[str, ...], float]:
@@ -1717,7 +1722,7 @@ class Server:
         self.seq, c.target, c.target_at = self.seq if seq is None else seq, target, time.monotonic()
         if c.phase == "hold":
             self.let_tick()
-        return {"limited": c.limiter.limited}
+        return self.op_state()
 
     def ready_for(self, op: str) -> None:
         """Raises Refused if the mode does not allow `op`: target, or an arm's job."""

@@ -32,7 +32,7 @@ SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agen
 FOOTER = 'if __name__ == "__main__":\n    main({})'
 CALLS = ("tyro.cli(Args, description=__doc__)", "parse_args()")  # the second where --resume reads a run's own flags
 MAX_LINES, MAX_FUNCTION_LINES, BANNER_LENGTH = 750, 90, 120
-LONGER = {"sac_state_sim.py": 1500, "robot_server.py": 1920, "robot_client.py": 1300}  # limits, not goals
+LONGER = {"sac_state_sim.py": 1500, "robot_server.py": 1930, "robot_client.py": 1300}  # limits, not goals
 
 # Appended to every command that the README or a header shows, to run it in seconds. tyro takes the last of two flags.
 # Commands with a comment that says `# needs ...` (a GPU, hardware, a network, another process) are parsed, not run.
