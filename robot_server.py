@@ -718,8 +718,7 @@ class FrankyArm(Arm):
             with contextlib.suppress(self.franky.ControlException):  # what ended the last motion
                 self.robot.join_motion(5.0)
             self.motion = None
-            if not self.robot.recover_from_errors():
-                raise ArmError("reflex", "the robot did not recover: look at Desk (user stop, brakes, guiding mode?)")
+            self.robot.recover_from_errors()  # what it returns may be of an old state: Control.recover looks itself
         except (self.franky.NetworkException, RuntimeError):  # no connection any more
             self.connect()
         except self.franky.Exception as error:
