@@ -12,7 +12,97 @@ import gymnasium as gym
 import h5py
 import minari
 import numpy as np
+from forked import SLOW_IMPORTS
+from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
+
+SLOW_IMPORTS += ["bc_flow_offline", "offline_data", "h5py"]  # what the fork server imports once
+
+
+class Steps(gym.Env):
+    """Observation [draw, step], the draw by the seed; the reward of a step is its action; `length` steps. The info names
+    the draw; it draws itself as a grey level of its step."""
+
+    observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode: str | None = None, length: int = 7):
+        self.render_mode, self.length, self.taken, self.resets = render_mode, length, [], []
+
+    def observe(self):
+        return np.array([self.draw, self.t], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.draw = 0, self.np_random.uniform()
+        self.resets.append(seed)
+        return self.observe(), {}
+
+    def step(self, action):
+        self.taken.append(float(action[0]))
+        self.t += 1
+        info = {"success": self.draw > 0.5, "draw": self.draw, "name": "text"}
+        return self.observe(), float(action[0]), False, self.t == self.length, info
+
+    def render(self):
+        return np.full((20, 30, 3), 20 * self.t, np.uint8)
+
+
+class Ordered(Steps):
+    """Its observations are in no alphabetical order."""
+
+    observation_space = spaces.Dict(zeta=spaces.Box(-9, 9, (1,)), alpha=spaces.Box(-9, 9, (1,)))
+
+    def observe(self):
+        return {"zeta": np.full(1, 7, np.float32), "alpha": np.full(1, 3, np.float32)}
+
+
+class Tall(Steps):
+    """Actions in 0..10 and -2..2."""
+
+    action_space = spaces.Box(np.array([0, -2], np.float32), np.array([10, 2], np.float32))
+
+
+class Camera(gym.Env):
+    """A bright square on a dark image, left or right; the action is its side. State: one number that says nothing."""
+
+    size = 40
+    observation_space = spaces.Dict(
+        {"front": spaces.Box(0, 255, (40, 40, 3), np.uint8), "state": spaces.Box(-1, 1, (1,), np.float32)}
+    )
+    action_space = spaces.Box(-1, 1, (1,), np.float32)
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode: str | None = None):
+        self.render_mode = render_mode
+
+    def observe(self):
+        image = np.zeros((self.size, self.size, 3), np.uint8)
+        column = self.size // 2 + int(self.side) * self.size // 4
+        image[15:25, column - 6 : column + 6] = 255
+        return {"front": image, "state": np.zeros(1, np.float32)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t, self.right, self.side = 0, 0, self.np_random.choice([-1, 1])
+        return self.observe(), {}
+
+    def expert_action(self):
+        return np.array([0.7 * self.side], np.float32)
+
+    def step(self, action):
+        self.t, self.right = self.t + 1, self.right + (action[0] * self.side > 0.2)
+        self.side = self.np_random.choice([-1, 1])
+        return self.observe(), float(action[0]), False, self.t == 10, {"success": bool(self.right >= 9)}
+
+    def render(self):
+        return self.observe()["front"]
+
+
+for task in (Steps, Ordered, Tall, Camera):
+    gym.register(f"{task.__name__}-v0", f"offline_data:{task.__name__}", disable_env_checker=True)
+
 
 # (steps, how it ends) of the episodes in a D4RL file; the last one is cut off by the end of the file
 EPISODES = ((6, "timeout"), (3, "terminal"), (5, "timeout"), (4, "both"), (2, "cut"))

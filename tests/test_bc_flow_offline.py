@@ -1,0 +1,1084 @@
+"""bc_flow_offline.py: against Q-chunking's arrays, cases by hand, tasks of known answer, and as a user runs it."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import gymnasium as gym
+import imageio.v2 as imageio
+import minari
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, Finished, read_csv, read_scalars
+from forked import run_forked
+from offline_data import Steps, write_minari
+from torch import distributions, nn
+
+from bc_flow_offline import (
+    Args,
+    Batches,
+    BCAgent,
+    BCAgentConfig,
+    CsvLogger,
+    Dataset,
+    FourierFeatures,
+    LoggingHelper,
+    evaluate,
+    make_env_and_datasets,
+    parse_args,
+    process_train_dataset,
+    random_crop,
+    video_grid,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
+SCRIPT, CPU = "bc_flow_offline.py", torch.device("cpu")
+FIXTURES = Path(__file__).parent / "fixtures"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _exact_and_on_one_thread():
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(1)
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_num_threads(threads)
+    torch.set_float32_matmul_precision(precision)
+
+
+def small_args(**changes) -> Args:
+    return Args(**{"hidden_dims": (16, 16), "batch_size": 8, "compile": False, "threads": 1} | changes)
+
+
+def small_agent(obs_dim: int = 3, action_dim: int = 2, **changes) -> BCAgent:
+    return BCAgent.create((obs_dim,), action_dim, small_args(**changes))
+
+
+def toy_dataset(size: int = 40, ends: tuple[int, ...] = (9, 22, 39), obs_dim: int = 3, action_dim: int = 2) -> Dataset:
+    """Random rows; episodes end at `ends`, the second one by termination."""
+    rng = np.random.default_rng(0)
+    terminals, masks = np.zeros(size, np.float32), np.ones(size, np.float32)
+    terminals[list(ends)], masks[ends[1]] = 1, 0
+    obs, next_obs = rng.standard_normal((2, size, obs_dim), np.float32)
+    actions, rewards = rng.uniform(-0.9, 0.9, (size, action_dim)), rng.standard_normal(size)
+    return Dataset.create(
+        observations=obs,
+        actions=np.float32(actions),
+        rewards=np.float32(rewards),
+        terminals=terminals,
+        masks=masks,
+        next_observations=next_obs,
+    )
+
+
+def toy_batch(agent: BCAgent, size: int = 8, seed: int = 0) -> dict:
+    """Rows, or chunks for an agent with chunks, that begin at given rows of the toy data."""
+    idxs = np.random.default_rng(seed).integers(0, 35, size)
+    if agent.args.action_chunking:
+        return toy_dataset().sample_sequence(size, agent.args.horizon_length, 0.99, idxs=idxs)
+    return toy_dataset().sample(size, idxs=idxs)
+
+
+def parameters_of(module: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten().clone() for p in module.parameters()])
+
+
+def assert_close(ours, theirs, tolerance: float = 1e-5):
+    """|ours - theirs| <= tolerance * (1 + |theirs|)."""
+    ours = ours.detach().numpy() if isinstance(ours, torch.Tensor) else ours
+    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+# --- Q-chunking's numbers ---------------------------------------------------------------------------------------------
+CASES = ["chunk", "chunk_fourier", "single", "single_fourier"]
+
+
+@pytest.fixture(scope="module")
+def qc() -> dict[str, np.ndarray]:
+    return dict(np.load(FIXTURES / "qc_flow_bc.npz"))
+
+
+@pytest.fixture(scope="module")
+def sequences() -> dict[str, np.ndarray]:
+    return dict(np.load(FIXTURES / "qc_sample_sequence.npz"))
+
+
+def qc_agent(qc: dict[str, np.ndarray], case: str) -> BCAgent:
+    """An agent with the original's parameters, none left over, none missing."""
+    config = BCAgentConfig(
+        hidden_dims=(128,) * 4,
+        action_chunking=case.startswith("chunk"),
+        horizon_length=int(qc[f"{case}/in/horizon_length"]),
+        flow_steps=int(qc[f"{case}/in/flow_steps"]),
+        use_fourier_features=case.endswith("fourier"),
+        compile=False,
+    )
+    agent = BCAgent.create(qc[f"{case}/in/obs"].shape[1:], qc[f"{case}/in/actions"].shape[-1], config)
+    ours, theirs = qc_parameters(agent), set()
+    for name, parameter in ours.items():
+        key = f"{case}/params/{name}" if f"{case}/params/{name}" in qc else f"chunk/params/{name}"
+        array = torch.from_numpy(qc[key])
+        parameter.data.copy_(array.T if array.ndim == 2 else array)
+        theirs.add(name)
+    assert theirs == {key.split("/grad/")[1] for key in qc if key.startswith(f"{case}/grad/")}
+    return agent
+
+
+def qc_parameters(agent: BCAgent) -> dict[str, nn.Parameter]:
+    """The original's names of the actor's parameters."""
+    linears = [module for module in agent.actor.modules() if isinstance(module, nn.Linear)]
+    assert sum(p.numel() for m in linears for p in m.parameters()) == sum(p.numel() for p in agent.actor.parameters())
+    names = [(f"actor_bc_flow/mlp/Dense_{i}", linear) for i, linear in enumerate(linears)]
+    return {f"{n}/kernel": linear.weight for n, linear in names} | {f"{n}/bias": linear.bias for n, linear in names}
+
+
+def qc_inputs(qc: dict[str, np.ndarray], case: str) -> tuple[torch.Tensor, ...]:
+    """Arguments of the loss: observations, x_1, valid, x_0, t."""
+    obs, x_1, valid, x_0, t = (torch.from_numpy(qc[f"{case}/in/{k}"]) for k in ("obs", "x_1", "valid", "x_0", "t"))
+    return obs, x_1, valid if case.startswith("chunk") else torch.ones(len(obs), 1), x_0, t
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_qc_velocity_field(qc, case):
+    agent, (obs, x_1, _, x_0, t) = qc_agent(qc, case), qc_inputs(qc, case)
+    assert_close(agent.actor.head(obs, (1 - t) * x_0 + t * x_1, t), qc[f"{case}/out/pred"])
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_qc_loss_and_gradients(qc, case):
+    agent = qc_agent(qc, case)
+    loss = agent.loss(*qc_inputs(qc, case))
+    assert_close(loss, qc[f"{case}/out/bc_flow_loss"])
+    loss.backward()
+    for name, parameter in qc_parameters(agent).items():
+        gradient, stored = parameter.grad.numpy().T, qc[f"{case}/grad/{name}"]
+        norm = qc[f"{case}/norm/grad/{name}"]
+        np.testing.assert_allclose(np.linalg.norm(gradient.astype(np.float64)), norm, rtol=1e-5, err_msg=name)
+        kept = gradient[::8] if gradient.shape == (128, 128) else gradient
+        np.testing.assert_allclose(kept, stored, rtol=0, atol=1e-5 * abs(stored).max(), err_msg=name)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_qc_batch_becomes_the_arguments_of_the_loss(qc, case):
+    """From the dictionaries that Dataset.sample and sample_sequence return: chunks flattened step by step."""
+    agent, (obs, x_1, valid, _, _) = qc_agent(qc, case), qc_inputs(qc, case)
+    batch = {key: qc[f"{case}/in/{key}"] for key in ("actions", "valid")} | {"observations": qc[f"{case}/in/obs"]}
+    if case.startswith("single"):
+        batch = {"observations": batch["observations"], "actions": batch["actions"][:, 0]}
+    for ours, theirs in zip(agent.samples(batch), (obs, x_1, valid)):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_qc_euler_sampling(qc, case):
+    agent, noise = qc_agent(qc, case), qc[f"{case}/in/noise"]
+    actions = agent.sample_actions(qc[f"{case}/in/obs"], noise=noise)
+    assert_close(actions, qc[f"{case}/out/actions"])
+    assert abs(actions).max() == 1  # clipped, at the end only: the path in between matters
+    one = agent.sample_actions(qc[f"{case}/in/obs"][3], noise=noise[3])
+    assert one.shape == noise[3].shape
+    assert_close(one, qc[f"{case}/out/actions"][3])
+
+
+def test_qc_fourier_features(qc):
+    features = FourierFeatures(int(qc["fourier/in/output_size"]))
+    assert_close(features(torch.from_numpy(qc["fourier/in/t"])), qc["fourier/out"])
+
+
+@pytest.mark.parametrize("length", [3, 5])
+def test_qc_sample_sequence(sequences, length):
+    names = ("observations", "next_observations", "actions", "rewards", "terminals", "masks")
+    dataset = Dataset.create(**{name: sequences[f"in/{name}"] for name in names})
+    idxs = sequences[f"L{length}/in/idxs"]
+    assert sequences["in/discount"] == np.float32(0.99)
+    batch = dataset.sample_sequence(len(idxs), length, 0.99, idxs=idxs)
+    theirs = {key.split("/out/")[1]: v for key, v in sequences.items() if key.startswith(f"L{length}/out/")}
+    assert theirs.keys() <= batch.keys()
+    for key, array in theirs.items():
+        if key == "rewards":  # stored as float32
+            np.testing.assert_array_equal(np.float32(batch[key]), array)
+        else:
+            np.testing.assert_array_equal(batch[key], array, err_msg=key)
+
+
+def test_sample_sequence_by_hand():
+    """Episodes of 4 (terminated) and 3 steps, rewards 1 to 7, discount 1/2: sums run on, `valid` ends at the end."""
+    terminals, masks = np.array([0, 0, 0, 1, 0, 0, 1.0]), np.array([1, 1, 1, 0, 1, 1, 1.0])
+    columns = {"observations": np.zeros((7, 1)), "actions": np.arange(7.0)[:, None], "rewards": np.arange(1, 8.0)}
+    dataset = Dataset.create(**columns, terminals=terminals, masks=masks, next_observations=np.zeros((7, 1)))
+    batch = dataset.sample_sequence(4, 3, 0.5, idxs=np.array([1, 2, 3, 4]))
+    assert batch["rewards"].tolist() == [[2, 3.5, 4.5], [3, 5, 6.25], [4, 6.5, 8], [5, 8, 9.75]]
+    assert batch["valid"].tolist() == [[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch["masks"].tolist() == [[1, 1, 0], [1, 0, 0], [0, 0, 0], [1, 1, 1]]
+    assert batch["actions"][..., 0].tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5], [4, 5, 6]]
+    assert batch["next_actions"][..., 0].tolist() == [[2, 3, 4], [3, 4, 5], [4, 5, 6], [5, 6, 6]]
+
+
+def test_sampling_is_uniform_over_all_rows_and_all_full_chunks():
+    dataset, numbers = toy_dataset(), np.arange(40)
+    dataset["actions"] = numbers[:, None].astype(np.float32)
+    np.random.seed(0)  # noqa: NPY002  the generator that the original draws from
+    drawn = dataset.sample(40_000)["actions"][:, 0]
+    counts = np.bincount(drawn.astype(int), minlength=40)
+    assert counts.min() > 850 and counts.max() < 1150
+    first = dataset.sample_sequence(36_000, 5, 0.99)["actions"][:, 0, 0]
+    counts = np.bincount(first.astype(int), minlength=40)
+    assert (counts[36:] == 0).all() and counts[:36].min() > 850 and counts[:36].max() < 1150
+    np.random.seed(0)  # noqa: NPY002
+    assert np.array_equal(dataset.sample(40_000)["actions"][:, 0], drawn)
+
+
+# --- Flags ------------------------------------------------------------------------------------------------------------
+NOTE = {
+    "run_group": "BC",
+    "seed": 0,
+    "save_dir": "runs/fbc/",
+    "offline_steps": 1_000_000,
+    "log_interval": 5_000,
+    "eval_interval": 100_000,
+    "save_interval": -1,
+    "discount": 0.99,
+    "horizon_length": 5,
+    "eval_episodes": 50,
+    "video_episodes": 0,
+    "video_frame_skip": 3,
+    "dataset_proportion": 1.0,
+    "sparse": False,
+    "lr": 3e-4,
+    "batch_size": 256,
+    "flow_steps": 10,
+    "weight_decay": 0.0,
+    "action_chunking": False,
+    "use_fourier_features": False,
+    "encoder": None,
+}
+
+
+def test_the_flags_of_the_note_have_its_defaults():
+    args = parse_args(["--env-name", "halfcheetah-medium-v2"])
+    assert {name: getattr(args, name) for name in NOTE} == NOTE
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--env_name=halfcheetah-medium-v2", {"env_name": "halfcheetah-medium-v2"}),
+        ("--env-name halfcheetah-medium-v2", {"env_name": "halfcheetah-medium-v2"}),
+        ("--env_name x-v0 --action_chunking=True --horizon_length=10", {"action_chunking": True, "horizon_length": 10}),
+        ("--env_name x-v0 --action-chunking", {"action_chunking": True}),
+        ("--env_name x-v0 --action_chunking", {"action_chunking": True}),
+        ("--env_name x-v0 --action-chunking True --seed 3", {"action_chunking": True, "seed": 3}),
+        ("--env_name x-v0 --action_chunking=true", {"action_chunking": True}),
+        ("--action_chunking=False", {"action_chunking": False}),
+        ("--action-chunking False", {"action_chunking": False}),
+        ("--no-action-chunking", {"action_chunking": False}),
+        ("--no_action_chunking", {"action_chunking": False}),
+        ("--action-chunking --no-action-chunking", {"action_chunking": False}),
+        ("--dataset_path=a=b_c.hdf5", {"dataset_path": "a=b_c.hdf5"}),
+        ("--save_dir=my_runs/x_y", {"save_dir": "my_runs/x_y"}),
+        ("--save-interval=-1 --weight_decay 1e-2", {"save_interval": -1, "weight_decay": 0.01}),
+        ("--hidden_dims 16 32", {"hidden_dims": (16, 32)}),
+    ],
+)
+def test_all_spellings_of_flags(flags, expected):
+    args = parse_args(flags.split())
+    assert {name: getattr(args, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("removed", ["ogbench_dataset_dir", "dataset_replace_interval", "online_steps", "utd_ratio"])
+def test_flags_that_the_note_removed_are_refused(removed, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args([f"--{removed}=1"])
+    assert error.value.code == 2 and removed.replace("_", "-") in "".join(capsys.readouterr())
+
+
+# --- Agent ------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("layer_norm", [False, True])
+def test_initialisation_is_xavier_uniform_with_zero_biases(layer_norm):
+    """Every kernel, the last one too (qc networks.py:53-80), whatever came before in the process."""
+    agent = small_agent(hidden_dims=(400, 300), layer_norm=layer_norm)
+    linears = [module for module in agent.actor.modules() if isinstance(module, nn.Linear)]
+    assert [tuple(linear.weight.shape) for linear in linears] == [(400, 3 + 2 + 1), (300, 400), (2, 300)]
+    for linear in linears:
+        bound = math.sqrt(6 / sum(linear.weight.shape))
+        assert abs(linear.weight).max() <= bound
+        assert linear.weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+        assert not linear.bias.any()
+    torch.manual_seed(123)
+    again = small_agent(hidden_dims=(400, 300), layer_norm=layer_norm)
+    assert torch.equal(parameters_of(agent.actor), parameters_of(again.actor))
+    other = small_agent(hidden_dims=(400, 300), layer_norm=layer_norm, seed=1)
+    assert not torch.equal(parameters_of(agent.actor), parameters_of(other.actor))
+
+
+def test_parameter_counts_of_the_original():
+    """bc.md: HalfCheetah 803,846 with one action, 828,446 with five; robomimic (23, 7), ten: 872,518."""
+    for obs_dim, action_dim, horizon, count in ((17, 6, 1, 803_846), (17, 6, 5, 828_446), (23, 7, 10, 872_518)):
+        config = BCAgentConfig(action_chunking=horizon > 1, horizon_length=horizon, compile=False)
+        agent = BCAgent.create((obs_dim,), action_dim, config)
+        assert parameters_of(agent.actor).numel() == count
+
+
+def test_layer_norm_follows_each_activation_with_flaxs_eps():
+    agent = small_agent(layer_norm=True)
+    norms = [module for module in agent.actor.modules() if isinstance(module, nn.LayerNorm)]
+    assert [norm.eps for norm in norms] == [1e-6] * 2
+    hidden = []
+    norms[0].register_forward_hook(lambda module, inputs, output: hidden.append((inputs[0], output)))
+    agent.actor.head(torch.randn(5, 3), torch.randn(5, 2), torch.rand(5, 1))
+    before, after = hidden[0]
+    assert before.min() > -0.2  # what a GELU leaves
+    assert_close(after.mean(-1), np.zeros(5), 1e-5)
+
+
+def test_update_is_in_place_and_reports_the_loss():
+    """Adam's first step is lr * sign(gradient); the info is of the loss before it."""
+    agent = small_agent(action_chunking=True, horizon_length=3, lr=1e-3)
+    before = parameters_of(agent.actor)
+    reference = copy.deepcopy(agent)
+    info = agent.update(toy_batch(agent))
+    samples = reference.samples(toy_batch(agent))
+    generator = torch.Generator().manual_seed(agent.args.seed)  # the same draws as the update's
+    x_0, t = torch.randn(1, 8, 6, generator=generator)[0], torch.rand(1, 8, 1, generator=generator)[0]
+    loss = reference.loss(*samples, x_0, t)
+    loss.backward()
+    assert info["actor/actor_loss"] == info["actor/bc_flow_loss"] == pytest.approx(loss.item(), rel=1e-6)
+    gradient = torch.cat([p.grad.flatten() for p in reference.actor.parameters()])
+    moved = parameters_of(agent.actor) - before
+    clear = abs(gradient) > 1e-5
+    assert clear.float().mean() > 0.9
+    assert_close(moved[clear], -1e-3 * gradient[clear].sign(), 1e-5)
+    norms = [p.grad.norm().item() for p in reference.actor.parameters()]
+    assert info["grad/norm"] == pytest.approx(sum(norms), rel=1e-5)  # of leaves, summed, as qc flax_utils.py:145
+    assert info["grad/max"] == pytest.approx(gradient.max().item()) and info["grad/min"] == pytest.approx(
+        gradient.min().item()
+    )
+    assert all(isinstance(value, float) for value in info.values())
+
+
+def test_invalid_steps_do_not_count():
+    """Chunks that cross an episode's end: the loss is the mean over all entries of the valid ones' errors."""
+    agent = small_agent(action_chunking=True, horizon_length=4)
+    batch = toy_dataset().sample_sequence(2, 4, 0.99, idxs=np.array([7, 30]))
+    assert batch["valid"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    obs, x_1, valid = agent.samples(batch)
+    x_0, t = torch.randn(2, 8), torch.rand(2, 1)
+    error = (agent.actor.head(obs, (1 - t) * x_0 + t * x_1, t) - (x_1 - x_0)).square()
+    error[0, 6:] = 0
+    assert_close(agent.loss(obs, x_1, valid, x_0, t), error.mean().item())
+
+
+def test_batch_update_is_one_update_after_the_other():
+    one, other = small_agent(), small_agent()
+    batches = [toy_batch(one, seed=i) for i in range(3)]
+    infos = [one.update(batch) for batch in batches]
+    stacked = {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+    info = other.batch_update(stacked)
+    assert torch.equal(parameters_of(one.actor), parameters_of(other.actor)) and int(other.updates) == 3
+    assert info.keys() == infos[0].keys()
+    assert info["actor/actor_loss"] == pytest.approx(np.mean([i["actor/actor_loss"] for i in infos]))
+
+
+def test_many_updates_at_once_are_single_updates():
+    """However updates are grouped into launches, the same numbers come out: a resumed run may group them otherwise."""
+    one, other = small_agent(), small_agent()
+    batches = Batches(toy_dataset(), small_args(), CPU)
+    one.learn(batches.take(0, 6, CPU))
+    for step, count in ((0, 1), (1, 3), (4, 2)):
+        other.learn(batches.take(step, count, CPU))
+    assert torch.equal(parameters_of(one.actor), parameters_of(other.actor))
+
+
+def test_learns_a_distribution_with_two_modes():
+    """A flow keeps both actions of the data, -0.5 and 0.5, where a mean would be 0."""
+    options = {"lr": 1e-2, "lr_schedule": "cosine", "hidden_dims": (64, 64), "offline_steps": 700, "flow_steps": 20}
+    agent, rng = small_agent(1, 1, **options), np.random.default_rng(0)
+    for _ in range(700):
+        actions = rng.choice([-0.5, 0.5], (256, 1)).astype(np.float32)
+        agent.update({"observations": np.zeros((256, 1), np.float32), "actions": actions})
+    actions = agent.sample_actions(np.zeros((500, 1), np.float32))
+    assert (abs(abs(actions) - 0.5) < 0.15).mean() > 0.85 and 0.4 < (actions > 0).mean() < 0.6
+
+
+def test_weight_decay_is_decoupled_and_on_all_parameters():
+    """optax.adamw: p - lr * (Adam's step + decay * p); without a gradient only the decay is left."""
+    agent, plain = small_agent(weight_decay=0.1, lr=1e-2), small_agent(lr=1e-2)
+    batch = toy_batch(agent)
+    before = parameters_of(agent.actor)
+    agent.update(batch)
+    plain.update(batch)
+    assert_close(parameters_of(agent.actor), (parameters_of(plain.actor) - 1e-2 * 0.1 * before).numpy(), 1e-6)
+
+
+def test_cosine_schedule():
+    agent = small_agent(lr=1e-3, lr_schedule="cosine", offline_steps=10)
+    rates = [agent.update(toy_batch(agent))["lr"] for _ in range(12)]
+    expected = [1e-3 * 0.5 * (1 + math.cos(math.pi * min(i, 10) / 10)) for i in range(12)]
+    assert_close(np.array(rates), expected, 1e-8)
+    before = parameters_of(agent.actor)
+    agent.update(toy_batch(agent))
+    assert_close(parameters_of(agent.actor), before.numpy(), 1e-9)  # the rate reaches the optimizer
+    assert small_agent(lr=1e-3).update(toy_batch(agent))["lr"] == pytest.approx(1e-3)
+
+
+def test_ema_is_what_acts():
+    """A plain mean at first, then decay 0.9 per update; sample_actions uses it, learning does not."""
+    agent, plain = small_agent(ema=0.9, lr=1e-2), small_agent(lr=1e-2)
+    mean = 0
+    for i in range(1, 25):
+        agent.update(toy_batch(agent, seed=i))
+        plain.update(toy_batch(plain, seed=i))
+        weight = max(1 / i, 0.1)
+        mean = (1 - weight) * mean + weight * parameters_of(agent.actor)
+    assert torch.equal(parameters_of(agent.actor), parameters_of(plain.actor))
+    assert_close(parameters_of(agent.mean_actor), mean.numpy(), 1e-6)
+    noise, obs = np.ones((1, 2), np.float32), np.ones((1, 3), np.float32)
+    averaged = copy.deepcopy(plain)
+    for parameter, value in zip(averaged.actor.parameters(), agent.mean_actor.parameters()):
+        parameter.data.copy_(value)
+    assert np.array_equal(agent.sample_actions(obs, noise=noise), averaged.sample_actions(obs, noise=noise))
+    assert not np.array_equal(agent.sample_actions(obs, noise=noise), plain.sample_actions(obs, noise=noise))
+
+
+@pytest.mark.parametrize("options", [{}, {"action_chunking": True}, {"policy": "gaussian"}, {"amp": True}])
+def test_gradient_accumulation_is_one_batch(options):
+    one = small_agent(lr=1e-3, **options)
+    parts = small_agent(lr=1e-3, grad_accum_steps=4, **options)
+    infos = [agent.update(toy_batch(agent)) for agent in (one, parts)]
+    tolerance = 2e-2 if "amp" in options else 1e-5
+    assert infos[0]["actor/actor_loss"] == pytest.approx(infos[1]["actor/actor_loss"], rel=tolerance)
+    gradients = [torch.cat([p.grad.flatten() for p in agent.actor.parameters()]) for agent in (one, parts)]
+    assert_close(gradients[1], gradients[0].numpy(), tolerance)
+
+
+def test_bfloat16_comes_near_float32():
+    exact, fast = small_agent(hidden_dims=(64, 64)), small_agent(hidden_dims=(64, 64), amp=True)
+    one, other = (agent.update(toy_batch(agent, 64))["actor/actor_loss"] for agent in (exact, fast))
+    assert one != other and one == pytest.approx(other, rel=0.02)
+    assert all(p.dtype == torch.float32 for p in fast.actor.parameters())
+
+
+# --- Sampling ---------------------------------------------------------------------------------------------------------
+class Velocity(nn.Module):
+    """A known velocity in place of the network, which notes the times it is asked at."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function, self.times = function, []
+
+    def forward(self, features, x, t):
+        self.times.append(t.flatten()[0].item())
+        return self.function(x, t)
+
+
+def with_velocity(function, **changes) -> BCAgent:
+    agent = small_agent(**changes)
+    agent.mean_actor.head = Velocity(function)
+    return agent
+
+
+def test_euler_and_heun_on_known_velocities():
+    """dx/dt = -x from 1: Euler multiplies by 1 - dt, Heun by 1 - dt + dt^2 / 2; dx/dt = 2t: Heun is exact, 1."""
+    noise, obs = np.ones((1, 2)), np.zeros((1, 3))
+    for steps in (1, 4, 10):
+        euler = with_velocity(lambda x, t: -x, flow_steps=steps)
+        heun = with_velocity(lambda x, t: -x, flow_steps=steps, flow_solver="heun")
+        dt = 1 / steps
+        assert_close(euler.sample_actions(obs, noise=noise), np.full((1, 2), (1 - dt) ** steps), 1e-6)
+        assert_close(heun.sample_actions(obs, noise=noise), np.full((1, 2), (1 - dt + dt * dt / 2) ** steps), 1e-6)
+        assert euler.mean_actor.head.times == pytest.approx([i / steps for i in range(steps)])
+        assert len(heun.mean_actor.head.times) == 2 * steps
+        heun = with_velocity(lambda x, t: 2 * t * torch.ones_like(x), flow_steps=steps, flow_solver="heun")
+        assert_close(heun.sample_actions(obs, noise=0 * noise), np.ones((1, 2)), 1e-6)
+
+
+def test_actions_are_clipped_at_the_end_only():
+    """Out to 3 and back to 0.5: a path clipped at every step would end elsewhere."""
+    agent = with_velocity(lambda x, t: torch.where(t < 0.45, 6.0, -5.0) * torch.ones_like(x), flow_steps=10)
+    actions = agent.sample_actions(np.zeros(3), noise=np.zeros(2))
+    assert_close(actions, np.full(2, 0.5), 1e-5)
+    agent = with_velocity(lambda x, t: 9 * torch.ones_like(x))
+    assert agent.sample_actions(np.zeros(3), noise=np.zeros(2)).tolist() == [1, 1]
+
+
+def test_sample_actions_of_one_observation_and_of_a_batch():
+    agent = small_agent(action_chunking=True, horizon_length=4)
+    obs = np.random.default_rng(0).standard_normal((6, 3))  # float64, as gymnasium gives
+    noise = np.random.default_rng(1).standard_normal((6, 8))
+    batch = agent.sample_actions(obs, noise=noise)
+    assert batch.shape == (6, 8) and batch.dtype == np.float32 and abs(batch).max() <= 1
+    for i in range(6):
+        one = agent.sample_actions(obs[i], noise=noise[i])
+        assert one.shape == (8,)
+        assert_close(one, batch[i], 1e-6)
+    assert not agent.actor.training or all(p.grad is None for p in agent.actor.parameters())
+
+
+def test_noise_is_standard_normal_and_from_the_generator():
+    agent = with_velocity(lambda x, t: -0.9 * torch.ones_like(x) * 0 - 0.0 * x)  # actions = clipped noise
+    actions = agent.sample_actions(np.zeros((4000, 3)))
+    inside = abs(actions) < 1
+    assert inside.mean() == pytest.approx(0.683, abs=0.02) and actions[inside].std() == pytest.approx(0.54, abs=0.02)
+    drawn = [agent.sample_actions(np.zeros(3), torch.Generator().manual_seed(s)).tolist() for s in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert agent.sample_actions(np.zeros(3)).tolist() != agent.sample_actions(np.zeros(3)).tolist()
+
+
+# --- Gaussian policy --------------------------------------------------------------------------------------------------
+def test_gaussian_loss_is_the_log_density_of_torch_distributions():
+    agent = small_agent(policy="gaussian", action_chunking=True, horizon_length=3)
+    obs, x_1, valid = agent.samples(toy_batch(agent))
+    mean, log_std = agent.actor.head(obs)
+    base = distributions.Normal(mean.double(), log_std.double().exp())
+    squashed = distributions.TransformedDistribution(base, [distributions.TanhTransform()])
+    log_pi = squashed.log_prob(x_1.double()).unflatten(-1, (3, 2)) * valid.unsqueeze(-1)
+    assert_close(agent.loss(obs, x_1, valid, None, None), -log_pi.mean().item())
+
+
+def test_gaussian_acts_with_its_mode_and_learns_it():
+    agent = small_agent(1, 1, policy="gaussian", lr=3e-3, hidden_dims=(64, 64), batch_size=256)
+    rng = np.random.default_rng(0)
+    for _ in range(400):
+        obs = rng.choice([-1.0, 1.0], (256, 1)).astype(np.float32)
+        noise = 0.1 * rng.standard_normal((256, 1))
+        info = agent.update({"observations": obs, "actions": np.tanh(0.8 * obs + noise).astype(np.float32)})
+    actions = agent.sample_actions(np.array([[-1.0], [1.0]]))
+    assert_close(actions, np.tanh([[-0.8], [0.8]]), 0.03)
+    assert np.array_equal(actions, agent.sample_actions(np.array([[-1.0], [1.0]])))  # no noise
+    _, log_std = agent.actor.head(torch.tensor([[-1.0], [1.0]]))
+    assert_close(log_std.exp(), np.full((2, 1), 0.1), 0.03)
+    assert "actor/bc_nll_loss" in info and info["actor/bc_nll_loss"] < -0.5
+
+
+def test_gaussian_takes_actions_at_the_bounds():
+    agent = small_agent(policy="gaussian")
+    batch = toy_batch(agent) | {"actions": np.ones((8, 2), np.float32)}
+    assert math.isfinite(agent.update(batch)["actor/actor_loss"])
+    assert all(p.isfinite().all() for p in agent.actor.parameters())
+
+
+# --- Saving -----------------------------------------------------------------------------------------------------------
+NOTE_KEYS = {"actor", "critic", "target_critic", "actor_optimizer", "critic_optimizer", "config", "step"}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"ema": 0.9, "lr_schedule": "cosine", "offline_steps": 40}, {"policy": "gaussian"}]
+)
+def test_save_and_load_go_on_exactly(tmp_path, options):
+    options = {"action_chunking": True, "normalize_observations": True} | options
+    agent = small_agent(**options)
+    for i in range(5):
+        agent.update(toy_batch(agent, seed=i))
+    agent.save(tmp_path / "checkpoint.pt")
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state.keys() >= NOTE_KEYS and state["step"] == 5
+    assert state["config"] == json.loads(json.dumps(dataclasses.asdict(agent.args))) | {"hidden_dims": (16, 16)}
+    other = small_agent(**options, seed=7)
+    other.load(tmp_path / "checkpoint.pt")
+    obs, noise = np.ones((2, 3)), np.ones((2, 10))
+    assert np.array_equal(agent.sample_actions(obs, noise=noise), other.sample_actions(obs, noise=noise))
+    for i in range(5, 10):
+        one, two = (a.update(toy_batch(a, seed=i)) for a in (agent, other))
+        assert one == two
+    assert torch.equal(parameters_of(agent.actor), parameters_of(other.actor))
+    assert torch.equal(parameters_of(agent.mean_actor), parameters_of(other.mean_actor))
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_dims": (16, 8)},
+        {"hidden_dims": (16, 16, 16)},
+        {"action_chunking": True},
+        {"use_fourier_features": True},
+        {"layer_norm": True},
+        {"policy": "gaussian"},
+        {"normalize_observations": True},
+        {"obs_dim": 4},
+        {"action_dim": 3},
+    ],
+    ids=str,
+)
+def test_checkpoint_of_another_shape(tmp_path, changes):
+    small_agent().save(tmp_path / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="checkpoint.pt") as error:
+        small_agent(**changes).load(tmp_path / "checkpoint.pt")
+    assert "\n" not in str(error.value)
+
+
+def test_load_of_nothing_and_of_something_else(tmp_path):
+    for name, content in (("none", None), ("empty", b""), ("text", b"no checkpoint")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(SystemExit, match=name):
+            small_agent().load(tmp_path / name)
+    for content in ({"a": 1}, [1, 2], {"actor": {}, "config": {}}):
+        torch.save(content, tmp_path / "other")
+        with pytest.raises(SystemExit, match="other"):
+            small_agent().load(tmp_path / "other")
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+class Recorded(BCAgent):
+    """An agent whose chunks are known, 0.1, 0.2, ... plus the observation's draw / 100, and which notes its calls."""
+
+    calls: list
+
+    def sample_actions(self, observations, rng=None, noise=None):
+        self.calls.append(np.array(observations))
+        steps = 0.1 * np.arange(1, self.horizon + 1)
+        return np.repeat(np.asarray(observations)[:, :1] / 100 + steps, 1, axis=0).astype(np.float32)
+
+
+def recorded_agent(**changes) -> Recorded:
+    agent = Recorded.create((2,), 1, small_args(**changes))
+    agent.calls = []
+    return agent
+
+
+def test_chunks_are_executed_to_their_end_and_the_policy_is_asked_only_then():
+    """Chunks of 3 in episodes of 7 steps: asked at steps 0, 3, 6, and the rest of the last chunk does not leak."""
+    agent, env = recorded_agent(action_chunking=True, horizon_length=3), Steps()
+    stats, trajectories, renders = evaluate(agent, env, 1, num_eval_episodes=2)
+    assert [call[:, 1].tolist() for call in agent.calls] == [[0], [3], [6]] * 2
+    draws = [call[0, 0] for call in agent.calls[::3]]
+    for draw, taken in zip(draws, (env.taken[:7], env.taken[7:])):
+        assert taken == pytest.approx([x + draw / 100 for x in (0.1, 0.2, 0.3, 0.1, 0.2, 0.3, 0.1)], abs=1e-6)
+    assert stats["episodic_return"] == pytest.approx(sum(env.taken) / 2)
+    assert stats["episodic_length"] == 7 and stats["episodes"] == 2 and renders == []
+    assert stats["success_rate"] == np.mean([draw > 0.5 for draw in draws])
+    assert stats["draw"] == pytest.approx(np.mean(draws)) and "name" not in stats
+    assert [len(trajectory["reward"]) for trajectory in trajectories] == [7, 7]
+    assert np.array(trajectories[1]["action"]).ravel() == pytest.approx(env.taken[7:])
+    assert np.array(trajectories[0]["observation"])[:, 1].tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert np.array(trajectories[0]["next_observation"])[:, 1].tolist() == [1, 2, 3, 4, 5, 6, 7]
+    assert trajectories[0]["done"] == [0] * 6 + [1]
+
+
+def test_execution_horizon_is_shorter_than_the_chunk():
+    agent, env = recorded_agent(action_chunking=True, horizon_length=4, execution_horizon=2), Steps()
+    evaluate(agent, env, 1, num_eval_episodes=1)
+    assert [call[0, 1] for call in agent.calls] == [0, 2, 4, 6]
+    draw = agent.calls[0][0, 0] / 100
+    assert env.taken == pytest.approx([x + draw for x in (0.1, 0.2, 0.1, 0.2, 0.1, 0.2, 0.1)], abs=1e-6)
+
+
+def test_parallel_episodes_ask_in_one_batch():
+    agent, envs = recorded_agent(action_chunking=True, horizon_length=3), [Steps() for _ in range(4)]
+    evaluate(agent, envs, 1, num_eval_episodes=10)
+    assert [len(call) for call in agent.calls] == [4, 4, 4] * 2 + [2, 2, 2]
+    assert sum(len(env.resets) for env in envs) == 10
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_parallel_episodes_are_those_of_one_after_the_other(count):
+    """Lengths differ between the environments, so that episodes end and begin at different times."""
+    agent = small_agent(2, 1, action_chunking=True, horizon_length=3)
+    envs = [Steps(length=5 + (i > 1)) for i in range(count)]
+    stats, trajectories, _ = evaluate(agent, [Steps() for _ in range(count)], 1, 6, seed=5)
+    one, alone, _ = evaluate(agent, Steps(), 1, 6, seed=5)
+    assert {k: pytest.approx(v, abs=1e-6) for k, v in one.items()} == stats
+    for ours, theirs in zip(trajectories, alone):
+        assert_close(np.array(ours["observation"]), np.array(theirs["observation"]), 1e-6)
+        assert_close(np.array(ours["action"]), np.array(theirs["action"]), 1e-6)
+    assert evaluate(agent, envs, 1, 6, seed=5)[0]["episodes"] == 6
+
+
+def test_evaluation_is_seeded_and_apart_from_training():
+    agent = small_agent(2, 1)
+    state = agent.generator.get_state()
+    np.random.seed(3)  # noqa: NPY002
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    env = Steps()
+    one, other = (evaluate(agent, env, 1, 3, seed=4)[0] for _ in range(2))
+    assert one == other and env.resets[:3] == env.resets[3:] and len(set(env.resets)) == 3
+    assert evaluate(agent, Steps(), 1, 3, seed=5)[0] != one
+    assert torch.equal(agent.generator.get_state(), state)
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
+
+
+def test_video_episodes_are_beside_the_counted_ones():
+    """Every third frame and the last one (qc evaluation.py:100), of episodes that do not count."""
+    agent, env = recorded_agent(), Steps(render_mode="rgb_array")
+    stats, trajectories, renders = evaluate(agent, env, 1, 2, num_video_episodes=2, video_frame_skip=3)
+    assert stats["episodes"] == len(trajectories) == 2 and len(env.resets) == 4
+    assert len(renders) == 2 and [frame[0, 0, 0] for frame in renders[0]] == [60, 120, 140]
+
+
+def test_video_of_an_environment_that_does_not_render():
+    with pytest.raises((SystemExit, ValueError), match="render"):
+        evaluate(recorded_agent(), Steps(), 1, 1, num_video_episodes=1)
+
+
+def test_video_grid():
+    """qc log_utils.py:101: ceil(sqrt(n)) columns, a border of one pixel, the last frame goes on at half brightness."""
+    renders = [np.full((length, 4, 6, 3), 100 + 10 * i, np.uint8) for i, length in enumerate((3, 5, 2))]
+    grid = video_grid(renders)
+    assert grid.shape == (5, 12, 16, 3)
+    assert (
+        grid[0, 1:5, 1:7].min() == grid[0, 1:5, 1:7].max() == 100 and grid[2, 2, 2, 0] == 100 and grid[3, 2, 2, 0] == 50
+    )
+    assert grid[4, 2, 10, 0] == 110 and grid[1, 8, 2, 0] == 120 and grid[2, 8, 2, 0] == 60
+    assert grid[:, 6:, 8:].max() == 0 and grid[:, 0].max() == 0 and grid[:, :, 7:9].max() == 0
+
+
+# --- Logs -------------------------------------------------------------------------------------------------------------
+class Messages:
+    """Stands for wandb: keeps what is logged."""
+
+    def __init__(self):
+        self.logged = []
+
+    def log(self, data, step=None):
+        self.logged.append((data, step))
+
+
+def test_csv_logger_keeps_numbers_and_its_columns(tmp_path):
+    logger, row = (
+        CsvLogger(tmp_path / "x.csv"),
+        {"a": 1, "b": np.float32(0.5), "video": object(), "c": torch.tensor(2.0)},
+    )
+    kept = dict(row)
+    logger.log(row, 10)
+    logger.log({"a": 1e-20, "d": 3.0}, 1_000_000)
+    assert row == kept  # the original writes `step` into the caller's dict
+    text = (tmp_path / "x.csv").read_text()  # every row is there at once
+    assert text.splitlines() == ["step,a,b,c", "10,1,0.5,2", "1000000,1e-20,,"]
+    logger.close()
+
+
+@pytest.mark.parametrize(
+    ("content", "last", "expected"),
+    [
+        ("step,a\n1,2\n3,4\n5,6\n", 3, ["step,a", "1,2", "3,4", "7,8"]),
+        ("step,a\n1,2\n3,", 3, ["step,a", "1,2", "7,8"]),
+        ("step,a\n", 0, ["step,a", "7,8"]),
+        ("step,", 0, ["step,a", "7,8"]),
+        ("", 0, ["step,a", "7,8"]),
+    ],
+)
+def test_csv_logger_goes_on_behind_a_checkpoint(tmp_path, content, last, expected):
+    (tmp_path / "x.csv").write_text(content)
+    logger = CsvLogger(tmp_path / "x.csv", last)
+    logger.log({"a": 8}, 7)
+    logger.close()
+    assert (tmp_path / "x.csv").read_text().splitlines() == expected
+
+
+def test_logging_helper_writes_to_csv_and_wandb(tmp_path):
+    wandb = Messages()
+    logger = LoggingHelper(csv_loggers={"eval": CsvLogger(tmp_path / "eval.csv")}, wandb_logger=wandb)
+    video = object()
+    logger.log({"success": 0.5, "video": video}, "eval", step=3)
+    assert (tmp_path / "eval.csv").read_text() == "step,success\n3,0.5\n"
+    assert wandb.logged == [({"eval/success": 0.5, "eval/video": video}, 3)]
+
+
+# --- process_train_dataset --------------------------------------------------------------------------------------------
+def test_proportion_keeps_the_first_rows():
+    ds = process_train_dataset(toy_dataset(), small_args(dataset_proportion=0.33))
+    whole = toy_dataset()
+    assert ds.keys() == whole.keys()
+    for key in ds:
+        np.testing.assert_array_equal(ds[key], whole[key][:13], err_msg=key)
+    assert ds.sample_sequence(1, 3, 0.99, idxs=np.array([9]))["valid"].tolist() == [[1, 0, 0]]
+    _, _, valid = Batches(ds, small_args(action_chunking=True, horizon_length=3), CPU).gather(torch.tensor([9, 10]))
+    assert valid.tolist() == [[1, 0, 0], [1, 1, 1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "sparse", "expected"),
+    [
+        ("x", False, [0, 1, 2, 0]),
+        ("x", True, [0, -1, -1, 0]),
+        ("lift-mh-low_dim", False, [-1, 0, 1, -1]),
+        ("lift-mh-low_dim", True, [-1, 0, -1, -1]),  # robomimic's - 1 comes before sparse; qc main.py:108-136
+    ],
+)
+def test_rewards_are_processed_in_the_order_of_the_original(name, sparse, expected):
+    ds = toy_dataset(4, (0, 1, 3))
+    ds["rewards"] = np.array([0, 1, 2, 0], np.float32)
+    ds = process_train_dataset(ds, small_args(env_name=name, sparse=sparse))
+    assert ds["rewards"].tolist() == expected
+
+
+def test_sparse_on_a_dense_task_warns(capsys):
+    process_train_dataset(toy_dataset(), small_args(sparse=True))
+    assert "--sparse" in capsys.readouterr().err
+    ds = toy_dataset()
+    ds["rewards"] = (ds["rewards"] > 0).astype(np.float32)
+    process_train_dataset(ds, small_args(sparse=True))
+    process_train_dataset(toy_dataset(), small_args())
+    assert capsys.readouterr().err == ""
+
+
+def test_proportion_that_leaves_nothing():
+    with pytest.raises(SystemExit, match="--dataset-proportion 0.01"):
+        process_train_dataset(toy_dataset(), small_args(dataset_proportion=0.01))
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+def test_batches_depend_on_seed_and_update_only():
+    batches = Batches(toy_dataset(), small_args(), CPU)
+    one, later = batches.take(0, 6, CPU), batches.take(4, 2, CPU)
+    for ours, theirs in zip(one, later):
+        assert torch.equal(ours[4:], theirs)
+    assert not torch.equal(one[0][0], one[0][1])
+    other = Batches(toy_dataset(), small_args(seed=1), CPU).take(0, 6, CPU)
+    assert not torch.equal(one[0], other[0])
+
+
+def test_batches_are_chunks_of_the_dataset():
+    """What sample_sequence gives for the same rows."""
+    dataset, args = toy_dataset(), small_args(action_chunking=True, horizon_length=5, batch_size=500)
+    batches = Batches(dataset, args, CPU)
+    rows = batches.rows(3)
+    assert rows.min() == 0 and rows.max() == 35 and np.bincount(rows, minlength=36).min() > 2
+    observations, actions, valid = batches.take(3, 1, CPU)
+    theirs = dataset.sample_sequence(len(rows), 5, 0.99, idxs=rows)
+    np.testing.assert_array_equal(observations[0], theirs["observations"])
+    np.testing.assert_array_equal(actions[0], theirs["actions"].reshape(500, -1))
+    np.testing.assert_array_equal(valid[0], theirs["valid"])
+
+
+def test_frame_stacks_stop_at_the_episodes_start():
+    dataset = toy_dataset()
+    dataset["observations"] = np.arange(40, dtype=np.float32)[:, None]
+    observations, _, _ = Batches(dataset, small_args(frame_stack=3), CPU).gather(torch.tensor([0, 1, 9, 10, 11, 25]))
+    assert observations.tolist() == [[0, 0, 0], [0, 0, 1], [7, 8, 9], [10, 10, 10], [10, 10, 11], [23, 24, 25]]
+
+
+def test_data_shorter_than_a_chunk():
+    for size in (4, 5):
+        args = small_args(action_chunking=True, horizon_length=5)
+        ds = toy_dataset(size, (0, 1, size - 1))
+        if size == 5:
+            assert Batches(ds, args, CPU).take(0, 1, CPU)[2].shape == (1, 8, 5)
+        else:
+            with pytest.raises(SystemExit, match="--horizon-length 5"):
+                Batches(ds, args, CPU)
+
+
+def test_random_crop_by_hand():
+    """A shift by offset - 4 with repeated edges; SERL vision/data_augmentations.py:7-36."""
+    images = torch.arange(2 * 6 * 6 * 1).reshape(2, 6, 6, 1).to(torch.uint8)
+    assert torch.equal(random_crop(images, torch.full((2, 2), 4)), images)
+    cropped = random_crop(images, torch.tensor([[4, 6], [0, 4]]))
+    assert torch.equal(cropped[0, :, :4], images[0, :, 2:]) and torch.equal(cropped[0, :, 4], images[0, :, 5])
+    assert torch.equal(cropped[1, 4:], images[1, :2]) and (cropped[1, :4] == images[1, :1]).all()
+
+
+def test_random_crop_agrees_with_serl():
+    arrays = np.load(FIXTURES / "drq_random_crop.npz")
+    images, offsets = (torch.from_numpy(arrays[f"in/{name}"]) for name in ("images", "offsets"))
+    cropped = random_crop(images, offsets.long())
+    np.testing.assert_array_equal(cropped, arrays["out/images"])
+
+
+# --- Runs -------------------------------------------------------------------------------------------------------------
+TINY = "--threads 1 --hidden-dims 64 64 --batch-size 64 --offline-steps 300 --log-interval 50 --eval-interval 100"
+TINY += " --save-interval 150 --eval-episodes 10 --eval-envs 4 --lr 3e-3 --lr-schedule cosine --no-capture-video"
+POINT = ("--env-name", "point/expert-v0", "--action-chunking", "--horizon-length", 3)
+TIMES = {"seconds", "SPS"}
+
+
+@pytest.fixture(scope="module")
+def point_data(tmp_path_factory) -> Path:
+    """A folder with the data set point/expert-v0: 20 episodes of the task's expert."""
+    root = tmp_path_factory.mktemp("minari")
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(root)
+    write_minari("point/expert-v0", gym.make("probe_envs:Point-v0"), episodes=20)
+    os.environ.pop("MINARI_DATASETS_PATH")
+    os.environ |= {"MINARI_DATASETS_PATH": before} if before else {}
+    return root
+
+
+def run(*flags: object, cwd: Path, data: Path | None = None, **options) -> Finished:
+    """The script with small networks and budgets; later flags win."""
+    if data:
+        options["env"] = {"MINARI_DATASETS_PATH": str(data)} | options.get("env", {})
+    return run_forked(SCRIPT, *TINY.split(), *flags, cwd=cwd, **options)
+
+
+def checkpoint(run_dir: Path, name: str = "final_model.pt") -> dict:
+    return torch.load(run_dir / name, weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, point_data) -> Finished:
+    """A run to read; tests that change it copy it first."""
+    cwd = tmp_path_factory.mktemp("finished")
+    return run(*POINT, "--capture-video", "--run-dir", "run", cwd=cwd, data=point_data)
+
+
+def leaves(state, path: str = "") -> dict[str, object]:
+    """All that a checkpoint holds, but for the time that it took."""
+    if isinstance(state, dict | list | tuple):
+        items = state.items() if isinstance(state, dict) else enumerate(state)
+        return {k: v for key, part in items for k, v in leaves(part, f"{path}/{key}").items()}
+    return {} if path in ("/progress/elapsed", "/progress/best/seconds", "/config/run_dir") else {path: state}
+
+
+def differences(one: dict, other: dict) -> list[str]:
+    """Names of what differs between two checkpoints."""
+    ours, theirs = leaves(one), leaves(other)
+    assert ours.keys() == theirs.keys()
+
+    def equal(a, b) -> bool:
+        return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b or a != a and b != b
+
+    return [path for path in ours if not equal(ours[path], theirs[path])]
+
+
+def table(run_dir: Path, name: str) -> dict[str, list[str]]:
+    """A CSV without the columns that measure time, comparable with ==."""
+    return {key: [f"{x}" for x in column] for key, column in read_csv(run_dir, name).items() if key not in TIMES}
+
+
+def test_a_run_learns_the_task(finished):
+    columns = read_csv(finished.run_dir, "eval.csv")
+    assert columns["step"] == [100, 200, 300] and columns["episodes"] == [10, 10, 10]
+    assert columns["success_rate"][-1] >= 0.5 and columns["episodic_return"][-1] > -7  # doing nothing: -20
+    losses = read_csv(finished.run_dir, "offline_agent.csv")
+    assert losses["step"] == [50, 100, 150, 200, 250, 300]
+    assert losses["actor/actor_loss"][-1] < 0.7 * losses["actor/actor_loss"][0]
+    assert losses["lr"][0] == pytest.approx(3e-3 * 0.5 * (1 + math.cos(math.pi * 49 / 300)), rel=1e-5)
+
+
+def test_a_run_leaves_the_files_of_the_note(finished):
+    run_dir = finished.run_dir
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"flags.json", "offline_agent.csv", "eval.csv", "final_model.pt", "token.tk"} <= names
+    assert {name for name in names if name.startswith("checkpoint_")} == {"checkpoint_150.pt", "checkpoint_300.pt"}
+    assert not [name for name in names if name.endswith((".tmp", ".new"))]
+    assert (run_dir / "token.tk").read_text() == str(run_dir)
+    flags = json.loads((run_dir / "flags.json").read_text())
+    assert flags.keys() == {field.name for field in dataclasses.fields(Args)}
+    assert (flags["env_name"], flags["horizon_length"], flags["hidden_dims"]) == ("point/expert-v0", 3, [64, 64])
+    for name, step in (("checkpoint_150.pt", 150), ("checkpoint_300.pt", 300), ("final_model.pt", 300)):
+        state = checkpoint(run_dir, name)
+        assert state.keys() >= NOTE_KEYS and state["step"] == step
+    assert differences(checkpoint(run_dir, "checkpoint_300.pt"), checkpoint(run_dir))[1:] == []
+    about = json.loads((run_dir / "run.json").read_text())
+    assert about["command"][-2:] == ["--run-dir", "run"] and about["versions"]["torch"] == torch.__version__
+    for script in (SCRIPT, "franka_sim.py"):
+        assert (run_dir / script).read_bytes() == (REPO / script).read_bytes()
+
+
+def test_a_run_prints_what_the_data_is(finished, point_data):
+    line = next(line for line in finished.stdout.splitlines() if "mean return" in line)
+    os.environ["MINARI_DATASETS_PATH"] = str(point_data)
+    returns = [episode.rewards.sum() for episode in minari.load_dataset("point/expert-v0").iterate_episodes()]
+    os.environ.pop("MINARI_DATASETS_PATH")
+    assert f"mean return {np.mean(returns):.6g}" in line and f"best {max(returns):.6g}" in line
+    assert "not normalized" in line and "point/expert-v0" in finished.stdout
+
+
+def test_the_printed_numbers_are_those_of_eval_csv(finished):
+    columns = read_csv(finished.run_dir, "eval.csv")
+    best = max(range(3), key=lambda i: (columns["success_rate"][i], columns["episodic_return"][i]))
+    for word, row in (("last", 2), ("best", best)):
+        line = next(line for line in finished.stdout.splitlines() if line.startswith(f"{word}: "))
+        assert f"episodic_return {columns['episodic_return'][row]:.4g}" in line and "over 10 episodes" in line
+
+
+def test_tensorboard_has_the_numbers_of_the_csv_files(finished):
+    scalars = read_scalars(finished.run_dir)
+    for name in ("offline_agent", "eval"):
+        columns = read_csv(finished.run_dir, f"{name}.csv")
+        for key in columns.keys() - {"step"}:
+            ours = list(zip(columns["step"], columns[key]))
+            np.testing.assert_allclose(scalars[f"{name}/{key}"], ours, rtol=1e-6, err_msg=key)
+
+
+def test_curve_and_video(finished):
+    image = imageio.imread(finished.run_dir / "curve.png")[..., :3].astype(int)
+    assert min(image.shape[:2]) > 200 and (np.ptp(image, axis=-1) > 100).sum() > 100  # coloured: a curve
+    frames = np.array(imageio.mimread(finished.run_dir / "video.mp4", memtest=False))
+    assert len(frames) == 7 and frames.shape[1:] == (132, 132, 3)  # 20 steps, every third and the last; 2 x 2 episodes
+    assert abs(frames[0].astype(int) - frames[-1]).max() > 100
+
+
+def test_same_seed_same_numbers_other_seed_other_numbers(finished, tmp_path, point_data):
+    again = run(*POINT, "--run-dir", "again", cwd=tmp_path, data=point_data)
+    changed = differences(checkpoint(finished.run_dir), checkpoint(again.run_dir))
+    assert changed == ["/config/capture_video"]
+    for name in ("offline_agent.csv", "eval.csv"):
+        assert table(finished.run_dir, name) == table(again.run_dir, name)
+    other = run(*POINT, "--seed", 1, "--run-dir", "other", cwd=tmp_path, data=point_data)
+    for name in ("offline_agent.csv", "eval.csv"):
+        assert table(finished.run_dir, name) != table(other.run_dir, name)
+
+
+def test_a_run_gets_a_directory_of_its_own(tmp_path, point_data):
+    """SAVE_DIR/PROJECT/RUN_GROUP/ENV_NAME/EXP_NAME, as qc main.py:71."""
+    flags = ("--offline-steps", 10, "--run-group", "mine", "--save-dir", "out", "--seed", 7)
+    runs = [run(*POINT, *flags, cwd=tmp_path, data=point_data) for _ in range(2)]
+    found = sorted(path.parent for path in tmp_path.glob("out/**/flags.json"))
+    assert len(found) == 2
+    for run_dir in found:
+        project, group, env_name, exp_name = run_dir.relative_to(tmp_path / "out").parts
+        assert (project, group, env_name) == ("robot-learning", "mine", "point-expert-v0")
+        assert re.fullmatch(r"sd007\d{8}_\d{6}\S*", exp_name)
+        assert any(str(run_dir.relative_to(tmp_path)) in finished.stdout for finished in runs)
+        assert (run_dir / "token.tk").read_text() == str(run_dir)
+
+
+def copy_run(finished: Finished, cwd: Path) -> Path:
+    return Path(shutil.copytree(finished.run_dir, cwd / "run"))
+
+
+def test_eval_only_repeats_the_last_evaluation(finished, tmp_path, point_data):
+    run_dir = copy_run(finished, tmp_path)
+    (run_dir / "video.mp4").unlink()
+    before = {path.name: path.read_bytes() for path in run_dir.iterdir()}
+    last = next(line for line in finished.stdout.splitlines() if line.startswith("last: "))
+    env = {"MINARI_DATASETS_PATH": str(point_data)}
+    for path in ("run", "run/checkpoint_300.pt"):
+        result = run_forked(SCRIPT, "--eval-only", path, cwd=tmp_path, env=env)
+        assert last.removeprefix("last: ") in result.stdout
+        assert len(imageio.mimread(run_dir / "video.mp4", memtest=False)) == 7
+    (run_dir / "video.mp4").unlink()
+    assert {path.name: path.read_bytes() for path in run_dir.iterdir()} == before
+    flags = ("--eval-episodes", 11, "--no-capture-video")
+    result = run_forked(SCRIPT, "--eval-only", "run/checkpoint_150.pt", *flags, cwd=tmp_path, env=env)
+    assert "over 11 episodes" in result.stdout and "150" in result.stdout
+    assert not (run_dir / "video.mp4").exists()
+
+
+def test_load_and_evaluate_from_python(finished, point_data, monkeypatch):
+    """The note's own snippet."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(point_data))
+    config = BCAgentConfig(action_chunking=True, horizon_length=3, hidden_dims=(64, 64))
+    env, _, train_dataset, _ = make_env_and_datasets("point/expert-v0")
+    example_batch = train_dataset.sample(4)
+    agent = BCAgent.create(example_batch["observations"].shape[1:], example_batch["actions"].shape[-1], config)
+    agent.load(finished.run_dir / "final_model.pt")
+    stats, _, _ = evaluate(agent, env, 3, num_eval_episodes=10)
+    columns = read_csv(finished.run_dir, "eval.csv")
+    assert stats["episodic_return"] == pytest.approx(columns["episodic_return"][-1], rel=1e-6)
+    assert stats["success_rate"] == columns["success_rate"][-1]
+
+
+def test_training_in_python_as_the_note_does(point_data, monkeypatch):
+    """Its loop: sample, update; batches of chunks and of single rows."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(point_data))
+    _, eval_env, train_dataset, val_dataset = make_env_and_datasets("point/expert-v0")
+    assert val_dataset is None
+    agent = BCAgent.create((4,), 3, small_args(action_chunking=True, horizon_length=5, lr=3e-3, hidden_dims=(64, 64)))
+    np.random.seed(0)  # noqa: NPY002
+    losses = [
+        agent.update(train_dataset.sample_sequence(64, sequence_length=5, discount=0.99))["actor/bc_flow_loss"]
+        for _ in range(300)
+    ]
+    assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
+    stats, trajectories, renders = evaluate(agent=agent, env=eval_env, action_dim=3, num_eval_episodes=5)
+    assert stats["success_rate"] > 0.5 and len(trajectories) == 5 and renders == []
