@@ -20,8 +20,8 @@ SLOW_IMPORTS += ["bc_flow_offline", "offline_data", "h5py"]  # what the fork ser
 
 
 class Steps(gym.Env):
-    """Observation [draw, step], the draw by the seed; the reward of a step is its action; `length` steps. The info names
-    the draw; it draws itself as a grey level of its step."""
+    """Observation [draw, step], the draw by the seed; the reward of a step is its action; `length` steps. The info has
+    the draw; its picture is a grey level, the step."""
 
     observation_space = spaces.Box(-np.inf, np.inf, (2,), np.float32)
     action_space = spaces.Box(-1, 1, (1,), np.float32)

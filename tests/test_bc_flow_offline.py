@@ -5,8 +5,10 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import gymnasium as gym
@@ -15,8 +17,8 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, Finished, read_csv, read_scalars
-from forked import run_forked
+from conftest import REPO, Finished, popen_script, read_csv, read_scalars, wait_until
+from forked import popen_forked, run_forked
 from offline_data import Steps, write_minari
 from torch import distributions, nn
 
@@ -83,6 +85,14 @@ def toy_batch(agent: BCAgent, size: int = 8, seed: int = 0) -> dict:
     if agent.args.action_chunking:
         return toy_dataset().sample_sequence(size, agent.args.horizon_length, 0.99, idxs=idxs)
     return toy_dataset().sample(size, idxs=idxs)
+
+
+def arguments(agent: BCAgent, batch: dict) -> tuple:
+    """What `agent.update(batch)` hands to the loss: observations, x_1, valid."""
+    handed, spy = [], copy.copy(agent)
+    spy.learn = lambda samples: handed.append(samples) or {}
+    spy.update(batch)
+    return tuple(part[0] for part in handed[0])
 
 
 def parameters_of(module: nn.Module) -> torch.Tensor:
@@ -169,10 +179,12 @@ def test_qc_batch_becomes_the_arguments_of_the_loss(qc, case):
     """From the dictionaries that Dataset.sample and sample_sequence return: chunks flattened step by step."""
     agent, (obs, x_1, valid, _, _) = qc_agent(qc, case), qc_inputs(qc, case)
     batch = {key: qc[f"{case}/in/{key}"] for key in ("actions", "valid")} | {"observations": qc[f"{case}/in/obs"]}
-    if case.startswith("single"):
-        batch = {"observations": batch["observations"], "actions": batch["actions"][:, 0]}
-    for ours, theirs in zip(agent.samples(batch), (obs, x_1, valid)):
-        assert torch.equal(ours, theirs)
+    batches = [batch]
+    if case.startswith("single"):  # the first action of a chunk, or Dataset.sample
+        batches += [{"observations": batch["observations"], "actions": batch["actions"][:, 0]}]
+    for given in batches:
+        for ours, theirs in zip(arguments(agent, given), (obs, x_1, valid)):
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -343,10 +355,9 @@ def test_update_is_in_place_and_reports_the_loss():
     before = parameters_of(agent.actor)
     reference = copy.deepcopy(agent)
     info = agent.update(toy_batch(agent))
-    samples = reference.samples(toy_batch(agent))
     generator = torch.Generator().manual_seed(agent.args.seed)  # the same draws as the update's
-    x_0, t = torch.randn(1, 8, 6, generator=generator)[0], torch.rand(1, 8, 1, generator=generator)[0]
-    loss = reference.loss(*samples, x_0, t)
+    x_0, t = torch.randn(8, 6, generator=generator), torch.rand(8, 1, generator=generator)
+    loss = reference.loss(*arguments(reference, toy_batch(agent)), x_0, t)
     loss.backward()
     assert info["actor/actor_loss"] == info["actor/bc_flow_loss"] == pytest.approx(loss.item(), rel=1e-6)
     gradient = torch.cat([p.grad.flatten() for p in reference.actor.parameters()])
@@ -367,7 +378,7 @@ def test_invalid_steps_do_not_count():
     agent = small_agent(action_chunking=True, horizon_length=4)
     batch = toy_dataset().sample_sequence(2, 4, 0.99, idxs=np.array([7, 30]))
     assert batch["valid"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
-    obs, x_1, valid = agent.samples(batch)
+    obs, x_1, valid = arguments(agent, batch)
     x_0, t = torch.randn(2, 8), torch.rand(2, 1)
     error = (agent.actor.head(obs, (1 - t) * x_0 + t * x_1, t) - (x_1 - x_0)).square()
     error[0, 6:] = 0
@@ -533,7 +544,7 @@ def test_noise_is_standard_normal_and_from_the_generator():
 # --- Gaussian policy --------------------------------------------------------------------------------------------------
 def test_gaussian_loss_is_the_log_density_of_torch_distributions():
     agent = small_agent(policy="gaussian", action_chunking=True, horizon_length=3)
-    obs, x_1, valid = agent.samples(toy_batch(agent))
+    obs, x_1, valid = arguments(agent, toy_batch(agent))
     mean, log_std = agent.actor.head(obs)
     base = distributions.Normal(mean.double(), log_std.double().exp())
     squashed = distributions.TransformedDistribution(base, [distributions.TanhTransform()])
@@ -869,8 +880,8 @@ def test_data_shorter_than_a_chunk():
 def test_random_crop_by_hand():
     """A shift by offset - 4 with repeated edges; SERL vision/data_augmentations.py:7-36."""
     images = torch.arange(2 * 6 * 6 * 1).reshape(2, 6, 6, 1).to(torch.uint8)
-    assert torch.equal(random_crop(images, torch.full((2, 2), 4)), images)
-    cropped = random_crop(images, torch.tensor([[4, 6], [0, 4]]))
+    assert torch.equal(random_crop(images, torch.full((2, 2), 4), 4), images)
+    cropped = random_crop(images, torch.tensor([[4, 6], [0, 4]]), 4)
     assert torch.equal(cropped[0, :, :4], images[0, :, 2:]) and torch.equal(cropped[0, :, 4], images[0, :, 5])
     assert torch.equal(cropped[1, 4:], images[1, :2]) and (cropped[1, :4] == images[1, :1]).all()
 
@@ -878,7 +889,7 @@ def test_random_crop_by_hand():
 def test_random_crop_agrees_with_serl():
     arrays = np.load(FIXTURES / "drq_random_crop.npz")
     images, offsets = (torch.from_numpy(arrays[f"in/{name}"]) for name in ("images", "offsets"))
-    cropped = random_crop(images, offsets.long())
+    cropped = random_crop(images, offsets.long(), int(arrays["in/padding"]))
     np.testing.assert_array_equal(cropped, arrays["out/images"])
 
 
@@ -966,7 +977,8 @@ def test_a_run_leaves_the_files_of_the_note(finished):
     for name, step in (("checkpoint_150.pt", 150), ("checkpoint_300.pt", 300), ("final_model.pt", 300)):
         state = checkpoint(run_dir, name)
         assert state.keys() >= NOTE_KEYS and state["step"] == step
-    assert differences(checkpoint(run_dir, "checkpoint_300.pt"), checkpoint(run_dir))[1:] == []
+    kept, final = checkpoint(run_dir, "checkpoint_300.pt"), checkpoint(run_dir)
+    assert differences(kept | {"progress": {}}, final | {"progress": {}}) == []
     about = json.loads((run_dir / "run.json").read_text())
     assert about["command"][-2:] == ["--run-dir", "run"] and about["versions"]["torch"] == torch.__version__
     for script in (SCRIPT, "franka_sim.py"):
@@ -979,7 +991,7 @@ def test_a_run_prints_what_the_data_is(finished, point_data):
     returns = [episode.rewards.sum() for episode in minari.load_dataset("point/expert-v0").iterate_episodes()]
     os.environ.pop("MINARI_DATASETS_PATH")
     assert f"mean return {np.mean(returns):.6g}" in line and f"best {max(returns):.6g}" in line
-    assert "not normalized" in line and "point/expert-v0" in finished.stdout
+    assert "no reference scores" in line and "point/expert-v0" in finished.stdout
 
 
 def test_the_printed_numbers_are_those_of_eval_csv(finished):
@@ -1082,3 +1094,262 @@ def test_training_in_python_as_the_note_does(point_data, monkeypatch):
     assert np.mean(losses[-20:]) < 0.5 * np.mean(losses[:20])
     stats, trajectories, renders = evaluate(agent=agent, env=eval_env, action_dim=3, num_eval_episodes=5)
     assert stats["success_rate"] > 0.5 and len(trajectories) == 5 and renders == []
+
+
+# --- Runs: stop, kill, resume -----------------------------------------------------------------------------------------
+ALL_AT_ONCE = "--ema 0.98 --normalize-observations --frame-stack 2 --weight-decay 0.01 --grad-accum-steps 2"
+ALL_AT_ONCE += " --validation-fraction 0.2 --top-fraction 0.9 --use-fourier-features --layer-norm --flow-solver heun"
+ALL_AT_ONCE += " --execution-horizon 2 --dataset-proportion 0.9"
+
+
+def env_of(point_data: Path) -> dict[str, dict[str, str]]:
+    return {"env": {"MINARI_DATASETS_PATH": str(point_data)}}
+
+
+@pytest.mark.parametrize(
+    ("first", "total", "flags"),
+    [
+        (110, 230, ""),
+        (110, 230, ALL_AT_ONCE),
+        (35, 70, "--policy gaussian"),
+        (5, 30, "--updates-per-launch 7 --log-interval 10"),
+    ],
+    ids=["plain", "all at once", "gaussian", "launches"],
+)
+def test_resume_is_exact(tmp_path, point_data, first, total, flags):
+    """Also from a step at which a whole run would log nothing, and whatever the schedule's end was at first."""
+    flags = [*flags.split(), "--lr-schedule", "constant", "--eval-interval", 100, "--eval-episodes", 2]
+    run(*POINT, *flags, "--offline-steps", total, "--run-dir", "whole", cwd=tmp_path, data=point_data)
+    run(*POINT, *flags, "--offline-steps", first, "--run-dir", "parts", cwd=tmp_path, data=point_data)
+    assert checkpoint(tmp_path / "parts")["step"] == first
+    go_on = ("--resume", "parts", "--offline-steps", total)
+    run_forked(SCRIPT, *go_on, cwd=tmp_path, **env_of(point_data))
+    changed = differences(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "parts"))
+    assert [path for path in changed if "/progress/best" not in path and path != "/config/resume"] == []
+    assert table(tmp_path / "whole", "offline_agent.csv") == table(tmp_path / "parts", "offline_agent.csv")
+    whole, parts = (read_csv(tmp_path / name, "eval.csv") for name in ("whole", "parts"))
+    assert parts["step"] == sorted({*whole["step"], first})
+    for key in whole.keys() - TIMES:
+        ours = dict(zip(parts["step"], parts[key]))
+        assert [f"{ours[step]}" for step in whole["step"]] == [f"{x}" for x in whole[key]], key
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, point_data):
+    flags = [*POINT, "--offline-steps", 3000, "--eval-interval", 1000, "--eval-episodes", 2, "--log-interval", 500]
+    flags = [*TINY.split(), *flags, "--save-interval", -1]
+    env = env_of(point_data)
+    with popen_script(SCRIPT, *flags, "--run-dir", "run", cwd=tmp_path, **env) as process:
+        log = tmp_path / "run" / "offline_agent.csv"
+        wait_until(lambda: log.exists() and log.read_text().count("\n") > 1)
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(20) not in (0, None)
+    errors = process.stderr_path.read_text()
+    assert "--resume run" in errors and "Traceback" not in errors
+    stopped_at = checkpoint(tmp_path / "run", "checkpoint.pt")["step"]
+    assert 500 <= stopped_at < 3000 and not (tmp_path / "run" / "final_model.pt").exists()
+    run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env)
+    run_forked(SCRIPT, *flags, "--run-dir", "whole", cwd=tmp_path, **env)
+    changed = differences(checkpoint(tmp_path / "run"), checkpoint(tmp_path / "whole"))
+    assert [path for path in changed if path != "/config/resume"] == []
+    for name in ("offline_agent.csv", "eval.csv"):
+        assert table(tmp_path / "run", name) == table(tmp_path / "whole", name)
+    scalars = read_scalars(tmp_path / "run")
+    assert [step for step, _ in scalars["offline_agent/actor/actor_loss"]] == list(range(500, 3001, 500))
+
+
+def test_kill_at_many_moments(tmp_path, point_data):
+    """kill -9, again and again on one run; then it finishes as if nothing had happened."""
+    flags = [*TINY.split(), *POINT, "--offline-steps", 1500, "--eval-interval", 350, "--eval-episodes", 2]
+    moments, run_dir, env, kills, steps = random.Random(0), tmp_path / "run", env_of(point_data), 0, []
+    while kills < 15:
+        go_on = ["--resume", "run"] if run_dir.exists() else [*flags, "--run-dir", "run"]
+        with popen_forked(SCRIPT, *go_on, cwd=tmp_path, **env) as process:
+            process.join(moments.uniform(0.1, 0.8))
+            killed = process.exitcode is None
+        errors = process.stderr_path.read_text()
+        assert "Traceback" not in errors and "--resume" not in errors, errors
+        if not killed:
+            break  # a fast machine has finished by now
+        kills += 1
+        if (run_dir / "checkpoint.pt").exists():
+            steps.append(checkpoint(run_dir, "checkpoint.pt")["step"])
+    assert kills > 3 and steps == sorted(steps)
+    if killed:
+        run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env)
+    run_forked(SCRIPT, *flags, "--run-dir", "whole", cwd=tmp_path, **env)
+    changed = differences(checkpoint(run_dir), checkpoint(tmp_path / "whole"))
+    assert [path for path in changed if path != "/config/resume"] == []
+    for name in ("offline_agent.csv", "eval.csv"):
+        assert table(run_dir, name) == table(tmp_path / "whole", name)
+
+
+def test_kill_between_the_last_evaluation_and_the_final_model(finished, tmp_path, point_data):
+    run_dir = copy_run(finished, tmp_path)
+    (run_dir / "final_model.pt").unlink()
+    run_forked(SCRIPT, "--resume", "run", "--no-capture-video", cwd=tmp_path, **env_of(point_data))
+    assert table(run_dir, "eval.csv") == table(finished.run_dir, "eval.csv")
+    changed = differences(checkpoint(run_dir), checkpoint(finished.run_dir))
+    assert set(changed) <= {"/config/resume", "/config/capture_video"}
+
+
+def test_resume_between_the_two_renames_of_a_checkpoint(finished, tmp_path, point_data):
+    run_dir = copy_run(finished, tmp_path)
+    (run_dir / "checkpoint.pt").rename(run_dir / "checkpoint.previous")
+    go_on = ("--resume", "run", "--offline-steps", 350, "--no-capture-video")
+    run_forked(SCRIPT, *go_on, cwd=tmp_path, **env_of(point_data))
+    assert checkpoint(run_dir)["step"] == 350
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+def refused(*flags: object, cwd: Path, **options) -> str:
+    """The error of a run that must fail: one line, no traceback."""
+    result = run_forked(SCRIPT, *flags, cwd=cwd, check=False, timeout=30, **options)
+    assert result.returncode not in (0, None)
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = [line for line in re.split("[\r\n]", result.stderr) if line.strip()]
+    errors = [line for line in lines if "update/s]" not in line and "WARNING" not in line]
+    assert len(errors) == 1 and errors[0].startswith("bc_flow_offline.py: "), result.stderr
+    return errors[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--horizon-length 0", "--horizon-length 0"),
+        ("--horizon-length -1", "--horizon-length"),
+        ("--env-name halfcheetah-medum-v2", "--env-name halfcheetah-medum-v2 halfcheetah-medium-v2"),
+        ("--batch-size 0", "--batch-size"),
+        ("--batch-size 10 --grad-accum-steps 4", "--batch-size 10 --grad-accum-steps 4"),
+        ("--offline-steps 0", "--offline-steps"),
+        ("--flow-steps 0", "--flow-steps"),
+        ("--eval-episodes 0", "--eval-episodes"),
+        ("--eval-envs 0", "--eval-envs"),
+        ("--eval-interval -1", "--eval-interval"),
+        ("--log-interval 0", "--log-interval"),
+        ("--video-frame-skip 0", "--video-frame-skip"),
+        ("--frame-stack 0", "--frame-stack"),
+        ("--demos 0", "--demos"),
+        ("--hidden-dims 0", "--hidden-dims"),
+        ("--dataset-proportion 0", "--dataset-proportion"),
+        ("--dataset-proportion 1.5", "--dataset-proportion 1.5"),
+        ("--top-fraction 0", "--top-fraction"),
+        ("--validation-fraction 1", "--validation-fraction"),
+        ("--ema 1", "--ema 1"),
+        ("--lr -1", "--lr -1"),
+        ("--lr nan", "--lr nan"),
+        ("--weight-decay inf", "--weight-decay"),
+        ("--discount 2", "--discount 2"),
+        ("--execution-horizon 6 --action-chunking --horizon-length 5", "--execution-horizon 6 5"),
+        ("--execution-horizon 2 --no-action-chunking", "--execution-horizon 2"),
+        ("--resume nowhere", "--resume nowhere"),
+        ("--eval-only nowhere", "--eval-only nowhere"),
+    ],
+)
+def test_bad_flags(flags, words, monkeypatch):
+    monkeypatch.setattr("sys.argv", [SCRIPT])
+    with pytest.raises(SystemExit) as error:
+        args = parse_args(flags.split())
+        if args.env_name != Args.env_name:
+            make_env_and_datasets(args.env_name, args)
+    message = str(error.value.code)
+    assert message.startswith("bc_flow_offline.py: ") and "\n" not in message
+    for word in words.split():
+        assert word in message
+
+
+@pytest.mark.parametrize("flags", ["--seed one", "--policy diffusion", "--encoder vit", "--lr", "--no-such-flag 1"])
+def test_wrong_types(flags, capsys):
+    """tyro's own message: it may frame the line, but names the flag and has no traceback."""
+    with pytest.raises(SystemExit) as error:
+        parse_args(flags.split())
+    assert error.value.code == 2 and flags.split()[0] in "".join(capsys.readouterr())
+
+
+def test_run_dir_that_is_not_empty(finished, tmp_path, point_data):
+    run_dir = copy_run(finished, tmp_path)
+    before = sorted((path.name, path.read_bytes()) for path in run_dir.iterdir())
+    assert "--run-dir run" in refused(*POINT, "--run-dir", "run", cwd=tmp_path, **env_of(point_data))
+    assert sorted((path.name, path.read_bytes()) for path in run_dir.iterdir()) == before
+
+
+def test_run_dir_is_checked_before_the_work(finished, tmp_path):
+    """No data is collected for a run that cannot be written."""
+    copy_run(finished, tmp_path)
+    assert "--run-dir run" in refused("--demos", 3, "--run-dir", "run", cwd=tmp_path)
+    (tmp_path / "file").write_text("")
+    assert "file" in refused("--demos", 3, "--run-dir", "file/run", cwd=tmp_path)
+    assert not list((tmp_path / "minari").glob("*/*"))
+
+
+def test_resume_of_a_finished_run_asks_for_more_steps(finished, tmp_path, point_data):
+    copy_run(finished, tmp_path)
+    assert "--offline-steps 300" in refused("--resume", "run", cwd=tmp_path, **env_of(point_data))
+
+
+def test_resume_with_other_flags(finished, tmp_path, monkeypatch):
+    """What shapes the run is kept: another value is named and refused; the rest may change."""
+    monkeypatch.setattr("sys.argv", [SCRIPT])
+    run_dir = str(copy_run(finished, tmp_path))
+    for flags in ("--lr 1", "--seed 3", "--batch-size 8", "--hidden-dims 8", "--no-action-chunking", "--ema 0.5"):
+        for how in ("--resume", "--eval-only"):
+            with pytest.raises(SystemExit, match=flags.split()[0].replace("--no-", "--")):
+                parse_args([how, run_dir, *flags.split()])
+    args = parse_args(["--resume", run_dir, "--offline-steps", "400", "--eval_episodes=3"])
+    assert (args.offline_steps, args.eval_episodes, args.lr, args.hidden_dims) == (400, 3, 3e-3, (64, 64))
+    args = parse_args([f"--eval_only={run_dir}/checkpoint_150.pt", "--flow-steps", "5", "--lr", "3e-3"])
+    assert (args.flow_steps, args.run_dir, args.env_name) == (5, run_dir, "point/expert-v0")
+
+
+@pytest.mark.parametrize("content", ["", '{"seed": 1', "[1, 2]", '{"no_such_flag": 1}', '{"hidden_dims": 3}'])
+def test_damaged_flags_json(finished, tmp_path, content, monkeypatch):
+    monkeypatch.setattr("sys.argv", [SCRIPT])
+    run_dir = copy_run(finished, tmp_path)
+    (run_dir / "flags.json").write_text(content)
+    with pytest.raises(SystemExit, match="--resume"):
+        parse_args(["--resume", str(run_dir)])
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.system, ("touch executed",)
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "truncated":
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how == "random bytes":
+        path.write_bytes(random.Random(0).randbytes(5000))
+    elif how == "malicious":
+        torch.save(torch.load(path) | {"actor": Malicious()}, path)
+    else:
+        torch.save({"a list": [1, 2]}, path)
+
+
+@pytest.mark.parametrize("how", ["truncated", "random bytes", "malicious", "other content"])
+def test_damaged_checkpoint(finished, tmp_path, point_data, how):
+    run_dir = copy_run(finished, tmp_path)
+    for name in ("checkpoint.pt", "final_model.pt"):
+        damage(run_dir / name, how)
+    for flags in (("--resume", "run", "--offline-steps", 400), ("--eval-only", "run")):
+        error = refused(*flags, cwd=tmp_path, **env_of(point_data))
+        assert ".pt" in error
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path, point_data):
+    """Also when it is never logged; no model that cannot act is called final."""
+    for interval in (10, 5000):
+        flags = (*POINT, "--lr", 1e12, "--log-interval", interval, "--run-dir", f"run{interval}")
+        error = refused(*TINY.split(), *flags, cwd=tmp_path, **env_of(point_data))
+        assert "--lr" in error and not (tmp_path / f"run{interval}" / "final_model.pt").exists()
+
+
+def test_full_disk(tmp_path, point_data):
+    """Files may not grow beyond what a checkpoint needs: the message names the way on, the checkpoint stays."""
+    flags = [*TINY.split(), *POINT, "--hidden-dims", 256, 256, "--offline-steps", 100, "--run-dir"]
+    run_forked(SCRIPT, *flags, "whole", cwd=tmp_path, **env_of(point_data))
+    space = (tmp_path / "whole" / "checkpoint.pt").stat().st_size - 1000
+    error = refused(*flags, "run", cwd=tmp_path, max_file_bytes=space, **env_of(point_data))
+    assert "--resume run" in error and ("too large" in error or "No space" in error)
+    run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env_of(point_data))
+    assert table(tmp_path / "run", "offline_agent.csv") == table(tmp_path / "whole", "offline_agent.csv")
