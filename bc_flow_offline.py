@@ -1,9 +1,9 @@
 """Flow-matching behaviour cloning, with action chunks, from any offline dataset, in one file.
 
-    python bc_flow_offline.py                                    # a Franka learns to pick up a cube from a scripted expert
+    python bc_flow_offline.py                                    # a Franka picks up a cube as a scripted expert does
     python bc_flow_offline.py --env-name halfcheetah-medium-v2   # needs a network, once, for the D4RL file
-    python bc_flow_offline.py --env-name halfcheetah-medium-v2 --dataset-path halfcheetah_medium-v2.hdf5  # needs that file
-    python bc_flow_offline.py --env-name mujoco/halfcheetah/medium-v0 --action-chunking  # needs a network, or that dataset
+    python bc_flow_offline.py --env-name halfcheetah-medium-v2 --dataset-path FILE         # needs that file
+    python bc_flow_offline.py --env-name mujoco/halfcheetah/medium-v0 --action-chunking    # needs a network, once
     python bc_flow_offline.py --env-name lift-mh-low_dim --action-chunking --horizon-length 10  # needs robomimic's file
     python bc_flow_offline.py --env-name cube-single-play-singletask-v0  # needs `pip install ogbench` and a network
     python bc_flow_offline.py --env-name franka/pick-v0 --action-chunking  # needs a recording of that name
@@ -55,12 +55,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torch.utils.checkpoint
 import tyro
 from gymnasium import spaces
 from torch import Tensor, nn
 
 import franka_sim  # registers the Franka tasks  # TASK: import the module that registers yours
 
+MAY_BE_ZERO = {"seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers"}  # whole numbers
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150
 
 
@@ -98,8 +100,8 @@ class Args:
     """bfloat16 matrix products: faster on a GPU, and on CPUs with AVX512-BF16 or AMX"""
     # data and environment
     env_name: str = "FrankaPickCube-v0"  # TASK: your task or dataset
-    """D4RL name, Minari id (namespace/name-v0), robomimic (lift-mh-low_dim), OGBench (...-singletask-v0), or a gymnasium
-    id whose task has a scripted expert; flags that a name needs stand in RECIPES"""
+    """D4RL name, Minari id (namespace/name-v0), robomimic (lift-mh-low_dim), OGBench (...-singletask-v0), or gymnasium
+    id of a task with a scripted expert, whose demonstrations are collected; RECIPES has other defaults for some"""
     dataset_path: str | None = None
     """HDF5 file of D4RL's or robomimic's layout to read instead of downloading it"""
     d4rl_url: str = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
@@ -111,12 +113,13 @@ class Args:
     top_fraction: float = 1.0
     """use only this fraction of the episodes, those of the highest return"""
     validation_fraction: float = 0.0
-    """fraction of the episodes held out for eval/validation_loss, where the data has no such part of its own"""
+    """fraction of the episodes held out for eval/validation_loss; robomimic's own choice where its file has one
+    (OGBench has validation data apart from this)"""
     clip_actions: bool = False
     """clip dataset actions that are outside the task's bounds, instead of refusing the data"""
-    demos: int = 100
+    demos: int = 200
     """demonstrations to collect from a task's scripted expert"""
-    demo_noise: float = 0.3
+    demo_noise: float = 0.0
     """standard deviation of the noise on what the expert executes; what is learned is its choice without noise"""
     frame_stack: int = 1
     """observations of this many steps are stacked"""
@@ -186,14 +189,8 @@ class Args:
 
 BCAgentConfig = Args  # an agent needs no other settings than these
 RECIPES: dict[str, dict[str, Any]] = {  # TASK: defaults of your task where they differ from the above
-    "FrankaPickCube-v0": {"offline_steps": 6_000, "log_interval": 500, "eval_interval": 3_000, "action_chunking": True}
-    | {
-        "lr_schedule": "cosine",
-        "lr": 1e-3,
-        "ema": 0.995,
-        "normalize_observations": True,
-        "hidden_dims": (256, 256, 256),
-    },
+    "FrankaPickCube-v0": {"offline_steps": 5_000, "log_interval": 500, "eval_interval": 2_500, "action_chunking": True}
+    | {"lr": 1e-3, "lr_schedule": "cosine", "ema": 0.995, "normalize_observations": True, "hidden_dims": (256,) * 3},
 }
 
 
@@ -237,9 +234,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         try:
             saved = read_flags(path)
         except (OSError, ValueError, TypeError) as error:
-            fail(
-                f"--{'resume' if '--resume' in given else 'eval-only'} {run_dir}: no run of this script there ({error})"
-            )
+            name = "--resume" if "--resume" in given else "--eval-only"
+            fail(f"{name} {run_dir}: no run of this script there ({error})")
         args = tyro.cli(Args, args=tokens, description=__doc__, default=saved)
         may_change = "run_dir resume eval_only capture_video track cuda compile threads offline_steps eval_episodes "
         may_change += "eval_envs video_episodes video_frame_skip save_interval num_workers data_loading save_dir "
@@ -259,9 +255,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
 def check_args(args: Args) -> None:
     """Exits with one line about a flag that makes no sense."""
     for name, value in vars(args).items():
-        least = -math.inf if name == "save_interval" else 0
-        least = 1 if type(value) is int and name not in ZERO_IS_FINE else least
-        if type(value) in (int, float) and not least <= value < math.inf:
+        least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
+        if type(value) in (int, float) and name != "save_interval" and not least <= value < math.inf:
             fail(f"{flag(name)} {value}: give at least {least}")
     for name in ("dataset_proportion", "top_fraction", "validation_fraction", "ema"):
         value, least, most = getattr(args, name), 0, 1
@@ -276,9 +271,6 @@ def check_args(args: Args) -> None:
         fail(f"--execution-horizon {args.execution_horizon}: a chunk has {horizon} actions (--horizon-length)")
 
 
-ZERO_IS_FINE = {"seed", "save_interval", "eval_interval", "video_episodes", "execution_horizon", "num_workers"}
-
-
 def world_size() -> int:
     """Processes that learn together: `torchrun --nproc-per-node N bc_flow_offline.py ...`."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -289,45 +281,21 @@ def rank() -> int:
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
-class PolicyInput(gym.Wrapper):
-    """Observations as the policy takes them (see `arrange`), stacked over `frame_stack` steps; actions in [-1, 1]."""
-
-    def __init__(self, env: gym.Env, frame_stack: int = 1):
-        super().__init__(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
-        self.raw_space, self.frames = env.observation_space, deque(maxlen=frame_stack)
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        self.frames.extend([self.arranged(obs)] * self.frames.maxlen)
-        return self.stacked(), info
-
-    def step(self, action):
-        obs, *ends, info = self.env.step(action)
-        self.frames.append(self.arranged(obs))
-        return self.stacked(), *ends, info
-
-    def arranged(self, obs):
-        return each(lambda x: x[0], arrange(self.raw_space, each(lambda x: np.asarray(x)[None], obs)))
-
-    def stacked(self):
-        return each(lambda *frames: np.concatenate(frames, -1), *self.frames)
-
-
 def each(function: Callable, *xs):
-    """`function` of arrays, or of the entries of dicts of arrays."""
+    """`function` of arrays, or, of dicts of arrays, entry by entry."""
     return {k: each(function, *(x[k] for x in xs)) for k in xs[0]} if isinstance(xs[0], dict) else function(*xs)
 
 
 def arrange(space: spaces.Space, observations):
-    """Observations with a leading time axis as the policy takes them: states (T, O) float32 of everything flat, in the
-    space's order; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose or drop entries here."""
+    """Observations with a leading time axis as the policy takes them: states (T, O) float32, everything flat, in the
+    order of sorted names; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose entries here."""
     flat, images = [], {}
 
     def walk(space: spaces.Space, x, name: str) -> None:
         if isinstance(space, spaces.Dict):
-            for key, part in space.items():
-                walk(part, x[key], key)
-        elif len(space.shape or ()) == 3 and space.dtype == np.uint8:
+            for key in sorted(space):
+                walk(space[key], x[key], key)
+        elif is_image(space):
             images[name] = np.asarray(x)
         else:
             flat.append(np.asarray(x, np.float32).reshape(len(x), -1))
@@ -337,17 +305,41 @@ def arrange(space: spaces.Space, observations):
     return states | images if images or not flat else states["state"]
 
 
+def is_image(space: spaces.Space) -> bool:
+    return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
+
+
+class PolicyInput(gym.Wrapper):
+    """Observations as `arrange` gives them, those of the last steps stacked; actions in [-1, 1]."""
+
+    def __init__(self, env: gym.Env, frame_stack: int = 1):
+        super().__init__(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+        self.raw_space, self.frames = env.observation_space, deque(maxlen=frame_stack)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.frames.extend([self.arranged(obs)] * self.frames.maxlen)
+        return each(lambda *frames: np.concatenate(frames, -1), *self.frames), info
+
+    def step(self, action):
+        obs, *ends, info = self.env.step(action)
+        self.frames.append(self.arranged(obs))
+        return each(lambda *frames: np.concatenate(frames, -1), *self.frames), *ends, info
+
+    def arranged(self, obs):
+        return each(lambda x: x[0], arrange(self.raw_space, each(lambda x: np.asarray(x)[None], obs)))
+
+
 class RobosuiteTask(gym.Env):
-    """A robosuite task as robomimic's files describe it: its low-dimensional observation, success ends the episode."""
+    """A robosuite task as a robomimic file describes it: low-dimensional observations, success ends the episode."""
 
     HORIZON = {"lift": 300, "can": 300, "square": 400, "transport": 800, "tool_hang": 1000}  # qc robomimic_utils.py:34
 
     def __init__(self, task: str, env_args: dict, keys: list[str], render_mode: str | None = None):
         import robosuite
 
-        offscreen = {"has_renderer": False, "has_offscreen_renderer": render_mode is not None}
-        options = env_args["env_kwargs"] | offscreen | {"use_camera_obs": False, "ignore_done": True}
-        self.sim, self.keys = robosuite.make(env_args["env_name"], **options), keys
+        off = dict.fromkeys(("has_renderer", "has_offscreen_renderer", "use_camera_obs"), False) | {"ignore_done": True}
+        self.sim, self.keys = robosuite.make(env_args["env_name"], **env_args["env_kwargs"] | off), keys
         self.horizon, self.render_mode, self.metadata = self.HORIZON[task], render_mode, {"render_fps": 20}
         low, high = self.sim.action_spec
         self.action_space = spaces.Box(np.float32(low), np.float32(high))
@@ -362,17 +354,19 @@ class RobosuiteTask(gym.Env):
         if seed is not None:
             np.random.seed(seed)  # noqa: NPY002  robosuite before 1.5 places objects with numpy's global generator
             self.sim.rng = np.random.default_rng(seed)
-        self.steps = 0
-        return self.observe(self.sim.reset()), {}
+        self.steps, self.renderer = 0, None
+        return self.observe(self.sim.reset()), {"success": False}
 
     def step(self, action):
         raw, reward, *_ = self.sim.step(action)
-        self.steps += 1
-        success = bool(self.sim._check_success())
+        self.steps, success = self.steps + 1, bool(self.sim._check_success())
         return self.observe(raw), float(reward), success, self.steps >= self.horizon, {"success": success}
 
     def render(self):
-        return self.sim.sim.render(camera_name="agentview", height=256, width=256)[::-1]
+        model, data = self.sim.sim.model._model, self.sim.sim.data._data
+        self.renderer = self.renderer or franka_sim.new_renderer(model, 256, 256)
+        self.renderer.update_scene(data, "agentview")
+        return self.renderer.render()
 
 
 def make_env(dataset, args: Args, render: bool = False) -> gym.Env | None:
@@ -380,8 +374,7 @@ def make_env(dataset, args: Args, render: bool = False) -> gym.Env | None:
     about, options = dataset.storage.metadata, {"render_mode": "rgb_array"} if render else {}
     try:
         if "robomimic" in about:
-            task = json.loads(about["robomimic"])
-            env = RobosuiteTask(task["task"], task["env_args"], task["keys"], **options)
+            env = RobosuiteTask(**json.loads(about["robomimic"]), **options)
         elif "ogbench" in about:
             import ogbench
 
@@ -389,7 +382,7 @@ def make_env(dataset, args: Args, render: bool = False) -> gym.Env | None:
         else:
             with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
                 env = dataset.recover_environment(eval_env=True, **options)
-    except (gym.error.Error, ImportError, ValueError) as error:
+    except (gym.error.Error, ImportError, KeyError, ValueError) as error:
         print(f"no evaluation: {dataset.id} names no task that runs here ({error})", file=sys.stderr)
         return None
     theirs, ours = dataset.observation_space, env.observation_space
@@ -430,10 +423,14 @@ class FeedForward(nn.Sequential):
             layers += [nn.Linear(*pair), nn.GELU(approximate="tanh")]  # flax's GELU
             layers += [nn.LayerNorm(pair[1], eps=1e-6)] if layer_norm else []  # flax's eps
         super().__init__(*layers, nn.Linear(dims[-1], out_dim))
-        for layer in self:
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        self.apply(xavier)
+
+
+def xavier(layer: nn.Module) -> None:
+    """flax's variance_scaling(1, fan_avg, uniform), and no bias."""
+    if isinstance(layer, nn.Linear | nn.Conv2d):
+        nn.init.xavier_uniform_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 class ActorVectorField(nn.Module):
@@ -441,8 +438,7 @@ class ActorVectorField(nn.Module):
 
     def __init__(self, in_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.time = FourierFeatures() if args.use_fourier_features else nn.Identity()
-        time_dim = 64 if args.use_fourier_features else 1
+        self.time, time_dim = (FourierFeatures(), 64) if args.use_fourier_features else (nn.Identity(), 1)
         self.mlp = FeedForward(in_dim + action_dim + time_dim, args.hidden_dims, action_dim, args.layer_norm)
 
     def forward(self, features: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -482,36 +478,116 @@ class Normalizer(nn.Module):
         return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
 
 
-class ImpalaEncoder(nn.Module):
-    """(B, H, W, C) uint8 -> (B, 512); impala_small of qc utils/encoders.py: one residual block per stage."""
+def random_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
+    """Images (N, H, W, C) padded with their edge, then cut at offsets (N, 2) = row, column in 0 ... 2 * padding.
 
-    def __init__(self, shape: tuple[int, ...], features: int = 512):
+    DrQ arXiv:2004.13649, SERL vision/data_augmentations.py:7.
+    """
+    n, height, width, channels = images.shape
+    number, device = torch.arange(n, device=images.device), images.device
+    rows = (torch.arange(height, device=device) + offsets[:, :1] - padding).clamp(0, height - 1)  # (N, H)
+    columns = (torch.arange(width, device=device) + offsets[:, 1:] - padding).clamp(0, width - 1)  # (N, W)
+    pixels = (number[:, None] * height + rows)[..., None] * width + columns[:, None]  # (N, H, W)
+    return images.reshape(-1, channels).index_select(0, pixels.flatten()).view_as(images)
+
+
+def standardize(images: Tensor) -> Tensor:
+    """Images (N, H, W, 3 * T) -> (N, 3 * T, H, W) with ImageNet's mean and standard deviation; memory stays NHWC."""
+    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).repeat(images.shape[3] // 3)
+    std = torch.tensor([0.229, 0.224, 0.225], device=images.device).repeat(images.shape[3] // 3)
+    return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+
+
+class SmallTrunk(nn.Module):
+    """Convolutions 3x3 with ReLU; SERL vision/small_encoders.py."""
+
+    def __init__(self, in_channels: int, channels: tuple[int, ...], strides: tuple[int, ...], padding: int = 0):
         super().__init__()
-        dims = (shape[-1], 16, 32, 32)
-        self.stages = nn.ModuleList(
-            nn.ModuleList([nn.Conv2d(i, o, 3, padding=1), nn.Conv2d(o, o, 3, padding=1), nn.Conv2d(o, o, 3, padding=1)])
-            for i, o in zip(dims[:-1], dims[1:], strict=True)
-        )
-        height, width = (-(-size // 8) for size in shape[:2])
-        self.linear = nn.Linear(32 * height * width, features)
-        for layer in self.modules():
-            if isinstance(layer, nn.Conv2d | nn.Linear):
-                nn.init.xavier_uniform_(layer.weight)
-                nn.init.zeros_(layer.bias)
+        pairs = zip((in_channels, *channels[:-1]), channels, strides, strict=True)
+        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding) for a, b, stride in pairs)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = images.movedim(-1, 1).float() / 255
+        x = images.permute(0, 3, 1, 2) / 255
+        for conv in self.convs:
+            x = conv(x).relu()
+        return x
+
+
+def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
+    """Padding like flax's SAME, where it differs from PyTorch's: (0, 1) for kernel 3 with stride 2 on even sizes."""
+    totals = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in (x.shape[3], x.shape[2])]
+    return F.pad(x, [side for total in totals for side in (total // 2, total - total // 2)], value=value)
+
+
+class ResNetBlock(nn.Module):
+    """Two convolutions 3x3 beside a shortcut; SERL vision/resnet_v1.py:131."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.stride, self.project = stride, stride != 1 or in_channels != channels
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.norm1, self.norm2 = nn.GroupNorm(4, channels), nn.GroupNorm(4, channels)
+        if self.project:
+            self.conv_proj = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.norm_proj = nn.GroupNorm(4, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(self.conv1(pad_same(x, 3, self.stride))).relu()
+        y = self.norm2(self.conv2(y))
+        return ((self.norm_proj(self.conv_proj(x)) if self.project else x) + y).relu()
+
+
+class ResNetTrunk(nn.Module):
+    """ResNet-10 with GroupNorm, without its last pooling and layer; SERL vision/resnet_v1.py:189."""
+
+    def __init__(self, in_channels: int, channels: tuple[int, ...] = (64, 128, 256, 512)):
+        super().__init__()
+        self.conv_init = nn.Conv2d(in_channels, channels[0], 7, 2, 3, bias=False)
+        self.norm_init = nn.GroupNorm(4, channels[0])
+        pairs = zip((channels[0], *channels[:-1]), channels, strict=True)
+        self.blocks = nn.ModuleList(ResNetBlock(a, b, 2 if i else 1) for i, (a, b) in enumerate(pairs))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.norm_init(self.conv_init(standardize(images))).relu()
+        x = F.max_pool2d(pad_same(x, 3, 2, -math.inf), 3, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class ImpalaTrunk(nn.Module):
+    """(B, H, W, C) uint8 -> (B, 32, H / 8, W / 8); impala_small of qc utils/encoders.py: one residual block a stage."""
+
+    def __init__(self, in_channels: int):
+        super().__init__()
+        dims = ((in_channels, 16), (16, 32), (32, 32))
+        convs = ([nn.Conv2d(width, b, 3, padding=1) for width in (a, b, b)] for a, b in dims)
+        self.stages = nn.ModuleList(map(nn.ModuleList, convs))
+        self.apply(xavier)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.permute(0, 3, 1, 2) / 255
         for first, *block in self.stages:
-            x = F.max_pool2d(same_padding(first(x)), 3, 2)
+            x = F.max_pool2d(pad_same(first(x), 3, 2, -math.inf), 3, 2)
             x = x + block[1](block[0](x.relu()).relu())
-        return F.gelu(self.linear(x.relu().movedim(1, -1).flatten(1)), approximate="tanh")
+        return x.relu()
 
 
-def same_padding(x: Tensor) -> Tensor:
-    """(B, C, H, W) padded for a 3x3 max-pool of stride 2, as flax's SAME does."""
-    pads = [max((math.ceil(size / 2) - 1) * 2 + 3 - size, 0) for size in x.shape[-2:]]
-    (top, bottom), (left, right) = [(pad // 2, pad - pad // 2) for pad in pads]
-    return F.pad(x, (left, right, top, bottom), value=-math.inf)
+class ImageEncoder(nn.Module):
+    """(B, H, W, C) uint8 -> (B, 512): a trunk and one layer over its whole map."""
+
+    def __init__(self, shape: tuple[int, ...], args: Args):
+        super().__init__()
+        if args.encoder == "small":
+            self.trunk = SmallTrunk(shape[-1], (32, 64, 128, 256), (2, 2, 2, 2))  # SERL agents/continuous/drq.py:140
+        else:
+            self.trunk = ResNetTrunk(shape[-1]) if args.encoder == "resnet10" else ImpalaTrunk(shape[-1])
+        self.linear = nn.Linear(self.trunk(torch.zeros(1, *shape, dtype=torch.uint8)).numel(), 512)
+        self.linear.apply(xavier)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.gelu(self.linear(self.trunk(images).flatten(1)), approximate="tanh")
 
 
 class ObservationEncoder(nn.Module):
@@ -520,24 +596,21 @@ class ObservationEncoder(nn.Module):
     def __init__(self, shape: tuple[int, ...] | dict[str, tuple[int, ...]], args: Args):
         super().__init__()
         shapes = shape if isinstance(shape, dict) else {"state": shape}
-        encoders = {"impala_small": ImpalaEncoder, None: ImpalaEncoder}
-        self.cameras = [name for name in shapes if name != "state"]
-        self.images = nn.ModuleDict({name: encoders[args.encoder](shapes[name]) for name in self.cameras})
+        cameras = [name for name in shapes if name != "state"]
+        self.images = nn.ModuleDict({name: ImageEncoder(shapes[name], args) for name in cameras})
         dim = shapes["state"][0] if "state" in shapes else 0
         self.normalizer = Normalizer(dim) if args.normalize_observations and dim else nn.Identity()
-        self.dim, self.checkpointing = dim + 512 * len(self.cameras), args.checkpoint_activations
+        self.dim, self.checkpointing = dim + 512 * len(cameras), args.checkpoint_activations
 
     def forward(self, observations) -> Tensor:
-        if not self.cameras:
+        if not self.images:
             return self.normalizer(observations)
         features = [self.normalizer(observations["state"])] if "state" in observations else []
-        for name in self.cameras:
+        for name, network in self.images.items():
             if self.checkpointing and torch.is_grad_enabled():
-                from torch.utils.checkpoint import checkpoint
-
-                features.append(checkpoint(self.images[name], observations[name], use_reentrant=False))
+                features.append(torch.utils.checkpoint.checkpoint(network, observations[name], use_reentrant=False))
             else:
-                features.append(self.images[name](observations[name]))
+                features.append(network(observations[name]))
         return torch.cat(features, -1)
 
 
@@ -547,17 +620,9 @@ class Policy(nn.Module):
     def __init__(self, observation_shape, action_dim: int, args: Args):
         super().__init__()
         self.encoder = ObservationEncoder(observation_shape, args)
-        head = ActorVectorField if args.policy == "flow" else GaussianPolicy
-        self.head = head(self.encoder.dim, action_dim, args)
-
-
-def random_crop(images: Tensor, offsets: Tensor, padding: int = 4) -> Tensor:
-    """(B, H, W, C) shifted by offsets (B, 2) in 0..8 minus 4 pixels, edges repeated; arXiv:2004.13649."""
-    height, width = images.shape[1:3]
-    rows = (torch.arange(height, device=images.device) + offsets[:, :1] - padding).clamp(0, height - 1)  # (B, H)
-    columns = (torch.arange(width, device=images.device) + offsets[:, 1:] - padding).clamp(0, width - 1)
-    batch = torch.arange(len(images), device=images.device)
-    return images[batch[:, None, None], rows[:, :, None], columns[:, None, :]]
+        self.head = {"flow": ActorVectorField, "gaussian": GaussianPolicy}[args.policy](
+            self.encoder.dim, action_dim, args
+        )
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
@@ -580,7 +645,12 @@ D4RL_TASKS = {  # family: task of today, steps per episode, returns of a random 
     "maze2d-medium-dense": (None, 600, 44.264742, 297.455274),
     "maze2d-large-dense": (None, 800, 30.569041, 303.485738),
 }
+ROBOMIMIC = re.compile(r"(lift|can|square|transport|tool_hang)-(mh|ph|mg)-low_dim")
 ROBOMIMIC_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # of each arm, then object; qc robomimic_utils.py:27
+WAYS_ON = (
+    "three ways on: fetch the file on another machine and give it with --dataset-path FILE; "
+    "name a dataset that is here (`minari list local`); leave --env-name out, the default makes its own data"
+)
 
 
 def d4rl_files() -> dict[str, str]:
@@ -588,31 +658,25 @@ def d4rl_files() -> dict[str, str]:
     files = {}
     for env in ("halfcheetah", "hopper", "walker2d", "ant"):
         for kind in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
-            for version in ("v1", "v2"):
-                path = f"gym_mujoco_{version}/{env}_{kind.replace('-', '_')}-{version}.hdf5"
-                files[f"{env}-{kind}-{version}"] = path
+            file = f"{env}_{kind.replace('-', '_')}"
+            files |= {f"{env}-{kind}-{v}": f"gym_mujoco_{v}/{file}-{v}.hdf5" for v in ("v1", "v2")}
     for env in ("pen", "hammer", "relocate", "door"):
         files |= {f"{env}-{kind}-v1": f"hand_dapg_v1/{env}-{kind}-v1.hdf5" for kind in ("human", "cloned", "expert")}
-    mazes = {"umaze": "u", "medium": "big", "large": "hardest"}
-    for maze, kind in [("umaze", ""), *((maze, kind) for maze in mazes for kind in ("-play", "-diverse"))]:
-        if (maze, kind) != ("umaze", "-play"):
-            start, goal = (kind == "-diverse" or maze != "umaze"), kind == "-diverse"
-            path = f"Ant_maze_{mazes[maze]}-maze_noisy_multistart_{start}_multigoal_{goal}_sparse_fixed.hdf5"
-            files[f"antmaze-{maze}{kind}-v2"] = f"ant_maze_v2/{path}"
-    for maze in mazes:
-        for kind, word in (("", "sparse"), ("-dense", "dense")):
-            files[f"maze2d-{maze}{kind}-v1"] = f"maze2d/maze2d-{maze}-{word}-v1.hdf5"
-    kitchen = {
+    kinds = {"umaze": "u-maze_noisy_multistart_False_multigoal_False"}
+    kinds["umaze-diverse"] = "u-maze_noisy_multistart_True_multigoal_True"
+    for maze, word in (("medium", "big"), ("large", "hardest")):
+        kinds[f"{maze}-play"] = f"{word}-maze_noisy_multistart_True_multigoal_False"
+        kinds[f"{maze}-diverse"] = f"{word}-maze_noisy_multistart_True_multigoal_True"
+    files |= {f"antmaze-{kind}-v2": f"ant_maze_v2/Ant_maze_{file}_sparse_fixed.hdf5" for kind, file in kinds.items()}
+    for maze in ("umaze", "medium", "large"):
+        files[f"maze2d-{maze}-v1"] = f"maze2d/maze2d-{maze}-sparse-v1.hdf5"
+        files[f"maze2d-{maze}-dense-v1"] = f"maze2d/maze2d-{maze}-dense-v1.hdf5"
+    kinds = {
         "complete": "mini_kitchen_microwave_kettle_light_slider",
         "partial": "kitchen_microwave_kettle_light_slider",
     }
-    kitchen["mixed"] = "kitchen_microwave_kettle_bottomburner_light"
-    return files | {f"kitchen-{kind}-v0": f"kitchen/{path}-v0.hdf5" for kind, path in kitchen.items()}
-
-
-def d4rl_family(name: str) -> str:
-    """Key of D4RL_TASKS: all of a maze2d name but its version, of other names the first word."""
-    return name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]
+    kinds["mixed"] = "kitchen_microwave_kettle_bottomburner_light"
+    return files | {f"kitchen-{kind}-v0": f"kitchen/{file}-v0.hdf5" for kind, file in kinds.items()}
 
 
 def find_dataset(args: Args) -> tuple[str, str | None]:
@@ -620,25 +684,21 @@ def find_dataset(args: Args) -> tuple[str, str | None]:
     downloads what is not there yet; exits with one line when that cannot be done."""
     import minari
 
-    name, local, files = args.env_name, minari.list_local_datasets(), d4rl_files()
-    robomimic = re.fullmatch(r"(lift|can|square|transport|tool_hang)-(mh|ph|mg)-low_dim", name)
+    name, path, files = args.env_name, args.dataset_path, d4rl_files()
     if name in files:
-        return convert_hdf5(
-            args, Path(args.dataset_path) if args.dataset_path else download_d4rl(args, files[name])
-        ), None
-    if robomimic:
-        task, kind = robomimic[1], robomimic[2]
-        file = f"{task}/{kind}/low_dim_{'sparse_' if kind == 'mg' else ''}v15.hdf5"
-        path = Path(args.dataset_path or Path.home() / ".robomimic" / file)
+        return convert_hdf5(args, Path(path) if path else download_d4rl(args, files[name])), None
+    if robomimic := ROBOMIMIC.fullmatch(name):
+        task, kind = robomimic.groups()
+        file = f"{task}/{kind}/low_dim_{'sparse_' * (kind == 'mg')}v15.hdf5"
+        path = Path(path or Path.home() / ".robomimic" / file)
         if not path.exists():
-            way = f"python -m robomimic.scripts.download_datasets --tasks {task} --dataset_types {kind} --hdf5_types low_dim"
-            fail(
-                f"--env-name {name}: there is no {path}; `{way} --download_dir ~/.robomimic`, or give --dataset-path FILE"
-            )
+            way = f"python -m robomimic.scripts.download_datasets --tasks {task} --dataset_types {kind}"
+            way += " --hdf5_types low_dim --download_dir ~/.robomimic"
+            fail(f"--env-name {name}: there is no {path}; `{way}` (robomimic 0.5), or give --dataset-path FILE")
         return convert_hdf5(args, path), None
-    if args.dataset_path:
-        fail(f"--dataset-path {args.dataset_path}: goes with a D4RL or robomimic name, {name} is none")
-    if name in local:
+    if path:
+        fail(f"--dataset-path {path}: goes with a D4RL or robomimic name, {name} is none")
+    if name in minari.list_local_datasets():
         return name, None
     if name in gym.registry:
         return collect_demos(args), None
@@ -646,28 +706,46 @@ def find_dataset(args: Args) -> tuple[str, str | None]:
         return convert_ogbench(args)
     if re.fullmatch(r"[-_\w]+(/[-_\w]+)+-v\d+", name):
         return download_minari(args), None
-    known = [*local, *files, *RECIPES, "lift-mh-low_dim", "can-mh-low_dim", "square-mh-low_dim", "lift-ph-low_dim"]
-    near = difflib.get_close_matches(name, known, 3, 0.4)
-    fail(f"--env-name {name}: no dataset of that name is known{'; did you mean ' + ' or '.join(near) if near else ''}")
+    fail(f"--env-name {name}: no dataset of that name is known{nearest(name)}")
 
 
-def store(dataset_id: str, episodes: Iterable, metadata: dict | None = None, **about) -> str:
-    """Writes a local Minari dataset in a hidden folder and renames it, so that it is there as a whole or not at all."""
+def nearest(name: str) -> str:
+    """What the user may have meant, as the end of a message."""
     import minari
+
+    known = [*minari.list_local_datasets(), *d4rl_files(), *RECIPES]
+    known += [f"{task}-{kind}-low_dim" for task in RobosuiteTask.HORIZON for kind in ("mh", "ph")]
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
+    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
+    dataset, in a hidden folder that is then renamed: all of it is there, or nothing. An id that exists is left."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
     from minari.storage.datasets_root_dir import get_dataset_path
 
     root, before = get_dataset_path(), os.environ.get("MINARI_DATASETS_PATH")
-    temporary = root / f".{os.getpid()}-{time.time_ns()}"
+    for left in root.glob(".storing-*"):  # by a process that was killed
+        if time.time() - left.stat().st_mtime > 86_400:
+            shutil.rmtree(left, ignore_errors=True)
+    if dataset_id in minari.list_local_datasets():
+        return dataset_id
+    temporary = root / f".storing-{os.getpid()}-{time.time_ns()}"
     os.environ["MINARI_DATASETS_PATH"] = str(temporary)
     try:
+        buffers = (
+            EpisodeBuffer(i, None, None, *checked(f"episode {i}", *episode)) for i, episode in enumerate(episodes)
+        )
         with warnings.catch_warnings(action="ignore"):  # about author and permalink
-            dataset = minari.create_dataset_from_buffers(dataset_id, map(checked, episodes), **about)
-        dataset.storage.update_metadata(metadata or {})
+            minari.create_dataset_from_buffers(dataset_id, buffers, **about).storage.update_metadata(metadata or {})
         (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
         for file in temporary.rglob("namespace_metadata.json"):
-            if not (root / file.relative_to(temporary)).exists():
-                shutil.copy(file, root / file.relative_to(temporary))
-        (temporary / dataset_id).rename(root / dataset_id)
+            if not (target := root / file.relative_to(temporary)).exists():
+                shutil.copy(file, target)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            (temporary / dataset_id).rename(root / dataset_id)
     finally:
         os.environ.pop("MINARI_DATASETS_PATH")
         os.environ |= {"MINARI_DATASETS_PATH": before} if before else {}
@@ -675,31 +753,27 @@ def store(dataset_id: str, episodes: Iterable, metadata: dict | None = None, **a
     return dataset_id
 
 
-def checked(episode):
-    """The episode. Exits with one line when it holds numbers that are not finite."""
-
-    def check(x, what: str) -> None:
-        if isinstance(x, dict):
-            for key, part in x.items():
-                check(part, f"{what}/{key}")
-        elif not np.isfinite(np.asarray(x, float)).all() if np.asarray(x).dtype.kind == "f" else False:
-            fail(f"episode {episode.id} of the data: {what} holds numbers that are not finite (NaN); repair the file")
-
-    for what in ("observations", "actions", "rewards"):
-        check(getattr(episode, what), what)
-    return episode
+def checked(where: str, observations, actions, rewards, *ends) -> tuple:
+    """An episode's parts. Exits with one line when they hold numbers that are not finite."""
+    for what, x in (("observations", observations), ("actions", actions), ("rewards", rewards)):
+        finite = []
+        each(lambda x, finite=finite: finite.append(x.dtype.kind != "f" or np.isfinite(x).all()), x)
+        if not all(finite):
+            fail(
+                f"{where} of the data: {what} hold numbers that are not finite (NaN); repair or leave out that episode"
+            )
+    return observations, actions, rewards, *ends
 
 
 def collect_demos(args: Args) -> str:
     """Demonstrations of the task's scripted expert, successes only. It executes its choice plus noise, so that the data
     shows how to recover; the choice itself is stored (DART, arXiv:1703.09327)."""
     import minari
-    from minari.data_collector import EpisodeBuffer
     from tqdm import tqdm
 
-    settings = f"{args.env_name} {args.demos} {args.demo_noise}"
+    settings = f"{args.env_name}, {args.demos} successes, noise {args.demo_noise}, stored without it"
     digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    dataset_id = f"scripted/{re.sub(r'[^-_a-zA-Z0-9]', '-', re.sub(r'-v[0-9]+$', '', args.env_name))}-{digest}-v0"
+    dataset_id = f"scripted/{re.sub(r'-v[0-9]+$|[^-_a-zA-Z0-9]', '', args.env_name)}-{digest}-v0"
     if dataset_id in minari.list_local_datasets():
         return dataset_id
     env = gym.make(args.env_name)
@@ -707,30 +781,30 @@ def collect_demos(args: Args) -> str:
         fail(f"--env-name {args.env_name}: has no expert_action(); name a dataset of it (`minari list local`)")
     rng, space = np.random.default_rng(0), env.action_space
 
-    def episodes() -> Iterator[EpisodeBuffer]:
-        bar, attempt = tqdm(total=args.demos, desc="demonstrations", unit="ep"), 0
-        while bar.n < args.demos:
-            seed = episode_seed(0, 2, attempt)
-            obs, done, attempt = [env.reset(seed=seed)[0]], False, attempt + 1
-            steps = []
-            while not done:
-                action = np.asarray(env.unwrapped.expert_action(), space.dtype)
-                noise = args.demo_noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
-                next_obs, reward, terminated, truncated, info = env.step(np.clip(action + noise, space.low, space.high))
-                obs.append(next_obs)
-                steps.append((action, float(reward), terminated, truncated))
-                done = terminated or truncated
-            if success(info) == 0:
-                if attempt > 10 * args.demos:
-                    fail(f"--demo-noise {args.demo_noise}: the scripted expert fails too often; lower it")
-                continue
-            stacked = {k: np.stack([o[k] for o in obs]) for k in obs[0]} if isinstance(obs[0], dict) else np.stack(obs)
-            actions, *ends = map(np.array, zip(*steps, strict=True))
-            yield EpisodeBuffer(bar.n, seed, None, stacked, actions, *ends)
-            bar.update()
-        bar.close()
+    def demonstration(attempt: int) -> tuple | None:
+        observations, steps, done = [env.reset(seed=episode_seed(0, 2, attempt))[0]], [], False
+        while not done:
+            action = np.asarray(env.unwrapped.expert_action(), space.dtype)
+            noise = args.demo_noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
+            executed = np.clip(action + noise, space.low, space.high).astype(space.dtype)
+            obs, reward, terminated, truncated, info = env.step(executed)
+            observations.append(obs)
+            steps.append((action, float(reward), terminated, truncated))
+            done = terminated or truncated
+        parts = (each(lambda *xs: np.stack(xs), *observations), *map(np.array, zip(*steps, strict=True)))
+        return None if success(info) == 0 else parts
 
-    return store(dataset_id, episodes(), env=env.spec, algorithm_name="scripted expert", description=settings)
+    def demonstrations() -> Iterator[tuple]:
+        with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
+            for attempt in range(10 * args.demos):
+                if parts := demonstration(attempt):
+                    yield parts
+                    bar.update()
+                if bar.n == args.demos:
+                    return
+        fail(f"--demo-noise {args.demo_noise}: the scripted expert fails too often; lower it")
+
+    return store(dataset_id, demonstrations(), env=env.spec, algorithm_name="scripted expert", description=settings)
 
 
 def convert_hdf5(args: Args, path: Path) -> str:
@@ -738,152 +812,127 @@ def convert_hdf5(args: Args, path: Path) -> str:
     import h5py
     import minari
 
+    kind = "robomimic" if ROBOMIMIC.fullmatch(args.env_name) else "d4rl"
+    name, version = (args.env_name, "v15") if kind == "robomimic" else args.env_name.rsplit("-", 1)
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
-        file = h5py.File(path)
-    except OSError as error:
-        fail(f"{path}: cannot be read as HDF5 ({error}); if it was cut off, delete it and download it again")
-    robomimic = args.env_name.endswith("low_dim")
-    name, version = (args.env_name, "v15") if robomimic else args.env_name.rsplit("-", 1)
-    dataset_id = f"{'robomimic' if robomimic else 'd4rl'}/{name}-{digest}-{version}"
-    if dataset_id in minari.list_local_datasets():
-        return dataset_id
-    print(f"converting {path} to the Minari dataset {dataset_id}", flush=True)
-    with file:
-        try:
-            return (store_robomimic if robomimic else store_d4rl)(dataset_id, args.env_name, file)
-        except (OSError, KeyError) as error:  # what h5py raises for missing keys and damaged parts
-            layout = "robomimic" if robomimic else "D4RL"
-            fail(f"{path}: is damaged or not of {layout}'s layout ({error}); delete it and download it again")
+        dataset_id = f"{kind}/{name}-{digest}-{version}"
+        if dataset_id in minari.list_local_datasets():
+            return dataset_id
+        print(f"converting {path} to the Minari dataset {dataset_id}", flush=True)
+        with h5py.File(path) as file:
+            return (store_robomimic if kind == "robomimic" else store_d4rl)(dataset_id, args.env_name, file)
+    except FileNotFoundError:
+        fail(f"--dataset-path {path}: there is no such file")
+    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:  # h5py's for missing or damaged parts
+        fail(f"{path}: is cut off, damaged or not of {kind}'s layout ({error}); delete it and fetch it again")
 
 
 def store_d4rl(dataset_id: str, name: str, file) -> str:
     """Rows (N, ...) of D4RL cut into episodes, d4rl/__init__.py:69-140 and qc d4rl_utils.py:16-58."""
-    from minari.data_collector import EpisodeBuffer
-
-    missing = [key for key in ("observations", "actions", "rewards", "terminals") if key not in file]
-    if missing:
-        raise KeyError(f"no {', '.join(missing)}")
-    observations, actions, rewards, terminals = (
-        file[k][:] for k in ("observations", "actions", "rewards", "terminals")
-    )
+    keys = ("observations", "actions", "rewards", "terminals")
+    if missing := [key for key in keys if key not in file]:
+        raise KeyError(f"there is no {', '.join(missing)}")
+    observations, actions, rewards, terminals = (file[key][:] for key in keys)
     rewards, terminals = rewards.reshape(-1), terminals.reshape(-1).astype(bool)
     if len({len(x) for x in (observations, actions, rewards, terminals)}) > 1 or not len(rewards):
-        raise KeyError("observations, actions, rewards and terminals are not of one length")
+        raise ValueError(f"{', '.join(keys)} are not of one length above 0")
+    task, steps, worst, best = D4RL_TASKS[
+        name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]
+    ]
     following = file["next_observations"][:] if "next_observations" in file else None
-    task, steps, worst, best = D4RL_TASKS[d4rl_family(name)]
     ends = np.zeros_like(terminals) if name.startswith("antmaze") else terminals.copy()  # a goal does not end antmaze
     if "timeouts" in file:
         ends |= file["timeouts"][:].reshape(-1).astype(bool)
     if following is not None:
         ends[:-1] |= np.abs(observations[1:] - following[:-1]).max(-1) > 1e-6
-    ends[-1] = True
+    ends[-1], first = True, 0
+    for row in range(len(ends)) if "timeouts" not in file else ():  # cut where the time limit must have been
+        ends[row] |= row - first + 1 == steps
+        first = row + 1 if ends[row] else first
 
-    def episodes() -> Iterator[EpisodeBuffer]:
-        start, number = 0, 0
-        for end in np.flatnonzero(ends):
-            pieces = [(start, end)]
-            if "timeouts" not in file:  # the time limit is not marked: cut where it must have been
-                pieces = [(s, min(s + steps - 1, end)) for s in range(start, end + 1, steps)]
-            for first, last in pieces:
-                # Without a row after it, the last one's next observation is unknown: a terminated episode does not need
-                # it, any other loses that row, as in D4RL.
-                known = following is not None or terminals[last]
-                stop = last + 1 if known else last
-                after = following[last : last + 1] if following is not None else observations[last : last + 1]
-                obs = (
-                    np.concatenate([observations[first : last + 1], after]) if known else observations[first : last + 1]
-                )
-                if stop > first:
-                    truncations = np.zeros(stop - first, bool)
-                    truncations[-1] = not terminals[stop - 1]
-                    rows = slice(first, stop)
-                    ends_here = (rewards[rows], terminals[rows], truncations)
-                    yield EpisodeBuffer(number, None, None, obs, actions[rows], *ends_here)
-                    number += 1
-            start = end + 1
+    def episodes() -> Iterator[tuple]:
+        first = 0
+        for last in np.flatnonzero(ends):
+            # Nothing follows the last row. A terminated episode does not need it; another one loses its last action,
+            # as in D4RL, unless the file has next_observations.
+            known = following is not None or terminals[last]
+            rows = slice(first, last + known)
+            after = following[last] if following is not None else observations[last]
+            truncations = np.arange(first, last + known) == last - (not known)
+            if len(truncations):
+                obs = np.concatenate([observations[first : last + known], after[None]])
+                yield obs, actions[rows], rewards[rows], terminals[rows], truncations & ~terminals[rows]
+            first = last + 1
 
-    about = {"ref_min_score": worst, "ref_max_score": best, "reference": "D4RL"}
-    low, size = np.float32(-1), actions.shape[1:]
-    if task:
-        with contextlib.suppress(gym.error.Error, ImportError):
-            about["task"] = gym.spec(task)
-    env = about.pop("task", None)
-    env = dataclasses.replace(env, max_episode_steps=steps) if env else None
+    spec, low = None, -np.ones(actions.shape[1:], np.float32)
+    with contextlib.suppress(gym.error.Error, ImportError):  # no gymnasium-robotics: no evaluation
+        spec = dataclasses.replace(gym.spec(task), max_episode_steps=steps) if task else None
     box = spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype)
-    action_space = spaces.Box(low, -low, size, np.float32)
-    return store(dataset_id, episodes(), about, env=env, observation_space=box, action_space=action_space)
+    options = {"env": spec, "observation_space": box, "action_space": spaces.Box(low, -low)}
+    return store(
+        dataset_id, episodes(), {"ref_min_score": worst, "ref_max_score": best, "reference": "D4RL"}, **options
+    )
 
 
 def store_robomimic(dataset_id: str, name: str, file) -> str:
-    """data/demo_I of robomimic: low-dimensional observations in one vector, qc robomimic_utils.py:111-137."""
-    from minari.data_collector import EpisodeBuffer
-
-    demos = sorted(file["data"], key=lambda demo: int(demo.removeprefix("demo_")))
-    env_args = json.loads(file["data"].attrs["env_args"])
-    arms = [arm for arm in ("robot0", "robot1") if f"{arm}_eef_pos" in file["data"][demos[0]]["obs"]]
+    """data/demo_I of robomimic: low-dimensional observations in one vector, qc robomimic_utils.py:111-137. With the
+    environment's settings, and the numbers of the validation episodes where the file names some."""
+    names = sorted(file["data"], key=lambda demo: int(demo.removeprefix("demo_")))
+    first = file["data"][names[0]]
+    arms = [arm for arm in ("robot0", "robot1") if f"{arm}_eef_pos" in first["obs"]]
     keys = [f"{arm}_{key}" for arm in arms for key in ROBOMIMIC_KEYS] + ["object"]
+    env_args = json.loads(file["data"].attrs["env_args"])
+    settings = {"env_args": {key: env_args[key] for key in ("env_name", "env_kwargs")}, "keys": keys}
+    about = {"robomimic": json.dumps(settings | {"task": name.partition("-")[0]})}
+    if "mask/valid" in file:
+        about["validation"] = [names.index(demo.decode()) for demo in file["mask/valid"][:]]
 
-    def episodes() -> Iterator[EpisodeBuffer]:
-        for number, demo in enumerate(file["data"][demo] for demo in demos):
+    def episodes() -> Iterator[tuple]:
+        for demo in (file["data"][demo] for demo in names):
             obs = np.concatenate([demo["obs"][key][:] for key in keys], -1)  # (T, O)
             last = demo["next_obs"] if "next_obs" in demo else demo["obs"]
             obs = np.concatenate([obs, np.concatenate([last[key][-1:] for key in keys], -1)])
             terminations = demo["dones"][:].astype(bool)
-            truncations = np.zeros_like(terminations)
-            truncations[-1] = not terminations[-1]
-            yield EpisodeBuffer(
-                number, None, None, obs, demo["actions"][:], demo["rewards"][:], terminations, truncations
-            )
+            truncations = np.arange(1, len(terminations) + 1) == len(terminations)
+            yield obs, demo["actions"][:], demo["rewards"][:], terminations, truncations & ~terminations
 
-    first = file["data"][demos[0]]
-    dim = sum(first["obs"][key].shape[-1] for key in keys)
-    about = {"robomimic": json.dumps({"task": name.partition("-")[0], "env_args": env_args, "keys": keys})}
-    action_space = spaces.Box(np.float32(-1), np.float32(1), first["actions"].shape[1:], np.float32)
-    box = spaces.Box(-np.inf, np.inf, (dim,), np.float32)
-    return store(dataset_id, episodes(), about, observation_space=box, action_space=action_space)
+    box = spaces.Box(-np.inf, np.inf, (sum(first["obs"][key].shape[-1] for key in keys),), np.float64)
+    low = -np.ones(first["actions"].shape[1:], np.float32)
+    return store(dataset_id, episodes(), about, observation_space=box, action_space=spaces.Box(low, -low))
 
 
 def convert_ogbench(args: Args) -> tuple[str, str]:
     """Training and validation part of an OGBench dataset, through its own package, as local Minari datasets."""
     import minari
-    from minari.data_collector import EpisodeBuffer
 
-    try:
-        import ogbench
-    except ImportError:
-        fail(f"--env-name {args.env_name}: pip install ogbench")
     name, version = args.env_name.rsplit("-", 1)
     ids = f"ogbench/{name}-{version}", f"ogbench/{name}-val-{version}"
     if set(ids) <= set(minari.list_local_datasets()):
         return ids
     try:
+        import ogbench
+
         env, *parts = ogbench.make_env_and_datasets(args.env_name)
+    except ImportError:
+        fail(f"--env-name {args.env_name}: pip install ogbench")
     except (OSError, ValueError, KeyError, gym.error.Error) as error:
         fail(f"--env-name {args.env_name}: ogbench says {error}; {WAYS_ON}")
+
+    def episodes(part: dict) -> Iterator[tuple]:
+        first = 0
+        for last in np.flatnonzero(part["terminals"]):
+            rows, first = slice(first, last + 1), last + 1
+            obs = np.concatenate([part["observations"][rows], part["next_observations"][last : last + 1]])
+            terminations = part["masks"][rows] == 0
+            truncations = (np.arange(1, len(terminations) + 1) == len(terminations)) & ~terminations
+            yield obs, part["actions"][rows], part["rewards"][rows], terminations, truncations
+
+    box = {"observation_space": env.observation_space, "action_space": env.action_space}
     for dataset_id, part in zip(ids, parts, strict=True):
-
-        def episodes(part=part) -> Iterator[EpisodeBuffer]:
-            start = 0
-            for number, end in enumerate(np.flatnonzero(part["terminals"])):
-                rows, start = slice(start, end + 1), end + 1
-                obs = np.concatenate([part["observations"][rows], part["next_observations"][end : end + 1]])
-                terminations = part["masks"][rows] == 0
-                truncations = np.arange(len(terminations)) == len(terminations) - 1
-                truncations &= ~terminations
-                actions, rewards = part["actions"][rows], part["rewards"][rows]
-                yield EpisodeBuffer(number, None, None, obs, actions, rewards, terminations, truncations)
-
-        box = {"observation_space": env.observation_space, "action_space": env.action_space}
-        store(dataset_id, episodes(), {"ogbench": args.env_name}, **box)
+        store(dataset_id, episodes(part), {"ogbench": args.env_name}, **box)
     return ids
-
-
-WAYS_ON = (
-    "three ways on: fetch the file on another machine and give it with --dataset-path FILE; "
-    "name a dataset that is here (`minari list local`); leave --env-name out, the default makes its own data"
-)
 
 
 def reachable(url: str, timeout_s: float = 4.0) -> bool:
@@ -923,8 +972,7 @@ def download_d4rl(args: Args, path: str) -> Path:
                 fail(f"{folder}: {free / 1e6:.0f} MB are free, {target.name} needs {2.5 * size / 1e6:.0f}; make room")
             with tqdm(total=size or None, desc=target.name, unit="B", unit_scale=True) as bar:
                 while block := response.read(1 << 20):
-                    file.write(block)
-                    written += len(block)
+                    written += file.write(block)
                     bar.update(len(block))
         if written != size != 0:
             fail(f"{url}: the connection ended after {written} of {size} bytes; run the command again")
@@ -940,23 +988,24 @@ def download_minari(args: Args) -> str:
     """A dataset of Minari's public collection, or of the one that MINARI_REMOTE names."""
     import minari
 
-    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    name, hub = args.env_name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     if not os.environ.get("MINARI_REMOTE") and not reachable(hub):
-        fail(f"--env-name {args.env_name}: there is no such local dataset, and {hub} cannot be reached; {WAYS_ON}")
+        fail(f"--env-name {name}: is not here, and {hub} cannot be reached{nearest(name)}; {WAYS_ON}")
     try:
-        minari.load_dataset(args.env_name, download=True)
+        minari.load_dataset(name, download=True)
     except ImportError:
-        fail(f"--env-name {args.env_name}: pip install huggingface_hub, Minari downloads with it")
+        fail(f"--env-name {name}: pip install huggingface_hub, Minari downloads with it")
     except Exception as error:  # noqa: BLE001  the hub's client raises errors of several libraries
-        fail(f"--env-name {args.env_name}: {str(error).splitlines()[0]}; {WAYS_ON}")
-    return args.env_name
+        fail(f"--env-name {name}: {' '.join(str(error).split())[:200]}{nearest(name)}; {WAYS_ON}")
+    return name
 
 
 class StoredImages:
-    """Images (N, H, W, C) that stay in a Minari dataset's HDF5 file; indexed like an array, also in worker processes."""
+    """Images (N, H, W, C) that stay in a Minari dataset's HDF5 file; indexed like an array, in any worker process."""
 
-    def __init__(self, path: Path, key: str, lengths: dict[int, int], shape: tuple[int, ...], jpeg: bool):
-        self.path, self.key, self.jpeg, self.shape = path, key, jpeg, (sum(lengths.values()), *shape)
+    def __init__(self, dataset, key: str, space: spaces.Box, lengths: dict[int, int]):
+        self.path, self.key, self.shape = hdf5_file(dataset), key, (sum(lengths.values()), *space.shape)
+        self.jpeg = dataset.storage.jpeg_encoding and min(space.shape[:2]) >= 32  # as Minari decides
         self.episodes, self.firsts = list(lengths), np.cumsum([0, *lengths.values()])
         self.pid, self.file = 0, None
 
@@ -975,11 +1024,15 @@ class StoredImages:
         return images.reshape(*rows.shape, *self.shape[1:])
 
 
+def hdf5_file(dataset) -> Path:
+    return Path(dataset.storage.data_path) / "main_data.hdf5"
+
+
 class Dataset(dict):
     """Rows in the layout of Q-chunking: observations, actions, rewards, terminals (1 where an episode ends), masks
     (0 where it terminated), and next_observations where observations are not images; all (N, ...)."""
 
-    source = None  # the Minari dataset that it was read from
+    source, frame_stack = None, 1  # the Minari dataset that it was read from; steps in an observation
 
     @classmethod
     def create(cls, **fields) -> "Dataset":
@@ -989,28 +1042,30 @@ class Dataset(dict):
     def size(self) -> int:
         return len(self["actions"])
 
-    @property
-    def ends(self) -> np.ndarray:
-        """(N,) the last row of each row's episode."""
-        ends = np.flatnonzero(self["terminals"])
-        ends = ends if len(ends) and ends[-1] == self.size - 1 else np.append(ends, self.size - 1)
-        return np.repeat(ends, np.diff(ends, prepend=-1))
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) each: the first and the last row of every row's episode."""
+        last = np.flatnonzero(np.append(self["terminals"][:-1], 1))
+        first = np.concatenate([[0], last[:-1] + 1])
+        return np.repeat(first, last - first + 1), np.repeat(last, last - first + 1)
 
-    @property
-    def starts(self) -> np.ndarray:
-        """(N,) the first row of each row's episode."""
-        ends = self.ends
-        first = np.flatnonzero(np.diff(ends, prepend=-1))
-        return np.repeat(first, np.diff(np.append(first, self.size)))
-
-    def get_subset(self, idxs: np.ndarray) -> dict:
-        return {key: each(lambda x: x[idxs], value) for key, value in self.items()}
+    def stacked(self, idxs: np.ndarray):
+        """Observations (B, ...) of rows, those of the last steps of the episode stacked; qc utils/datasets.py:74."""
+        if self.frame_stack == 1:
+            return each(lambda x: x[idxs], self["observations"])
+        rows = np.maximum(idxs[:, None] - np.arange(self.frame_stack)[::-1], self.bounds()[0][idxs][:, None])
+        return each(lambda x: np.concatenate([x[row] for row in rows.T], -1), self["observations"])
 
     def sample(self, batch_size: int, idxs: np.ndarray | None = None) -> dict:
         """A batch of rows, uniformly with replacement; qc utils/datasets.py:66."""
         if idxs is None:
             idxs = np.random.randint(self.size, size=batch_size)  # noqa: NPY002  seeded by main, as the original
-        return self.get_subset(idxs)
+        batch = {key: each(lambda x: x[idxs], value) for key, value in self.items() if key != "observations"}
+        batch["observations"] = self.stacked(idxs)
+        if self.frame_stack > 1 and "next_observations" in batch:
+            following = batch["next_observations"]
+            kept = batch["observations"][..., following.shape[-1] :]
+            batch["next_observations"] = np.concatenate([kept, following], -1)
+        return batch
 
     def sample_sequence(
         self, batch_size: int, sequence_length: int, discount: float, idxs: np.ndarray | None = None
@@ -1021,12 +1076,13 @@ class Dataset(dict):
         (B, L, A); rewards (B, L) discounted sums that run on over an end; masks running minimum; terminals running
         maximum; valid (B, L): 0 after an end.
         """
+        if sequence_length > self.size:
+            fail(f"--horizon-length {sequence_length}: the data has only {self.size} steps")
         if idxs is None:
             idxs = np.random.randint(self.size - sequence_length + 1, size=batch_size)  # noqa: NPY002
         rows = idxs[:, None] + np.arange(sequence_length)  # (B, L)
-        batch = {key: each(lambda x: x[rows], value) for key, value in self.items() if key != "observations"}
-        batch["observations"] = each(lambda x: x[idxs], self["observations"])
-        batch["full_observations"] = each(lambda x: x[rows], self["observations"])
+        batch = {key: each(lambda x: x[rows], value) for key, value in self.items()}
+        batch["full_observations"], batch["observations"] = batch["observations"], self.stacked(idxs)
         batch["next_actions"] = self["actions"][np.minimum(rows + 1, self.size - 1)]
         batch["rewards"] = (batch["rewards"] * discount ** np.arange(sequence_length)).cumsum(-1)
         batch["masks"] = np.minimum.accumulate(batch["masks"], -1)
@@ -1039,139 +1095,142 @@ def image_spaces(space: spaces.Space, path: str = "observations") -> dict[str, s
     """Paths of the images in an episode, with their spaces."""
     if isinstance(space, spaces.Dict):
         return {k: v for key, part in space.items() for k, v in image_spaces(part, f"{path}/{key}").items()}
-    return {path: space} if len(space.shape or ()) == 3 and space.dtype == np.uint8 else {}
+    return {path: space} if is_image(space) else {}
 
 
-def without_images(space: spaces.Space) -> spaces.Dict:
-    parts = {k: without_images(v) if isinstance(v, spaces.Dict) else v for k, v in getattr(space, "items", dict)()}
-    return spaces.Dict({k: v for k, v in parts.items() if not image_spaces(v)})
-
-
-def stored_episodes(dataset, numbers: Iterable[int], on_disk: bool) -> Iterator:
-    """The episodes with these numbers; `on_disk`: without their images."""
-    from minari.data_collector import EpisodeBuffer
-
+def stored_episodes(dataset, numbers: Iterable[int], on_disk: bool) -> Iterator[tuple]:
+    """(space, observations, actions, rewards, terminations) of episodes; `on_disk`: without their images."""
     if not on_disk:
-        yield from dataset.iterate_episodes(numbers)
+        for episode in dataset.iterate_episodes(numbers):
+            parts = (episode.observations, episode.actions, episode.rewards, episode.terminations)
+            yield dataset.observation_space, *checked(f"{dataset.id}, episode {episode.id}", *parts)
         return
     import h5py
+
+    def without_images(space: spaces.Space) -> spaces.Dict:
+        parts = {k: without_images(v) if isinstance(v, spaces.Dict) else v for k, v in getattr(space, "items", dict)()}
+        return spaces.Dict({k: v for k, v in parts.items() if not is_image(v)})
 
     def read(space: spaces.Space, group):
         return {k: read(v, group[k]) for k, v in space.items()} if isinstance(space, spaces.Dict) else group[:]
 
-    with h5py.File(Path(dataset.storage.data_path) / "main_data.hdf5") as file:
+    space = without_images(dataset.observation_space)
+    with h5py.File(hdf5_file(dataset)) as file:
         for number in numbers:
             group = file[f"episode_{number}"]
-            states = read(without_images(dataset.observation_space), group["observations"])
-            rest = (group[key][:] for key in ("actions", "rewards", "terminations", "truncations"))
-            yield EpisodeBuffer(number, None, None, states, *rest)
+            parts = (group[key][:] for key in ("actions", "rewards", "terminations"))
+            yield space, *checked(f"{dataset.id}, episode {number}", read(space, group["observations"]), *parts)
 
 
 def load_rows(dataset, lengths: dict[int, int], args: Args, on_disk: bool) -> Dataset:
-    """Episodes (number: length) of a Minari dataset as rows, actions in [-1, 1]. Exits when they break the bounds."""
-    low, high, fields, row = dataset.action_space.low, dataset.action_space.high, {}, 0
-    space = without_images(dataset.observation_space) if on_disk else dataset.observation_space
-    for episode in map(checked, stored_episodes(dataset, lengths, on_disk)):
-        actions = (2 * (episode.actions - low) / (high - low) - 1).astype(np.float32).reshape(len(episode.rewards), -1)
+    """Episodes {number: length} of a Minari dataset as rows, actions in [-1, 1]. Exits when they break the bounds."""
+    space, fields, row, total = dataset.action_space, {}, 0, sum(lengths.values())
+    low, high = space.low.astype(float), space.high.astype(float)
+
+    def put(field: np.ndarray, x: np.ndarray) -> None:
+        field[row : row + len(x)] = x
+
+    parts = stored_episodes(dataset, lengths, on_disk)
+    for number, (space, observations, actions, rewards, terminations) in zip(lengths, parts, strict=True):
+        actions = (2 * (actions - low) / (high - low) - 1).reshape(len(rewards), -1)  # (T, A)
         if (reach := np.abs(actions).max()) > 1.001 and not args.clip_actions:
-            where = f"{dataset.id}, episode {episode.id}: actions reach {reach:.3g} times the bounds {low} to {high}"
+            where = f"{dataset.id}, episode {number}: actions reach {reach:.3g} times the bounds {low} to {high}"
             fail(f"{where}; --clip-actions clips them")
-        observations = arrange(space, episode.observations)  # (T + 1, ...)
-        values = {"observations": each(lambda x: x[:-1], observations)}
-        if not isinstance(observations, dict):
-            values["next_observations"] = observations[1:]
-        ends = np.arange(1, len(actions) + 1) == len(actions)
-        values |= {"actions": actions.clip(ACTION_CLIP_EPS - 1, 1 - ACTION_CLIP_EPS), "rewards": episode.rewards}
-        values |= {"terminals": ends, "masks": 1 - np.asarray(episode.terminations, np.float32)}
-        if not fields:
-            shape = (sum(lengths.values()),)
-            fields = each(
-                lambda x: np.empty(shape + x.shape[1:], x.dtype if x.dtype == np.uint8 else np.float32), values
-            )
-        each(lambda field, x, at=row: field.__setitem__(slice(at, at + len(x)), x), fields, values)
-        row += len(actions)
+        arranged = arrange(space, observations)  # (T + 1, ...)
+        values = {"observations": each(lambda x: x[:-1], arranged)}
+        values |= {} if isinstance(arranged, dict) else {"next_observations": arranged[1:]}
+        values |= {"actions": actions.clip(ACTION_CLIP_EPS - 1, 1 - ACTION_CLIP_EPS), "rewards": rewards}
+        values |= {"terminals": np.arange(1, len(rewards) + 1) == len(rewards), "masks": 1.0 - terminations}
+        dtypes = each(lambda x: np.uint8 if x.dtype == np.uint8 else np.float32, values)
+        fields = fields or each(lambda x, dtype: np.empty((total, *x.shape[1:]), dtype), values, dtypes)
+        each(put, fields, values)
+        row += len(rewards)
     if on_disk:
-        states, path = fields["observations"], Path(dataset.storage.data_path) / "main_data.hdf5"
+        states = fields["observations"]
         fields["observations"] = states if isinstance(states, dict) else {"state": states}
         for key, image in image_spaces(dataset.observation_space).items():
-            jpeg = dataset.storage.jpeg_encoding and min(image.shape[:2]) >= 32  # as Minari decides
             name = key.rpartition("/")[2] if "/" in key else "image"
-            fields["observations"][name] = StoredImages(path, key, lengths, image.shape, jpeg)
-    return Dataset.create(**fields)
+            fields["observations"][name] = StoredImages(dataset, key, image, lengths)
+    rows = Dataset.create(**fields)
+    rows.source, rows.frame_stack = dataset, args.frame_stack
+    return rows
 
 
-def stored_rewards(dataset) -> dict[int, np.ndarray]:
-    """The rewards (T,) of every episode, without reading the rest."""
+def episode_rewards(dataset) -> dict[int, np.ndarray]:
+    """The rewards (T,) of every episode, where possible without reading the rest."""
     if dataset.storage.FORMAT != "hdf5":
-        return {int(e.id): np.asarray(e.rewards) for e in dataset.iterate_episodes()}
+        return {int(episode.id): np.asarray(episode.rewards) for episode in dataset.iterate_episodes()}
     import h5py
 
-    with h5py.File(Path(dataset.storage.data_path) / "main_data.hdf5") as file:
+    with h5py.File(hdf5_file(dataset)) as file:
         return {int(i): file[f"episode_{i}/rewards"][:] for i in dataset.episode_indices}
 
 
-def load_datasets(args: Args):
+def images_stay_on_disk(dataset, args: Args) -> bool:
+    """By --data-loading; auto: when the images would take more than half of the free memory."""
+    pixels = sum(math.prod(space.shape) for space in image_spaces(dataset.observation_space).values())
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
+    too_large = args.data_loading == "auto" and pixels * int(dataset.total_steps) > free / 2
+    on_disk = pixels > 0 and (too_large or args.data_loading == "workers")
+    if on_disk and dataset.storage.FORMAT != "hdf5":
+        fail(f"{dataset.id}: is stored as {dataset.storage.FORMAT}, workers read hdf5; --data-loading memory")
+    return on_disk
+
+
+def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows of what `env_name` means; prints what the data is."""
     import minari
 
-    ids = find_dataset(args)
-    dataset, validation = (minari.load_dataset(name) if name else None for name in ids)
+    dataset, validation = (minari.load_dataset(name) if name else None for name in find_dataset(args))
     space = dataset.action_space
     if not isinstance(space, spaces.Box) or not space.is_bounded():
         fail(f"--env-name {args.env_name}: actions must be a bounded Box, {dataset.id} has {space}")
-    rewards = stored_rewards(dataset)
-    returns = {i: float(r.sum()) for i, r in rewards.items()}
-    image_bytes = (
-        sum(math.prod(s.shape) for s in image_spaces(dataset.observation_space).values()) * dataset.total_steps
-    )
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
-    on_disk = (
-        image_bytes > 0 and args.data_loading != "memory" and (args.data_loading == "workers" or image_bytes > free / 2)
-    )
-    if on_disk and dataset.storage.FORMAT != "hdf5":
-        fail(f"{dataset.id}: is stored as {dataset.storage.FORMAT}, workers read hdf5; --data-loading memory")
-    order = np.random.default_rng(args.seed).permutation(list(returns)).tolist()
-    held_out = order[: round(args.validation_fraction * len(order))] if validation is None else []
-    kept = sorted(set(order) - set(held_out), key=lambda i: (-returns[i], i))
+    rewards, on_disk = episode_rewards(dataset), images_stay_on_disk(dataset, args)
+    returns = {number: float(values.sum()) for number, values in rewards.items()}
+    held_out = []
+    if args.validation_fraction and validation is None:
+        order = np.random.default_rng(args.seed).permutation(list(returns)).tolist()
+        count = math.ceil(args.validation_fraction * len(order))
+        held_out = dataset.storage.metadata.get("validation") or order[:count]
+    kept = sorted(set(returns) - set(held_out), key=lambda number: (-returns[number], number))
     kept = sorted(kept[: math.ceil(args.top_fraction * len(kept))])
-    train = load_rows(dataset, {i: len(rewards[i]) for i in kept}, args, on_disk)
+    if not kept:
+        fail(f"{dataset.id}: no episode is left to learn from; --validation-fraction {args.validation_fraction}")
+    train, val = load_rows(dataset, {i: len(rewards[i]) for i in kept}, args, on_disk), None
     if validation is not None:
-        lengths = {i: len(r) for i, r in stored_rewards(validation).items()}
-        val = load_rows(validation, lengths, args, on_disk)
-    else:
-        val = load_rows(dataset, {i: len(rewards[i]) for i in sorted(held_out)}, args, on_disk) if held_out else None
-    used = [returns[i] for i in kept]
-    size, where = dataset.storage.get_size(), f"read by {args.num_workers} workers" if on_disk else "in memory"
-    (worst, best), source = reference_scores(dataset)
+        val = load_rows(validation, {i: len(x) for i, x in episode_rewards(validation).items()}, args, on_disk)
+    elif held_out:
+        val = load_rows(dataset, {i: len(rewards[i]) for i in sorted(held_out)}, args, on_disk)
     if rank() == 0:
-        scores = f"scores: {source}, {worst:.6g} is 0 and {best:.6g} is 100" if source else "scores: not normalized"
-        print(
-            f"data: {dataset.id}, {size:.0f} MB, {where}; {len(used)} of {len(returns)} episodes, {train.size:,} steps"
+        (worst, best), source = reference_scores(dataset)
+        scores = (
+            f"{source}'s references: score 0 is {worst:.6g}, 100 is {best:.6g}" if source else "no reference scores"
         )
+        where = f"images read by {args.num_workers} workers" if on_disk else "in memory"
+        size, used = f"{dataset.storage.get_size():.0f} MB, {where}", [returns[number] for number in kept]
+        print(f"data: {dataset.id}, {size}, {len(used)} of {len(returns)} episodes, {train.size:,} steps")
         print(f"data: mean return {np.mean(used):.6g}, best {max(used):.6g}; {scores}", flush=True)
-    train.source = dataset
     return train, val
 
 
 def reference_scores(dataset) -> tuple[tuple[float, float], str]:
     """Returns that count as 0 and 100, and whose they are: the dataset's own, or D4RL's for the same robot."""
-    about = dataset.storage.metadata
+    about, task = dataset.storage.metadata, dataset.env_spec.id if dataset.env_spec else ""
     if about.get("ref_max_score") is not None and about.get("ref_min_score") is not None:
         return (about["ref_min_score"], about["ref_max_score"]), about.get("reference", "Minari")
-    task = dataset.env_spec.id if dataset.env_spec else ""
     for name, _, worst, best in D4RL_TASKS.values():
-        if name and name.rpartition("-")[0] == task.rpartition("-")[0]:
+        if name and task and name.rpartition("-")[0] == task.rpartition("-")[0]:
             return (worst, best), "D4RL"
     return (math.nan, math.nan), ""
 
 
 def make_env_and_datasets(env_name: str, args: Args | None = None):
     """(env, eval_env, train_dataset, val_dataset) of a name; environments are None where the data's task cannot run
-    here, val_dataset where there is none. qc envs/env_utils.py:91."""
+    here, val_dataset where there is none. eval_env can render. qc envs/env_utils.py:91."""
     args = dataclasses.replace(args or Args(), env_name=env_name)
     train_dataset, val_dataset = load_datasets(args)
     env = make_env(train_dataset.source, args)
-    return env, make_env(train_dataset.source, args) if env else None, train_dataset, val_dataset
+    return env, make_env(train_dataset.source, args, render=True) if env else None, train_dataset, val_dataset
 
 
 def process_train_dataset(ds: Dataset, args: Args) -> Dataset:
@@ -1181,8 +1240,8 @@ def process_train_dataset(ds: Dataset, args: Args) -> Dataset:
         if size == 0:
             fail(f"--dataset-proportion {args.dataset_proportion}: leaves nothing of {ds.size} steps")
         for key, value in ds.items():
-            ds[key] = each(lambda x: x[:size], value)
-    if args.env_name.endswith("low_dim") or (args.env_name.startswith("antmaze") and args.env_name in d4rl_files()):
+            ds[key] = each(lambda x: x if isinstance(x, StoredImages) else x[:size], value)
+    if ROBOMIMIC.fullmatch(args.env_name) or (args.env_name.startswith("antmaze") and args.env_name in d4rl_files()):
         ds["rewards"] = ds["rewards"] - 1
     if args.sparse:
         if len(np.unique(ds["rewards"][:1000])) > 2:
@@ -1200,17 +1259,17 @@ class Batches(torch.utils.data.Dataset):
         self.count = dataset.size - self.horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
         if self.count < 1:
             fail(f"--horizon-length {self.horizon}: the data has only {dataset.size} steps")
-        self.on_disk = any(isinstance(x, StoredImages) for x in dict_values(dataset["observations"]))
-        arrays = [dataset["actions"], dataset.ends, dataset.starts, *dict_values(dataset["observations"])]
-        if device.type == "cuda":
-            size = sum(math.prod(x.shape) * 4 for x in arrays)
-            device = device if not self.on_disk and size < torch.cuda.mem_get_info()[0] / 2 else torch.device("cpu")
+        arrays = list(dataset["observations"].values()) if isinstance(dataset["observations"], dict) else []
+        self.on_disk = any(isinstance(x, StoredImages) for x in arrays)
+        size = sum(math.prod(x.shape) for x in arrays) + 4 * dataset.size * (dataset["actions"].shape[1] + 100)
+        fits = device.type == "cuda" and not self.on_disk and size < torch.cuda.mem_get_info()[0] / 2
+        self.device = device if fits else torch.device("cpu")
 
         def tensor(x):
-            return x if isinstance(x, StoredImages) else torch.from_numpy(x).to(device)
+            return x if isinstance(x, StoredImages) else torch.from_numpy(x).to(self.device)
 
         self.observations, self.actions = each(tensor, dataset["observations"]), tensor(dataset["actions"])
-        self.ends, self.starts, self.device = tensor(dataset.ends), tensor(dataset.starts), device
+        self.starts, self.ends = map(tensor, dataset.bounds())
 
     def rows(self, step: int) -> np.ndarray:
         """(B,) the rows of an update's samples, of this process."""
@@ -1220,12 +1279,10 @@ class Batches(torch.utils.data.Dataset):
     def gather(self, rows: Tensor) -> tuple:
         """Observations (..., O), chunks (..., h * A) and their valid steps (..., h) at rows (...)."""
         chunk = rows.unsqueeze(-1) + torch.arange(self.horizon, device=self.device)  # (..., h)
-        stack = rows.unsqueeze(-1) - torch.arange(self.args.frame_stack - 1, -1, -1, device=self.device)
-        stack = torch.maximum(stack, self.starts[rows].unsqueeze(-1))  # (..., N)
+        back = torch.arange(self.args.frame_stack - 1, -1, -1, device=self.device)
+        stack = torch.maximum(rows.unsqueeze(-1) - back, self.starts[rows].unsqueeze(-1))  # (..., N)
 
         def stacked(x) -> Tensor:
-            if self.args.frame_stack == 1:
-                return torch.from_numpy(x[rows.numpy()]) if isinstance(x, StoredImages) else x[rows]
             frames = torch.from_numpy(x[stack.numpy()]) if isinstance(x, StoredImages) else x[stack]
             return frames.movedim(rows.ndim, -2).flatten(-2)  # (..., H, W, N * C)
 
@@ -1235,26 +1292,21 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> tuple:
         return self.gather(torch.from_numpy(self.rows(step)))
 
-    def open(self, start: int, stop: int, pinned: bool) -> None:
+    def open(self, start: int, stop: int, pin_memory: bool) -> None:
         """Starts the workers, if images are on disk, for updates `start` to `stop`."""
         if self.on_disk:
             workers = self.args.num_workers
             options = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
-            options |= {"batch_size": None, "sampler": range(start, stop), "num_workers": workers, "pin_memory": pinned}
-            self.loader = iter(torch.utils.data.DataLoader(self, **options))
+            options |= {"batch_size": None, "sampler": range(start, stop), "num_workers": workers}
+            self.loader = iter(torch.utils.data.DataLoader(self, pin_memory=pin_memory, **options))
 
     def take(self, step: int, count: int, device: torch.device) -> tuple:
-        """Samples of `count` updates from `step` on: observations (K, B, ...), chunks (K, B, h * A), valid (K, B, h)."""
+        """Samples of `count` updates from `step` on: observations (K, B, ...), chunks (K, B, hA), valid (K, B, h)."""
         if self.on_disk:
-            samples = [next(self.loader) for _ in range(count)]
-            to = lambda *xs: torch.stack(xs).to(device, non_blocking=True)  # noqa: E731
-            return tuple(each(to, *parts) for parts in zip(*samples, strict=True))
-        rows = np.stack([self.rows(step + k) for k in range(count)])
-        return tuple(each(lambda x: x.to(device), part) for part in self.gather(torch.from_numpy(rows).to(self.device)))
-
-
-def dict_values(x) -> list:
-    return list(x.values()) if isinstance(x, dict) else [x]
+            samples = zip(*(next(self.loader) for _ in range(count)), strict=True)
+            return tuple(each(lambda *xs: torch.stack(xs).to(device, non_blocking=True), *parts) for parts in samples)
+        rows = torch.from_numpy(np.stack([self.rows(step + k) for k in range(count)])).to(self.device)
+        return tuple(each(lambda x: x.to(device), part) for part in self.gather(rows))
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
@@ -1263,8 +1315,7 @@ class BCAgent:
 
     def __init__(self, observation_shape, action_dim: int, config: Args, device: torch.device):
         self.args, self.device, self.action_dim = config, device, action_dim
-        self.observation_shape = observation_shape
-        self.horizon = config.horizon_length if config.action_chunking else 1
+        self.shape, self.horizon = observation_shape, config.horizon_length if config.action_chunking else 1
         self.generator = torch.Generator(device).manual_seed(config.seed)
         torch.manual_seed(config.seed)  # the network's initialisation
         self.actor = Policy(observation_shape, self.horizon * action_dim, config).to(device)
@@ -1272,11 +1323,10 @@ class BCAgent:
         self.parameters = list(self.actor.parameters())
         self.lr = torch.tensor(config.lr, device=device)  # tensors, so that a CUDA graph follows the schedule
         self.updates = torch.zeros((), device=device)  # float32 counts exactly up to 16 million
-        capturable = device.type == "cuda"
-        self.actor_optimizer = torch.optim.AdamW(
-            self.parameters, self.lr, weight_decay=config.weight_decay, fused=True, capturable=capturable
-        )
-        self.graph, self.eager_launches = None, 0
+        options = {"weight_decay": config.weight_decay, "fused": True, "capturable": device.type == "cuda"}
+        self.actor_optimizer = torch.optim.AdamW(self.parameters, self.lr, **options)
+        self.use_graph = config.compile and device.type == "cuda" and world_size() == 1
+        self.graph, self.launches = None, 0
         if config.compile and device.type == "cuda":
             self.loss = torch.compile(self.loss)
 
@@ -1285,152 +1335,143 @@ class BCAgent:
         """`observation_shape`: (O,), or {"state": (S,), NAME: (H, W, C)} with images; `config`: BCAgentConfig()."""
         return cls(observation_shape, action_dim, config, device or torch.device("cpu"))
 
-    def loss(self, observations, x_1: Tensor, valid: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
-        """Mean over all entries of chunks x_1 (B, h * A), of which `valid` (B, h) counts; noise x_0 like x_1, t (B, 1)."""
-        features = self.actor.encoder(observations)  # (B, F)
-        if self.args.policy == "gaussian":
-            mean, log_std = self.actor.head(features)  # (B, h * A)
-            u = x_1.atanh()  # actions are inside (-1, 1)
-            log_pi = -0.5 * ((u - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-            error = 2 * (math.log(2) - u - F.softplus(-2 * u)) - log_pi  # - log pi(x_1), arXiv:1812.05905 appendix C
-        else:
-            x_t = (1 - t) * x_0 + t * x_1
-            error = (self.actor.head(features, x_t, t) - (x_1 - x_0)).square()  # arXiv:2210.02747 eq. 23
-        return (error.unflatten(-1, (self.horizon, -1)) * valid.unsqueeze(-1)).mean()
-
     def observe(self, states: Tensor) -> None:
         """Takes the mean and standard deviation of states (N, S) for normalize_observations."""
         for actor in {self.actor, self.mean_actor}:
             actor.encoder.normalizer.update(states.to(self.device).repeat(1, self.args.frame_stack))
 
-    def augment(self, observations, offsets: Tensor):
-        """Images shifted by up to 4 pixels, (B, 2) offsets each; states unchanged."""
-        if not isinstance(observations, dict) or not self.args.random_crop:
-            return observations
-        return {k: v if k == "state" else random_crop(v, offsets) for k, v in observations.items()}
+    def loss(self, observations, x_1: Tensor, valid: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
+        """Mean over all entries of chunks x_1 (B, h * A), where `valid` (B, h) counts; noise x_0 like x_1, t (B, 1)."""
+        features = self.actor.encoder(observations)  # (B, F)
+        if self.args.policy == "gaussian":
+            mean, log_std = self.actor.head(features)  # (B, h * A)
+            u = x_1.clamp(ACTION_CLIP_EPS - 1, 1 - ACTION_CLIP_EPS).atanh()
+            log_pi = -0.5 * ((u - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
+            error = 2 * (math.log(2) - u - F.softplus(-2 * u)) - log_pi  # -log pi(x_1), arXiv:1812.05905 appendix C
+        else:
+            x_t = (1 - t) * x_0 + t * x_1
+            error = (self.actor.head(features, x_t, t) - (x_1 - x_0)).square()  # arXiv:2210.02747 eq. 23
+        return (error.unflatten(-1, (self.horizon, -1)) * valid.unsqueeze(-1)).mean()
 
-    def step(self, observations, x_1: Tensor, valid: Tensor, x_0: Tensor, t: Tensor, offsets: Tensor) -> Tensor:
-        """One update; the loss over this process' samples."""
-        inputs = (self.augment(observations, offsets), x_1, valid, x_0, t)
-        parts, losses = self.args.grad_accum_steps, []
+    def step(self, observations, x_1: Tensor, valid: Tensor) -> Tensor:
+        """One update; the loss. Noise is drawn for the samples of all processes, and each takes its own."""
+        shape, parts = (len(x_1) * world_size(), x_1.shape[1]), self.args.grad_accum_steps
+        noise = {"generator": self.generator, "device": self.device}
+        draws = [torch.randn(shape, **noise), torch.rand(shape[0], 1, **noise)]
+        if isinstance(observations, dict) and self.args.random_crop:
+            offsets = torch.randint(0, 9, (shape[0], 2), **noise)[rank() :: world_size()]
+            observations = {k: v if k == "state" else random_crop(v, offsets, 4) for k, v in observations.items()}
+        inputs = (observations, x_1, valid, *(draw[rank() :: world_size()] for draw in draws))
         self.actor_optimizer.zero_grad()
-        for part in zip(*(each_chunk(x, parts) for x in inputs), strict=True):
+        total = torch.zeros((), device=self.device)
+        for i in range(parts):
+            part = (each(lambda x, i=i: x.chunk(parts)[i], x) for x in inputs)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
                 loss = self.loss(*part) / parts
             loss.backward()
-            losses.append(loss.detach())
-        loss = torch.stack(losses).sum()
+            total += loss.detach()
         if world_size() > 1:
-            flat = torch.cat([loss.view(1), *(p.grad.view(-1) for p in self.parameters)])
-            dist.all_reduce(flat)
-            loss, *gradients = (flat / world_size()).split([1, *(p.numel() for p in self.parameters)])
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad.copy_(gradient.view_as(parameter))
-            loss = loss[0]
+            total = self.average_gradients(total)
         if self.args.lr_schedule == "cosine":
-            part_done = (self.updates / self.args.offline_steps).clamp(max=1)
-            self.lr.copy_(self.args.lr * 0.5 * (1 + torch.cos(math.pi * part_done)))
+            done = (self.updates / self.args.offline_steps).clamp(max=1)
+            self.lr.copy_(self.args.lr * 0.5 * (1 + torch.cos(math.pi * done)))
         self.actor_optimizer.step()
         self.updates += 1
         if self.args.ema:  # a plain mean at first, so that the random policy it began with does not stay in it
             weight = (1 / self.updates).clamp(min=1 - self.args.ema)
             for mean, parameter in zip(self.mean_actor.parameters(), self.parameters, strict=True):
                 mean.lerp_(parameter.detach(), weight)
-        return loss
+        return total
+
+    def average_gradients(self, loss: Tensor) -> Tensor:
+        """Mean of gradients and loss over the processes, in one message."""
+        flat = torch.cat([loss.view(1), *(p.grad.view(-1) for p in self.parameters)])
+        dist.all_reduce(flat)
+        loss, *gradients = (flat / world_size()).split([1, *(p.numel() for p in self.parameters)])
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad.copy_(gradient.view_as(parameter))
+        return loss[0]
 
     def learn(self, samples: tuple) -> dict[str, Tensor]:
-        """K updates from samples stacked (K, B, ...); mean loss, and the last gradient's size, as detached tensors."""
-        observations, x_1, valid = samples
-        count, size, width = len(x_1), x_1.shape[1] * world_size(), x_1.shape[2]
-        noise = {"generator": self.generator, "device": self.device}
-        draws = [torch.randn(count, size, width, **noise), torch.rand(count, size, 1, **noise)]
-        draws.append(torch.randint(0, 9, (count, size, 2), **noise))
-        inputs = (observations, x_1, valid, *(draw[:, rank() :: world_size()] for draw in draws))
-        if self.device.type == "cuda" and self.args.compile and world_size() == 1:
-            return self.replay(inputs)
-        return self.learn_eagerly(inputs)
+        """K updates from `Batches.take`; their mean loss, and the size of the last gradient, as detached tensors."""
+        return (self.replay if self.use_graph else self.learn_eagerly)(samples)
 
-    def learn_eagerly(self, inputs: tuple) -> dict[str, Tensor]:
-        losses = [self.step(*(each(lambda x, k=k: x[k], x) for x in inputs)) for k in range(len(inputs[1]))]
+    def learn_eagerly(self, samples: tuple) -> dict[str, Tensor]:
+        losses = [self.step(*(each(lambda x, k=k: x[k], x) for x in samples)) for k in range(len(samples[1]))]
         loss, gradients = torch.stack(losses).mean(), [p.grad for p in self.parameters]
-        name = "bc_flow_loss" if self.args.policy == "flow" else "bc_nll_loss"
-        info = {"actor/actor_loss": loss, f"actor/{name}": loss, "lr": self.lr.clone()}
+        name = "actor/bc_flow_loss" if self.args.policy == "flow" else "actor/bc_nll_loss"
+        info = {"actor/actor_loss": loss, name: loss.clone(), "lr": self.lr.clone()}
         info["grad/norm"] = torch.stack(torch._foreach_norm(gradients)).sum()  # of leaves, qc utils/flax_utils.py:145
-        return (
-            info
-            | {"grad/max": torch.stack([g.max() for g in gradients]).max()}
-            | {"grad/min": torch.stack([g.min() for g in gradients]).min()}
-        )
+        info["grad/max"] = torch.stack([g.max() for g in gradients]).max()
+        return info | {"grad/min": torch.stack([g.min() for g in gradients]).min()}
 
-    def replay(self, inputs: tuple) -> dict[str, Tensor]:
+    def replay(self, samples: tuple) -> dict[str, Tensor]:
         """`learn_eagerly` as one CUDA graph; the first launches run as usual on a side stream, then one is captured."""
-        if len(inputs[1]) != self.args.updates_per_launch or self.eager_launches < 2:
-            self.eager_launches += 1
+        if len(samples[1]) != self.args.updates_per_launch or self.launches < 2:
+            self.launches += 1
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
-                info = self.learn_eagerly(inputs)
+                info = self.learn_eagerly(samples)
             torch.cuda.current_stream().wait_stream(stream)
             return info
         if self.graph is None:
-            static_inputs, graph = tuple(each(torch.clone, x) for x in inputs), torch.cuda.CUDAGraph()
+            static_samples, graph = tuple(each(torch.clone, x) for x in samples), torch.cuda.CUDAGraph()
+            graph.register_generator_state(self.generator)
             with torch.cuda.graph(graph):
-                info = self.learn_eagerly(static_inputs)
-            self.graph = graph, static_inputs, info
-        graph, static_inputs, info = self.graph
-        for static, x in zip(static_inputs, inputs, strict=True):
+                info = self.learn_eagerly(static_samples)
+            self.graph = graph, static_samples, info
+        graph, static_samples, info = self.graph
+        for static, x in zip(static_samples, samples, strict=True):
             each(lambda a, b: a.copy_(b), static, x)
         graph.replay()
-        return each(torch.clone, info)
-
-    def samples(self, batch: dict) -> tuple:
-        """Observations, chunks (..., B, h * A) and valid (..., B, h) of a batch of Dataset.sample(_sequence)."""
-        to = lambda x: torch.as_tensor(np.asarray(x), device=self.device)  # noqa: E731
-        observations = each(lambda x: to(x) if x.dtype == np.uint8 else to(x).float(), batch["observations"])
-        actions = to(batch["actions"]).float()
-        if not self.args.action_chunking:
-            return observations, actions, torch.ones_like(actions[..., :1])
-        return observations, actions.flatten(-2), to(batch["valid"]).float()
+        return info
 
     def update(self, batch: dict) -> dict[str, float]:
         """One update, in place, from a batch (B, ...) of Dataset.sample, or with chunks of Dataset.sample_sequence."""
-        samples = tuple(each(lambda x: x.unsqueeze(0), x) for x in self.samples(batch))
-        return {key: float(value) for key, value in self.learn(samples).items()}
+        observations = self.tensors(batch["observations"])
+        actions = torch.as_tensor(np.asarray(batch["actions"]), dtype=torch.float32, device=self.device)
+        valid = torch.ones(len(actions), 1, device=self.device)
+        if self.args.action_chunking:
+            valid = torch.as_tensor(np.asarray(batch["valid"]), dtype=torch.float32, device=self.device)
+        elif actions.ndim == 3:
+            actions = actions[:, 0]  # qc agents/acfql.py:59
+        samples = (each(lambda x: x.unsqueeze(0), x) for x in (observations, actions.flatten(1), valid))
+        return {key: float(value) for key, value in self.learn(tuple(samples)).items()}
 
     def batch_update(self, batch: dict) -> dict[str, float]:
         """As many updates as the batch's leading axis is long, (U, B, ...); the mean of their infos."""
         infos = [self.update(each(lambda x, k=k: x[k], batch)) for k in range(len(batch["actions"]))]
         return {key: float(np.mean([info[key] for info in infos])) for key in infos[0]}
 
-    def is_single(self, observations) -> bool:
-        key = next(iter(observations)) if isinstance(observations, dict) else None
-        x, shape = (observations[key], self.observation_shape[key]) if key else (observations, self.observation_shape)
-        return np.ndim(x) == len(shape)
+    def tensors(self, observations):
+        """Observations on the device, states as float32."""
+        tensors = each(lambda x: torch.as_tensor(np.asarray(x), device=self.device), observations)
+        return each(lambda x: x if x.dtype == torch.uint8 else x.float(), tensors)
 
     @torch.inference_mode()
     def sample_actions(self, observations, rng: torch.Generator | None = None, noise=None) -> np.ndarray:
-        """Chunks (..., h * A) in [-1, 1] for one observation or a batch. A flow starts at `noise`, drawn if not given."""
-        single = self.is_single(observations)
-        inputs = each(lambda x: torch.as_tensor(np.asarray(x), device=self.device), observations)
-        inputs = each(lambda x: x if x.dtype == torch.uint8 else x.float(), inputs)
-        features = self.mean_actor.encoder(each(lambda x: x.unsqueeze(0), inputs) if single else inputs)  # (B, F)
+        """Chunks (..., h * A) in [-1, 1] for one observation or a batch. A flow starts at `noise`, drawn if None."""
+        x, name = self.tensors(observations), next(iter(observations)) if isinstance(observations, dict) else None
+        single = x[name].ndim == len(self.shape[name]) if name else x.ndim == len(self.shape)
+        features = self.mean_actor.encoder(each(lambda x: x.unsqueeze(0), x) if single else x)  # (B, F)
         if self.args.policy == "gaussian":
             actions = self.mean_actor.head(features)[0].tanh()
         else:
             shape = (len(features), self.horizon * self.action_dim)
             if noise is None:
                 noise = torch.randn(shape, generator=rng or self.generator, device=self.device)
-            x = torch.as_tensor(np.asarray(noise), dtype=torch.float32, device=self.device).reshape(shape)
+            x = torch.as_tensor(noise, dtype=torch.float32, device=self.device).reshape(shape)
             actions = self.integrate(features, x).clamp(-1, 1)
         return (actions[0] if single else actions).cpu().numpy()
 
     def integrate(self, features: Tensor, x: Tensor) -> Tensor:
         """From noise (B, h * A) along the velocity to actions, by Euler's or Heun's method."""
-        dt = 1 / self.args.flow_steps
+        dt, velocity_at = 1 / self.args.flow_steps, self.mean_actor.head
         for i in range(self.args.flow_steps):
-            velocity = self.mean_actor.head(features, x, torch.full_like(x[:, :1], i * dt))
+            velocity = velocity_at(features, x, torch.full_like(x[:, :1], i * dt))
             if self.args.flow_solver == "heun":
-                ahead = self.mean_actor.head(features, x + dt * velocity, torch.full_like(x[:, :1], (i + 1) * dt))
+                ahead = velocity_at(features, x + dt * velocity, torch.full_like(x[:, :1], (i + 1) * dt))
                 velocity = (velocity + ahead) / 2
             x = x + dt * velocity
         return x
@@ -1438,13 +1479,11 @@ class BCAgent:
     @torch.inference_mode()
     def validation_loss(self, samples: tuple) -> float:
         """The loss of the averaged policy on samples (K, B, ...), with the same noise at every call."""
-        observations, x_1, valid = samples
-        generator = torch.Generator(self.device).manual_seed(0)
-        noise, learned = {"generator": generator, "device": self.device}, self.actor
-        self.actor, losses = self.mean_actor, []
-        for k in range(len(x_1)):
-            x_0, t = torch.randn(x_1[k].shape, **noise), torch.rand(len(x_1[k]), 1, **noise)
-            losses.append(self.loss(each(lambda x, k=k: x[k], observations), x_1[k], valid[k], x_0, t))
+        noise, losses = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}, []
+        learned, self.actor = self.actor, self.mean_actor
+        for k, x_1 in enumerate(samples[1]):
+            draws = torch.randn(x_1.shape, **noise), torch.rand(len(x_1), 1, **noise)
+            losses.append(self.loss(*(each(lambda x, k=k: x[k], x) for x in samples), *draws))
         self.actor = learned
         return float(torch.stack(losses).mean())
 
@@ -1457,18 +1496,15 @@ class BCAgent:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError, ValueError or RuntimeError when the state is of another network."""
-        shaping = (
-            "policy action_chunking horizon_length use_fourier_features hidden_dims layer_norm encoder frame_stack"
-        )
-        for name in [*shaping.split(), "normalize_observations"]:
-            theirs, ours = state["config"][name], getattr(self.args, name)
-            if theirs != ours and list(theirs if isinstance(theirs, tuple) else [theirs]) != list(
-                ours if isinstance(ours, tuple) else [ours]
-            ):
+        names = "policy action_chunking horizon_length use_fourier_features hidden_dims layer_norm encoder frame_stack"
+        for name in [*names.split(), "normalize_observations"]:
+            if (theirs := state["config"][name]) != (ours := getattr(self.args, name)):
                 raise ValueError(f"was saved with {flag(name)} {theirs}, not {ours}")
         self.actor.load_state_dict(state["actor"])
-        if self.args.ema:
-            self.mean_actor.load_state_dict(state["mean_actor"] or state["actor"])
+        if state["mean_actor"] and self.mean_actor is self.actor:  # a config without ema: what is evaluated is averaged
+            self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
+            self.args = dataclasses.replace(self.args, ema=state["config"]["ema"])
+        self.mean_actor.load_state_dict(state["mean_actor"] or state["actor"])
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         group = self.actor_optimizer.param_groups[0]
         self.lr.copy_(torch.as_tensor(group["lr"]))
@@ -1501,14 +1537,6 @@ class BCAgent:
         return state
 
 
-def each_chunk(x, parts: int) -> list:
-    """A tensor, or a dict of them, cut into parts along the batch."""
-    if isinstance(x, dict):
-        chunks = {k: v.chunk(parts) for k, v in x.items()}
-        return [{k: v[i] for k, v in chunks.items()} for i in range(parts)]
-    return list(x.chunk(parts))
-
-
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 def success(info: dict) -> float:
     """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
@@ -1516,28 +1544,33 @@ def success(info: dict) -> float:
 
 
 class Episode:
-    """One evaluation episode in progress."""
+    """One evaluation episode in progress; `frame_skip`: steps per rendered frame, 0 for no video."""
 
     def __init__(self, env: gym.Env, number: int, seed: int, frame_skip: int):
-        self.env, self.number, self.frame_skip = env, number, frame_skip  # frame_skip 0: no video
-        self.rng = np.random.default_rng(episode_seed(seed, 1, number))  # noise, the same however many run side by side
+        self.env, self.number, self.frame_skip = env, number, frame_skip
+        self.rng = np.random.default_rng(episode_seed(seed, 1, number))  # noise, whatever else runs side by side
         self.obs, _ = env.reset(seed=episode_seed(seed, 1, number))
-        self.queue, self.done, self.info, self.frames = deque(), False, {}, []
-        self.trajectory = defaultdict(list)
+        self.queue, self.done, self.frames, self.trajectory = deque(), False, [], defaultdict(list)
 
     def step(self, keep_observations: bool) -> None:
         """Executes the next action of the queue."""
         action = self.queue.popleft()
-        next_obs, reward, terminated, truncated, self.info = self.env.step(np.clip(action, -1, 1))
+        next_obs, reward, terminated, truncated, self.info = self.env.step(action)
         self.done = terminated or truncated
         step = {"action": action, "reward": float(reward), "done": float(self.done)}
         if keep_observations:
             step |= {"observation": self.obs, "next_observation": next_obs, "info": self.info}
         for key, value in step.items():
             self.trajectory[key].append(value)
-        if self.frame_skip and (len(self.trajectory["reward"]) % self.frame_skip == 0 or self.done):
+        if self.frame_skip and (len(self.trajectory["done"]) % self.frame_skip == 0 or self.done):
             self.frames.append(self.env.render())
         self.obs = next_obs
+
+    def scalars(self) -> dict[str, float]:
+        """Return, length and success, and the numbers of the last info, as qc evaluation.py:120."""
+        rewards, number = self.trajectory["reward"], (int, float, np.number, np.bool_)
+        known = {"episodic_return": sum(rewards), "episodic_length": len(rewards), "success_rate": success(self.info)}
+        return known | {key: float(value) for key, value in self.info.items() if isinstance(value, number)}
 
 
 def evaluate(
@@ -1548,7 +1581,7 @@ def evaluate(
     num_video_episodes: int = 0,
     video_frame_skip: int = 3,
     seed: int = 0,
-    keep_trajectories: bool = True,
+    keep_observations: bool = True,
 ) -> tuple[dict[str, float], list[dict], list[np.ndarray]]:
     """Means over seeded episodes, their trajectories, and frames (T, H, W, 3) of the video episodes after them.
 
@@ -1556,15 +1589,15 @@ def evaluate(
     is used up, for all of them in one batch. The outcome of an episode does not depend on the others.
     """
     envs, total = env if isinstance(env, list) else [env], num_eval_episodes + num_video_episodes
-    waiting, finished, running = iter(range(total)), [], []
+    if num_video_episodes and envs[0].render_mode != "rgb_array":
+        fail("evaluate: num_video_episodes needs an environment made with render_mode='rgb_array'")
+    waiting, finished = iter(range(total)), []
 
     def begin(free: gym.Env) -> list[Episode]:
-        number = next(waiting, None)
-        skip = video_frame_skip if number is not None and number >= num_eval_episodes else 0
-        return [] if number is None else [Episode(free, number, seed, skip)]
+        numbers = [] if (number := next(waiting, None)) is None else [number]
+        return [Episode(free, n, seed, video_frame_skip if n >= num_eval_episodes else 0) for n in numbers]
 
-    for free in envs:
-        running += begin(free)
+    running = [episode for free in envs for episode in begin(free)]
     while running:
         if asking := [episode for episode in running if not episode.queue]:
             observations = each(lambda *xs: np.stack(xs), *(episode.obs for episode in asking))
@@ -1573,25 +1606,19 @@ def evaluate(
             for episode, chunk in zip(asking, chunks, strict=True):
                 episode.queue.extend(chunk[: agent.args.execution_horizon or None])
         for episode in running:
-            episode.step(keep_trajectories)
+            episode.step(keep_observations)
         finished += [episode for episode in running if episode.done]
         running = [new for old in running for new in (begin(old.env) if old.done else [old])]
     finished.sort(key=lambda episode: episode.number)
-    results, counted = defaultdict(list), finished[:num_eval_episodes]
-    for episode in counted:
-        results["episodic_return"].append(sum(episode.trajectory["reward"]))
-        results["episodic_length"].append(len(episode.trajectory["reward"]))
-        results["success_rate"].append(success(episode.info))
-        for key, value in episode.info.items():  # the last info, as qc evaluation.py:120
-            if np.ndim(value) == 0 and isinstance(value, int | float | bool | np.number):
-                results[key].append(float(value))
-    stats = {key: float(np.mean(values)) for key, values in results.items()} | {"episodes": float(len(counted))}
-    frames = [np.stack(episode.frames) for episode in finished[num_eval_episodes:]]
-    return stats, [dict(episode.trajectory) for episode in counted], frames
+    counted, shown = finished[:num_eval_episodes], finished[num_eval_episodes:]
+    scalars = [episode.scalars() for episode in counted]
+    stats = {key: float(np.mean([x.get(key, math.nan) for x in scalars])) for key in (scalars or [{}])[0]}
+    trajectories = [dict(episode.trajectory) for episode in counted]
+    return stats | {"episodes": float(len(counted))}, trajectories, [np.stack(episode.frames) for episode in shown]
 
 
 def video_grid(renders: list[np.ndarray]) -> np.ndarray:
-    """Videos (T, H, W, 3) side by side as one; shorter ones go on with their last frame, darker. qc log_utils.py:101."""
+    """Videos (T, H, W, 3) side by side as one; shorter ones end in their last frame, darker. qc log_utils.py:101."""
     length, columns = max(map(len, renders)), math.ceil(math.sqrt(len(renders)))
     renders = [np.concatenate([r, np.repeat(r[-1:] // 2, length - len(r), 0)]) for r in renders]
     renders = [np.pad(r, ((0, 0), (1, 1), (1, 1), (0, 0))) for r in renders]
@@ -1693,16 +1720,13 @@ class RunFolder:
         name = re.sub(r"[^-\w.]", "-", args.env_name)
         default = Path(args.save_dir, args.wandb_project_name, args.run_group, name, get_exp_name(args.seed))
         self.dir, self.signals, self.wandb_run = Path(args.run_dir or default), 0, None
-        if rank() == 0 and not (args.resume or args.eval_only):
-            self.create(args)
+        if not (args.resume or args.eval_only) and self.dir.exists() and any(self.dir.iterdir()):
+            fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
+        self.dir.parent.mkdir(parents=True, exist_ok=True)
         args.run_dir = str(self.dir)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
 
     def create(self, args: Args) -> None:
         """Fills the directory under another name and renames it, so that every run directory can be resumed."""
-        if self.dir.exists() and any(self.dir.iterdir()):
-            fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
         temporary = self.dir.with_name(self.dir.name + ".tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -1714,6 +1738,10 @@ class RunFolder:
         (temporary / "run.json").write_text(json.dumps(about, indent=2))
         (temporary / "flags.json").write_text(json.dumps(dataclasses.asdict(args) | {"run_dir": None}, indent=2))
         temporary.replace(self.dir)
+
+    def catch_signals(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
 
     def stop(self, *_) -> None:
         """Ctrl-C and SIGTERM end the loop after the current updates; a second one ends the program at once."""
@@ -1731,7 +1759,9 @@ class RunFolder:
             options = {"project": args.wandb_project_name, "group": args.run_group, "tags": [args.run_group]}
             config = dataclasses.asdict(args)
             self.wandb_run = wandb.init(name=self.dir.name, config=config, dir=self.dir, **options)
-        csv_loggers = {prefix: CsvLogger(self.dir / f"{prefix}.csv", step) for prefix in ("eval", "offline_agent")}
+        evaluated = step - (step == args.offline_steps)  # the last evaluation comes after the checkpoint
+        csv_loggers = {"eval": CsvLogger(self.dir / "eval.csv", evaluated)}
+        csv_loggers["offline_agent"] = CsvLogger(self.dir / "offline_agent.csv", step)
         return LoggingHelper(csv_loggers, self.wandb_run, SummaryWriter(self.dir, purge_step=step + 1))
 
     def save(self, agent: BCAgent, **more) -> None:
@@ -1796,7 +1826,7 @@ class Evaluation:
     """The environments of a run's evaluations, made when first needed."""
 
     def __init__(self, args: Args, dataset, eval_env: gym.Env | None):
-        self.args, self.dataset, self.envs, self.video_env = args, dataset, [eval_env] if eval_env else [], None
+        self.args, self.dataset, self.envs = args, dataset, [eval_env] if eval_env else []
         self.reference_scores, self.reference = reference_scores(dataset)
 
     def __call__(self, agent: BCAgent, video_episodes: int = 0, scalars: bool = True) -> tuple[dict[str, Any], list]:
@@ -1808,9 +1838,7 @@ class Evaluation:
         if scalars:
             while len(self.envs) < min(args.eval_envs, args.eval_episodes):
                 self.envs.append(make_env(self.dataset, args))
-            stats = evaluate(agent, self.envs, action_dim, args.eval_episodes, seed=args.seed, keep_trajectories=False)[
-                0
-            ]
+            stats = evaluate(agent, self.envs, action_dim, args.eval_episodes, 0, 3, args.seed, False)[0]
             stats["seconds"] = time.perf_counter() - started
             if self.reference:  # the name says whose scores 0 and 100 are
                 worst, best = self.reference_scores
@@ -1818,15 +1846,14 @@ class Evaluation:
                 stats[f"normalized_score_{self.reference.lower()}"] = score
         if video_episodes:
             try:
-                self.video_env = self.video_env or make_env(self.dataset, args, render=True)
                 options = (0, video_episodes, args.video_frame_skip, args.seed, False)
-                renders = evaluate(agent, self.video_env, action_dim, *options)[2]
+                renders = evaluate(agent, self.envs[0], action_dim, *options)[2]
             except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
                 print(f"no video: {error}; afterwards --eval-only {args.run_dir} writes it", file=sys.stderr)
         return stats, renders
 
 
-class Progress:
+class Meter:
     """Clock, progress bar, and best evaluation of a run."""
 
     bar = None
@@ -1837,7 +1864,7 @@ class Progress:
         self.best, self.begun = state.get("best", {}), time.perf_counter() - state.get("elapsed", 0.0)
         self.step, self.since, self.paused = step, time.perf_counter(), 0.0
         interval, quiet = 0.2 if sys.stderr.isatty() else 30.0, rank() > 0
-        Progress.bar = tqdm(
+        Meter.bar = tqdm(
             total=args.offline_steps, initial=step, unit="update", mininterval=interval, smoothing=0.05, disable=quiet
         )
 
@@ -1872,7 +1899,7 @@ class Progress:
         return tuple(-math.inf if math.isnan(value) else value for value in known)
 
 
-def start(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluation, tuple | None]:
+def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluation, tuple | None]:
     """The agent before its first update, its batches, evaluation, and validation samples if the data has some."""
     if rank() > 0:
         dist.barrier()  # rank 0 collects, converts or downloads
@@ -1881,8 +1908,8 @@ def start(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluatio
         dist.barrier()
     train_dataset = process_train_dataset(train_dataset, args)
     batches, observations = Batches(train_dataset, args, device), train_dataset["observations"]
-    stacked_shape = each(lambda x: (*x.shape[1:-1], x.shape[-1] * args.frame_stack), observations)
-    agent = BCAgent.create(stacked_shape, train_dataset["actions"].shape[-1], args, device)
+    shape = each(lambda x: (*x.shape[1:-1], x.shape[-1] * args.frame_stack), observations)
+    agent = BCAgent.create(shape, train_dataset["actions"].shape[-1], args, device)
     states = observations.get("state") if isinstance(observations, dict) else observations
     if args.normalize_observations and states is not None:
         agent.observe(torch.from_numpy(states))
@@ -1910,7 +1937,7 @@ def stopped(run: RunFolder, device: torch.device) -> bool:
     return bool(signals > 0)
 
 
-def report(name: str, stats: dict[str, Any]) -> None:
+def summarize(name: str, stats: dict[str, Any]) -> None:
     """One line for the terminal about an evaluation."""
     keys = [
         k for k in stats if k in ("success_rate", "episodic_return", "validation_loss") or k.startswith("normalized")
@@ -1930,11 +1957,11 @@ def evaluate_only(args: Args, run: RunFolder, agent: BCAgent, evaluation: Evalua
     stats, renders = evaluation(agent, (args.video_episodes or 4) * args.capture_video)
     if renders:
         write_video(renders, run.dir / "video.mp4", int(30 / args.video_frame_skip))
-    report(f"{path.name}, update {int(agent.updates)}", stats)
+    summarize(f"{path.name}, update {int(agent.updates)}", stats)
 
 
 def log_evaluation(
-    args: Args, run: RunFolder, progress: Progress, agent: BCAgent, evaluation: Evaluation, validation, logger
+    args: Args, run: RunFolder, progress: Meter, agent: BCAgent, evaluation: Evaluation, validation, logger
 ) -> dict[str, float]:
     """A row of eval.csv, with video_episodes a video beside it."""
     step = int(agent.updates)
@@ -1952,8 +1979,8 @@ def log_evaluation(
     return eval_info
 
 
-def finish(
-    args: Args, run: RunFolder, progress: Progress, agent: BCAgent, evaluation: Evaluation, validation, logger
+def complete(
+    args: Args, run: RunFolder, progress: Meter, agent: BCAgent, evaluation: Evaluation, validation, logger
 ) -> None:
     """The last evaluation, final_model.pt, curve, video, token.tk."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -1969,17 +1996,19 @@ def finish(
     url = getattr(run.wandb_run, "url", None)  # None offline
     (run.dir / "token.tk").write_text(url or str(run.dir.resolve()))
     agent.save(run.dir / "final_model.pt", progress=progress.state())
-    report("last", last)
-    report("best", progress.best)
+    summarize("last", last)
+    summarize("best", progress.best)
     print(f"{progress.state()['elapsed']:.0f} s in all; see {run.dir}")
 
 
-def train(args: Args) -> None:
-    device = prepare_torch(args)
-    agent, batches, evaluation, validation = start(args, device)
-    run, state = RunFolder(args), {}
+def learn_offline(args: Args) -> None:
+    device, run, state = prepare_torch(args), RunFolder(args), {}
+    agent, batches, evaluation, validation = prepare(args, device)
     if args.eval_only:
         return evaluate_only(args, run, agent, evaluation)
+    if rank() == 0 and not args.resume:
+        run.create(args)
+    run.catch_signals()
     if args.resume and (path := run.newest()):
         state = agent.load(path)["progress"]
     step = int(agent.updates)
@@ -1987,7 +2016,7 @@ def train(args: Args) -> None:
         fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {step}; give a larger number")
     logger = run.open_logs(args, step) if rank() == 0 else None
     print(f"run directory {run.dir}" if logger else "", end="\n" * bool(logger), flush=True)
-    progress = Progress(args, state, step)
+    progress = Meter(args, state, step)
     batches.open(step, args.offline_steps, device.type == "cuda")
 
     while step < args.offline_steps and not stopped(run, device):
@@ -1997,7 +2026,7 @@ def train(args: Args) -> None:
         step += count
         progress.bar.update(count)
         # Log.
-        if logger and step % args.log_interval == 0:
+        if logger and (step % args.log_interval == 0 or step == args.offline_steps):
             offline_info = {key: float(value) for key, value in offline_info.items()}
             offline_info["SPS"] = progress.updates_per_second(step)
             logger.log(offline_info, "offline_agent", step)
@@ -2016,23 +2045,28 @@ def train(args: Args) -> None:
         run.save(agent, progress=progress.state())
         if step < args.offline_steps:
             raise KeyboardInterrupt
-        finish(args, run, progress, agent, evaluation, validation, logger)
+        complete(args, run, progress, agent, evaluation, validation, logger)
+
+
+def go_on(args: Args) -> str:
+    begun = Path(args.run_dir or "", "flags.json").exists() and args.run_dir
+    return f"go on with --resume {args.run_dir}" if begun else "run the same command again"
 
 
 def main(args: Args) -> None:
     try:
-        train(args)
+        learn_offline(args)
     except KeyboardInterrupt:
-        raise SystemExit(f"stopped; go on with --resume {args.run_dir}") from None
+        raise SystemExit(f"stopped; {go_on(args)}") from None
     except OSError as error:  # a full disk, above all; the newest checkpoint is whole
-        fail(f"{error}; make room, then go on with --resume {args.run_dir}")
+        fail(f"{error}; make room, then {go_on(args)}")
     except RuntimeError as error:
         if world_size() == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):
             raise
-        fail(f"process {rank()}: another process of this job has ended, see its message; --resume {args.run_dir}")
+        fail(f"process {rank()}: another process of this job has ended, see its message; {go_on(args)}")
     finally:
-        if Progress.bar:
-            Progress.bar.close()
+        if Meter.bar:
+            Meter.bar.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
