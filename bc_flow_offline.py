@@ -63,6 +63,9 @@ from torch import Tensor, nn
 import franka_sim  # registers the Franka tasks  # TASK: import the module that registers yours
 
 MAY_BE_ZERO = {"seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers"}  # whole numbers
+MAY_CHANGE = "run_dir resume eval_only capture_video track cuda compile threads offline_steps eval_episodes eval_envs "
+MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading save_dir updates_per_launch "
+MAY_CHANGE += "dataset_path d4rl_url"  # flags that may change in a run that goes on
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150
 
 
@@ -215,13 +218,6 @@ def normalize_flags(argv: list[str]) -> list[str]:
     return tokens
 
 
-def read_flags(path: Path) -> Args:
-    """The flags that a run was started with; raises OSError, TypeError or ValueError when `path` holds no run."""
-    args = Args(**json.loads((path / "flags.json").read_text()))
-    args.hidden_dims = tuple(args.hidden_dims)
-    return args
-
-
 def parse_args(argv: list[str] | None = None) -> Args:
     """The command line, over the defaults of the task's recipe, or of the run that --resume or --eval-only names.
 
@@ -229,25 +225,23 @@ def parse_args(argv: list[str] | None = None) -> Args:
     """
     tokens = normalize_flags(sys.argv[1:] if argv is None else argv)
     given = dict(zip(tokens, [*tokens[1:], ""], strict=True))
+    args = Args(**RECIPES.get(given.get("--env-name", Args.env_name), {}))
     if run_dir := given.get("--resume") or given.get("--eval-only"):
         path = Path(run_dir).parent if Path(run_dir).is_file() else Path(run_dir)
         try:
-            saved = read_flags(path)
-        except (OSError, ValueError, TypeError) as error:
+            saved = json.loads((path / "flags.json").read_text())
+            args = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+            check_args(args)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             name = "--resume" if "--resume" in given else "--eval-only"
             fail(f"{name} {run_dir}: no run of this script there ({error})")
-        args = tyro.cli(Args, args=tokens, description=__doc__, default=saved)
-        may_change = "run_dir resume eval_only capture_video track cuda compile threads offline_steps eval_episodes "
-        may_change += "eval_envs video_episodes video_frame_skip save_interval num_workers data_loading save_dir "
-        may_change += "updates_per_launch dataset_path d4rl_url "
-        may_change += "execution_horizon flow_steps flow_solver" if args.eval_only else ""
+    saved, args = args, tyro.cli(Args, args=tokens, description=__doc__, default=args)
+    if run_dir:
+        may_change = MAY_CHANGE + " execution_horizon flow_steps flow_solver" * bool(args.eval_only)
         for name in vars(saved).keys() - set(may_change.split()):
             if getattr(args, name) != (theirs := getattr(saved, name)):
                 fail(f"{flag(name)}: {path} has {theirs}; leave the flag out, or start a new run")
         args.run_dir = str(path)
-    else:
-        recipe = RECIPES.get(given.get("--env-name", Args.env_name), {})
-        args = tyro.cli(Args, args=tokens, description=__doc__, default=Args(**recipe))
     check_args(args)
     return args
 
@@ -258,10 +252,11 @@ def check_args(args: Args) -> None:
         least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
         if type(value) in (int, float) and name != "save_interval" and not least <= value < math.inf:
             fail(f"{flag(name)} {value}: give at least {least}")
-    for name in ("dataset_proportion", "top_fraction", "validation_fraction", "ema"):
-        value, least, most = getattr(args, name), 0, 1
-        if not least <= value <= most or value == (1 if name in ("ema", "validation_fraction") else 0):
-            fail(f"{flag(name)} {value}: give a fraction, from 0 to 1")
+        if name in ("dataset_proportion", "top_fraction", "validation_fraction", "ema", "discount") and value > 1:
+            fail(f"{flag(name)} {value}: give at most 1")
+    for name, value in (("dataset_proportion", 0), ("top_fraction", 0), ("validation_fraction", 1), ("ema", 1)):
+        if getattr(args, name) == value:
+            fail(f"{flag(name)} {value}: leaves nothing to learn from")
     if args.batch_size % (args.grad_accum_steps * world_size()):
         parts = f"--grad-accum-steps {args.grad_accum_steps} on {world_size()} processes"
         fail(f"--batch-size {args.batch_size}: does not divide into {parts}; give a multiple")
@@ -880,6 +875,8 @@ def store_robomimic(dataset_id: str, name: str, file) -> str:
     """data/demo_I of robomimic: low-dimensional observations in one vector, qc robomimic_utils.py:111-137. With the
     environment's settings, and the numbers of the validation episodes where the file names some."""
     names = sorted(file["data"], key=lambda demo: int(demo.removeprefix("demo_")))
+    if not names:
+        raise ValueError("it has no demonstrations")
     first = file["data"][names[0]]
     arms = [arm for arm in ("robot0", "robot1") if f"{arm}_eef_pos" in first["obs"]]
     keys = [f"{arm}_{key}" for arm in arms for key in ROBOMIMIC_KEYS] + ["object"]
@@ -1259,9 +1256,10 @@ class Batches(torch.utils.data.Dataset):
         self.count = dataset.size - self.horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
         if self.count < 1:
             fail(f"--horizon-length {self.horizon}: the data has only {dataset.size} steps")
-        arrays = list(dataset["observations"].values()) if isinstance(dataset["observations"], dict) else []
+        observations = dataset["observations"]
+        arrays = list(observations.values()) if isinstance(observations, dict) else [observations]
         self.on_disk = any(isinstance(x, StoredImages) for x in arrays)
-        size = sum(math.prod(x.shape) for x in arrays) + 4 * dataset.size * (dataset["actions"].shape[1] + 100)
+        size = 0 if self.on_disk else sum(x.nbytes for x in (*arrays, dataset["actions"]))
         fits = device.type == "cuda" and not self.on_disk and size < torch.cuda.mem_get_info()[0] / 2
         self.device = device if fits else torch.device("cpu")
 
@@ -2021,17 +2019,18 @@ def learn_offline(args: Args) -> None:
 
     while step < args.offline_steps and not stopped(run, device):
         # Learn: as many updates as until the next event, at most one launch's.
-        count = min(args.updates_per_launch, next_event(step, args) - step)
+        count = args.updates_per_launch - step % args.updates_per_launch
+        count = min(count, next_event(step, args) - step)
         offline_info = agent.learn(batches.take(step, count, device))
         step += count
         progress.bar.update(count)
         # Log.
-        if logger and (step % args.log_interval == 0 or step == args.offline_steps):
+        if step == next_event(step - 1, args) and not math.isfinite(loss := float(offline_info["actor/actor_loss"])):
+            fail(f"the loss is {loss} after {step} updates; lower --lr ({run.dir} has the checkpoint before)")
+        if logger and step % args.log_interval == 0:
             offline_info = {key: float(value) for key, value in offline_info.items()}
             offline_info["SPS"] = progress.updates_per_second(step)
             logger.log(offline_info, "offline_agent", step)
-            if not math.isfinite(loss := offline_info["actor/actor_loss"]):
-                fail(f"the loss is {loss} after {step} updates; lower --lr ({run.dir} has the checkpoint before)")
         # Evaluate and save.
         with progress.pause():
             if logger and args.eval_interval and step % args.eval_interval == 0 and step < args.offline_steps:
