@@ -1,6 +1,8 @@
 """Data of bc_flow_offline.py: each format read from small files of its layout, and what happens when it cannot be."""
 
 import shutil
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import gymnasium as gym
@@ -10,13 +12,15 @@ import numpy as np
 import offline_data
 import pytest
 import torch
-from offline_data import EPISODES, d4rl_rows, write_hdf5, write_minari, write_robomimic
+from forked import run_forked
+from gymnasium import spaces
+from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, write_robomimic
 
 import bc_flow_offline
 from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
-SCRIPT = "bc_flow_offline.py"
+SCRIPT, CPU = "bc_flow_offline.py", torch.device("cpu")
 STAND_INS = Path(offline_data.__file__).parent / "stand_ins"
 
 
@@ -48,7 +52,7 @@ def assert_no_chunk_crosses(dataset, episode_of: np.ndarray, horizon: int) -> No
     batch = dataset.sample_sequence(len(rows), horizon, 0.99, idxs=rows)
     np.testing.assert_array_equal(batch["valid"], inside)
     args = Args(action_chunking=True, horizon_length=horizon, cuda=False)
-    _, actions, valid = Batches(dataset, args, torch.device("cpu")).gather(torch.from_numpy(rows))
+    _, actions, valid = Batches(dataset, args, CPU).gather(torch.from_numpy(rows))
     np.testing.assert_array_equal(valid, inside)
     np.testing.assert_array_equal(actions, batch["actions"].reshape(len(rows), -1))
 
@@ -412,3 +416,302 @@ def test_ogbench_faults(stand_ins, monkeypatch, capsys):
     assert "is not a data set" in refused(capsys, "no-such-singletask-v0")
     monkeypatch.setitem(__import__("sys").modules, "ogbench", None)
     assert "pip install ogbench" in refused(capsys, "reach-play-singletask-v0")
+
+
+# --- Downloads --------------------------------------------------------------------------------------------------------
+D4RL_PATH = "gym_mujoco_v2/halfcheetah_medium-v2.hdf5"
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+
+
+@pytest.fixture
+def d4rl_server(tmp_path) -> Iterator[offline_data.FileServer]:
+    data = write_hdf5(tmp_path / "source" / "x.hdf5", d4rl_rows()).read_bytes()
+    with serve({D4RL_PATH: data}) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("halfcheetah-medium-v2", D4RL_PATH),
+        ("hopper-medium-replay-v2", "gym_mujoco_v2/hopper_medium_replay-v2.hdf5"),
+        ("walker2d-medium-expert-v2", "gym_mujoco_v2/walker2d_medium_expert-v2.hdf5"),
+        ("pen-human-v1", "hand_dapg_v1/pen-human-v1.hdf5"),
+        ("antmaze-umaze-v2", "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"),
+        (
+            "antmaze-large-diverse-v2",
+            "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+        ),
+        ("maze2d-umaze-v1", "maze2d/maze2d-umaze-sparse-v1.hdf5"),
+        ("kitchen-complete-v0", "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5"),
+    ],
+)
+def test_addresses_of_d4rl_files(name, path):
+    """D4RL infos.py:297-330."""
+    assert bc_flow_offline.d4rl_files()[name] == path
+
+
+def test_a_d4rl_file_is_downloaded_once(tmp_path, d4rl_server, capsys):
+    args = Args(env_name="halfcheetah-medium-v2", d4rl_url=d4rl_server.url + "/offline_rl")
+    train = make_env_and_datasets(args.env_name, args)[2]
+    np.testing.assert_array_equal(train["observations"], d4rl_rows()["observations"])
+    assert d4rl_server.requests == [("GET", f"/offline_rl/{D4RL_PATH}", None)]
+    assert "100%" in capsys.readouterr().err  # the progress bar
+    assert [path.name for path in (tmp_path / "d4rl").iterdir()] == ["halfcheetah_medium-v2.hdf5"]
+    make_env_and_datasets(args.env_name, args)
+    assert len(d4rl_server.requests) == 1
+    shutil.rmtree(tmp_path / "minari")  # the file is enough
+    make_env_and_datasets(args.env_name, args)
+    assert len(d4rl_server.requests) == 1
+
+
+@pytest.mark.parametrize("how", ["cut off", "too long a length", "404"])
+def test_downloads_that_fail(tmp_path, d4rl_server, capsys, how):
+    """One line; no half file that the next run would take for the whole one; then it works."""
+    url = d4rl_server.url
+    if how == "cut off":
+        d4rl_server.cut, d4rl_server.cuts = 2000, 1
+    elif how == "too long a length":
+        d4rl_server.extra = 100
+    else:
+        d4rl_server.files = {}
+    message = refused(capsys, "halfcheetah-medium-v2", d4rl_url=url)
+    assert url in message and ("404" in message or "again" in message)
+    assert not list((tmp_path / "d4rl").iterdir())
+    d4rl_server.extra = 0
+    d4rl_server.files = {D4RL_PATH: (tmp_path / "source" / "x.hdf5").read_bytes()}
+    assert train_rows("halfcheetah-medium-v2", d4rl_url=d4rl_server.url).size == 20
+
+
+def test_no_disk_space_for_a_download(tmp_path, d4rl_server, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    message = refused(capsys, "halfcheetah-medium-v2", d4rl_url=d4rl_server.url)
+    assert "d4rl" in message and "free" in message and "room" in message
+    assert not list((tmp_path / "d4rl").iterdir())
+
+
+def test_the_disk_fills_up_during_a_download(tmp_path, d4rl_server):
+    """A file may not grow beyond 3 kB: one line that names it, and nothing half is left."""
+    flags = ("--env-name", "halfcheetah-medium-v2", "--d4rl-url", d4rl_server.url, "--run-dir", "run")
+    env = {"D4RL_DATASET_DIR": str(tmp_path / "d4rl"), "HOME": str(tmp_path)}
+    result = run_forked(SCRIPT, *flags, cwd=tmp_path, env=env, max_file_bytes=3000, check=False, timeout=30)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"{SCRIPT}: ") and ("too large" in last or "No space" in last) and "--resume" not in last
+    assert not list((tmp_path / "d4rl").iterdir())
+
+
+def test_no_network_is_one_message_in_seconds(capsys):
+    started = time.monotonic()
+    for name in ("halfcheetah-medium-v2", "mujoco/halfcheetah/medium-v0"):
+        message = refused(capsys, name, d4rl_url="http://127.0.0.1:9")
+        assert name in message
+        for way in ("--dataset-path", "minari list local", "--env-name"):
+            assert way in message
+    assert time.monotonic() - started < 4
+
+
+def test_a_network_that_swallows_packets_is_given_up_soon(capsys, monkeypatch):
+    """Neither refused nor answered, as behind a firewall; and a name server that does not answer."""
+
+    def silent(*_, **__):
+        time.sleep(30)
+
+    monkeypatch.setattr("socket.create_connection", silent)
+    started = time.monotonic()
+    assert "--dataset-path" in refused(capsys, "halfcheetah-medium-v2", d4rl_url="http://127.0.0.1:9")
+    assert time.monotonic() - started < 6
+
+
+def test_minari_id_is_downloaded_through_minari(monkeypatch, capsys, tmp_path):
+    """Minari's own function, with its progress; a hub that does not know the name, and Minari without its package."""
+    source = tmp_path / "hub"
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(source))
+    write_minari("steps/some-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    asked = []
+
+    def download_dataset(dataset_id, force_download=False):
+        asked.append(dataset_id)
+        if not (source / dataset_id).exists():
+            raise ValueError("Couldn't find any version")
+        shutil.copytree(source, tmp_path / "minari", dirs_exist_ok=True)
+
+    monkeypatch.setattr("minari.storage.local.hosting.download_dataset", download_dataset, raising=False)
+    monkeypatch.setattr("minari.storage.hosting.download_dataset", download_dataset)
+    with serve({}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        assert train_rows("steps/some-v0").size == 14 and asked == ["steps/some-v0"]
+        assert train_rows("steps/some-v0").size == 14 and len(asked) == 1
+        with pytest.raises(SystemExit, match=r"steps/sme-v0.*Couldn't find.*steps/some-v0"):
+            train_rows("steps/sme-v0")
+
+
+def test_d4rl_name_never_becomes_another_dataset(capsys):
+    """Minari's medium is here, D4RL's is not: the name is refused, not replaced."""
+    write_minari("mujoco/halfcheetah/medium-v0", gym.make("offline_data:Steps-v0"), episodes=1)
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        make_env_and_datasets("halfcheetah-medium-v2", Args(d4rl_url="http://127.0.0.1:9"))
+
+
+# --- Own recordings, Minari datasets ----------------------------------------------------------------------------------
+def test_minari_dataset_as_rows():
+    """Truncated ends keep their mask, terminated ones lose it; observations are flat in the order of sorted names."""
+    dataset = write_minari("point/random-v0", gym.make("probe_envs:Point-v0"), policy=lambda env, obs: [-0.4, 0.1, 0])
+    train = train_rows("point/random-v0")
+    episodes = list(dataset.iterate_episodes())
+    flat = [np.concatenate([e.observations["goal"], e.observations["point"]], -1) for e in episodes]
+    np.testing.assert_array_equal(train["observations"], np.float32(np.concatenate([o[:-1] for o in flat])))
+    np.testing.assert_array_equal(train["next_observations"], np.float32(np.concatenate([o[1:] for o in flat])))
+    np.testing.assert_allclose(train["actions"], [[-0.2, 0.05, 0]] * train.size, atol=1e-7)  # of bounds -2..2
+    last = np.cumsum([len(episode.rewards) for episode in episodes]) - 1
+    assert np.flatnonzero(train["terminals"]).tolist() == last.tolist()
+    terminated = [row for row, episode in zip(last, episodes) if episode.terminations[-1]]
+    assert np.flatnonzero(train["masks"] == 0).tolist() == terminated and 0 < len(terminated) < 4
+    assert_no_chunk_crosses(train, np.repeat(np.arange(4), [len(e.rewards) for e in episodes]), 6)
+
+
+@pytest.mark.parametrize("task", ["Steps", "Ordered", "Tall"])
+def test_live_observations_and_actions_are_those_of_the_data(task):
+    """The same numbers in the same order, and an action in [-1, 1] does what the stored one did."""
+    env = gym.make(f"offline_data:{task}-v0")
+    write_minari("own/data-v0", env, episodes=2)
+    env, eval_env, train, _ = make_env_and_datasets("own/data-v0")
+    for live in (env, eval_env):
+        obs, _ = live.reset(seed=1000)
+        for row in range(7):
+            assert obs.dtype == np.float32
+            np.testing.assert_array_equal(obs, train["observations"][row])
+            obs, reward, *_ = live.step(train["actions"][row])
+            if task != "Ordered":
+                assert reward == pytest.approx(train["rewards"][row], abs=2e-4)
+    assert abs(train["actions"]).max() <= 1
+
+
+class Unbounded(offline_data.Steps):
+    action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+class Discrete(offline_data.Steps):
+    action_space = spaces.Discrete(3)
+
+    def step(self, action):
+        return super().step([action])
+
+
+@pytest.mark.parametrize("task", [Unbounded, Discrete])
+def test_actions_that_cannot_be_learned(task):
+    write_minari("own/data-v0", task(), episodes=1)
+    with pytest.raises(SystemExit, match="own/data-v0.*bounded Box|bounded Box.*own/data-v0"):
+        make_env_and_datasets("own/data-v0")
+
+
+def test_nan_in_a_recording():
+    """Minari stores what it is given; learning from it would end in NaN."""
+
+    def episode(env, obs):
+        return np.array([np.nan if obs[1] == 3 else 0.1], np.float32)
+
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2, policy=episode)
+    with pytest.raises(SystemExit, match="own/data-v0.*finite"):
+        make_env_and_datasets("own/data-v0")
+
+
+def test_task_that_is_not_here(capsys, monkeypatch):
+    """Data can be learned from without its task: no environment, and a line that says why."""
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    metadata.write_text(metadata.read_text().replace("offline_data:Steps", "no_such_module:Steps"))
+    env, eval_env, train, _ = make_env_and_datasets("own/data-v0")
+    assert env is None and eval_env is None and train.size == 14
+    assert "no evaluation" in capsys.readouterr().err
+
+
+def test_normalized_scores_are_the_datasets_own(capsys):
+    reference = {"ref_min_score": -3.0, "ref_max_score": 5.0}
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2, **reference)
+    make_env_and_datasets("own/data-v0")
+    printed = capsys.readouterr().out
+    assert "-3" in printed and "5" in printed and "Minari" in printed and "D4RL" not in printed
+
+
+def test_minari_locomotion_is_scored_with_d4rls_references(capsys):
+    """bc.md: Minari's mujoco sets have none of their own; the line says whose they are."""
+    write_minari("mujoco/hopper/simple-v0", gym.make("Hopper-v5"), episodes=1)
+    make_env_and_datasets("mujoco/hopper/simple-v0")
+    printed = capsys.readouterr().out
+    assert "D4RL" in printed and "-20.2723" in printed and "3234.3" in printed and "mujoco/hopper/simple-v0" in printed
+
+
+def test_top_fraction_keeps_the_episodes_of_the_highest_return():
+    dataset = write_minari(
+        "point/random-v0", gym.make("probe_envs:Point-v0"), 10, policy=lambda env, obs: [0.1, 0.1, 0]
+    )
+    returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()]
+    train = train_rows("point/random-v0", top_fraction=0.3)
+    best = sorted(np.argsort(returns)[-3:])
+    kept = np.concatenate([dataset[int(i)].rewards for i in best])
+    np.testing.assert_array_equal(train["rewards"], np.float32(kept))
+
+
+def test_validation_part_is_apart_from_training():
+    write_minari("steps/data-v0", gym.make("offline_data:Steps-v0"), episodes=10)
+    _, _, train, val = make_env_and_datasets("steps/data-v0", Args(validation_fraction=0.3, seed=1))
+    assert (train.size, val.size) == (49, 21)
+    assert not set(train["observations"][:, 0].tolist()) & set(val["observations"][:, 0].tolist())
+    assert len(set(train["observations"][:, 0].tolist()) | set(val["observations"][:, 0].tolist())) == 10
+    again = make_env_and_datasets("steps/data-v0", Args(validation_fraction=0.3, seed=1))[3]
+    np.testing.assert_array_equal(val["observations"], again["observations"])
+
+
+def test_robomimic_validation_is_the_files_own(tmp_path, stand_ins):
+    """mask/valid names demo_0 and demo_6."""
+    args = Args(dataset_path=str(write_robomimic(tmp_path / "x.hdf5")), validation_fraction=0.1)
+    _, _, train, val = make_env_and_datasets("lift-mh-low_dim", args)
+    assert sorted({round(100 * a) for a in val["actions"][:, 6].tolist()}) == [0, 6]
+    assert train.size + val.size == 48 and val.size == 6
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(params=[True, False], ids=["jpeg", "raw"])
+def camera_data(request):
+    env = gym.make("offline_data:Camera-v0")
+    return write_minari("own/camera-v0", env, episodes=3, jpeg_encoding=request.param)
+
+
+def test_images_from_disk_are_those_in_memory(camera_data):
+    memory = train_rows("own/camera-v0", data_loading="memory")
+    disk = train_rows("own/camera-v0", data_loading="workers")
+    images = np.concatenate([episode.observations["front"][:-1] for episode in camera_data.iterate_episodes()])
+    assert memory["observations"]["front"].dtype == np.uint8
+    np.testing.assert_array_equal(memory["observations"]["front"], images)
+    rows = np.array([[0, 29], [10, 9]])
+    np.testing.assert_array_equal(disk["observations"]["front"][rows], images[rows])
+    for key in ("actions", "rewards", "terminals", "masks"):
+        np.testing.assert_array_equal(disk[key], memory[key])
+    np.testing.assert_array_equal(disk["observations"]["state"], memory["observations"]["state"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_give_the_batches_of_memory(camera_data, workers):
+    options = {"frame_stack": 3, "batch_size": 16, "action_chunking": True, "horizon_length": 4, "num_workers": workers}
+    taken = []
+    for how in ("memory", "workers"):
+        args = Args(**options, data_loading=how, dataset_proportion=0.9)
+        batches = Batches(process_train_dataset(make_env_and_datasets("own/camera-v0", args)[2], args), args, CPU)
+        batches.open(2, 6, False)
+        taken.append([batches.take(2, 3, CPU), batches.take(5, 1, CPU)])
+        del batches
+    for one, other in zip(*taken):
+        assert one[0]["front"].shape[1:] == (16, 40, 40, 9) and one[0]["state"].shape[1:] == (16, 3)
+        for key in one[0]:
+            assert torch.equal(one[0][key], other[0][key])
+        assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
