@@ -1,5 +1,6 @@
 """bc_flow_offline.py: against Q-chunking's arrays, cases by hand, tasks of known answer, and as a user runs it."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -9,6 +10,9 @@ import random
 import re
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,7 +21,7 @@ import minari
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, Finished, popen_script, read_csv, read_scalars, wait_until
+from conftest import REPO, Finished, popen_script, read_csv, read_scalars, run_script, script_env, wait_until
 from forked import popen_forked, run_forked
 from offline_data import Steps, write_minari
 from torch import distributions, nn
@@ -32,6 +36,7 @@ from bc_flow_offline import (
     FourierFeatures,
     LoggingHelper,
     evaluate,
+    find_dataset,
     make_env_and_datasets,
     parse_args,
     process_train_dataset,
@@ -275,6 +280,11 @@ NOTE = {
 def test_the_flags_of_the_note_have_its_defaults():
     args = parse_args(["--env-name", "halfcheetah-medium-v2"])
     assert {name: getattr(args, name) for name in NOTE} == NOTE
+
+
+def test_no_flag_at_all():
+    args = parse_args([])
+    assert args.env_name == "FrankaPickCube-v0" and args.offline_steps < 1_000_000 and args.action_chunking
 
 
 @pytest.mark.parametrize(
@@ -1200,6 +1210,222 @@ def test_resume_between_the_two_renames_of_a_checkpoint(finished, tmp_path, poin
     assert checkpoint(run_dir)["step"] == 350
 
 
+# --- Runs: several processes ------------------------------------------------------------------------------------------
+def ranks(count: int, port: int) -> list[dict[str, str]]:
+    """The environment that torchrun gives to each process."""
+    shared = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return [shared | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(count)]
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def test_two_processes_learn_what_one_does(tmp_path, point_data):
+    """torchrun with gloo: the same global batch, the same losses and parameters; one of them logs and saves."""
+    flags = [*TINY.split(), *POINT, *["--ema", "0.9", "--normalize-observations", "--grad-accum-steps", "2"]]
+    flags += ["--offline-steps", 120, "--run-dir"]
+    run_forked(SCRIPT, *flags, "one", cwd=tmp_path, **env_of(point_data))
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), REPO / SCRIPT]
+    command = [sys.executable, *map(str, launch), *map(str, flags), "two"]
+    env = script_env(tmp_path, {"MINARI_DATASETS_PATH": str(point_data)})
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("run directory two") == done.stdout.count("last: ") == 1
+    one, two = (read_csv(tmp_path / name, "offline_agent.csv") for name in ("one", "two"))
+    assert one["step"] == two["step"] == [50, 100]
+    for key in one.keys() - TIMES:
+        np.testing.assert_allclose(two[key], one[key], rtol=2e-3 if "grad" in key else 1e-4, err_msg=key)
+    ours, theirs = (leaves(checkpoint(tmp_path / name)) for name in ("two", "one"))
+    for path in ours:
+        if path.startswith(("/actor/", "/mean_actor/")):
+            np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-3, atol=1e-4, err_msg=path)
+    assert {p.name for p in (tmp_path / "one").iterdir()} - {p.name for p in (tmp_path / "two").iterdir()} == {
+        p.name for p in (tmp_path / "one").glob("events*")
+    }
+    assert len(list((tmp_path / "two").glob("events*"))) == 1
+
+
+def test_a_dead_process_ends_the_others(tmp_path, point_data):
+    """One line that says so, in seconds; the checkpoint is whole and the run goes on with one process."""
+    flags = [*TINY.split(), *POINT, "--offline-steps", 100_000, "--eval-interval", 0, "--run-dir", "run"]
+    with contextlib.ExitStack() as stack:
+        options = [{"env": {"MINARI_DATASETS_PATH": str(point_data)} | rank} for rank in ranks(2, free_port())]
+        lead, other = (stack.enter_context(popen_forked(SCRIPT, *flags, cwd=tmp_path, **o)) for o in options)
+        log = tmp_path / "run" / "offline_agent.csv"
+        wait_until(lambda: log.exists() and log.read_text().count("\n") > 2)
+        other.kill()
+        lead.join(20)
+        assert lead.exitcode not in (0, None)
+    errors = lead.stderr_path.read_text()
+    assert "Traceback" not in errors and "--resume run" in errors, errors
+    step = checkpoint(tmp_path / "run", "checkpoint.pt")["step"]
+    run_forked(SCRIPT, "--resume", "run", "--offline-steps", step + 20, cwd=tmp_path, **env_of(point_data))
+    assert checkpoint(tmp_path / "run")["step"] == step + 20
+
+
+def test_ctrl_c_reaches_all_processes_at_one_update(tmp_path, point_data):
+    """torchrun hands the signal to every process; here only one gets it."""
+    flags = [*TINY.split(), *POINT, "--offline-steps", 100_000, "--eval-interval", 0, "--run-dir", "run"]
+    with contextlib.ExitStack() as stack:
+        options = [{"env": {"MINARI_DATASETS_PATH": str(point_data)} | rank} for rank in ranks(2, free_port())]
+        processes = [stack.enter_context(popen_forked(SCRIPT, *flags, cwd=tmp_path, **o)) for o in options]
+        log = tmp_path / "run" / "offline_agent.csv"
+        wait_until(lambda: log.exists() and log.read_text().count("\n") > 2)
+        os.kill(processes[1].pid, signal.SIGINT)
+        for process in processes:
+            process.join(20)
+            assert process.exitcode is not None and "Traceback" not in process.stderr_path.read_text()
+    assert processes[0].exitcode != 0 and "--resume run" in processes[0].stderr_path.read_text()
+    assert checkpoint(tmp_path / "run", "checkpoint.pt")["step"] >= 100
+
+
+def test_a_process_count_that_does_not_divide_the_batch(tmp_path, point_data, monkeypatch):
+    monkeypatch.setattr("sys.argv", [SCRIPT])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit, match="--batch-size 256.*3 processes"):
+        parse_args([])
+
+
+# --- Runs: policies, options, images ----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--policy gaussian --amp --layer-norm",
+        "--no-action-chunking --use-fourier-features --flow-solver heun --flow-steps 2",
+        ALL_AT_ONCE + " --video-episodes 1 --save-interval 20 --clip-actions --sparse --discount 0.9",
+    ],
+)
+def test_options_run(tmp_path, point_data, flags):
+    """Every switch that the other runs leave alone, in runs that reach gradient steps."""
+    flags = [*POINT, *flags.split(), "--offline-steps", 40, "--log-interval", 10, "--eval-interval", 20]
+    done = run(*flags, "--run-dir", "run", cwd=tmp_path, data=point_data)
+    losses, evaluations = (read_csv(done.run_dir, f"{name}.csv") for name in ("offline_agent", "eval"))
+    assert losses["step"] == [10, 20, 30, 40] and evaluations["step"] == [20, 40]
+    assert all(math.isfinite(x) for key, column in losses.items() for x in column)
+    assert ("actor/bc_nll_loss" in losses) == ("gaussian" in flags)
+    if "--validation-fraction" in flags:
+        assert all(0 < x < 10 for x in evaluations["validation_loss"])
+        assert {p.name for p in done.run_dir.glob("video*.mp4")} == {"video_20.mp4", "video_40.mp4"}
+
+
+def test_normalization_is_of_the_training_rows_only(tmp_path, point_data, monkeypatch):
+    """Not of validation episodes, of those that top_fraction leaves out, or of rows behind dataset_proportion."""
+    options = {"validation_fraction": 0.3, "top_fraction": 0.5, "dataset_proportion": 0.7}
+    flags = [x for name, value in options.items() for x in (f"--{name.replace('_', '-')}", value)]
+    flags += ["--normalize-observations", "--offline-steps", 20, "--run-dir", "run"]
+    run(*POINT, *flags, cwd=tmp_path, data=point_data)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(point_data))
+    args = Args(env_name="point/expert-v0", **options)
+    whole = make_env_and_datasets(args.env_name)[2]
+    train = process_train_dataset(make_env_and_datasets(args.env_name, args)[2], args)
+    assert whole.size == 400 and train.size == 98
+    actor = checkpoint(tmp_path / "run")["actor"]
+    mean, var = (
+        next(value for key, value in actor.items() if key.endswith(f"normalizer.{k}")) for k in ("mean", "var")
+    )
+    assert_close(mean, train["observations"].mean(0), 1e-5)
+    assert_close(var, train["observations"].var(0), 1e-5)
+    assert abs(mean - whole["observations"].mean(0)).max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def camera_data(tmp_path_factory) -> Path:
+    """A folder with the data set own/camera-v0: images that say where to go."""
+    root = tmp_path_factory.mktemp("minari")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(root))
+        write_minari("own/camera-v0", gym.make("offline_data:Camera-v0"), episodes=20)
+    return root
+
+
+CAMERA = "--env-name own/camera-v0 --batch-size 16 --eval-episodes 5 --lr-schedule constant --lr 1e-3 --eval-interval 0"
+
+
+@pytest.mark.parametrize("encoder", ["small", "resnet10", "impala_small"])
+def test_encoders_learn(tmp_path, camera_data, encoder):
+    """Each encoder's parameters all change, and the loss falls, on images in memory."""
+    flags = [*CAMERA.split(), "--encoder", encoder, "--offline-steps", 12, "--log-interval", 4, "--run-dir", "run"]
+    run(*flags, "--save-interval", 4, cwd=tmp_path, data=camera_data)
+    one, other = (checkpoint(tmp_path / "run", f"checkpoint_{step}.pt")["actor"] for step in (4, 12))
+    still = [name for name in one if torch.equal(one[name], other[name]) and "normalizer" not in name]
+    assert [name for name in still if not name.endswith(("mean", "std", ".w"))] == []
+    losses = read_csv(tmp_path / "run", "offline_agent.csv")["actor/actor_loss"]
+    assert losses[-1] < losses[0]
+
+
+def test_images_are_learned(tmp_path, camera_data):
+    """The side is only in the image."""
+    flags = [*CAMERA.split(), "--encoder", "impala_small", "--offline-steps", 120, "--run-dir", "run"]
+    run(*flags, cwd=tmp_path, data=camera_data)
+    assert read_csv(tmp_path / "run", "eval.csv")["success_rate"][-1] >= 0.8
+
+
+def test_workers_and_checkpointed_activations_change_no_number(tmp_path, camera_data):
+    """Images read by workers, activations computed twice: the losses of images in memory."""
+    flags = [*CAMERA.split(), "--encoder", "impala_small", "--frame-stack", 2]
+    flags += ["--offline-steps", 12, "--log-interval", 4]
+    variants = {"memory": [], "workers": ["--data-loading", "workers"], "twice": ["--checkpoint-activations"]}
+    tables = {}
+    for name, more in variants.items():
+        done = run(*flags, *more, "--run-dir", name, cwd=tmp_path, data=camera_data)
+        tables[name] = table(tmp_path / name, "offline_agent.csv")
+        assert ("workers" in done.stdout) == (name == "workers")
+    assert tables["memory"] == tables["workers"] == tables["twice"]
+
+
+def test_run_with_workers_resumes_exactly(tmp_path, camera_data):
+    flags = [*CAMERA.split(), "--data-loading", "workers", "--log-interval", 5, "--save-interval", -1]
+    run(*flags, "--offline-steps", 20, "--run-dir", "whole", cwd=tmp_path, data=camera_data)
+    run(*flags, "--offline-steps", 10, "--run-dir", "parts", cwd=tmp_path, data=camera_data)
+    go_on = ("--resume", "parts", "--offline-steps", 20)
+    run_forked(SCRIPT, *go_on, cwd=tmp_path, **env_of(camera_data))
+    assert table(tmp_path / "whole", "offline_agent.csv") == table(tmp_path / "parts", "offline_agent.csv")
+
+
+def test_the_default_needs_no_flag_and_no_network(tmp_path):
+    """Demonstrations of the scripted expert are collected once, learned from, and the robot is filmed."""
+    flags = "--demos 3 --offline-steps 40 --log-interval 20 --eval-interval 0 --eval-episodes 2 --hidden-dims 32 32"
+    flags = [*flags.split(), "--threads", 1, "--run-dir"]
+    done = run_forked(SCRIPT, *flags, "run", cwd=tmp_path)
+    assert "3/3" in done.stderr  # a progress bar
+    (name,) = [p.parent.parent.relative_to(tmp_path / "minari") for p in (tmp_path / "minari").rglob("main_data.hdf5")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+        dataset = minari.load_dataset(str(name))
+        assert (
+            dataset.total_episodes == 3 and type(dataset.recover_environment().unwrapped).__name__ == "FrankaPickCube"
+        )
+        heights = [episode.observations["cube_pos"][:, 2] for episode in dataset.iterate_episodes()]
+    assert min(height[-1] for height in heights) > 0.12  # every demonstration lifts the cube
+    assert read_csv(done.run_dir, "eval.csv")["episodes"] == [2]
+    assert len(imageio.mimread(done.run_dir / "video.mp4", memtest=False)) >= 33
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*") if p.is_file()}
+    again = run_forked(SCRIPT, *flags, "again", "--no-capture-video", cwd=tmp_path)
+    assert "demonstrations" not in again.stderr
+    assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*") if p.is_file()}
+    assert table(tmp_path / "run", "offline_agent.csv") == table(tmp_path / "again", "offline_agent.csv")
+
+
+@pytest.mark.slow
+def test_the_default_run_picks_the_cube(tmp_path):
+    done = run_script(SCRIPT, cwd=tmp_path, timeout=900)
+    (eval_csv,) = tmp_path.glob("runs/**/eval.csv")
+    assert read_csv(eval_csv.parent, "eval.csv")["success_rate"][-1] >= 0.98, done.stdout
+
+
+@pytest.mark.slow
+def test_wandb_mirrors_offline(tmp_path, point_data):
+    """And token.tk holds the run directory, as an offline run has no address."""
+    flags = [*TINY.split(), *POINT, "--offline-steps", 100, "--video-episodes", 1, "--track", "--run-dir", "run"]
+    env = {"MINARI_DATASETS_PATH": str(point_data), "WANDB_MODE": "offline"}
+    run_script(SCRIPT, *flags, cwd=tmp_path, env=env)
+    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
+    assert (tmp_path / "run" / "token.tk").read_text() == str(tmp_path / "run")
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 def refused(*flags: object, cwd: Path, **options) -> str:
     """The error of a run that must fail: one line, no traceback."""
@@ -1238,7 +1464,7 @@ def refused(*flags: object, cwd: Path, **options) -> str:
         ("--lr -1", "--lr -1"),
         ("--lr nan", "--lr nan"),
         ("--weight-decay inf", "--weight-decay"),
-        ("--discount 2", "--discount 2"),
+        ("--discount 2 --env-name no-such-name", "--discount 2"),
         ("--execution-horizon 6 --action-chunking --horizon-length 5", "--execution-horizon 6 5"),
         ("--execution-horizon 2 --no-action-chunking", "--execution-horizon 2"),
         ("--resume nowhere", "--resume nowhere"),
@@ -1248,9 +1474,7 @@ def refused(*flags: object, cwd: Path, **options) -> str:
 def test_bad_flags(flags, words, monkeypatch):
     monkeypatch.setattr("sys.argv", [SCRIPT])
     with pytest.raises(SystemExit) as error:
-        args = parse_args(flags.split())
-        if args.env_name != Args.env_name:
-            make_env_and_datasets(args.env_name, args)
+        find_dataset(parse_args(flags.split()))
     message = str(error.value.code)
     assert message.startswith("bc_flow_offline.py: ") and "\n" not in message
     for word in words.split():
