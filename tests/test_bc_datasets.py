@@ -1,6 +1,9 @@
 """Data of bc_flow_offline.py: each format read from small files of its layout, and what happens when it cannot be."""
 
+import contextlib
 import shutil
+import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -715,3 +718,63 @@ def test_workers_give_the_batches_of_memory(camera_data, workers):
         for key in one[0]:
             assert torch.equal(one[0][key], other[0][key])
         assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
+
+
+def test_two_processes_that_store_the_same_data(tmp_path):
+    """The slower one finds the name taken when it is done."""
+    box = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
+    parts = np.zeros((3, 2)), np.zeros((2, 1), np.float32), np.zeros(2), *np.array([[False] * 2, [False, True]])
+    root = tmp_path / "minari" / "own"
+    bc_flow_offline.store("own/data-v0", [parts], **box)
+    root.rename(tmp_path / "theirs")
+
+    def episodes():
+        yield parts
+        shutil.copytree(tmp_path / "theirs", root)
+        yield parts
+
+    assert bc_flow_offline.store("own/data-v0", episodes(), **box) == "own/data-v0"
+    assert train_rows("own/data-v0").size == 2 and not list((tmp_path / "minari").glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["Hopper-v2", "CartPole-v1", "HalfCheetah-v5"])
+def test_gymnasium_tasks_without_an_expert_or_that_do_not_run(capsys, name):
+    assert f"--env-name {name}" in refused(capsys, name)
+
+
+def test_a_server_that_speaks_another_protocol(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.settimeout(0.5)
+                        with contextlib.suppress(OSError):
+                            connection.recv(1000)
+                            connection.sendall(b"SSH-2.0\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert url in refused(capsys, "halfcheetah-medium-v2", d4rl_url=url)
+
+
+def test_no_disk_space_to_convert_a_file(tmp_path, capsys, monkeypatch):
+    """Seen before it begins: HDF5 crashes when the disk fills up as it writes. The file is good, nobody deletes it."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
+    assert "free" in message and "room" in message and "delete" not in message
+
+
+def test_images_of_two_cameras_in_nested_observations():
+    """Both are kept, whatever their places are called."""
+    image = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+    cameras = {"front": spaces.Dict({"rgb": image}), "wrist": spaces.Dict({"rgb": image})}
+    space = spaces.Dict(cameras | {"pos": spaces.Box(-1, 1, (2,))})
+    obs = {"front": {"rgb": np.full((5, 4, 4, 3), 1, np.uint8)}, "wrist": {"rgb": np.full((5, 4, 4, 3), 2, np.uint8)}}
+    arranged = bc_flow_offline.arrange(space, obs | {"pos": np.zeros((5, 2))})
+    images = [x for key, x in arranged.items() if key != "state"]
+    assert sorted(x.flat[0] for x in images) == [1, 2] and arranged["state"].shape == (5, 2)
