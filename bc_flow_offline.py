@@ -23,7 +23,9 @@ import copy
 import ctypes
 import dataclasses
 import difflib
+import errno
 import hashlib
+import http.client
 import io
 import json
 import math
@@ -43,6 +45,7 @@ import urllib.request
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -224,7 +227,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     Exits with one line when flags contradict each other or the run.
     """
     tokens = normalize_flags(sys.argv[1:] if argv is None else argv)
-    given = dict(zip(tokens, [*tokens[1:], ""], strict=True))
+    given = dict(zip(tokens, [*tokens[1:], ""], strict=False))
     args = Args(**RECIPES.get(given.get("--env-name", Args.env_name), {}))
     if run_dir := given.get("--resume") or given.get("--eval-only"):
         path = Path(run_dir).parent if Path(run_dir).is_file() else Path(run_dir)
@@ -286,18 +289,23 @@ def arrange(space: spaces.Space, observations):
     order of sorted names; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose entries here."""
     flat, images = [], {}
 
-    def walk(space: spaces.Space, x, name: str) -> None:
+    def walk(space: spaces.Space, x, path: str) -> None:
         if isinstance(space, spaces.Dict):
             for key in sorted(space):
-                walk(space[key], x[key], key)
+                walk(space[key], x[key], f"{path}/{key}")
         elif is_image(space):
-            images[name] = np.asarray(x)
+            images[image_name(path)] = np.asarray(x)
         else:
             flat.append(np.asarray(x, np.float32).reshape(len(x), -1))
 
-    walk(space, observations, "image")
+    walk(space, observations, "observations")
     states = {"state": np.concatenate(flat, -1)} if flat else {}
     return states | images if images or not flat else states["state"]
+
+
+def image_name(path: str) -> str:
+    """observations/front/rgb -> front_rgb, observations -> image."""
+    return re.sub(r"\W", "_", path.partition("/")[2]) or "image"
 
 
 def is_image(space: spaces.Space) -> bool:
@@ -578,7 +586,11 @@ class ImageEncoder(nn.Module):
             self.trunk = SmallTrunk(shape[-1], (32, 64, 128, 256), (2, 2, 2, 2))  # SERL agents/continuous/drq.py:140
         else:
             self.trunk = ResNetTrunk(shape[-1]) if args.encoder == "resnet10" else ImpalaTrunk(shape[-1])
-        self.linear = nn.Linear(self.trunk(torch.zeros(1, *shape, dtype=torch.uint8)).numel(), 512)
+        try:
+            size = self.trunk(torch.zeros(1, *shape, dtype=torch.uint8)).numel()
+        except RuntimeError:  # too small, or not RGB
+            fail(f"--encoder {args.encoder}: cannot take images of {shape}; --encoder impala_small takes any")
+        self.linear = nn.Linear(size, 512)
         self.linear.apply(xavier)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -739,8 +751,11 @@ def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = No
         for file in temporary.rglob("namespace_metadata.json"):
             if not (target := root / file.relative_to(temporary)).exists():
                 shutil.copy(file, target)
-        with contextlib.suppress(FileExistsError):  # another process was faster
+        try:
             (temporary / dataset_id).rename(root / dataset_id)
+        except OSError:
+            if not (root / dataset_id).exists():  # else another process was faster
+                raise
     finally:
         os.environ.pop("MINARI_DATASETS_PATH")
         os.environ |= {"MINARI_DATASETS_PATH": before} if before else {}
@@ -771,7 +786,10 @@ def collect_demos(args: Args) -> str:
     dataset_id = f"scripted/{re.sub(r'-v[0-9]+$|[^-_a-zA-Z0-9]', '', args.env_name)}-{digest}-v0"
     if dataset_id in minari.list_local_datasets():
         return dataset_id
-    env = gym.make(args.env_name)
+    try:
+        env = gym.make(args.env_name)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"--env-name {args.env_name}: {error}")
     if not hasattr(env.unwrapped, "expert_action"):
         fail(f"--env-name {args.env_name}: has no expert_action(); name a dataset of it (`minari list local`)")
     rng, space = np.random.default_rng(0), env.action_space
@@ -806,6 +824,7 @@ def convert_hdf5(args: Args, path: Path) -> str:
     """A file of D4RL's or robomimic's layout as a local Minari dataset, named by the file's contents."""
     import h5py
     import minari
+    from minari.storage.datasets_root_dir import get_dataset_path
 
     kind = "robomimic" if ROBOMIMIC.fullmatch(args.env_name) else "d4rl"
     name, version = (args.env_name, "v15") if kind == "robomimic" else args.env_name.rsplit("-", 1)
@@ -815,12 +834,15 @@ def convert_hdf5(args: Args, path: Path) -> str:
         dataset_id = f"{kind}/{name}-{digest}-{version}"
         if dataset_id in minari.list_local_datasets():
             return dataset_id
+        check_space(get_dataset_path(), 1.5 * path.stat().st_size, dataset_id)
         print(f"converting {path} to the Minari dataset {dataset_id}", flush=True)
         with h5py.File(path) as file:
             return (store_robomimic if kind == "robomimic" else store_d4rl)(dataset_id, args.env_name, file)
     except FileNotFoundError:
         fail(f"--dataset-path {path}: there is no such file")
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:  # h5py's for missing or damaged parts
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
         fail(f"{path}: is cut off, damaged or not of {kind}'s layout ({error}); delete it and fetch it again")
 
 
@@ -932,6 +954,12 @@ def convert_ogbench(args: Args) -> tuple[str, str]:
     return ids
 
 
+def check_space(folder: Path, size: float, what: str) -> None:
+    """Exits with one line when `size` bytes are not free: HDF5 does not survive a full disk."""
+    if (free := shutil.disk_usage(folder).free) < size:
+        fail(f"{folder}: {free / 1e6:.0f} MB are free, {what} needs {size / 1e6:.0f}; make room")
+
+
 def reachable(url: str, timeout_s: float = 4.0) -> bool:
     """Whether the server of this address takes connections; True without a try where a proxy is set."""
     parts, answers = urllib.parse.urlsplit(url), []
@@ -964,9 +992,8 @@ def download_d4rl(args: Args, path: str) -> Path:
     part, written = target.with_name(f"{target.name}.{os.getpid()}.part"), 0
     try:
         with urllib.request.urlopen(url, timeout=20) as response, part.open("wb") as file:
-            size, free = int(response.headers.get("Content-Length", 0)), shutil.disk_usage(folder).free
-            if free < 2.5 * size:  # the file and the Minari dataset
-                fail(f"{folder}: {free / 1e6:.0f} MB are free, {target.name} needs {2.5 * size / 1e6:.0f}; make room")
+            size = int(response.headers.get("Content-Length", 0))
+            check_space(folder, 2.5 * size, f"{target.name}, with its conversion,")
             with tqdm(total=size or None, desc=target.name, unit="B", unit_scale=True) as bar:
                 while block := response.read(1 << 20):
                     written += file.write(block)
@@ -974,8 +1001,8 @@ def download_d4rl(args: Args, path: str) -> Path:
         if written != size != 0:
             fail(f"{url}: the connection ended after {written} of {size} bytes; run the command again")
         part.replace(target)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        fail(f"--env-name {args.env_name}: {url}: {error}; {WAYS_ON}")
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        fail(f"--env-name {args.env_name}: {url}: {' '.join(str(error).split())}; {WAYS_ON}")
     finally:
         part.unlink(missing_ok=True)
     return target
@@ -1146,8 +1173,7 @@ def load_rows(dataset, lengths: dict[int, int], args: Args, on_disk: bool) -> Da
         states = fields["observations"]
         fields["observations"] = states if isinstance(states, dict) else {"state": states}
         for key, image in image_spaces(dataset.observation_space).items():
-            name = key.rpartition("/")[2] if "/" in key else "image"
-            fields["observations"][name] = StoredImages(dataset, key, image, lengths)
+            fields["observations"][image_name(key)] = StoredImages(dataset, key, image, lengths)
     rows = Dataset.create(**fields)
     rows.source, rows.frame_stack = dataset, args.frame_stack
     return rows
@@ -1324,7 +1350,11 @@ class BCAgent:
         options = {"weight_decay": config.weight_decay, "fused": True, "capturable": device.type == "cuda"}
         self.actor_optimizer = torch.optim.AdamW(self.parameters, self.lr, **options)
         self.use_graph = config.compile and device.type == "cuda" and world_size() == 1
-        self.graph, self.launches = None, 0
+        self.graph, self.launches, self.pool, self.parts = None, 0, None, config.grad_accum_steps
+        threads = max(1, config.threads // world_size())
+        if threads > 1 and device.type == "cpu" and config.batch_size % (world_size() * self.parts * threads) == 0:
+            self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+            self.parts *= threads  # a CPU computes parts side by side, which beats threads inside each product
         if config.compile and device.type == "cuda":
             self.loss = torch.compile(self.loss)
 
@@ -1353,23 +1383,20 @@ class BCAgent:
 
     def step(self, observations, x_1: Tensor, valid: Tensor) -> Tensor:
         """One update; the loss. Noise is drawn for the samples of all processes, and each takes its own."""
-        shape, parts = (len(x_1) * world_size(), x_1.shape[1]), self.args.grad_accum_steps
+        shape = (len(x_1) * world_size(), x_1.shape[1])
         noise = {"generator": self.generator, "device": self.device}
         draws = [torch.randn(shape, **noise), torch.rand(shape[0], 1, **noise)]
         if isinstance(observations, dict) and self.args.random_crop:
             offsets = torch.randint(0, 9, (shape[0], 2), **noise)[rank() :: world_size()]
             observations = {k: v if k == "state" else random_crop(v, offsets, 4) for k, v in observations.items()}
         inputs = (observations, x_1, valid, *(draw[rank() :: world_size()] for draw in draws))
-        self.actor_optimizer.zero_grad()
-        total = torch.zeros((), device=self.device)
-        for i in range(parts):
-            part = (each(lambda x, i=i: x.chunk(parts)[i], x) for x in inputs)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
-                loss = self.loss(*part) / parts
-            loss.backward()
-            total += loss.detach()
+        parts = [tuple(each(lambda x, i=i: x.chunk(self.parts)[i], x) for x in inputs) for i in range(self.parts)]
+        losses, gradients = zip(*(self.pool.map if self.pool else map)(self.gradient, parts), strict=True)
+        loss = torch.stack(losses).mean()
+        for parameter, *parts in zip(self.parameters, *gradients, strict=True):
+            parameter.grad = sum(parts[1:], parts[0]).div_(self.parts)
         if world_size() > 1:
-            total = self.average_gradients(total)
+            loss = self.average_gradients(loss)
         if self.args.lr_schedule == "cosine":
             done = (self.updates / self.args.offline_steps).clamp(max=1)
             self.lr.copy_(self.args.lr * 0.5 * (1 + torch.cos(math.pi * done)))
@@ -1379,7 +1406,13 @@ class BCAgent:
             weight = (1 / self.updates).clamp(min=1 - self.args.ema)
             for mean, parameter in zip(self.mean_actor.parameters(), self.parameters, strict=True):
                 mean.lerp_(parameter.detach(), weight)
-        return total
+        return loss
+
+    def gradient(self, samples: tuple) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss of a part of the batch, and its gradient."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+            loss = self.loss(*samples)
+        return loss.detach(), torch.autograd.grad(loss, self.parameters)
 
     def average_gradients(self, loss: Tensor) -> Tensor:
         """Mean of gradients and loss over the processes, in one message."""
