@@ -386,7 +386,8 @@ def make_env(dataset, args: Args, render: bool = False) -> gym.Env | None:
             with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
                 env = dataset.recover_environment(eval_env=True, **options)
     except (gym.error.Error, ImportError, KeyError, ValueError) as error:
-        print(f"no evaluation: {dataset.id} names no task that runs here ({error})", file=sys.stderr)
+        remedy = f"; pip install {error.name}" if isinstance(error, ImportError) and error.name else ""
+        print(f"no evaluation: the task of {dataset.id} does not run here ({error}{remedy})", file=sys.stderr)
         return None
     theirs, ours = dataset.observation_space, env.observation_space
     if layout(theirs) != layout(ours) or dataset.action_space.shape != env.action_space.shape:
@@ -1035,7 +1036,7 @@ class StoredImages:
 
     def __getitem__(self, rows) -> np.ndarray:
         import h5py
-        from PIL import Image
+        from imageio.v3 import imread
 
         if self.pid != os.getpid():  # a handle must not be used in two processes
             self.pid, self.file = os.getpid(), h5py.File(self.path)
@@ -1044,7 +1045,7 @@ class StoredImages:
         for out, row in zip(images, rows.flat, strict=True):
             number = np.searchsorted(self.firsts, row, "right") - 1
             data = self.file[f"episode_{self.episodes[number]}/{self.key}"][row - self.firsts[number]]
-            out[:] = np.asarray(Image.open(io.BytesIO(data))) if self.jpeg else data
+            out[:] = imread(data.tobytes(), extension=".jpg") if self.jpeg else data
         return images.reshape(*rows.shape, *self.shape[1:])
 
 
@@ -1170,7 +1171,7 @@ def load_rows(dataset, lengths: dict[int, int], args: Args, on_disk: bool) -> Da
         each(put, fields, values)
         row += len(rewards)
     if on_disk:
-        states = fields["observations"]
+        states, _ = fields["observations"], fields.pop("next_observations", None)
         fields["observations"] = states if isinstance(states, dict) else {"state": states}
         for key, image in image_spaces(dataset.observation_space).items():
             fields["observations"][image_name(key)] = StoredImages(dataset, key, image, lengths)
@@ -1337,25 +1338,25 @@ class Batches(torch.utils.data.Dataset):
 class BCAgent:
     """Behaviour cloning of action chunks, as a flow (qc agents/acfql.py:54-81, 207-223) or a tanh-Gaussian."""
 
-    def __init__(self, observation_shape, action_dim: int, config: Args, device: torch.device):
-        self.args, self.device, self.action_dim = config, device, action_dim
-        self.shape, self.horizon = observation_shape, config.horizon_length if config.action_chunking else 1
-        self.generator = torch.Generator(device).manual_seed(config.seed)
-        torch.manual_seed(config.seed)  # the network's initialisation
-        self.actor = Policy(observation_shape, self.horizon * action_dim, config).to(device)
-        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False) if config.ema else self.actor
+    def __init__(self, observation_shape, action_dim: int, args: Args, device: torch.device):
+        self.args, self.device, self.action_dim = args, device, action_dim
+        self.shape, self.horizon = observation_shape, args.horizon_length if args.action_chunking else 1
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the network's initialisation
+        self.actor = Policy(observation_shape, self.horizon * action_dim, args).to(device)
+        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False) if args.ema else self.actor
         self.parameters = list(self.actor.parameters())
-        self.lr = torch.tensor(config.lr, device=device)  # tensors, so that a CUDA graph follows the schedule
+        self.lr = torch.tensor(args.lr, device=device)  # tensors, so that a CUDA graph follows the schedule
         self.updates = torch.zeros((), device=device)  # float32 counts exactly up to 16 million
-        options = {"weight_decay": config.weight_decay, "fused": True, "capturable": device.type == "cuda"}
+        options = {"weight_decay": args.weight_decay, "fused": True, "capturable": device.type == "cuda"}
         self.actor_optimizer = torch.optim.AdamW(self.parameters, self.lr, **options)
-        self.use_graph = config.compile and device.type == "cuda" and world_size() == 1
-        self.graph, self.launches, self.pool, self.parts = None, 0, None, config.grad_accum_steps
-        threads = max(1, config.threads // world_size())
-        if threads > 1 and device.type == "cpu" and config.batch_size % (world_size() * self.parts * threads) == 0:
+        self.use_graph = args.compile and device.type == "cuda" and world_size() == 1
+        self.graph, self.launches, self.pool, self.parts = None, 0, None, args.grad_accum_steps
+        threads = max(1, args.threads // world_size())
+        if threads > 1 and device.type == "cpu" and args.batch_size % (world_size() * self.parts * threads) == 0:
             self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             self.parts *= threads  # a CPU computes parts side by side, which beats threads inside each product
-        if config.compile and device.type == "cuda":
+        if args.compile and device.type == "cuda":
             self.loss = torch.compile(self.loss)
 
     @classmethod
@@ -1939,8 +1940,12 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
         dist.barrier()
     train_dataset = process_train_dataset(train_dataset, args)
     batches, observations = Batches(train_dataset, args, device), train_dataset["observations"]
-    shape = each(lambda x: (*x.shape[1:-1], x.shape[-1] * args.frame_stack), observations)
-    agent = BCAgent.create(shape, train_dataset["actions"].shape[-1], args, device)
+    if args.action_chunking:
+        example_batch = train_dataset.sample_sequence(args.batch_size, args.horizon_length, args.discount)
+    else:
+        example_batch = train_dataset.sample(args.batch_size)
+    observation_shape = each(lambda x: x.shape[1:], example_batch["observations"])
+    agent = BCAgent.create(observation_shape, example_batch["actions"].shape[-1], args, device)
     states = observations.get("state") if isinstance(observations, dict) else observations
     if args.normalize_observations and states is not None:
         agent.observe(torch.from_numpy(states))
