@@ -1034,6 +1034,9 @@ class StoredImages:
         self.episodes, self.firsts = list(lengths), np.cumsum([0, *lengths.values()])
         self.pid, self.file = 0, None
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"pid": 0, "file": None}
+
     def __getitem__(self, rows) -> np.ndarray:
         import h5py
         from imageio.v3 import imread
