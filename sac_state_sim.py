@@ -210,6 +210,32 @@ class Args:
     learner_timeout_s: float = 60.0
     """actor: gives up when no learner has answered for this long (s)"""
 
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
+    MAY_CHANGE += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
+    SHAPING = (
+        "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
+    )
+    SHAPING += "std_parameterization fixed_std std_min std_max"
+
+    def check(self) -> None:
+        """Exits with one line when a value is out of its range or contradicts another."""
+        for name, value in vars(self).items():
+            least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
+            if type(value) is int and value < least:
+                fail(f"{flag(name)} {value}: give at least {least}")
+            if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
+                fail(f"{flag(name)} {value}: give a number that is not negative")
+            if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
+                fail(f"{flag(name)} {value}: give a number from 0 to 1")
+        if self.num_min_qs > self.num_qs:
+            fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
+        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or not self.fixed_std:
+            fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+
+    def shared(self) -> dict[str, object]:
+        """What shapes task and policy, and so must be the same in actor and learner."""
+        return json.loads(json.dumps({name: getattr(self, name) for name in Args.SHAPING.split()}))
+
 
 def fail(message: str) -> NoReturn:
     """Ends the program with one line on stderr and exit code 1."""
@@ -224,31 +250,17 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, description=__doc__)
     if run_dir := args.resume or args.eval_only:
         try:
-            saved = Args(**json.loads((Path(run_dir) / "args.json").read_text()))
-            saved.hidden_dims = tuple(saved.hidden_dims)
-        except (OSError, ValueError, TypeError) as error:
+            saved = json.loads((Path(run_dir) / "args.json").read_text())
+            saved = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+            saved.check()
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             fail(f"--{'resume' if args.resume else 'eval-only'} {run_dir}: no run of this script there ({error})")
         args = tyro.cli(Args, args=argv, description=__doc__, default=saved)
-        may_change = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
-        may_change += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
-        for name in vars(saved).keys() - set(may_change.split()):
+        for name in vars(saved).keys() - set(Args.MAY_CHANGE.split()):
             if getattr(args, name) != (theirs := getattr(saved, name)):
                 fail(f"{flag(name)}: {run_dir} has {theirs}; leave the flag out, or start a new run")
         args.run_dir = run_dir
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
-        if type(value) is int and value < least:
-            fail(f"{flag(name)} {value}: give at least {least}")
-        if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
-            fail(f"{flag(name)} {value}: give a number that is not negative")
-        if name in ("gamma", "tau", "demo_ratio", "dropout", "actor_ema") and value > 1 - 1e-9 * (
-            name in ("demo_ratio", "dropout", "actor_ema")
-        ):
-            fail(f"{flag(name)} {value}: give a number from 0 to 1")
-    if args.num_min_qs > args.num_qs:
-        fail(f"--num-min-qs {args.num_min_qs}: there are only --num-qs {args.num_qs} critics to choose from")
-    if not args.hidden_dims or min(args.hidden_dims) < 1 or not args.alpha_init or not args.fixed_std:
-        fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+    args.check()
     if args.record_dataset:
         check_new_dataset(args.record_dataset)
     return args
@@ -346,24 +358,14 @@ class Playback(gym.Env):
         return self.observations[self.t], reward, terminated, self.t == len(self.rewards), {}
 
 
-def wrap_env(env: gym.Env, args: Args) -> gym.Env:
-    """Flat float observations (O,), actions in [-1, 1] (A,). TASK: add wrappers of your own here."""
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    if args.gripper_penalty:
-        env = GripperPenalty(env, args.gripper_penalty)
-    env = gym.wrappers.FlattenObservation(env)
-    if args.frame_stack > 1:
-        env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
-    if args.action_chunk > 1:
-        env = ActionChunk(env, args.action_chunk)
-    return env
+def make_env(args: Args, render: bool = False, base: gym.Env | None = None, wrap: bool = True) -> gym.Env:
+    """The task, or `base`, with flat observations (O,) and actions in [-1, 1] (A,), or as it is without `wrap`.
 
-
-def make_base_env(args: Args, render: bool = False) -> gym.Env:
-    """The task as gymnasium makes it. Exits with one line when this script cannot learn it."""
+    Exits with one line when this script cannot learn it.
+    """
     try:
         options = {"render_mode": "rgb_array"} if render else {}  # TASK: keyword options of your task
-        env = gym.make(args.env_id, **options)
+        env = base or gym.make(args.env_id, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     boxes = env.observation_space.spaces.values() if isinstance(env.observation_space, spaces.Dict) else ()
@@ -374,12 +376,17 @@ def make_base_env(args: Args, render: bool = False) -> gym.Env:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {env.observation_space}")
     if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
         fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
+    if not wrap:
+        return env
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if args.gripper_penalty:
+        env = GripperPenalty(env, args.gripper_penalty)
+    env = gym.wrappers.FlattenObservation(env)  # TASK: wrappers of your own
+    if args.frame_stack > 1:
+        env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
+    if args.action_chunk > 1:
+        env = ActionChunk(env, args.action_chunk)
     return env
-
-
-def make_env(args: Args, render: bool = False) -> gym.Env:
-    """The wrapped task: flat observations, actions in [-1, 1]."""
-    return wrap_env(make_base_env(args, render), args)
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:
@@ -433,10 +440,10 @@ def minari_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
 
 def load_demos(args: Args) -> np.ndarray:
     """Demonstrations as rows (N, W) of the replay buffer, from a Minari dataset or the task's scripted expert."""
-    env, rows = make_base_env(args), []
+    env, rows = make_env(args, wrap=False), []
     low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
     for observations, actions, *ends in (minari_episodes if args.demo_dataset else expert_episodes)(args, env):
-        playback = wrap_env(Playback(env, observations, *ends), args)
+        playback = make_env(args, base=Playback(env, observations, *ends))
         actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)  # (T, A) in [-1, 1]
         padding = np.repeat(actions[-1:], -len(actions) % length, 0)  # the last chunk's, not executed
         obs, _ = playback.reset()
@@ -632,8 +639,10 @@ class Agent:
 
     PARTS = ("normalizer", "actor", "mean_actor", "critic", "target_critic")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    LOSSES = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")  # columns of train.csv
 
-    def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
+    def __init__(self, observation_space: spaces.Box, action_space: spaces.Box, args: Args, device: torch.device):
+        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
         self.args, self.device, self.action_dim = args, device, action_dim
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
@@ -660,6 +669,10 @@ class Agent:
             self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
         if args.compile and device.type == "cuda":
             self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
+
+    def make_buffer(self, capacity: int, folder: Path) -> ReplayBuffer:
+        """A buffer for this agent's rows; `folder` is for one that is larger than memory."""
+        return ReplayBuffer(capacity, sum(self.splits), self.device)
 
     def make_optimizer(self, parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         lr_tensor = torch.tensor(lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
@@ -756,33 +769,21 @@ class Agent:
             for mean, parameter in zip(self.mean_parameters, self.actor_parameters, strict=True):
                 mean.lerp_(parameter, self.mean_weight)
 
-    def update_critic(self, batch: Batch, eps: Tensor, subset: Tensor) -> dict[str, Tensor]:
-        metrics = self.critic_gradient(batch, eps, subset)
-        self.step_critic()
-        return metrics
-
-    def update_actor(self, batch: Batch, eps: Tensor) -> dict[str, Tensor]:
-        metrics = self.actor_gradient(batch, eps)
-        self.step_actor()
-        return metrics
-
     def update_once(self, rows: Tensor, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """One critic step on rows (B, W) of the buffer, then, `with_actor`, one step of actor and temperature.
+        """One critic step on rows (B, W) of the buffer and, `with_actor`, one step of actor and temperature.
 
-        `eps` (2, B, A) is noise for the two steps, `subset` (M,) chooses critics for the target.
+        `eps` (2, B, A) is noise for the two steps, `subset` (M,) chooses critics for the target. Both gradients are of
+        the same parameters, as SERL takes them (agents/continuous/sac.py:276), so that two threads share the work.
         """
         batch = split_rows(rows, self.splits)
         observations, next_observations = map(self.normalizer, (batch.observations, batch.next_observations))
         batch = batch._replace(observations=observations, next_observations=next_observations)
-        if not with_actor:
-            return self.update_critic(batch, eps[0], subset)
-        if not self.pool:
-            return self.update_critic(batch, eps[0], subset) | self.update_actor(batch, eps[1])
-        # Side by side, both from the same parameters, as SERL takes them (agents/continuous/sac.py:276).
-        actor = self.pool.submit(self.actor_gradient, batch, eps[1])
-        metrics = self.critic_gradient(batch, eps[0], subset) | actor.result()
+        actor = self.pool.submit(self.actor_gradient, batch, eps[1]) if self.pool and with_actor else None
+        metrics = self.critic_gradient(batch, eps[0], subset)
+        if with_actor:
+            metrics |= actor.result() if actor else self.actor_gradient(batch, eps[1])
+            self.step_actor()
         self.step_critic()
-        self.step_actor()
         return metrics
 
     def update(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, count: int) -> dict[str, Tensor]:
@@ -900,16 +901,15 @@ def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
     from gymnasium.vector.utils import concatenate, create_empty_array
     from minari.data_collector import EpisodeBuffer
 
-    recorder, random, random_env = Recorder(make_base_env(args)), copy.copy(agent), make_env(args)
-    scalars = evaluate(agent, wrap_env(recorder, args), args.final_eval_episodes, args.seed)
+    recorder, random, random_env = Recorder(make_env(args, wrap=False)), copy.copy(agent), make_env(args)
+    scalars = evaluate(agent, make_env(args, base=recorder), args.final_eval_episodes, args.seed)
     random_env.action_space.seed(args.seed)
     random.act = lambda obs, deterministic: random_env.action_space.sample()
     space, buffers = recorder.observation_space, []
     for observations, steps in recorder.episodes:
         stacked = concatenate(space, observations, create_empty_array(space, len(observations)))
-        buffers.append(
-            EpisodeBuffer(len(buffers), None, None, stacked, *(np.array(v) for v in zip(*steps, strict=True)))
-        )
+        steps = [np.array(values) for values in zip(*steps, strict=True)]
+        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *steps))
     minari.create_dataset_from_buffers(
         args.record_dataset,
         buffers,
@@ -969,13 +969,8 @@ class Run:
             shutil.copy(source, temporary)
         versions = {m.__name__: m.__version__ for m in (torch, np, gym)} | {"python": sys.version.split()[0]}
         gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        about = {
-            "command": sys.argv,
-            "git_commit": git_commit(),
-            "versions": versions,
-            "cpus": os.cpu_count(),
-            "gpu": gpu,
-        }
+        about = {"command": sys.argv, "git_commit": git_commit(), "versions": versions}
+        about |= {"cpus": os.cpu_count(), "gpu": gpu}
         (temporary / "run.json").write_text(json.dumps(about, indent=2))
         (temporary / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"run_dir": None}, indent=2))
         temporary.replace(self.dir)
@@ -994,10 +989,8 @@ class Run:
         if args.track:
             import wandb  # WANDB_MODE=offline keeps the files here, for `wandb sync`
 
-            config = dataclasses.asdict(args)
-            wandb.init(
-                project=args.wandb_project_name, name=self.dir.name, config=config, dir=self.dir, sync_tensorboard=True
-            )
+            options = {"project": args.wandb_project_name, "name": self.dir.name, "config": dataclasses.asdict(args)}
+            wandb.init(dir=self.dir, sync_tensorboard=True, **options)
         self.writer = SummaryWriter(self.dir, purge_step=progress.global_step + 1)
         for path in self.dir.glob("*.csv"):
             header, *rows = [*path.read_text().split("\n")[:-1], ""]  # without what follows the last newline: cut off
@@ -1035,8 +1028,7 @@ class Run:
         means = np.mean(progress.episodes or [(math.nan,) * 3], 0, dtype=float).tolist()
         names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
         scalars = dict(zip(names, means, strict=True)) | self.read_timer()
-        names = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")
-        losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in names}
+        losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in Agent.LOSSES}
         self.log("train", progress.global_step, scalars | losses)
         progress.episodes.clear()
         if metrics and not math.isfinite(losses["losses/critic_loss"]):
@@ -1127,13 +1119,6 @@ def make_socket(kind: int, args: Args):
     return socket
 
 
-def shared_flags(args: Args) -> dict[str, object]:
-    """What shapes task and policy, and so must be the same in actor and learner."""
-    names = "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
-    names += "std_parameterization fixed_std std_min std_max"
-    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()}))
-
-
 class LearnerServer:
     """The learner's end: receives rows, publishes the policy."""
 
@@ -1142,7 +1127,7 @@ class LearnerServer:
         from zmq.auth.thread import ThreadAuthenticator
 
         self.row_width, self.held, self.published = row_width, held, 0
-        self.no_rows, self.flags = np.empty((0, row_width), np.float32), shared_flags(args)
+        self.no_rows, self.flags = np.empty((0, row_width), np.float32), args.shared()
         if args.bind not in ("127.0.0.1", "localhost") and not args.curve_keys and not args.insecure_lan:
             fail(f"--bind {args.bind}: a network needs --curve-keys DIR (encrypted), or --insecure-lan")
         if args.curve_keys:
@@ -1151,6 +1136,7 @@ class LearnerServer:
                 keys.mkdir(parents=True, exist_ok=True, mode=0o700)
                 for name in ("learner", "actor"):
                     zmq.auth.create_certificates(keys, name)
+                    (keys / f"{name}.key_secret").chmod(0o600)
             self.authenticator = ThreadAuthenticator(zmq.Context.instance())
             self.authenticator.start()
             self.authenticator.configure_curve(domain="*", location=str(keys))
@@ -1178,15 +1164,7 @@ class LearnerServer:
                     raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}, or numbers are not finite")
                 if differ := [flag(k) for k, v in self.flags.items() if header["flags"].get(k) != v]:
                     raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-                IndexError,
-                AttributeError,
-                OverflowError,
-                RecursionError,
-            ) as error:
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
                 reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
             else:
                 held = self.held.get(actor, 0)
@@ -1235,9 +1213,8 @@ class ActorLink:
     def exchange(self, agent: Agent) -> None:
         """`exchange_once`, and waits while a paced learner is more than `actor_ahead` steps behind."""
         self.exchange_once(agent, 0)
-        while (
-            self.args.paced and self.written - self.held > self.args.actor_ahead and not (self.done or self.run.signals)
-        ):
+        ahead = self.args.actor_ahead if self.args.paced else math.inf
+        while self.written - self.held > ahead and not (self.done or self.run.signals):
             self.exchange_once(agent, 100)
             if not self.waiting:  # nothing could be sent
                 time.sleep(0.1)
@@ -1252,14 +1229,15 @@ class ActorLink:
         if (silence := time.monotonic() - self.answered) > self.args.learner_timeout_s:
             address = f"{self.args.learner}:{self.args.port}"
             fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
-        late = time.monotonic() - self.sent > 2  # a message to a learner that was killed is lost
-        if (late or not self.waiting) and self.dealer.poll(0, self.zmq.POLLOUT):
-            count = min(self.written - self.held, 4096)
+        if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
+            count = min(self.written - self.held, 4096, max(1, (1 << 25) // self.row_bytes))  # at most 32 MB
             self.file.seek(self.held * self.row_bytes)
-            header = {"protocol": PROTOCOL, "flags": shared_flags(self.args), "actor": self.name}
+            header = {"protocol": PROTOCOL, "flags": self.args.shared(), "actor": self.name}
             header |= {"first": self.held, "count": count}
-            self.dealer.send_multipart([json.dumps(header).encode(), self.file.read(count * self.row_bytes)])
-            self.waiting, self.sent = True, time.monotonic()
+            message = [json.dumps(header).encode(), self.file.read(count * self.row_bytes)]
+            with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
+                self.dealer.send_multipart(message, self.zmq.NOBLOCK)
+                self.waiting, self.sent = True, time.monotonic()
         if self.subscriber.poll(0):
             header, _, data = self.subscriber.recv().partition(b"\n")
             vector, tensors = torch.frombuffer(bytearray(data), dtype=torch.float32), agent.policy_tensors()
@@ -1279,9 +1257,7 @@ class Progress:
     global_step: int = 0
     episode: int = 0
     episode_length: int = 0  # steps of the unfinished episode
-    episodes: list = dataclasses.field(
-        default_factory=list
-    )  # (return, length, success) since the last row of train.csv
+    episodes: list = dataclasses.field(default_factory=list)  # (return, length, success) since the last train.csv row
     best: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluation with the highest return
     held: dict[str, int] = dataclasses.field(default_factory=dict)  # learner: rows of each actor
     elapsed: float = 0.0  # s
@@ -1301,15 +1277,17 @@ def set_up_torch(args: Args) -> torch.device:
 def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer, ReplayBuffer | None]:
     """A new run, or one that stands where its newest checkpoint does."""
     device, run, progress = set_up_torch(args), Run(args), Progress()
-    obs_dim, action_dim = spaces.flatdim(env.observation_space), env.action_space.shape[0]
-    agent, rows = Agent(obs_dim, action_dim, args, device), None
-    buffer = ReplayBuffer(args.buffer_size, sum(agent.splits), device)
+    agent, demos = Agent(env.observation_space, env.action_space, args, device), None
+    buffer = agent.make_buffer(args.buffer_size, run.dir / "replay")
     state = run.load(device) if args.resume or args.eval_only else None
     if state:
         try:
             agent.load_state_dict(state["agent"])
             buffer.load_state_dict(state["buffer"])
-            rows, progress = state["demos"], Progress(**state["progress"])
+            if state["demos"]:
+                demos = agent.make_buffer(state["demos"]["total"], run.dir / "demos")
+                demos.load_state_dict(state["demos"])
+            progress = Progress(**state["progress"])
         except (KeyError, RuntimeError, TypeError) as error:
             fail(f"{run.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
     elif args.eval_only:
@@ -1317,9 +1295,7 @@ def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer,
     elif (args.demos or args.demo_dataset) and args.role != "actor":
         rows = torch.from_numpy(load_demos(args)).to(device)
         agent.observe(rows)
-    demos = None
-    if rows is not None:
-        demos = ReplayBuffer(*rows.shape, device)
+        demos = agent.make_buffer(len(rows), run.dir / "demos")
         demos.add(rows)
     return run, progress, agent, buffer, demos
 
@@ -1332,9 +1308,7 @@ def resume_episode(env: gym.Env, progress: Progress, agent: Agent, buffer: Repla
         obs, reward, *_ = env.step(action)
         episodic_return += float(reward)
         if not np.array_equal(np.float32(obs), stored_obs):
-            print(
-                "this task does not repeat itself: the interrupted episode is left, a new one begins", file=sys.stderr
-            )
+            print("this task does not repeat itself: the unfinished episode is given up", file=sys.stderr)
             progress.episode, progress.episode_length = progress.episode + 1, 0
             return env.reset(seed=episode_seed(agent.args.seed, 0, progress.episode))[0], 0.0
     return obs, episodic_return
@@ -1360,13 +1334,12 @@ def report(name: str, scalars: dict[str, float]) -> None:
 def save(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
     progress.elapsed = run.elapsed()
     state = {"agent": agent.state_dict(), "buffer": buffer.state_dict(), "progress": dataclasses.asdict(progress)}
-    run.save(state | {"demos": demos.rows if demos else None})
+    run.save(state | {"demos": demos.state_dict() if demos else None})
 
 
-def finish(
-    args: Args, run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None
-) -> None:
+def finish(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
     """A checkpoint; then, unless the run was stopped, the last evaluation, curve, video and checkpoint."""
+    args = agent.args
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # from here on they end the program at once
     run.writer.flush()
@@ -1397,8 +1370,8 @@ def train(args: Args) -> None:
     progress.finished = False
     run.open_logs(args, progress)
     print(f"run directory {run.dir}", flush=True)
-    server = None if acts else LearnerServer(args, buffer.rows.shape[1], progress.held)
-    link = None if learns else ActorLink(args, run, buffer.rows.shape[1])
+    server = None if acts else LearnerServer(args, sum(agent.splits), progress.held)
+    link = None if learns else ActorLink(args, run, sum(agent.splits))
     if link:  # what it wrote before gives an actor its seeds, so that no two episodes are the same
         args.seed, progress.global_step, progress.episode = args.seed + link.number, link.written, link.written
         agent.generator.manual_seed(episode_seed(args.seed, 0, link.written))
@@ -1444,8 +1417,8 @@ def train(args: Args) -> None:
             link.exchange(agent)
         elif len(rows):
             rows = torch.from_numpy(rows).to(agent.device)
-            buffer.add(rows)
             agent.observe(rows)
+            buffer.add(rows)
         # Learn: several critic updates, and actor updates, per step.
         if learns and progress.global_step > args.learning_starts:
             if not metrics:
@@ -1470,7 +1443,7 @@ def train(args: Args) -> None:
 
     if server:
         server.publish(agent, done=not run.signals)
-    finish(args, run, progress, agent, buffer, demos)
+    finish(run, progress, agent, buffer, demos)
 
 
 def main(args: Args) -> None:

@@ -63,12 +63,16 @@ def _exact_and_on_one_thread():
     torch.set_float32_matmul_precision(precision)
 
 
+def box(size: int) -> spaces.Box:
+    return spaces.Box(-1, 1, (size,), np.float32)
+
+
 def small_args(**changes) -> Args:
     return Args(**{"hidden_dims": (16, 16), "batch_size": 8, "demos": 0, "compile": False, "threads": 1} | changes)
 
 
 def small_agent(obs_dim: int = 3, action_dim: int = 2, **changes) -> Agent:
-    return Agent(obs_dim, action_dim, small_args(**changes), CPU)
+    return Agent(box(obs_dim), box(action_dim), small_args(**changes), CPU)
 
 
 def random_batch(size: int, obs_dim: int = 3, action_dim: int = 2, seed: int = 0) -> Batch:
@@ -94,6 +98,18 @@ def assert_close(ours, theirs, tolerance: float = 1e-5):
     """|ours - theirs| <= tolerance * (1 + |theirs|)."""
     ours = ours.detach().numpy() if isinstance(ours, torch.Tensor) else ours
     np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def update_critic(agent: Agent, batch: Batch, eps: torch.Tensor, subset: torch.Tensor) -> dict[str, torch.Tensor]:
+    metrics = agent.critic_gradient(batch, eps, subset)
+    agent.step_critic()
+    return metrics
+
+
+def update_actor(agent: Agent, batch: Batch, eps: torch.Tensor) -> dict[str, torch.Tensor]:
+    metrics = agent.actor_gradient(batch, eps)
+    agent.step_actor()
+    return metrics
 
 
 # --- SERL's numbers ---------------------------------------------------------------------------------------------------
@@ -277,7 +293,7 @@ def test_serl_temperature_gradient(networks, losses):
     agent.actor_loss = lambda *_: (loss, metrics | {"losses/entropy": entropy})
     assert_close(agent.alpha * (entropy - agent.target_entropy), losses["out/temperature_loss"])
     before = agent.raw_alpha.item()
-    agent.update_actor(batch, eps)
+    update_actor(agent, batch, eps)
     assert_close(agent.raw_alpha.grad, losses["grad/temperature/lagrange"])
     sign = np.sign(losses["grad/temperature/lagrange"])
     assert agent.raw_alpha.item() - before == pytest.approx(-sign * agent.args.alpha_lr, rel=1e-3)  # Adam's first step
@@ -291,7 +307,7 @@ def test_serl_adam_step_then_target_update(networks, losses):
     drawn = torch.from_numpy(losses["in/next_actions"]), torch.from_numpy(losses["in/next_log_probs"])
     agent.actor.sample = lambda obs, eps: drawn
     subset = torch.from_numpy(losses["in/subset"]).long()
-    agent.update_critic(serl_batch(losses), torch.zeros(16, 4), subset)
+    update_critic(agent, serl_batch(losses), torch.zeros(16, 4), subset)
     for name in critic:
         # exactly the stored gradients through the script's optimizer, then its target update's rule
         stored = losses[f"grad/critic/{name}"]
@@ -425,8 +441,8 @@ def test_critic_target_by_hand(backup_entropy):
 
 def test_update_draws_distinct_critics_uniformly():
     agent, buffer, pairs = small_agent(num_qs=4, num_min_qs=2), filled_buffer(), []
-    agent.update_critic = lambda batch, eps, subset: pairs.append(tuple(sorted(subset.tolist()))) or {}
-    agent.update_actor = lambda *_: {}
+    agent.critic_gradient = lambda batch, eps, subset: pairs.append(tuple(sorted(subset.tolist()))) or {}
+    agent.actor_gradient, agent.step_critic, agent.step_actor = (lambda *_: {}, *[lambda: None] * 2)
     agent.update(buffer, None, 600)
     counts = {pair: pairs.count(pair) for pair in set(pairs)}
     assert set(counts) == {(i, j) for j in range(4) for i in range(j)}  # all six pairs, no repeated critic
@@ -460,7 +476,7 @@ def test_actor_imitates_the_demonstrations_of_its_batch():
 def test_actor_step_leaves_the_critics_alone():
     agent, batch, eps = small_agent(), random_batch(8), torch.randn(8, 2)
     critic, actor = parameters_of(agent.critic), parameters_of(agent.actor)
-    agent.update_actor(batch, eps)
+    update_actor(agent, batch, eps)
     assert torch.equal(parameters_of(agent.critic), critic)
     assert all(parameter.grad is None for parameter in agent.critic.parameters())
     assert not torch.equal(parameters_of(agent.actor), actor)
@@ -471,10 +487,10 @@ def test_temperature_follows_the_entropy_or_stays():
     for target_entropy_per_dim, rises in ((-50.0, False), (50.0, True)):
         agent = small_agent(target_entropy_per_dim=target_entropy_per_dim)
         before = agent.alpha.item()
-        agent.update_actor(batch, eps)
+        update_actor(agent, batch, eps)
         assert (agent.alpha.item() > before) is rises
     agent = small_agent(autotune=False, alpha_init=0.2)
-    agent.update_actor(batch, eps)
+    update_actor(agent, batch, eps)
     assert agent.alpha.item() == pytest.approx(0.2, rel=1e-6)
 
 
@@ -494,18 +510,19 @@ def test_evaluation_acts_with_the_averaged_actor():
     assert torch.equal(parameters_of(agent.mean_actor), parameters_of(agent.actor))
 
 
-def test_two_threads_take_critic_and_actor_step_side_by_side():
-    """The critic's step is that of one thread; the actor's is the one from before it, SERL's order."""
-    one, two, actor_first = small_agent(policy_delay=1), small_agent(policy_delay=1, threads=2), small_agent()
+def test_both_steps_start_from_the_same_parameters_on_one_thread_or_two():
+    one, two, alone = small_agent(policy_delay=1), small_agent(policy_delay=1, threads=2), small_agent()
     batch, eps, subset = random_batch(8), torch.randn(2, 8, 2), torch.tensor([0, 1])
     rows = [batch.observations, batch.actions, batch.rewards[:, None], batch.next_observations]
     rows = torch.cat([*rows, batch.terminations[:, None]], 1)
     for agent in (one, two):
         agent.update_once(rows, eps, subset, with_actor=True)
-    actor_first.update_actor(batch._replace(observations=actor_first.normalizer(batch.observations)), eps[1])
-    assert torch.equal(parameters_of(one.critic), parameters_of(two.critic))
-    assert torch.equal(parameters_of(actor_first.actor), parameters_of(two.actor))
-    assert not torch.equal(parameters_of(one.actor), parameters_of(two.actor))
+    batch = batch._replace(observations=alone.normalizer(batch.observations))
+    update_actor(alone, batch, eps[1])  # with the critics of before their step
+    assert torch.equal(parameters_of(one.actor), parameters_of(alone.actor))
+    assert not torch.equal(parameters_of(one.critic), parameters_of(alone.critic))
+    for name in ("actor", "critic", "target_critic", "mean_actor"):
+        assert torch.equal(parameters_of(getattr(one, name)), parameters_of(getattr(two, name)))
     assert all(parameter.grad is not None for parameter in two.critic.parameters())
 
 
@@ -513,7 +530,7 @@ def test_bfloat16_comes_near_float32():
     losses = []
     for amp in (False, True):
         agent, batch, eps = small_agent(amp=amp, hidden_dims=(64, 64)), random_batch(32), torch.ones(32, 2)
-        metrics = agent.update_critic(batch, eps, torch.tensor([0, 1])) | agent.update_actor(batch, eps)
+        metrics = update_critic(agent, batch, eps, torch.tensor([0, 1])) | update_actor(agent, batch, eps)
         losses.append(
             [float(metrics[f"losses/{name}"]) for name in ("critic_loss", "q_values", "actor_loss", "entropy")]
         )
@@ -541,15 +558,15 @@ def test_exploration_holds_a_value_for_a_while():
 def test_target_critic_follows_by_tau():
     agent, batch = small_agent(tau=0.25), random_batch(8)
     target = parameters_of(agent.target_critic)
-    agent.update_critic(batch, torch.randn(8, 2), torch.tensor([0, 1]))
+    update_critic(agent, batch, torch.randn(8, 2), torch.tensor([0, 1]))
     expected = 0.75 * target + 0.25 * parameters_of(agent.critic)
     torch.testing.assert_close(parameters_of(agent.target_critic), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_policy_delay_counts_across_calls():
     agent, buffer, actor_updates = small_agent(policy_delay=3), filled_buffer(), []
-    update_actor = agent.update_actor
-    agent.update_actor = lambda *a: actor_updates.append(agent.critic_updates) or update_actor(*a)
+    step_actor = agent.step_actor
+    agent.step_actor = lambda: actor_updates.append(agent.critic_updates) or step_actor()
     metrics = [agent.update(buffer, None, count) for count in (2, 2, 5, 1)]
     assert agent.critic_updates == 10
     assert actor_updates == [3, 6, 9]
@@ -559,8 +576,8 @@ def test_policy_delay_counts_across_calls():
 
 def test_demonstrations_fill_their_share_of_each_batch():
     agent, seen = small_agent(batch_size=10, demos=1, demo_ratio=0.3, normalize_observations=False), []
-    agent.update_critic = lambda batch, eps, subset: seen.append(batch.rewards) or {}
-    agent.update_actor = lambda *_: {}
+    agent.critic_gradient = lambda batch, eps, subset: seen.append(batch.rewards) or {}
+    agent.actor_gradient, agent.step_critic, agent.step_actor = (lambda *_: {}, *[lambda: None] * 2)
     buffer, demos = ReplayBuffer(50, 10, CPU), ReplayBuffer(5, 10, CPU)
     buffer.add(torch.zeros(20, 10))
     demos.add(torch.ones(5, 10))
@@ -725,8 +742,8 @@ def test_normalized_agent_sees_normalized_observations():
         shifted = row * (scale * obs.std(0)).numpy() + (shift + scale * obs.mean(0)).numpy()
         np.testing.assert_allclose(agent.act(shifted, True), plain.act(row, True), atol=2e-3)
     seen, buffer = [], filled_buffer()
-    agent.update_critic = lambda batch, eps, subset: seen.append(batch) or {}
-    agent.update_actor = lambda *_: {}
+    agent.critic_gradient = lambda batch, eps, subset: seen.append(batch) or {}
+    agent.actor_gradient, agent.step_critic, agent.step_actor = (lambda *_: {}, *[lambda: None] * 2)
     agent.update(buffer, None, 1)
     rows = split_rows(buffer.rows[: buffer.total], agent.splits)
     for sampled, raw in (
@@ -915,7 +932,9 @@ def checkpoint(run_dir: Path) -> dict:
 
 def trained_agent(run_dir: Path, obs_dim: int, action_dim: int) -> Agent:
     args = json.loads((run_dir / "args.json").read_text())
-    agent = Agent(obs_dim, action_dim, Args(**args | {"hidden_dims": tuple(args["hidden_dims"]), "cuda": False}), CPU)
+    agent = Agent(
+        box(obs_dim), box(action_dim), Args(**args | {"hidden_dims": tuple(args["hidden_dims"]), "cuda": False}), CPU
+    )
     agent.load_state_dict(checkpoint(run_dir)["agent"])
     return agent
 
@@ -1008,7 +1027,7 @@ def test_checkpoint_holds_everything(finished):
     for part in ("actor/", "critic/", "target_critic/", "normalizer/", "generator", "raw_alpha", "exp_avg"):
         assert part in paths, part
     assert len(state["buffer"]["rows"]) == 300
-    assert len(state["demos"]) == 60
+    assert len(state["demos"]["rows"]) == 60
 
 
 def test_train_csv_has_the_promised_keys_and_is_finite(finished):
@@ -1076,7 +1095,7 @@ def test_video_shows_the_policy(finished):
 def test_training_changes_every_weight(finished):
     env = point_env()
     args = json.loads((finished.run_dir / "args.json").read_text())
-    new = Agent(spaces.flatdim(env.observation_space), 3, Args(**args | {"hidden_dims": (32, 32)}), CPU)
+    new = Agent(env.observation_space, env.action_space, Args(**args | {"hidden_dims": (32, 32)}), CPU)
     trained = trained_agent(finished.run_dir, 4, 3)
     for part in ("actor", "critic", "target_critic"):
         for (name, one), other in zip(getattr(new, part).named_parameters(), getattr(trained, part).parameters()):
@@ -1092,7 +1111,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers(finished, tmp_path):
         assert table(finished.run_dir, name) == table(again.run_dir, name)
     other = run(*WITH_DEMOS, "--seed", 2, "--run-dir", "other", cwd=tmp_path)
     different = differences(finished.run_dir, other.run_dir)
-    assert {"/buffer/rows", "/agent/generator", "/demos", "/agent/raw_alpha"} <= set(different)
+    assert {"/buffer/rows", "/agent/generator", "/demos/rows", "/agent/raw_alpha"} <= set(different)
     assert table(finished.run_dir, "eval.csv") != table(other.run_dir, "eval.csv")
 
 
@@ -1338,7 +1357,7 @@ def test_recorded_dataset_becomes_demonstrations(finished, tmp_path, monkeypatch
         assert (terminated, truncated) == (episode.terminations[-1], episode.truncations[-1])
     learned = ("--demo-dataset", "point/mine-v0", "--total-timesteps", 120, "--run-dir", "learned")
     run(*POINT, *learned, cwd=tmp_path)
-    assert len(checkpoint(tmp_path / "learned")["demos"]) == dataset.total_steps
+    assert len(checkpoint(tmp_path / "learned")["demos"]["rows"]) == dataset.total_steps
     for name in ("point/mine-v0", "no version"):  # taken, malformed: said before the work, not after it
         error = refused("--eval-only", "run", "--record-dataset", name, "--final-eval-episodes", 10**6, cwd=tmp_path)
         assert "--record-dataset" in error and name in error
@@ -1599,7 +1618,7 @@ def test_compiled_losses_are_the_eager_ones():
 
 def on_gpu(agent_args: Args, rows: torch.Tensor) -> tuple[Agent, ReplayBuffer]:
     device = torch.device("cuda")
-    agent, buffer = Agent(3, 2, agent_args, device), ReplayBuffer(5000, 10, device)
+    agent, buffer = Agent(box(3), box(2), agent_args, device), ReplayBuffer(5000, 10, device)
     buffer.add(rows.to(device))
     agent.observe(rows.to(device))
     return agent, buffer
