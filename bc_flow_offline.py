@@ -782,7 +782,7 @@ def collect_demos(args: Args) -> str:
     import minari
     from tqdm import tqdm
 
-    settings = f"{args.env_name}, {args.demos} successes, noise {args.demo_noise}, stored without it"
+    settings = f"{args.env_name}, {args.demos} successes, noise {args.demo_noise}, seed {args.seed}"
     digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
     dataset_id = f"scripted/{re.sub(r'-v[0-9]+$|[^-_a-zA-Z0-9]', '', args.env_name)}-{digest}-v0"
     if dataset_id in minari.list_local_datasets():
@@ -793,10 +793,10 @@ def collect_demos(args: Args) -> str:
         fail(f"--env-name {args.env_name}: {error}")
     if not hasattr(env.unwrapped, "expert_action"):
         fail(f"--env-name {args.env_name}: has no expert_action(); name a dataset of it (`minari list local`)")
-    rng, space = np.random.default_rng(0), env.action_space
+    rng, space = np.random.default_rng(args.seed), env.action_space
 
     def demonstration(attempt: int) -> tuple | None:
-        observations, steps, done = [env.reset(seed=episode_seed(0, 2, attempt))[0]], [], False
+        observations, steps, done = [env.reset(seed=episode_seed(args.seed, 2, attempt))[0]], [], False
         while not done:
             action = np.asarray(env.unwrapped.expert_action(), space.dtype)
             noise = args.demo_noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
