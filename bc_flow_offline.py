@@ -495,11 +495,16 @@ def random_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     return images.reshape(-1, channels).index_select(0, pixels.flatten()).view_as(images)
 
 
-def standardize(images: Tensor) -> Tensor:
-    """Images (N, H, W, 3 * T) -> (N, 3 * T, H, W) with ImageNet's mean and standard deviation; memory stays NHWC."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).repeat(images.shape[3] // 3)
-    std = torch.tensor([0.229, 0.224, 0.225], device=images.device).repeat(images.shape[3] // 3)
-    return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+class Standardize(nn.Module):
+    """Images (N, H, W, 3 * T) -> (N, 3 * T, H, W), scaled by ImageNet's mean and deviation; memory stays NHWC."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, 255 * torch.tensor(values).repeat(channels // 3), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return ((images - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
 class SmallTrunk(nn.Module):
@@ -547,13 +552,16 @@ class ResNetTrunk(nn.Module):
 
     def __init__(self, in_channels: int, channels: tuple[int, ...] = (64, 128, 256, 512)):
         super().__init__()
-        self.conv_init = nn.Conv2d(in_channels, channels[0], 7, 2, 3, bias=False)
+        self.standardize, self.conv_init = (
+            Standardize(in_channels),
+            nn.Conv2d(in_channels, channels[0], 7, 2, 3, bias=False),
+        )
         self.norm_init = nn.GroupNorm(4, channels[0])
         pairs = zip((channels[0], *channels[:-1]), channels, strict=True)
         self.blocks = nn.ModuleList(ResNetBlock(a, b, 2 if i else 1) for i, (a, b) in enumerate(pairs))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.norm_init(self.conv_init(standardize(images))).relu()
+        x = self.norm_init(self.conv_init(self.standardize(images))).relu()
         x = F.max_pool2d(pad_same(x, 3, 2, -math.inf), 3, 2)
         for block in self.blocks:
             x = block(x)
