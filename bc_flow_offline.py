@@ -37,6 +37,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -1364,7 +1365,7 @@ class BCAgent:
         self.use_graph = args.compile and device.type == "cuda" and world_size() == 1
         self.graph, self.launches, self.pool, self.parts = None, 0, None, args.grad_accum_steps
         threads = max(1, args.threads // world_size())
-        if threads > 1 and device.type == "cpu" and args.batch_size % (world_size() * self.parts * threads) == 0:
+        if threads > 1 and device.type == "cpu":
             self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             self.parts *= threads  # a CPU computes parts side by side, which beats threads inside each product
         if args.compile and device.type == "cuda":
@@ -1402,11 +1403,13 @@ class BCAgent:
             offsets = torch.randint(0, 9, (shape[0], 2), **noise)[rank() :: world_size()]
             observations = {k: v if k == "state" else random_crop(v, offsets, 4) for k, v in observations.items()}
         inputs = (observations, x_1, valid, *(draw[rank() :: world_size()] for draw in draws))
-        parts = [tuple(each(lambda x, i=i: x.chunk(self.parts)[i], x) for x in inputs) for i in range(self.parts)]
-        losses, gradients = zip(*(self.pool.map if self.pool else map)(self.gradient, parts), strict=True)
-        loss = torch.stack(losses).mean()
-        for parameter, *parts in zip(self.parameters, *gradients, strict=True):
-            parameter.grad = sum(parts[1:], parts[0]).div_(self.parts)
+        count = min(self.parts, len(x_1))
+        parts = [tuple(each(lambda x, i=i: x.tensor_split(count)[i], x) for x in inputs) for i in range(count)]
+        weights = [len(part[1]) / len(x_1) for part in parts]
+        losses, gradients = zip(*(self.pool.map if self.pool else map)(self.gradient, parts, weights), strict=True)
+        loss = torch.stack(losses).sum()
+        for parameter, *terms in zip(self.parameters, *gradients, strict=True):
+            parameter.grad = sum(terms[1:], terms[0])
         if world_size() > 1:
             loss = self.average_gradients(loss)
         if self.args.lr_schedule == "cosine":
@@ -1420,10 +1423,10 @@ class BCAgent:
                 mean.lerp_(parameter.detach(), weight)
         return loss
 
-    def gradient(self, samples: tuple) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss of a part of the batch, and its gradient."""
+    def gradient(self, samples: tuple, weight: float) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss of a part of the batch times its weight, and its gradient."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
-            loss = self.loss(*samples)
+            loss = weight * self.loss(*samples)
         return loss.detach(), torch.autograd.grad(loss, self.parameters)
 
     def average_gradients(self, loss: Tensor) -> Tensor:
@@ -1678,13 +1681,11 @@ def write_video(renders: list[np.ndarray], path: Path, fps: int) -> None:
             video.append_data(frame)
 
 
-def get_wandb_video(renders: list[np.ndarray], fps: int = 15):
-    """A grid of videos for Weights & Biases."""
-    import tempfile
-
+def get_wandb_video(renders: list[np.ndarray], fps: int = 15, path: Path | None = None):
+    """A grid of videos for Weights & Biases, written to `path`, or to a temporary file."""
     import wandb
 
-    path = Path(tempfile.mkdtemp()) / "video.mp4"
+    path = path or Path(tempfile.mkdtemp(), "video.mp4")
     write_video(renders, path, fps)
     return wandb.Video(str(path), format="mp4")
 
@@ -1993,6 +1994,10 @@ def summarize(name: str, stats: dict[str, Any]) -> None:
     print(f"{name}: {numbers or 'no evaluation'} over {stats.get('episodes', 0):.0f} episodes")
 
 
+def frames_per_second(args: Args) -> int:
+    return max(int(30 / args.video_frame_skip), 1)
+
+
 def evaluate_only(args: Args, run: RunFolder, agent: BCAgent, evaluation: Evaluation) -> None:
     """--eval-only: scalars on the terminal, video.mp4 in the run directory."""
     path = Path(args.eval_only)
@@ -2003,7 +2008,7 @@ def evaluate_only(args: Args, run: RunFolder, agent: BCAgent, evaluation: Evalua
     agent.load(path)
     stats, renders = evaluation(agent, (args.video_episodes or 4) * args.capture_video)
     if renders:
-        write_video(renders, run.dir / "video.mp4", int(30 / args.video_frame_skip))
+        write_video(renders, run.dir / "video.mp4", frames_per_second(args))
     summarize(f"{path.name}, update {int(agent.updates)}", stats)
 
 
@@ -2017,10 +2022,11 @@ def log_evaluation(
         eval_info["validation_loss"] = agent.validation_loss(validation)
     progress.evaluated(eval_info)
     if renders:
-        fps = int(30 / max(args.video_frame_skip, 1))
-        write_video(renders, run.dir / f"video_{step}.mp4", fps)
+        fps, path = frames_per_second(args), run.dir / f"video_{step}.mp4"
         if run.wandb_run:
-            eval_info = eval_info | {"video": get_wandb_video(renders, fps)}
+            eval_info = eval_info | {"video": get_wandb_video(renders, fps, path)}
+        else:
+            write_video(renders, path, fps)
     if eval_info:
         logger.log(eval_info, "eval", step)
     return eval_info
@@ -2033,16 +2039,16 @@ def complete(
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)  # from here on they end the program at once
     last = log_evaluation(args, run, progress, agent, evaluation, validation, logger)
+    agent.save(run.dir / "final_model.pt", progress=progress.state())
     run.plot()
     renders = evaluation(agent, args.video_episodes or 4, scalars=False)[1] if args.capture_video else []
     if renders:
-        write_video(renders, run.dir / "video.mp4", int(30 / args.video_frame_skip))
+        write_video(renders, run.dir / "video.mp4", frames_per_second(args))
     for csv_logger in logger.csv_loggers.values():
         csv_logger.close()
     logger.writer.close()
     url = getattr(run.wandb_run, "url", None)  # None offline
     (run.dir / "token.tk").write_text(url or str(run.dir.resolve()))
-    agent.save(run.dir / "final_model.pt", progress=progress.state())
     summarize("last", last)
     summarize("best", progress.best)
     print(f"{progress.state()['elapsed']:.0f} s in all; see {run.dir}")
