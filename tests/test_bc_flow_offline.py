@@ -19,6 +19,7 @@ import gymnasium as gym
 import imageio.v2 as imageio
 import minari
 import numpy as np
+import probe_envs
 import pytest
 import torch
 from conftest import REPO, Finished, popen_script, read_csv, read_scalars, run_script, script_env, wait_until
@@ -1160,8 +1161,9 @@ ALL_AT_ONCE += " --validation-fraction 0.2 --top-fraction 0.9 --use-fourier-feat
 ALL_AT_ONCE += " --execution-horizon 2 --dataset-proportion 0.9"
 
 
-def env_of(point_data: Path) -> dict[str, dict[str, str]]:
-    return {"env": {"MINARI_DATASETS_PATH": str(point_data)}}
+def env_of(data: Path) -> dict[str, dict[str, str]]:
+    """Options of run_forked and popen_script: where the data sets and their tasks are."""
+    return {"env": {"MINARI_DATASETS_PATH": str(data), "PYTHONPATH": str(Path(probe_envs.__file__).parent)}}
 
 
 @pytest.mark.parametrize(
@@ -1279,7 +1281,7 @@ def test_two_processes_learn_what_one_does(tmp_path, point_data):
     run_forked(SCRIPT, *flags, "one", cwd=tmp_path, **env_of(point_data))
     launch = ["-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", free_port(), REPO / SCRIPT]
     command = [sys.executable, *map(str, launch), *map(str, flags), "two"]
-    env = script_env(tmp_path, {"MINARI_DATASETS_PATH": str(point_data)})
+    env = script_env(tmp_path, env_of(point_data)["env"])
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run directory two") == done.stdout.count("last: ") == 1
@@ -1301,7 +1303,7 @@ def test_a_dead_process_ends_the_others(tmp_path, point_data):
     """One line that says so, in seconds; the checkpoint is whole and the run goes on with one process."""
     flags = [*TINY.split(), *POINT, "--offline-steps", 100_000, "--eval-interval", 0, "--run-dir", "run"]
     with contextlib.ExitStack() as stack:
-        options = [{"env": {"MINARI_DATASETS_PATH": str(point_data)} | rank} for rank in ranks(2, free_port())]
+        options = [{"env": env_of(point_data)["env"] | rank} for rank in ranks(2, free_port())]
         lead, other = (stack.enter_context(popen_forked(SCRIPT, *flags, cwd=tmp_path, **o)) for o in options)
         log = tmp_path / "run" / "offline_agent.csv"
         wait_until(lambda: log.exists() and log.read_text().count("\n") > 2)
@@ -1319,7 +1321,7 @@ def test_ctrl_c_reaches_all_processes_at_one_update(tmp_path, point_data):
     """torchrun hands the signal to every process; here only one gets it."""
     flags = [*TINY.split(), *POINT, "--offline-steps", 100_000, "--eval-interval", 0, "--run-dir", "run"]
     with contextlib.ExitStack() as stack:
-        options = [{"env": {"MINARI_DATASETS_PATH": str(point_data)} | rank} for rank in ranks(2, free_port())]
+        options = [{"env": env_of(point_data)["env"] | rank} for rank in ranks(2, free_port())]
         processes = [stack.enter_context(popen_forked(SCRIPT, *flags, cwd=tmp_path, **o)) for o in options]
         log = tmp_path / "run" / "offline_agent.csv"
         wait_until(lambda: log.exists() and log.read_text().count("\n") > 2)
@@ -1470,8 +1472,7 @@ def test_the_default_run_picks_the_cube(tmp_path):
 def test_wandb_mirrors_offline(tmp_path, point_data):
     """And token.tk holds the run directory, as an offline run has no address."""
     flags = [*TINY.split(), *POINT, "--offline-steps", 100, "--video-episodes", 1, "--track", "--run-dir", "run"]
-    env = {"MINARI_DATASETS_PATH": str(point_data), "WANDB_MODE": "offline"}
-    run_script(SCRIPT, *flags, cwd=tmp_path, env=env)
+    run_script(SCRIPT, *flags, cwd=tmp_path, env=env_of(point_data)["env"] | {"WANDB_MODE": "offline"})
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
     assert (tmp_path / "run" / "token.tk").read_text() == str(tmp_path / "run")
 
