@@ -122,7 +122,7 @@ STRONG = "--normalize-observations --ema 0.999 --lr 1e-3 --lr-schedule cosine --
 for name, flags in (("single", ""), ("chunks", " --action-chunking")):
     ROWS[f"bc_halfcheetah_{name}"] = Row(
         f"cloning of a recorded SAC policy, {name}",
-        f"bc_flow_offline.py --env-name halfcheetah/sac-v0 --offline-steps 50000 --eval-interval 10000 {STRONG}{flags}",
+        f"bc_flow_offline.py --env-name halfcheetah/sac-v0 --offline-steps 20000 --eval-interval 5000 {STRONG}{flags}",
         "episodic_return",
         "98% of the data's mean return",
     )
