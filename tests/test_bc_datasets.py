@@ -15,6 +15,7 @@ import numpy as np
 import offline_data
 import pytest
 import torch
+from conftest import read_csv
 from forked import run_forked
 from gymnasium import spaces
 from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, write_robomimic
@@ -778,3 +779,48 @@ def test_images_of_two_cameras_in_nested_observations():
     arranged = bc_flow_offline.arrange(space, obs | {"pos": np.zeros((5, 2))})
     images = [x for key, x in arranged.items() if key != "state"]
     assert sorted(x.flat[0] for x in images) == [1, 2] and arranged["state"].shape == (5, 2)
+
+
+# --- From each format to a score --------------------------------------------------------------------------------------
+TINY = "--threads 1 --hidden-dims 32 32 --batch-size 32 --offline-steps 20 --log-interval 10 --no-capture-video"
+TINY += " --eval-episodes 2 --flow-steps 2 --run-dir run"
+
+
+def learn(*flags: object, cwd: Path) -> tuple[dict[str, list[float]], str]:
+    """eval.csv and stdout of a short run."""
+    done = run_forked(SCRIPT, *TINY.split(), *flags, cwd=cwd, env={"HOME": str(cwd)})
+    return read_csv(done.run_dir, "eval.csv"), done.stdout
+
+
+def test_a_d4rl_run_logs_d4rls_score(tmp_path):
+    """100 * (return - random policy's) / (expert's - random policy's), named after whose references these are."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
+    flags = ("--env-name", "halfcheetah-medium-v2", "--dataset-path", path, "--eval-episodes", 1, "--action-chunking")
+    scores, stdout = learn(*flags, cwd=tmp_path)
+    assert scores["episodic_length"] == [1000]
+    expected = 100 * (scores["episodic_return"][0] + 280.178953) / (12135 + 280.178953)
+    assert scores["normalized_score_d4rl"][0] == pytest.approx(expected, rel=1e-6)
+    assert f"normalized_score_d4rl {expected:.4g}" in stdout and "d4rl/halfcheetah-medium" in stdout
+
+
+def test_a_robomimic_run_logs_success(tmp_path, stand_ins):
+    path = write_robomimic(tmp_path / "x.hdf5", demos=30)
+    flags = ("--env-name", "lift-mh-low_dim", "--dataset-path", path, "--action_chunking=True", "--horizon_length=3")
+    scores, stdout = learn(*flags, "--offline-steps", 300, "--lr", 3e-3, cwd=tmp_path)
+    assert scores["success_rate"] == [1] and scores["episodic_return"] == [1] and scores["episodic_length"][0] < 20
+    assert "robomimic/lift-mh-low_dim" in stdout
+
+
+def test_an_ogbench_run_logs_success_and_validation_loss(tmp_path, stand_ins):
+    flags = ("--env-name", "reach-play-singletask-v0", "--offline-steps", 300, "--lr", 3e-3, "--normalize-observations")
+    scores, _ = learn(*flags, cwd=tmp_path)
+    assert scores["success_rate"] == [1] and 0 < scores["validation_loss"][0] < 1.5
+
+
+def test_a_recording_of_sac_state_sim_is_learned_from(tmp_path):
+    sac = "--env-id probe_envs:Point-v0 --total-timesteps 60 --learning-starts 50 --demos 0 --hidden-dims 16 16"
+    sac += " --threads 1 --final-eval-episodes 5 --no-capture-video --run-dir sac --record-dataset point/mine-v0"
+    run_forked("sac_state_sim.py", *sac.split(), cwd=tmp_path)
+    scores, stdout = learn("--env-name", "point/mine-v0", "--action-chunking", cwd=tmp_path)
+    assert "5 of 5 episodes" in stdout and scores["episodes"] == [2]
+    assert "normalized_score_minari" in scores

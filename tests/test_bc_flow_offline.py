@@ -39,6 +39,7 @@ from bc_flow_offline import (
     evaluate,
     find_dataset,
     make_env_and_datasets,
+    pad_same,
     parse_args,
     process_train_dataset,
     random_crop,
@@ -600,6 +601,19 @@ def test_noise_is_standard_normal_and_from_the_generator():
     assert agent.sample_actions(np.zeros(3)).tolist() != agent.sample_actions(np.zeros(3)).tolist()
 
 
+@pytest.mark.parametrize("options", [{"action_chunking": True, "use_fourier_features": True}, {"policy": "gaussian"}])
+def test_the_loss_compiles_as_a_whole(options):
+    """Without graph breaks, as a GPU's CUDA graph needs it; the same loss and gradients."""
+    agent = small_agent(**options)
+    inputs = (*arguments(agent, toy_batch(agent)), torch.randn(8, 2 * agent.horizon), torch.rand(8, 1))
+    results = []
+    for loss in (agent.loss, torch.compile(agent.loss, backend="aot_eager", fullgraph=True)):
+        value = loss(*inputs)
+        results.append((value.item(), torch.cat([g.flatten() for g in torch.autograd.grad(value, agent.parameters)])))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    assert_close(results[0][1], results[1][1].numpy(), 1e-5)
+
+
 # --- Gaussian policy --------------------------------------------------------------------------------------------------
 def test_gaussian_loss_is_the_log_density_of_torch_distributions():
     agent = small_agent(policy="gaussian", action_chunking=True, horizon_length=3)
@@ -929,11 +943,19 @@ def test_data_shorter_than_a_chunk():
     for size in (4, 5):
         args = small_args(action_chunking=True, horizon_length=5)
         ds = toy_dataset(size, (0, 1, size - 1))
-        if size == 5:
-            assert Batches(ds, args, CPU).take(0, 1, CPU)[2].shape == (1, 8, 5)
+        if size == 5:  # episodes of 1, 1 and 3 steps
+            _, actions, valid = Batches(ds, args, CPU).gather(torch.tensor([0]))
+            assert actions.shape == (1, 10) and valid.tolist() == [[1, 0, 0, 0, 0]]
         else:
             with pytest.raises(SystemExit, match="--horizon-length 5"):
                 Batches(ds, args, CPU)
+
+
+def test_padding_is_flaxs_same():
+    """Kernel 3, stride 2: on even sizes all of it behind, on odd sizes one on each side."""
+    for size, expected in ((4, [[10, 11], [14, 15]]), (5, [[6, 8, 9], [16, 18, 19], [21, 23, 24]])):
+        x = torch.arange(size * size, dtype=torch.float32).reshape(1, 1, size, size)
+        assert torch.nn.functional.max_pool2d(pad_same(x, 3, 2, -math.inf), 3, 2)[0, 0].tolist() == expected
 
 
 def test_random_crop_by_hand():
@@ -1434,6 +1456,7 @@ def test_run_with_workers_resumes_exactly(tmp_path, camera_data):
     run(*flags, "--offline-steps", 10, "--run-dir", "parts", cwd=tmp_path, data=camera_data)
     go_on = ("--resume", "parts", "--offline-steps", 20)
     run_forked(SCRIPT, *go_on, cwd=tmp_path, **env_of(camera_data))
+    assert not list(tmp_path.glob("*/checkpoint_*.pt"))  # --save-interval -1 keeps none
     assert table(tmp_path / "whole", "offline_agent.csv") == table(tmp_path / "parts", "offline_agent.csv")
 
 
@@ -1628,3 +1651,51 @@ def test_full_disk(tmp_path, point_data):
     assert "--resume run" in error and ("too large" in error or "No space" in error)
     run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env_of(point_data))
     assert table(tmp_path / "run", "offline_agent.csv") == table(tmp_path / "whole", "offline_agent.csv")
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+def on_gpu(**changes) -> BCAgent:
+    return BCAgent.create((3,), 2, small_args(**{"hidden_dims": (64, 64)} | changes), torch.device("cuda"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("policy", ["flow", "gaussian"])
+def test_graphed_updates_on_a_gpu(policy):
+    """Five updates a launch: the losses are those of the eager agent, fresh data and noise reach every replay."""
+    options = {"policy": policy, "updates_per_launch": 5, "lr_schedule": "cosine", "offline_steps": 60, "ema": 0.9}
+    graphed, eager = on_gpu(compile=True, **options), on_gpu(**options)
+    batches = Batches(toy_dataset(), graphed.args, torch.device("cuda"))
+    before, losses = parameters_of(graphed.actor), []
+    for step in range(0, 40, 5):
+        infos = [agent.learn(batches.take(step, 5, torch.device("cuda"))) for agent in (graphed, eager)]
+        losses.append([float(info["actor/actor_loss"]) for info in infos])
+        assert float(infos[0]["lr"]) == pytest.approx(float(infos[1]["lr"]), rel=1e-5)
+    assert graphed.graph is not None and eager.graph is None and int(graphed.updates) == 40
+    assert len({one for one, _ in losses}) == 8
+    if policy == "gaussian":  # draws no noise, whose order may differ
+        assert [one for one, _ in losses] == pytest.approx([other for _, other in losses], rel=0.02, abs=0.02)
+    assert (parameters_of(graphed.actor) - before).abs().mean() > 1e-4
+    graphed.learn(batches.take(40, 3, torch.device("cuda")))  # a launch of another length, eagerly
+    graphed.learn(batches.take(43, 17, torch.device("cuda")))
+    still = parameters_of(graphed.actor)
+    graphed.learn(batches.take(60, 5, torch.device("cuda")))  # the schedule has reached 0
+    assert torch.equal(parameters_of(graphed.actor), still)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu(tmp_path, point_data):
+    """As a user: trains with graphs, resumes there, and its checkpoint is evaluated on a CPU."""
+    env = env_of(point_data)["env"]
+    gpu = env | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    flags = [*TINY.split(), *POINT, "--lr-schedule", "constant", "--run-dir", "run"]
+    run_script(SCRIPT, *flags, "--offline-steps", 200, cwd=tmp_path, env=gpu, timeout=280)
+    run_script(SCRIPT, "--resume", "run", "--offline-steps", 300, cwd=tmp_path, env=gpu, timeout=280)
+    losses = read_csv(tmp_path / "run", "offline_agent.csv")
+    assert losses["step"] == [50, 100, 150, 200, 250, 300]
+    assert all(math.isfinite(x) for column in losses.values() for x in column)
+    last = read_csv(tmp_path / "run", "eval.csv")["episodic_return"][-1]
+    result = run_script(SCRIPT, "--eval-only", "run", "--no-cuda", "--no-capture-video", cwd=tmp_path, env=env)
+    measured = float(re.search(r"episodic_return ([-\d.e+]+)", result.stdout)[1])
+    assert measured == pytest.approx(last, rel=0.02, abs=0.02)
