@@ -977,14 +977,15 @@ def reachable(url: str, timeout_s: float = 4.0) -> bool:
     def connect() -> None:
         with contextlib.suppress(OSError):
             port = parts.port or (443 if parts.scheme == "https" else 80)
-            socket.create_connection((parts.hostname, port), timeout_s).close()
-            answers.append(True)
+            answers.append(socket.create_connection((parts.hostname, port), timeout_s))
 
     if urllib.request.getproxies().get(parts.scheme):
         return True
     thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no time limit of its own
     thread.start()
     thread.join(timeout_s)
+    for connection in answers:
+        connection.close()
     return bool(answers)
 
 
