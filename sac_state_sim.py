@@ -224,9 +224,10 @@ def parse_args(argv: list[str] | None = None) -> Args:
     args = tyro.cli(Args, args=argv, description=__doc__)
     if run_dir := args.resume or args.eval_only:
         try:
-            saved = Args(**json.loads((Path(run_dir) / "args.json").read_text()))
-            saved.hidden_dims = tuple(saved.hidden_dims)
-        except (OSError, ValueError, TypeError) as error:
+            saved = json.loads((Path(run_dir) / "args.json").read_text())
+            tuples = {name for name, default in vars(Args).items() if isinstance(default, tuple)}
+            saved = Args(**{name: tuple(value) if name in tuples else value for name, value in saved.items()})
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             fail(f"--{'resume' if args.resume else 'eval-only'} {run_dir}: no run of this script there ({error})")
         args = tyro.cli(Args, args=argv, description=__doc__, default=saved)
         may_change = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
@@ -344,24 +345,14 @@ class Playback(gym.Env):
         return self.observations[self.t], reward, terminated, self.t == len(self.rewards), {}
 
 
-def wrap_env(env: gym.Env, args: Args) -> gym.Env:
-    """Flat float observations (O,), actions in [-1, 1] (A,). TASK: add wrappers of your own here."""
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
-    if args.gripper_penalty:
-        env = GripperPenalty(env, args.gripper_penalty)
-    env = gym.wrappers.FlattenObservation(env)
-    if args.frame_stack > 1:
-        env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
-    if args.action_chunk > 1:
-        env = ActionChunk(env, args.action_chunk)
-    return env
+def make_env(args: Args, render: bool = False, task: gym.Env | None = None) -> gym.Env:
+    """Flat float observations (O,), actions in [-1, 1] (A,); `task`: wraps this one instead of making --env-id.
 
-
-def make_base_env(args: Args, render: bool = False) -> gym.Env:
-    """The task as gymnasium makes it. Exits with one line when this script cannot learn it."""
+    Exits with one line when this script cannot learn the task.
+    """
     try:
         options = {"render_mode": "rgb_array"} if render else {}  # TASK: keyword options of your task
-        env = gym.make(args.env_id, **options)
+        env = task or gym.make(args.env_id, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     boxes = env.observation_space.spaces.values() if isinstance(env.observation_space, spaces.Dict) else ()
@@ -372,12 +363,22 @@ def make_base_env(args: Args, render: bool = False) -> gym.Env:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {env.observation_space}")
     if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
         fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
+    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if args.gripper_penalty:
+        env = GripperPenalty(env, args.gripper_penalty)
+    env = gym.wrappers.FlattenObservation(env)  # TASK: add wrappers of your own here
+    if args.frame_stack > 1:
+        env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
+    if args.action_chunk > 1:
+        env = ActionChunk(env, args.action_chunk)
     return env
 
 
-def make_env(args: Args, render: bool = False) -> gym.Env:
-    """The wrapped task: flat observations, actions in [-1, 1]."""
-    return wrap_env(make_base_env(args, render), args)
+def task_of(env: gym.Env) -> gym.Env:
+    """The task below the wrappers of `make_env`, whose first is RescaleAction."""
+    while not isinstance(env, gym.wrappers.RescaleAction):
+        env = env.env
+    return env.env
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:
@@ -431,10 +432,10 @@ def minari_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
 
 def load_demos(args: Args) -> np.ndarray:
     """Demonstrations as rows (N, W) of the replay buffer, from a Minari dataset or the task's scripted expert."""
-    env, rows = make_base_env(args), []
+    env, rows = task_of(make_env(args)), []
     low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
     for observations, actions, *ends in (minari_episodes if args.demo_dataset else expert_episodes)(args, env):
-        playback = wrap_env(Playback(env, observations, *ends), args)
+        playback = make_env(args, task=Playback(env, observations, *ends))
         actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)  # (T, A) in [-1, 1]
         padding = np.repeat(actions[-1:], -len(actions) % length, 0)  # the last chunk's, not executed
         obs, _ = playback.reset()
@@ -630,6 +631,9 @@ class Agent:
 
     PARTS = ("normalizer", "actor", "mean_actor", "critic", "target_critic")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    LOSSES = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")  # columns of train.csv
+    SHARED_FLAGS = "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm "
+    SHARED_FLAGS += "normalize_observations std_parameterization fixed_std std_min std_max"
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
         self.args, self.device, self.action_dim = args, device, action_dim
@@ -658,6 +662,14 @@ class Agent:
             self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
         if args.compile and device.type == "cuda":
             self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
+
+    @classmethod
+    def for_env(cls, env: gym.Env, args: Args, device: torch.device) -> "Agent":
+        return cls(spaces.flatdim(env.observation_space), env.action_space.shape[0], args, device)
+
+    def make_buffer(self, name: str, capacity: int) -> ReplayBuffer:
+        """The empty "buffer" or "demos"."""
+        return ReplayBuffer(capacity, sum(self.splits), self.device)
 
     def make_optimizer(self, parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         lr_tensor = torch.tensor(lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
@@ -886,8 +898,9 @@ def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
     from gymnasium.vector.utils import concatenate, create_empty_array
     from minari.data_collector import EpisodeBuffer
 
-    recorder, random, random_env = Recorder(make_base_env(args)), copy.copy(agent), make_env(args)
-    scalars = evaluate(agent, wrap_env(recorder, args), args.final_eval_episodes, args.seed)
+    random, random_env = copy.copy(agent), make_env(args)
+    recorder = Recorder(task_of(make_env(args)))
+    scalars = evaluate(agent, make_env(args, task=recorder), args.final_eval_episodes, args.seed)
     random_env.action_space.seed(args.seed)
     random.act = lambda obs, deterministic: random_env.action_space.sample()
     space, buffers = recorder.observation_space, []
@@ -1013,8 +1026,7 @@ class Run:
         means = np.mean(progress.episodes or [(math.nan,) * 3], 0, dtype=float).tolist()
         names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
         scalars = dict(zip(names, means, strict=True)) | self.read_timer()
-        names = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")
-        losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in names}
+        losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in Agent.LOSSES}
         self.log("train", progress.global_step, scalars | losses)
         progress.episodes.clear()
         if metrics and not math.isfinite(losses["losses/critic_loss"]):
@@ -1107,9 +1119,7 @@ def make_socket(kind: int, args: Args):
 
 def shared_flags(args: Args) -> dict[str, object]:
     """What shapes task and policy, and so must be the same in actor and learner."""
-    names = "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
-    names += "std_parameterization fixed_std std_min std_max"
-    return json.loads(json.dumps({name: getattr(args, name) for name in names.split()}))
+    return json.loads(json.dumps({name: getattr(args, name) for name in Agent.SHARED_FLAGS.split()}))
 
 
 class LearnerServer:
@@ -1222,7 +1232,7 @@ class ActorLink:
             address = f"{self.args.learner}:{self.args.port}"
             fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
         if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
-            count = min(self.written - self.held, 4096)
+            count = min(self.written - self.held, 4096, max(1, (1 << 25) // self.row_bytes))  # 32 MB a message
             self.file.seek(self.held * self.row_bytes)
             header = {"protocol": PROTOCOL, "flags": shared_flags(self.args), "actor": self.name}
             header |= {"first": self.held, "count": count}
@@ -1269,15 +1279,18 @@ def set_up_torch(args: Args) -> torch.device:
 def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer, ReplayBuffer | None]:
     """A new run, or one that stands where its newest checkpoint does."""
     device, run, progress = set_up_torch(args), Run(args), Progress()
-    obs_dim, action_dim = spaces.flatdim(env.observation_space), env.action_space.shape[0]
-    agent, rows = Agent(obs_dim, action_dim, args, device), None
-    buffer = ReplayBuffer(args.buffer_size, sum(agent.splits), device)
+    agent = Agent.for_env(env, args, device)
+    buffer, demos = agent.make_buffer("buffer", args.buffer_size), None
     state = run.load(device) if args.resume or args.eval_only else None
     if state:
         try:
             agent.load_state_dict(state["agent"])
-            buffer.load_state_dict(state["buffer"])
-            rows, progress = state["demos"], Progress(**state["progress"])
+            progress = Progress(**state["progress"])
+            if not args.eval_only:
+                buffer.load_state_dict(state["buffer"])
+            if state["demos"] and not args.eval_only:
+                demos = agent.make_buffer("demos", state["demos"]["total"])
+                demos.load_state_dict(state["demos"])
         except (KeyError, RuntimeError, TypeError) as error:
             fail(f"{run.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
     elif args.eval_only:
@@ -1285,9 +1298,7 @@ def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer,
     elif (args.demos or args.demo_dataset) and args.role != "actor":
         rows = torch.from_numpy(load_demos(args)).to(device)
         agent.observe(rows)
-    demos = None
-    if rows is not None:
-        demos = ReplayBuffer(*rows.shape, device)
+        demos = agent.make_buffer("demos", len(rows))
         demos.add(rows)
     return run, progress, agent, buffer, demos
 
@@ -1326,7 +1337,7 @@ def report(name: str, scalars: dict[str, float]) -> None:
 def save(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
     progress.elapsed = run.elapsed()
     state = {"agent": agent.state_dict(), "buffer": buffer.state_dict(), "progress": dataclasses.asdict(progress)}
-    run.save(state | {"demos": demos.rows if demos else None})
+    run.save(state | {"demos": demos.state_dict() if demos else None})
 
 
 def finish(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
@@ -1362,8 +1373,8 @@ def train(args: Args) -> None:
     progress.finished = False
     run.open_logs(args, progress)
     print(f"run directory {run.dir}", flush=True)
-    server = None if acts else LearnerServer(args, buffer.rows.shape[1], progress.held)
-    link = None if learns else ActorLink(args, run, buffer.rows.shape[1])
+    server = None if acts else LearnerServer(args, sum(agent.splits), progress.held)
+    link = None if learns else ActorLink(args, run, sum(agent.splits))
     if link:  # what it wrote before gives an actor its seeds, so that no two episodes are the same
         args.seed, progress.global_step, progress.episode = args.seed + link.number, link.written, link.written
         agent.generator.manual_seed(episode_seed(args.seed, 0, link.written))
@@ -1409,8 +1420,8 @@ def train(args: Args) -> None:
             link.exchange(agent)
         elif len(rows):
             rows = torch.from_numpy(rows).to(agent.device)
-            buffer.add(rows)
             agent.observe(rows)
+            buffer.add(rows)
         # Learn: several critic updates, and actor updates, per step.
         if learns and progress.global_step > args.learning_starts:
             if not metrics:

@@ -1021,7 +1021,7 @@ def test_checkpoint_holds_everything(finished):
     for part in ("actor/", "critic/", "target_critic/", "normalizer/", "generator", "raw_alpha", "exp_avg"):
         assert part in paths, part
     assert len(state["buffer"]["rows"]) == 300
-    assert len(state["demos"]) == 60
+    assert len(state["demos"]["rows"]) == 60
 
 
 def test_train_csv_has_the_promised_keys_and_is_finite(finished):
@@ -1105,7 +1105,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers(finished, tmp_path):
         assert table(finished.run_dir, name) == table(again.run_dir, name)
     other = run(*WITH_DEMOS, "--seed", 2, "--run-dir", "other", cwd=tmp_path)
     different = differences(finished.run_dir, other.run_dir)
-    assert {"/buffer/rows", "/agent/generator", "/demos", "/agent/raw_alpha"} <= set(different)
+    assert {"/buffer/rows", "/agent/generator", "/demos/rows", "/agent/raw_alpha"} <= set(different)
     assert table(finished.run_dir, "eval.csv") != table(other.run_dir, "eval.csv")
 
 
@@ -1351,7 +1351,7 @@ def test_recorded_dataset_becomes_demonstrations(finished, tmp_path, monkeypatch
         assert (terminated, truncated) == (episode.terminations[-1], episode.truncations[-1])
     learned = ("--demo-dataset", "point/mine-v0", "--total-timesteps", 120, "--run-dir", "learned")
     run(*POINT, *learned, cwd=tmp_path)
-    assert len(checkpoint(tmp_path / "learned")["demos"]) == dataset.total_steps
+    assert len(checkpoint(tmp_path / "learned")["demos"]["rows"]) == dataset.total_steps
     for name in ("point/mine-v0", "no version"):  # taken, malformed: said before the work, not after it
         error = refused("--eval-only", "run", "--record-dataset", name, "--final-eval-episodes", 10**6, cwd=tmp_path)
         assert "--record-dataset" in error and name in error
