@@ -39,6 +39,7 @@ import uuid
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +88,7 @@ class Args:
     compile: bool = True
     """on a GPU: compile the losses and replay each update as one CUDA graph (a CPU is faster without)"""
     threads: int = 2
-    """CPU threads for PyTorch"""
+    """CPU threads for PyTorch: half of them for targets and actor, half for the critics, side by side"""
     amp: bool = False
     """bfloat16 matrix products: faster on a GPU, and on CPUs with AVX512-BF16 or AMX"""
     # environment
@@ -1518,9 +1519,11 @@ class Agent:
         self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0  # per batch
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
         self.held_steps, self.held = 0, (0, 0.0)  # of `explore`: steps to go, dimension and value
-        self.critic_updates, self.eager_updates, self.graphs = 0, 0, {}
-        torch.set_num_threads(args.threads)
+        self.critic_updates, self.eager_updates, self.graphs, self.pool = 0, 0, {}, None
+        if args.threads > 1 and device.type == "cpu" and not args.dropout:  # whose random numbers have one order
+            self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
         if args.compile and device.type == "cuda":
+            self.target_q, self.critic.encode = torch.compile(self.target_q), torch.compile(self.critic.encode)
             self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
 
     @classmethod
@@ -1572,7 +1575,7 @@ class Agent:
         """Maps (B, T, K, C, h, w) that a frozen trunk makes of frames (B, T, K, H, W, 3); without one, the frames."""
         if self.trunk is None:
             return frames
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+        with self.autocast():
             return self.trunk(frames.flatten(0, 2)).unflatten(0, frames.shape[:3])
 
     @torch.no_grad()
@@ -1594,24 +1597,35 @@ class Agent:
     def alpha(self) -> Tensor:
         return F.softplus(self.raw_alpha)
 
-    def critic_loss(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Tensor, Observation, dict[str, Tensor]]:
-        """Squared soft Bellman error with noise eps (B, A) and target critics `subset` (M,); the features used."""
+    def submit(self, function: Callable, *inputs) -> Callable:
+        """Runs a function in the other thread, or now if there is none; what is returned waits for its result."""
+        if self.pool:
+            return self.pool.submit(function, *inputs).result
+        result = function(*inputs)
+        return lambda: result
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
+
+    @torch.no_grad()
+    def target_q(self, batch: Batch, eps: Tensor, subset: Tensor) -> Tensor:
+        """Soft Bellman target (B,) with noise eps (B, A) and target critics `subset` (M,)."""
         generator = self.generator if self.args.dropout else None
-        with torch.no_grad():  # soft Bellman target, arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
-            next_features = self.critic.encode(batch.next_observations)
-            next_actions, next_log_pi = self.actor.sample(next_features, eps)  # (B, A), (B,)
+        with self.autocast():  # arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
+            next_actions, next_log_pi = self.actor.sample(self.critic.encode(batch.next_observations), eps)
             next_features = self.target_critic.encode(batch.next_observations)
-            next_q_values = self.target_critic(next_features, next_actions, generator)  # (E, B)
-            next_q = next_q_values[subset].amin(0)  # (B,)
+            next_q = self.target_critic(next_features, next_actions, generator)[subset].amin(0)  # (E, B), (B,)
             if self.args.backup_entropy:
                 next_q = next_q - self.alpha * next_log_pi
             rewards = self.args.reward_scale * batch.rewards
-            target_q = rewards + self.args.gamma * (1 - batch.terminations) * next_q  # (B,)
-        features = self.critic.encode(batch.observations)
-        q_values = self.critic(features, batch.actions, generator)  # (E, B)
+            return rewards + self.args.gamma * (1 - batch.terminations) * next_q
+
+    def critic_loss(self, batch: Batch, target_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared soft Bellman error; the batch's observations are encoded."""
+        generator = self.generator if self.args.dropout else None
+        q_values = self.critic(batch.observations, batch.actions, generator)  # (E, B)
         loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
-        features = features._replace(images=features.images.detach())
-        return loss, features, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+        return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
     def actor_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Soft policy improvement, and imitation of the demonstrations, which are the batch's last rows."""
@@ -1626,19 +1640,13 @@ class Agent:
             loss = loss + self.args.bc_weight * error.square().sum(-1).mean()
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
-    def critic_gradient(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Observation, dict[str, Tensor]]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
-            loss, features, metrics = self.critic_loss(batch, eps, subset)
-        (loss / self.args.grad_accum_steps).backward()
-        return features, metrics
-
     def step_critic(self) -> None:
         self.critic_optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
 
     def actor_gradient(self, batch: Batch, eps: Tensor) -> dict[str, Tensor]:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+        with self.autocast():
             loss, metrics = self.actor_loss(batch, eps)
         (loss / self.args.grad_accum_steps).backward(inputs=self.actor_parameters)  # spares the critics' gradients
         if self.args.autotune:
@@ -1664,7 +1672,7 @@ class Agent:
         goals = self.see(self.goals[picks])
         labels = torch.cat([torch.ones(count, device=self.device), torch.zeros(count, device=self.device)])
         labels = labels * (1 - args.label_smoothing) + 0.5 * args.label_smoothing
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=args.amp):
+        with self.autocast():
             features = self.classifier.encoder(Observation(torch.cat([goals, replay]), None))  # (2 * B, F)
         features, pairs = features.float(), draw(2 * count).argsort()
         if args.mixup:  # SERL's beta(1, 1) distribution is uniform
@@ -1698,7 +1706,8 @@ class Agent:
         """One critic step on rows (B, W) and frames of the buffer and, `with_actor`, one step of actor and temperature.
 
         `eps` (2, B, A) is noise for the two steps, `subset` (M,) chooses critics for the target. Both gradients are of
-        the same parameters, as SERL takes them (agents/continuous/sac.py:276), so that the actor's needs no encoder.
+        the same parameters, as SERL takes them (agents/continuous/sac.py:276): the actor's needs no encoder, and two
+        threads share the work.
         """
         metrics, parts = {}, self.args.grad_accum_steps
         vice = self.args.reward == "vice"
@@ -1711,10 +1720,15 @@ class Agent:
                 with torch.no_grad():
                     batch = batch._replace(rewards=self.classifier(batch.next_observations).float().sigmoid())
                 metrics["losses/vice_reward"] = batch.rewards.mean()
-            features, new = self.critic_gradient(batch, eps[0, i::parts], subset)
-            metrics |= new
-            if with_actor:
-                metrics |= self.actor_gradient(batch._replace(observations=features), eps[1, i::parts])
+            target_q = self.submit(self.target_q, batch, eps[0, i::parts], subset)
+            with self.autocast():
+                batch = batch._replace(observations=self.critic.encode(batch.observations))
+                loss, new = self.critic_loss(batch, target_q())
+            seen = batch.observations._replace(images=batch.observations.images.detach())
+            actor_batch = batch._replace(observations=seen)
+            actor = self.submit(self.actor_gradient, actor_batch, eps[1, i::parts]) if with_actor else dict
+            (loss / parts).backward()
+            metrics |= new | actor()
             if with_actor and vice:
                 online = len(batch.rewards) - self.num_demos // parts
                 metrics |= self.classifier_gradient(batch.next_observations.images[:online])
