@@ -6,7 +6,7 @@
     python sac_pixel_sim.py --eval-only RUN_DIR
     python sac_pixel_sim.py --encoder resnet10 --image-size 128 --pretrained resnet10_params.pkl  # needs SERL's file
     python sac_pixel_sim.py --reward vice                           # the reward is learned from images of success
-    python sac_pixel_sim.py --env-id Pendulum-v1 --render-obs --demos 0
+    python sac_pixel_sim.py --env-id Hopper-v5 --render-obs --demos 0   # needs MUJOCO_GL=egl without a display
     python sac_pixel_sim.py --role learner                          # needs an actor; SERL's two processes
     python sac_pixel_sim.py --role actor --learner 127.0.0.1        # needs a learner; as many as you like
 
@@ -1343,10 +1343,11 @@ def available_memory() -> int:
 class FrameBuffer(ReplayBuffer):
     """Ring buffer of transitions that holds each frame once, as uint8.
 
-    Rows without their images stand in one ring, frames in another. A row whose observation is not the row before's next
-    observation begins a segment (an episode, a piece of one, another actor's): all `stack` frames of its observation
-    are stored, then for each row the newest frame of its next observation. So the `stack + 1` frames up to a row's
-    newest one are its observation and next observation. Rows whose oldest frame has been overwritten are not sampled.
+    Rows without their images stand in one ring, frames in another, and with each row the numbers of its frames: `stack`
+    of the observation, `stack` of the next one. A row whose observation is the row before's next observation shares its
+    frames; any other begins a segment (an episode, a piece of one, another actor's) and brings all its own. Of the next
+    observation those frames are new that have not moved up from the observation. Rows of which a frame has been
+    overwritten are not sampled.
     """
 
     def __init__(
@@ -1355,10 +1356,10 @@ class FrameBuffer(ReplayBuffer):
         self.layout, self.frames, self.folder, self.middle = layout, frames, folder, action_dim + 1
         self.state_dim, self.obs_dim = layout.stack * layout.state_dim, layout.stack * layout.step_dim
         super().__init__(capacity, 2 * self.state_dim + self.middle + 1, device)
-        self.newest = torch.zeros(capacity, dtype=torch.long, device=device)  # number of each row's newest frame
-        self.ends = np.zeros(capacity, np.int64)  # the same, here
-        self.window = torch.arange(-layout.stack, 1, device=device)
+        self.windows = torch.zeros(capacity, 2 * layout.stack, dtype=torch.long, device=device)  # numbers of frames
+        self.oldest = np.zeros(capacity, np.int64)  # windows[:, 0], known without asking the GPU
         self.first = self.frame_total = 0  # number of the oldest row that is whole; frames ever added
+        self.latest = []  # numbers of the newest next observation's frames
         self.encode, self.features = None, frames  # what is sampled: the frames, or what `cache` makes of them
         self.saved, self.keep = 0, [0, 0]  # frames in files; the oldest that the last two checkpoints need
 
@@ -1371,40 +1372,48 @@ class FrameBuffer(ReplayBuffer):
         before = torch.cat([self.last(1)[:, -self.obs_dim - 1 : -1] if len(self) else next_obs[:0], next_obs[:-1]])
         same = (obs[len(obs) - len(before) :].view(torch.int32) == before.view(torch.int32)).all(1).tolist()
         begins = [True] * (len(obs) - len(same)) + [not value for value in same]
-        states, frames = self.layout.unpack(obs)
-        next_states, next_frames = self.layout.unpack(next_obs)
-        compact = torch.cat([states, middle, next_states, end], 1)
-        for i, begin in enumerate(begins):
-            self.add_row(compact[i], frames[i] if begin else None, next_frames[i, -1:])
+        (states, frames), (next_states, next_frames) = self.layout.unpack(obs), self.layout.unpack(next_obs)
+        for row in zip(torch.cat([states, middle, next_states, end], 1), frames, next_frames, begins, strict=True):
+            self.add_row(*row)
 
-    def add_row(self, row: Tensor, frames: Tensor | None, next_frame: Tensor) -> None:
-        new = next_frame if frames is None else torch.cat([frames, next_frame])
-        slots = [number % len(self.frames) for number in range(self.frame_total, self.frame_total + len(new))]
-        self.write(slots, new)
-        self.frame_total += len(new)
-        slot = self.total % len(self.rows)
-        self.rows[slot], self.newest[slot], self.ends[slot] = row, self.frame_total - 1, self.frame_total - 1
+    def add_row(self, row: Tensor, frames: Tensor, next_frames: Tensor, begins: bool) -> None:
+        """Appends a row (W,) without images and the frames (stack, K, H, W, 3) of its two observations."""
+        stack = len(frames)
+        if begins:
+            self.latest = [self.add_frame(frames[0])]
+            for before, frame in zip(frames[:-1], frames[1:], strict=True):  # a reset repeats the first frame
+                self.latest.append(self.latest[-1] if torch.equal(before, frame) else self.add_frame(frame))
+        new = next(k for k in range(1, stack + 1) if torch.equal(frames[k:], next_frames[: stack - k]))
+        window = self.latest + self.latest[new:] + [self.add_frame(frame) for frame in next_frames[stack - new :]]
+        slot, self.latest = self.total % len(self.rows), window[stack:]
+        self.rows[slot], self.oldest[slot] = row, window[0]
+        self.windows[slot] = torch.tensor(window)
         self.total += 1
         self.first = max(self.first, self.total - len(self.rows))
-        oldest = max(self.frame_total - len(self.frames), 0)
-        while self.ends[self.first % len(self.rows)] - self.layout.stack < oldest:
+        while self.oldest[self.first % len(self.rows)] < self.frame_total - len(self.frames):
             self.first += 1
 
-    def cache(self, encode: Callable[[Tensor], Tensor]) -> None:
-        """From now on samples hold what `encode` makes of frames (N, 1, K, H, W, 3), computed once, not the frames."""
-        shape = encode(torch.zeros(1, 1, *self.layout.frame_shape, device=self.rows.device))
-        self.encode, self.features = encode, shape.new_empty(len(self.frames), *shape.shape[2:])
-        print(f"{self.folder.name}: and {self.features.nbytes / 1e9:.3g} GB for what the encoder makes of them")
+    def add_frame(self, frame: Tensor) -> int:
+        """Appends a frame (K, H, W, 3); its number."""
+        self.write([self.frame_total % len(self.frames)], frame[None])
+        self.frame_total += 1
+        return self.frame_total - 1
 
     def write(self, slots: list[int] | Tensor, frames: Tensor) -> None:
         self.frames[slots] = frames.to(self.frames.device)
         if self.encode:
             self.features[slots] = self.encode(frames[:, None].to(self.rows.device)).squeeze(1)
 
+    def cache(self, encode: Callable[[Tensor], Tensor]) -> None:
+        """From now on samples hold what `encode` makes of frames (N, 1, K, H, W, 3), computed once, not the frames."""
+        example = encode(torch.zeros(1, 1, *self.layout.frame_shape, device=self.rows.device))
+        self.encode, self.features = encode, example.new_empty(len(self.frames), *example.shape[2:])
+        print(f"{self.folder.name}: and {self.features.nbytes / 1e9:.3g} GB for what the encoder makes of them")
+
     def gather(self, numbers: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (N, W) without images, and their frames of `source` (N, stack + 1, K, H, W, 3), by number."""
+        """Rows (N, W) without images, and their frames of `source` (N, 2 * stack, K, H, W, 3), by number."""
         slots = numbers % len(self.rows)
-        windows = (self.newest[slots, None] + self.window) % len(source)  # (N, stack + 1)
+        windows = self.windows[slots] % len(source)
         frames = source.index_select(0, windows.flatten().to(source.device))
         return self.rows[slots], frames.to(self.rows.device).unflatten(0, windows.shape)
 
@@ -1417,15 +1426,15 @@ class FrameBuffer(ReplayBuffer):
         """The newest `count` rows as they were added (count, O + A + 1 + O + 1), oldest first."""
         rows, frames = self.gather(torch.arange(self.total - count, self.total, device=self.rows.device), self.frames)
         states, middle, next_states, end = rows.split([self.state_dim, self.middle, self.state_dim, 1], 1)
-        obs, next_obs = self.layout.pack(states, frames[:, :-1]), self.layout.pack(next_states, frames[:, 1:])
+        obs, next_obs = map(self.layout.pack, (states, next_states), frames.chunk(2, 1))
         return torch.cat([obs, middle, next_obs, end], 1)
 
     def segment_ends(self) -> Tensor:
         """Frames (G, stack, K, H, W, 3) of the last next observation of each segment."""
-        numbers = torch.arange(self.first, self.total, device=self.rows.device)
-        newest = self.newest[numbers % len(self.rows)]
-        ends = torch.cat([newest[1:] - newest[:-1] > 1, newest.new_ones(1, dtype=torch.bool)])
-        return self.gather(numbers[ends], self.features)[1][:, 1:]
+        numbers, stack = torch.arange(self.first, self.total, device=self.rows.device), self.layout.stack
+        windows = self.windows[numbers % len(self.rows)]
+        ends = windows[1:, stack - 1] != windows[:-1, -1]  # the next row's observation is not this row's next one
+        return self.gather(numbers[torch.cat([ends, ends.new_ones(1)])], self.features)[1][:, stack:]
 
     def files(self) -> list[tuple[int, int, Path]]:
         """The files of frames, as (first number, last number + 1, path), in order."""
@@ -1448,15 +1457,16 @@ class FrameBuffer(ReplayBuffer):
             write_atomically(self.folder / f"{numbers[0]}-{self.frame_total}.u8", new.data)
         self.saved, self.keep = self.frame_total, [self.keep[1], oldest]
         filled = min(self.total, len(self.rows))
-        state = {"rows": self.rows[:filled].clone(), "newest": self.newest[:filled].clone(), "keep": self.keep}
+        state = {"rows": self.rows[:filled].clone(), "windows": self.windows[:filled].clone(), "keep": self.keep}
         return state | {"first": self.first, "total": self.total, "frame_total": self.frame_total}
 
     def load_state_dict(self, state: dict) -> None:
         """Exits with one line when a file of frames is missing or has another size."""
         filled, self.keep = len(state["rows"]), state["keep"]
-        self.rows[:filled], self.newest[:filled] = state["rows"], state["newest"]
-        self.ends[:filled] = state["newest"].cpu().numpy()
+        self.rows[:filled], self.windows[:filled] = state["rows"], state["windows"]
+        self.oldest[:filled] = state["windows"][:, 0].cpu().numpy()
         self.first, self.total, self.frame_total = state["first"], state["total"], state["frame_total"]
+        self.latest = self.windows[(self.total - 1) % len(self.rows), self.layout.stack :].tolist()
         self.saved, frame_bytes = self.frame_total, math.prod(self.layout.frame_shape)
         wanted = max(self.frame_total - len(self.frames), 0)  # the next frame to be read
         for start, stop, path in self.files():
@@ -1532,10 +1542,10 @@ class Agent:
         return cls(layout, env.action_space.shape[0], args, device)
 
     def make_buffer(self, name: str, capacity: int) -> FrameBuffer:
-        """The empty "buffer" or "demos". A segment costs `stack` frames beside one per transition; there is room for
-        segments of 64 transitions on average, in demonstrations of 1."""
+        """The empty "buffer" or "demos". Beside one frame per transition there is room for the first frames of episodes
+        of 64 transitions on average, in demonstrations of 1; shorter ones leave room for fewer transitions."""
         capacity = 1 if self.args.eval_only or self.args.role == "actor" else capacity
-        count = capacity + self.layout.stack * (capacity if name == "demos" else capacity // 64 + 1)
+        count = capacity + (capacity if name == "demos" else capacity // 64) + self.layout.stack
         frames = allocate_frames(count, self.layout, self.args, self.device, name)
         folder = Path(self.args.run_dir) / name
         buffer = FrameBuffer(capacity, frames, self.layout, self.action_dim, self.device, folder)
@@ -1695,9 +1705,9 @@ class Agent:
         return self.trunk_maps(images.unflatten(1, frames.shape[1:3]))
 
     def prepare(self, rows: Tensor, frames: Tensor) -> Batch:
-        """The batch that rows (B, W) and frames (B, T + 1, K, H, W, 3) of the buffer make: augmented, normalised."""
+        """The batch that rows (B, W) and frames (B, 2 * T, K, H, W, 3) of the buffer make: augmented, normalised."""
         batch = split_rows(rows, self.row_splits)
-        images = self.see(torch.cat([frames[:, :-1], frames[:, 1:]], 1)).chunk(2, 1)  # two of (B, T, K, H, W, 3)
+        images = self.see(frames).chunk(2, 1)  # two of (B, T, K, H, W, 3)
         states = map(self.normalizer, (batch.observations, batch.next_observations))
         observations, next_observations = map(Observation, images, states)
         return batch._replace(observations=observations, next_observations=next_observations)
@@ -1794,7 +1804,8 @@ class Agent:
 
     def policy_tensors(self) -> list[Tensor]:
         """What acting needs: the parameters of actor and encoder, and the normalizer's statistics."""
-        return [*self.meant_parameters, *self.normalizer.state_dict().values()]
+        parameters = [parameter.detach() for parameter in self.meant_parameters]
+        return [*parameters, *self.normalizer.state_dict().values()]
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.PARTS if getattr(self, name) is not None}
