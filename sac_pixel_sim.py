@@ -264,6 +264,43 @@ class Args:
     learner_timeout_s: float = 60.0
     """actor: gives up when no learner has answered for this long (s)"""
 
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
+    MAY_CHANGE += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
+    SHAPING = "env_id image_size cameras render_obs encoder small_channels pooling latent_dim proprio_dim film "
+    SHAPING += "frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
+    SHAPING += "std_parameterization fixed_std std_min std_max"
+
+    def check(self) -> None:
+        """Exits with one line when a value is out of its range or contradicts another."""
+        for name, value in vars(self).items():
+            least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
+            if type(value) is int and value < least:
+                fail(f"{flag(name)} {value}: give at least {least}")
+            if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
+                fail(f"{flag(name)} {value}: give a number that is not negative")
+            if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
+                fail(f"{flag(name)} {value}: give a number from 0 to 1")
+        if self.num_min_qs > self.num_qs:
+            fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
+        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or not self.fixed_std:
+            fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+        demos = self.demos or self.demo_dataset
+        if self.reward == "vice" and not demos:
+            fail("--reward vice: has no goal images, the demonstrations' last; give --demos N or --demo-dataset ID")
+        if (self.reward == "classifier") != bool(self.classifier):
+            fail("--reward classifier and --classifier FILE: give both or neither")
+        if self.cache_features and (not (self.pretrained and self.freeze) or self.augment):
+            fail("--cache-features: needs --pretrained FILE, not --no-freeze, and --augment without anything behind")
+        num_demos, parts = round(self.demo_ratio * self.batch_size) if demos else 0, self.grad_accum_steps
+        if self.batch_size % parts or num_demos % parts:
+            fail(f"--grad-accum-steps {parts}: must divide --batch-size and its demonstrations, {num_demos}")
+        if not self.small_channels or min(self.small_channels) < 1:
+            fail("--small-channels must be above 0")
+
+    def shared(self) -> dict[str, object]:
+        """What shapes task and policy, and so must be the same in actor and learner."""
+        return json.loads(json.dumps({name: getattr(self, name) for name in Args.SHAPING.split()}))
+
 
 def fail(message: str) -> NoReturn:
     """Ends the program with one line on stderr and exit code 1."""
@@ -279,29 +316,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if run_dir := args.resume or args.eval_only:
         try:
             saved = json.loads((Path(run_dir) / "args.json").read_text())
-            tuples = {name for name, default in vars(Args).items() if isinstance(default, tuple)}
-            saved = Args(**{name: tuple(value) if name in tuples else value for name, value in saved.items()})
+            saved = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+            saved.check()
         except (OSError, ValueError, TypeError, AttributeError) as error:
             fail(f"--{'resume' if args.resume else 'eval-only'} {run_dir}: no run of this script there ({error})")
         args = tyro.cli(Args, args=argv, description=__doc__, default=saved)
-        may_change = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
-        may_change += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
-        for name in vars(saved).keys() - set(may_change.split()):
+        for name in vars(saved).keys() - set(Args.MAY_CHANGE.split()):
             if getattr(args, name) != (theirs := getattr(saved, name)):
                 fail(f"{flag(name)}: {run_dir} has {theirs}; leave the flag out, or start a new run")
         args.run_dir = run_dir
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
-        if type(value) is int and value < least:
-            fail(f"{flag(name)} {value}: give at least {least}")
-        if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
-            fail(f"{flag(name)} {value}: give a number that is not negative")
-        if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
-            fail(f"{flag(name)} {value}: give a number from 0 to 1")
-    if args.num_min_qs > args.num_qs:
-        fail(f"--num-min-qs {args.num_min_qs}: there are only --num-qs {args.num_qs} critics to choose from")
-    if not args.hidden_dims or min(args.hidden_dims) < 1 or not args.alpha_init or not args.fixed_std:
-        fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+    args.check()
     if args.record_dataset:
         check_new_dataset(args.record_dataset)
     return args
@@ -399,32 +423,20 @@ class Playback(gym.Env):
         return self.observations[self.t], reward, terminated, self.t == len(self.rewards), {}
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How an observation (stack * (S + P),) is made up: of each step the states (S,), then the images, packed (P,).
+class Layout(spaces.Box):
+    """The space of observations (stack * (S + P),): of each step the states (S,), then the images, packed (P,).
 
     Packed images are (K, H, W, 4) bytes, red green blue and 0, read as float32: always finite numbers, so that
     observations with images pass through wrappers, rows, files and sockets like any other observation.
     """
 
-    cameras: tuple[str, ...]  # K
-    size: int  # H and W
-    columns: dict[str, tuple[int, int]]  # state -> its first and last + 1 column in S
-    stack: int  # steps
-
-    @property
-    def state_dim(self) -> int:
-        return sum(stop - start for start, stop in self.columns.values())
-
-    @property
-    def step_dim(self) -> int:
-        """S + P"""
-        return self.state_dim + math.prod(self.frame_shape) // 3
-
-    @property
-    def frame_shape(self) -> tuple[int, int, int, int]:
-        """All cameras' images of one step: (K, H, W, 3)."""
-        return len(self.cameras), self.size, self.size, 3
+    def __init__(self, cameras: tuple[str, ...], size: int, columns: dict[str, tuple[int, int]], stack: int):
+        """K cameras, H = W = size, the first and last + 1 column of each state in S, steps."""
+        self.cameras, self.size, self.columns, self.stack = cameras, size, columns, stack
+        self.frame_shape = (len(cameras), size, size, 3)  # all cameras' images of one step
+        self.state_dim = sum(stop - start for start, stop in columns.values())
+        self.step_dim = self.state_dim + math.prod(self.frame_shape) // 3  # S + P
+        super().__init__(-np.inf, np.inf, (stack * self.step_dim,), np.float32)
 
     def unpack(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """States (N, stack * S) and frames (N, stack, K, H, W, 3) of observations (N, stack * (S + P))."""
@@ -460,8 +472,7 @@ class PackImages(gym.ObservationWrapper):
         for name, box in states.items():
             columns[name] = (start, start := start + spaces.flatdim(box))
         self.states, self.single = states, not isinstance(space, spaces.Dict)
-        self.layout = Layout(tuple(cameras or images), size, columns, 1)
-        self.observation_space = spaces.Box(-np.inf, np.inf, (start + len(self.layout.cameras) * size**2,), np.float32)
+        self.observation_space = self.layout = Layout(tuple(cameras or images), size, columns, 1)
 
     def observation(self, obs: np.ndarray | dict[str, np.ndarray]) -> np.ndarray:
         obs, size = {"image": obs} if self.single else obs, self.layout.size
@@ -477,62 +488,40 @@ class PackImages(gym.ObservationWrapper):
         return np.concatenate([*states, pixels.reshape(-1).view(np.float32)], dtype=np.float32)
 
 
-def check_flags(args: Args, layout: Layout) -> None:
-    """Exits with one line when flags contradict each other or the task."""
-    if args.film and args.film not in layout.columns:
-        fail(f"--film {args.film}: the observation has no such state, only: {' '.join(layout.columns) or 'images'}")
-    if args.reward == "vice" and not (args.demos or args.demo_dataset):
-        fail("--reward vice: has no goal images, the demonstrations' last; give --demos N or --demo-dataset ID")
-    if (args.reward == "classifier") != bool(args.classifier):
-        fail("--reward classifier and --classifier FILE: give both or neither")
-    if args.cache_features and (not (args.pretrained and args.freeze) or args.augment):
-        fail("--cache-features: needs --pretrained FILE, not --no-freeze, and --augment without anything behind")
-    num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0
-    if args.batch_size % args.grad_accum_steps or num_demos % args.grad_accum_steps:
-        fail(
-            f"--grad-accum-steps {args.grad_accum_steps}: must divide --batch-size and its demonstrations, {num_demos}"
-        )
-    if not args.small_channels or min(args.small_channels) < 1:
-        fail("--small-channels must be above 0")
-    map_shape(args, layout.size, 3)  # exits when the images are too small
+def make_env(args: Args, render: bool = False, base: gym.Env | None = None, wrap: bool = True) -> gym.Env:
+    """The task, or `base`, with observations (O,) of `Layout` and actions in [-1, 1] (A,), or as it is without `wrap`.
 
-
-def make_env(args: Args, render: bool = False, task: gym.Env | None = None) -> gym.Env:
-    """Observations (O,) as `Layout` says, actions in [-1, 1] (A,); `task`: wraps this one instead of making --env-id.
-
-    Exits with one line when this script cannot learn the task.
+    Exits with one line when this script cannot learn it.
     """
     try:
         options = {"render_mode": "rgb_array"} if render or args.render_obs else {}
         if args.env_id.startswith("Franka") and not args.render_obs:  # TASK: keyword options of your task
             options |= {"image_obs": True, "image_size": args.image_size}
-        env = task or gym.make(args.env_id, **options)
-        if args.render_obs and not task:
-            env = gym.wrappers.AddRenderObservation(env)
-        if not task:
+        env = base or gym.make(args.env_id, **options)
+        if not base:
+            env = gym.wrappers.AddRenderObservation(env) if args.render_obs else env
             env.reset()  # fails without OpenGL
     except (gym.error.Error, ModuleNotFoundError, RuntimeError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
         fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
+    if not wrap:
+        return env
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if args.gripper_penalty:
         env = GripperPenalty(env, args.gripper_penalty)
-    env = PackImages(env, args.cameras, args.image_size)  # TASK: add wrappers of your own here
-    if not task:
-        check_flags(args, env.layout)
+    env = PackImages(env, args.cameras, args.image_size)  # TASK: wrappers of your own
+    layout = Layout(env.layout.cameras, args.image_size, env.layout.columns, args.frame_stack)
+    if args.film and args.film not in layout.columns:
+        fail(f"--film {args.film}: the observation has no such state, only: {' '.join(layout.columns) or 'images'}")
+    if not base:
+        map_shape(args, args.image_size, 3)  # exits when the images are too small
     if args.frame_stack > 1:
         env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
+        env.observation_space = layout
     if args.action_chunk > 1:
         env = ActionChunk(env, args.action_chunk)
     return env
-
-
-def task_of(env: gym.Env) -> gym.Env:
-    """The task below the wrappers of `make_env`, whose first is RescaleAction."""
-    while not isinstance(env, gym.wrappers.RescaleAction):
-        env = env.env
-    return env.env
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:
@@ -586,10 +575,10 @@ def minari_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
 
 def load_demos(args: Args) -> np.ndarray:
     """Demonstrations as rows (N, W) of the replay buffer, from a Minari dataset or the task's scripted expert."""
-    env, rows = task_of(make_env(args)), []
+    env, rows = make_env(args, wrap=False), []
     low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
     for observations, actions, *ends in (minari_episodes if args.demo_dataset else expert_episodes)(args, env):
-        playback = make_env(args, task=Playback(env, observations, *ends))
+        playback = make_env(args, base=Playback(env, observations, *ends))
         actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)  # (T, A) in [-1, 1]
         padding = np.repeat(actions[-1:], -len(actions) % length, 0)  # the last chunk's, not executed
         obs, _ = playback.reset()
@@ -1351,7 +1340,7 @@ class FrameBuffer(ReplayBuffer):
     """
 
     def __init__(
-        self, capacity: int, frames: Tensor, layout: Layout, action_dim: int, device: torch.device, folder: Path
+        self, capacity: int, frames: Tensor, layout: Layout, action_dim: int, device: torch.device, folder: Path | None
     ):
         self.layout, self.frames, self.folder, self.middle = layout, frames, folder, action_dim + 1
         self.state_dim, self.obs_dim = layout.stack * layout.state_dim, layout.stack * layout.step_dim
@@ -1408,7 +1397,7 @@ class FrameBuffer(ReplayBuffer):
         """From now on samples hold what `encode` makes of frames (N, 1, K, H, W, 3), computed once, not the frames."""
         example = encode(torch.zeros(1, 1, *self.layout.frame_shape, device=self.rows.device))
         self.encode, self.features = encode, example.new_empty(len(self.frames), *example.shape[2:])
-        print(f"{self.folder.name}: and {self.features.nbytes / 1e9:.3g} GB for what the encoder makes of them")
+        print(f"and {self.features.nbytes / 1e9:.3g} GB for what the encoder makes of them")
 
     def gather(self, numbers: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
         """Rows (N, W) without images, and their frames of `source` (N, 2 * stack, K, H, W, 3), by number."""
@@ -1461,7 +1450,10 @@ class FrameBuffer(ReplayBuffer):
         return state | {"first": self.first, "total": self.total, "frame_total": self.frame_total}
 
     def load_state_dict(self, state: dict) -> None:
-        """Exits with one line when a file of frames is missing or has another size."""
+        """Exits with one line when a file of frames is missing or has another size. Without a folder nothing is loaded:
+        evaluation needs none."""
+        if not self.folder:
+            return
         filled, self.keep = len(state["rows"]), state["keep"]
         self.rows[:filled], self.windows[:filled] = state["rows"], state["windows"]
         self.oldest[:filled] = state["windows"][:, 0].cpu().numpy()
@@ -1491,11 +1483,9 @@ class Agent:
     PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic", "trunk", "classifier")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer", "classifier_optimizer")
     LOSSES = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha", "vice_loss", "vice_reward")  # of train.csv
-    SHARED_FLAGS = "env_id image_size cameras render_obs encoder small_channels pooling latent_dim proprio_dim film "
-    SHARED_FLAGS += "frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm "
-    SHARED_FLAGS += "normalize_observations std_parameterization fixed_std std_min std_max"
 
-    def __init__(self, layout: Layout, action_dim: int, args: Args, device: torch.device):
+    def __init__(self, observation_space: Layout, action_space: spaces.Box, args: Args, device: torch.device):
+        layout, action_dim = observation_space, action_space.shape[0]
         self.args, self.device, self.layout, self.action_dim = args, device, layout, action_dim
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
@@ -1536,19 +1526,17 @@ class Agent:
             self.target_q, self.critic.encode = torch.compile(self.target_q), torch.compile(self.critic.encode)
             self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
 
-    @classmethod
-    def for_env(cls, env: gym.Env, args: Args, device: torch.device) -> "Agent":
-        layout = dataclasses.replace(env.get_wrapper_attr("layout"), stack=args.frame_stack)
-        return cls(layout, env.action_space.shape[0], args, device)
+    def make_buffer(self, capacity: int, folder: Path) -> FrameBuffer:
+        """A buffer for this agent's rows, whose checkpoints keep their frames in `folder`.
 
-    def make_buffer(self, name: str, capacity: int) -> FrameBuffer:
-        """The empty "buffer" or "demos". Beside one frame per transition there is room for the first frames of episodes
-        of 64 transitions on average, in demonstrations of 1; shorter ones leave room for fewer transitions."""
-        capacity = 1 if self.args.eval_only or self.args.role == "actor" else capacity
-        count = capacity + (capacity if name == "demos" else capacity // 64) + self.layout.stack
-        frames = allocate_frames(count, self.layout, self.args, self.device, name)
-        folder = Path(self.args.run_dir) / name
-        buffer = FrameBuffer(capacity, frames, self.layout, self.action_dim, self.device, folder)
+        Beside one frame per transition there is room for the first frames of episodes of 64 transitions on average, in
+        demonstrations of 1; shorter ones leave room for fewer transitions.
+        """
+        idle = bool(self.args.eval_only) or self.args.role == "actor"
+        capacity = 1 if idle else capacity
+        count = capacity + (capacity if folder.name == "demos" else capacity // 64) + self.layout.stack
+        frames = allocate_frames(count, self.layout, self.args, self.device, folder.name)
+        buffer = FrameBuffer(capacity, frames, self.layout, self.action_dim, self.device, None if idle else folder)
         if self.args.cache_features:
             buffer.cache(self.trunk_maps)
         return buffer
@@ -1870,9 +1858,8 @@ def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
     from gymnasium.vector.utils import concatenate, create_empty_array
     from minari.data_collector import EpisodeBuffer
 
-    random, random_env = copy.copy(agent), make_env(args)
-    recorder = Recorder(task_of(make_env(args)))
-    scalars = evaluate(agent, make_env(args, task=recorder), args.final_eval_episodes, args.seed)
+    recorder, random, random_env = Recorder(make_env(args, wrap=False)), copy.copy(agent), make_env(args)
+    scalars = evaluate(agent, make_env(args, base=recorder), args.final_eval_episodes, args.seed)
     random_env.action_space.seed(args.seed)
     random.act = lambda obs, deterministic: random_env.action_space.sample()
     space, buffers = recorder.observation_space, []
@@ -2089,11 +2076,6 @@ def make_socket(kind: int, args: Args):
     return socket
 
 
-def shared_flags(args: Args) -> dict[str, object]:
-    """What shapes task and policy, and so must be the same in actor and learner."""
-    return json.loads(json.dumps({name: getattr(args, name) for name in Agent.SHARED_FLAGS.split()}))
-
-
 class LearnerServer:
     """The learner's end: receives rows, publishes the policy."""
 
@@ -2102,7 +2084,7 @@ class LearnerServer:
         from zmq.auth.thread import ThreadAuthenticator
 
         self.row_width, self.held, self.published = row_width, held, 0
-        self.no_rows, self.flags = np.empty((0, row_width), np.float32), shared_flags(args)
+        self.no_rows, self.flags = np.empty((0, row_width), np.float32), args.shared()
         if args.bind not in ("127.0.0.1", "localhost") and not args.curve_keys and not args.insecure_lan:
             fail(f"--bind {args.bind}: a network needs --curve-keys DIR (encrypted), or --insecure-lan")
         if args.curve_keys:
@@ -2111,6 +2093,7 @@ class LearnerServer:
                 keys.mkdir(parents=True, exist_ok=True, mode=0o700)
                 for name in ("learner", "actor"):
                     zmq.auth.create_certificates(keys, name)
+                    (keys / f"{name}.key_secret").chmod(0o600)
             self.authenticator = ThreadAuthenticator(zmq.Context.instance())
             self.authenticator.start()
             self.authenticator.configure_curve(domain="*", location=str(keys))
@@ -2204,9 +2187,9 @@ class ActorLink:
             address = f"{self.args.learner}:{self.args.port}"
             fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
         if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
-            count = min(self.written - self.held, 4096, max(1, (1 << 25) // self.row_bytes))  # 32 MB a message
+            count = min(self.written - self.held, 4096, max(1, (1 << 25) // self.row_bytes))  # at most 32 MB
             self.file.seek(self.held * self.row_bytes)
-            header = {"protocol": PROTOCOL, "flags": shared_flags(self.args), "actor": self.name}
+            header = {"protocol": PROTOCOL, "flags": self.args.shared(), "actor": self.name}
             header |= {"first": self.held, "count": count}
             message = [json.dumps(header).encode(), self.file.read(count * self.row_bytes)]
             with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
@@ -2251,18 +2234,17 @@ def set_up_torch(args: Args) -> torch.device:
 def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer, ReplayBuffer | None]:
     """A new run, or one that stands where its newest checkpoint does."""
     device, run, progress = set_up_torch(args), Run(args), Progress()
-    agent = Agent.for_env(env, args, device)
-    buffer, demos = agent.make_buffer("buffer", args.buffer_size), None
+    agent, demos = Agent(env.observation_space, env.action_space, args, device), None
+    buffer = agent.make_buffer(args.buffer_size, run.dir / "replay")
     state = run.load(device) if args.resume or args.eval_only else None
     if state:
         try:
             agent.load_state_dict(state["agent"])
-            progress = Progress(**state["progress"])
-            if not args.eval_only:
-                buffer.load_state_dict(state["buffer"])
-            if state["demos"] and not args.eval_only:
-                demos = agent.make_buffer("demos", state["demos"]["total"])
+            buffer.load_state_dict(state["buffer"])
+            if state["demos"]:
+                demos = agent.make_buffer(state["demos"]["total"], run.dir / "demos")
                 demos.load_state_dict(state["demos"])
+            progress = Progress(**state["progress"])
         except (KeyError, RuntimeError, TypeError) as error:
             fail(f"{run.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
     elif args.eval_only:
@@ -2270,7 +2252,7 @@ def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer,
     elif (args.demos or args.demo_dataset) and args.role != "actor":
         rows = torch.from_numpy(load_demos(args)).to(device)
         agent.observe(rows)
-        demos = agent.make_buffer("demos", len(rows))
+        demos = agent.make_buffer(len(rows), run.dir / "demos")
         demos.add(rows)
     return run, progress, agent, buffer, demos
 

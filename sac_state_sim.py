@@ -210,6 +210,32 @@ class Args:
     learner_timeout_s: float = 60.0
     """actor: gives up when no learner has answered for this long (s)"""
 
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
+    MAY_CHANGE += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
+    SHAPING = (
+        "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
+    )
+    SHAPING += "std_parameterization fixed_std std_min std_max"
+
+    def check(self) -> None:
+        """Exits with one line when a value is out of its range or contradicts another."""
+        for name, value in vars(self).items():
+            least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
+            if type(value) is int and value < least:
+                fail(f"{flag(name)} {value}: give at least {least}")
+            if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
+                fail(f"{flag(name)} {value}: give a number that is not negative")
+            if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
+                fail(f"{flag(name)} {value}: give a number from 0 to 1")
+        if self.num_min_qs > self.num_qs:
+            fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
+        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or not self.fixed_std:
+            fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+
+    def shared(self) -> dict[str, object]:
+        """What shapes task and policy, and so must be the same in actor and learner."""
+        return json.loads(json.dumps({name: getattr(self, name) for name in Args.SHAPING.split()}))
+
 
 def fail(message: str) -> NoReturn:
     """Ends the program with one line on stderr and exit code 1."""
@@ -225,29 +251,16 @@ def parse_args(argv: list[str] | None = None) -> Args:
     if run_dir := args.resume or args.eval_only:
         try:
             saved = json.loads((Path(run_dir) / "args.json").read_text())
-            tuples = {name for name, default in vars(Args).items() if isinstance(default, tuple)}
-            saved = Args(**{name: tuple(value) if name in tuples else value for name, value in saved.items()})
+            saved = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+            saved.check()
         except (OSError, ValueError, TypeError, AttributeError) as error:
             fail(f"--{'resume' if args.resume else 'eval-only'} {run_dir}: no run of this script there ({error})")
         args = tyro.cli(Args, args=argv, description=__doc__, default=saved)
-        may_change = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
-        may_change += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
-        for name in vars(saved).keys() - set(may_change.split()):
+        for name in vars(saved).keys() - set(Args.MAY_CHANGE.split()):
             if getattr(args, name) != (theirs := getattr(saved, name)):
                 fail(f"{flag(name)}: {run_dir} has {theirs}; leave the flag out, or start a new run")
         args.run_dir = run_dir
-    for name, value in vars(args).items():
-        least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
-        if type(value) is int and value < least:
-            fail(f"{flag(name)} {value}: give at least {least}")
-        if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
-            fail(f"{flag(name)} {value}: give a number that is not negative")
-        if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
-            fail(f"{flag(name)} {value}: give a number from 0 to 1")
-    if args.num_min_qs > args.num_qs:
-        fail(f"--num-min-qs {args.num_min_qs}: there are only --num-qs {args.num_qs} critics to choose from")
-    if not args.hidden_dims or min(args.hidden_dims) < 1 or not args.alpha_init or not args.fixed_std:
-        fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+    args.check()
     if args.record_dataset:
         check_new_dataset(args.record_dataset)
     return args
@@ -345,14 +358,14 @@ class Playback(gym.Env):
         return self.observations[self.t], reward, terminated, self.t == len(self.rewards), {}
 
 
-def make_env(args: Args, render: bool = False, task: gym.Env | None = None) -> gym.Env:
-    """Flat float observations (O,), actions in [-1, 1] (A,); `task`: wraps this one instead of making --env-id.
+def make_env(args: Args, render: bool = False, base: gym.Env | None = None, wrap: bool = True) -> gym.Env:
+    """The task, or `base`, with flat observations (O,) and actions in [-1, 1] (A,), or as it is without `wrap`.
 
-    Exits with one line when this script cannot learn the task.
+    Exits with one line when this script cannot learn it.
     """
     try:
         options = {"render_mode": "rgb_array"} if render else {}  # TASK: keyword options of your task
-        env = task or gym.make(args.env_id, **options)
+        env = base or gym.make(args.env_id, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {args.env_id}: {error}")
     boxes = env.observation_space.spaces.values() if isinstance(env.observation_space, spaces.Dict) else ()
@@ -363,22 +376,17 @@ def make_env(args: Args, render: bool = False, task: gym.Env | None = None) -> g
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {env.observation_space}")
     if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
         fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
+    if not wrap:
+        return env
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if args.gripper_penalty:
         env = GripperPenalty(env, args.gripper_penalty)
-    env = gym.wrappers.FlattenObservation(env)  # TASK: add wrappers of your own here
+    env = gym.wrappers.FlattenObservation(env)  # TASK: wrappers of your own
     if args.frame_stack > 1:
         env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
     if args.action_chunk > 1:
         env = ActionChunk(env, args.action_chunk)
     return env
-
-
-def task_of(env: gym.Env) -> gym.Env:
-    """The task below the wrappers of `make_env`, whose first is RescaleAction."""
-    while not isinstance(env, gym.wrappers.RescaleAction):
-        env = env.env
-    return env.env
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:
@@ -432,10 +440,10 @@ def minari_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
 
 def load_demos(args: Args) -> np.ndarray:
     """Demonstrations as rows (N, W) of the replay buffer, from a Minari dataset or the task's scripted expert."""
-    env, rows = task_of(make_env(args)), []
+    env, rows = make_env(args, wrap=False), []
     low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
     for observations, actions, *ends in (minari_episodes if args.demo_dataset else expert_episodes)(args, env):
-        playback = make_env(args, task=Playback(env, observations, *ends))
+        playback = make_env(args, base=Playback(env, observations, *ends))
         actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)  # (T, A) in [-1, 1]
         padding = np.repeat(actions[-1:], -len(actions) % length, 0)  # the last chunk's, not executed
         obs, _ = playback.reset()
@@ -632,10 +640,9 @@ class Agent:
     PARTS = ("normalizer", "actor", "mean_actor", "critic", "target_critic")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer")
     LOSSES = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")  # columns of train.csv
-    SHARED_FLAGS = "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm "
-    SHARED_FLAGS += "normalize_observations std_parameterization fixed_std std_min std_max"
 
-    def __init__(self, obs_dim: int, action_dim: int, args: Args, device: torch.device):
+    def __init__(self, observation_space: spaces.Box, action_space: spaces.Box, args: Args, device: torch.device):
+        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
         self.args, self.device, self.action_dim = args, device, action_dim
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
@@ -663,12 +670,8 @@ class Agent:
         if args.compile and device.type == "cuda":
             self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
 
-    @classmethod
-    def for_env(cls, env: gym.Env, args: Args, device: torch.device) -> "Agent":
-        return cls(spaces.flatdim(env.observation_space), env.action_space.shape[0], args, device)
-
-    def make_buffer(self, name: str, capacity: int) -> ReplayBuffer:
-        """The empty "buffer" or "demos"."""
+    def make_buffer(self, capacity: int, folder: Path) -> ReplayBuffer:
+        """A buffer for this agent's rows; `folder` is for one that is larger than memory."""
         return ReplayBuffer(capacity, sum(self.splits), self.device)
 
     def make_optimizer(self, parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
@@ -898,9 +901,8 @@ def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
     from gymnasium.vector.utils import concatenate, create_empty_array
     from minari.data_collector import EpisodeBuffer
 
-    random, random_env = copy.copy(agent), make_env(args)
-    recorder = Recorder(task_of(make_env(args)))
-    scalars = evaluate(agent, make_env(args, task=recorder), args.final_eval_episodes, args.seed)
+    recorder, random, random_env = Recorder(make_env(args, wrap=False)), copy.copy(agent), make_env(args)
+    scalars = evaluate(agent, make_env(args, base=recorder), args.final_eval_episodes, args.seed)
     random_env.action_space.seed(args.seed)
     random.act = lambda obs, deterministic: random_env.action_space.sample()
     space, buffers = recorder.observation_space, []
@@ -1117,11 +1119,6 @@ def make_socket(kind: int, args: Args):
     return socket
 
 
-def shared_flags(args: Args) -> dict[str, object]:
-    """What shapes task and policy, and so must be the same in actor and learner."""
-    return json.loads(json.dumps({name: getattr(args, name) for name in Agent.SHARED_FLAGS.split()}))
-
-
 class LearnerServer:
     """The learner's end: receives rows, publishes the policy."""
 
@@ -1130,7 +1127,7 @@ class LearnerServer:
         from zmq.auth.thread import ThreadAuthenticator
 
         self.row_width, self.held, self.published = row_width, held, 0
-        self.no_rows, self.flags = np.empty((0, row_width), np.float32), shared_flags(args)
+        self.no_rows, self.flags = np.empty((0, row_width), np.float32), args.shared()
         if args.bind not in ("127.0.0.1", "localhost") and not args.curve_keys and not args.insecure_lan:
             fail(f"--bind {args.bind}: a network needs --curve-keys DIR (encrypted), or --insecure-lan")
         if args.curve_keys:
@@ -1139,6 +1136,7 @@ class LearnerServer:
                 keys.mkdir(parents=True, exist_ok=True, mode=0o700)
                 for name in ("learner", "actor"):
                     zmq.auth.create_certificates(keys, name)
+                    (keys / f"{name}.key_secret").chmod(0o600)
             self.authenticator = ThreadAuthenticator(zmq.Context.instance())
             self.authenticator.start()
             self.authenticator.configure_curve(domain="*", location=str(keys))
@@ -1232,9 +1230,9 @@ class ActorLink:
             address = f"{self.args.learner}:{self.args.port}"
             fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
         if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
-            count = min(self.written - self.held, 4096, max(1, (1 << 25) // self.row_bytes))  # 32 MB a message
+            count = min(self.written - self.held, 4096, max(1, (1 << 25) // self.row_bytes))  # at most 32 MB
             self.file.seek(self.held * self.row_bytes)
-            header = {"protocol": PROTOCOL, "flags": shared_flags(self.args), "actor": self.name}
+            header = {"protocol": PROTOCOL, "flags": self.args.shared(), "actor": self.name}
             header |= {"first": self.held, "count": count}
             message = [json.dumps(header).encode(), self.file.read(count * self.row_bytes)]
             with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
@@ -1279,18 +1277,17 @@ def set_up_torch(args: Args) -> torch.device:
 def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer, ReplayBuffer | None]:
     """A new run, or one that stands where its newest checkpoint does."""
     device, run, progress = set_up_torch(args), Run(args), Progress()
-    agent = Agent.for_env(env, args, device)
-    buffer, demos = agent.make_buffer("buffer", args.buffer_size), None
+    agent, demos = Agent(env.observation_space, env.action_space, args, device), None
+    buffer = agent.make_buffer(args.buffer_size, run.dir / "replay")
     state = run.load(device) if args.resume or args.eval_only else None
     if state:
         try:
             agent.load_state_dict(state["agent"])
-            progress = Progress(**state["progress"])
-            if not args.eval_only:
-                buffer.load_state_dict(state["buffer"])
-            if state["demos"] and not args.eval_only:
-                demos = agent.make_buffer("demos", state["demos"]["total"])
+            buffer.load_state_dict(state["buffer"])
+            if state["demos"]:
+                demos = agent.make_buffer(state["demos"]["total"], run.dir / "demos")
                 demos.load_state_dict(state["demos"])
+            progress = Progress(**state["progress"])
         except (KeyError, RuntimeError, TypeError) as error:
             fail(f"{run.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
     elif args.eval_only:
@@ -1298,7 +1295,7 @@ def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer,
     elif (args.demos or args.demo_dataset) and args.role != "actor":
         rows = torch.from_numpy(load_demos(args)).to(device)
         agent.observe(rows)
-        demos = agent.make_buffer("demos", len(rows))
+        demos = agent.make_buffer(len(rows), run.dir / "demos")
         demos.add(rows)
     return run, progress, agent, buffer, demos
 

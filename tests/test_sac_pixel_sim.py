@@ -75,6 +75,10 @@ def small_layout(size: int = 20, stack: int = 1, cameras: tuple[str, ...] = ("fr
     return Layout(cameras, size, {"gripper": (0, 1), "state": (1, 4)}, stack)
 
 
+def box(action_dim: int) -> gym.spaces.Box:
+    return gym.spaces.Box(-1, 1, (action_dim,), np.float32)
+
+
 def assert_close(ours, theirs, tolerance: float = 1e-5):
     """|ours - theirs| <= tolerance * (1 + |theirs|)."""
     ours = ours.detach().numpy() if isinstance(ours, Tensor) else ours
@@ -175,7 +179,7 @@ def test_serl_pooling(encoders):
     bottleneck = Bottleneck(384, 32)
     set_bottleneck(bottleneck, tree)
     assert_close(bottleneck(embeddings(features)), encoders["head/bottleneck/out"])
-    head = Agent(small_layout(), 2, small_args(pooling="average"), CPU).critic.encoder.heads[0]
+    head = Agent(small_layout(), box(2), small_args(pooling="average"), CPU).critic.encoder.heads[0]
     assert_close(head[0](features), encoders["head/avg/out"])
 
 
@@ -244,7 +248,7 @@ def drq_agent(arrays: dict[str, np.ndarray], monkeypatch, tmp_path) -> Agent:
     args = small_args(encoder="resnet10", pretrained=str(path), image_size=64, latent_dim=24, proprio_dim=64)
     args = dataclasses.replace(args, hidden_dims=(32, 32), activation="tanh", num_qs=3, normalize_observations=False)
     layout = Layout(("front", "wrist"), 64, {"state": (0, 5)}, 1)
-    agent = Agent(layout, 4, args, CPU)
+    agent = Agent(layout, box(4), args, CPU)
     for k, camera in enumerate(layout.cameras):
         pool, bottleneck = SpatialEmbeddings(64, 2, 2, 4), Bottleneck(256, 24)  # with 4 embeddings, not 8
         agent.critic.encoder.heads[k] = nn.Sequential(pool, bottleneck)
@@ -489,7 +493,7 @@ def pixel_env(**changes):
 
 def test_make_env_packs_states_and_images():
     env, plain = pixel_env(), gym.make("probe_envs:PixelPoint-v0")
-    layout = env.get_wrapper_attr("layout")
+    layout = env.observation_space
     assert (layout.cameras, layout.columns, layout.size) == (("front", "wrist"), {"state": (0, 2)}, 32)
     packed, obs = env.reset(seed=3)[0], plain.reset(seed=3)[0]
     assert packed.shape == env.observation_space.shape and packed.dtype == np.float32
@@ -504,7 +508,7 @@ def test_make_env_packs_states_and_images():
 def test_one_camera_and_a_stack_of_frames():
     env = pixel_env(cameras=("wrist",), frame_stack=3)
     plain = gym.make("probe_envs:PixelPoint-v0")
-    layout = dataclasses.replace(env.get_wrapper_attr("layout"), stack=3)
+    layout = env.observation_space
     seen = [plain.reset(seed=3)[0]["wrist"]] * 3
     packed = env.reset(seed=3)[0]
     for _ in range(4):
@@ -516,13 +520,13 @@ def test_one_camera_and_a_stack_of_frames():
 def test_images_are_resized_by_area():
     env = pixel_env(image_size=8)
     frame = gym.make("probe_envs:PixelPoint-v0").reset(seed=1)[0]["front"].astype(float)
-    small = env.get_wrapper_attr("layout").unpack(torch.from_numpy(env.reset(seed=1)[0])[None])[1][0, 0, 0]
+    small = env.observation_space.unpack(torch.from_numpy(env.reset(seed=1)[0])[None])[1][0, 0, 0]
     assert np.abs(frame.reshape(8, 4, 8, 4, 3).mean((1, 3)) - small.numpy()).max() <= 0.5
 
 
 def test_grey_images_of_another_shape_without_states():
     env = make_env(Args(env_id="probe_envs:GreyImages-v0", image_size=20, demos=0, small_channels=(4,)))
-    states, frames = env.get_wrapper_attr("layout").unpack(torch.from_numpy(env.reset(seed=1)[0])[None])
+    states, frames = env.observation_space.unpack(torch.from_numpy(env.reset(seed=1)[0])[None])
     assert states.shape == (1, 0) and frames.shape == (1, 1, 1, 20, 20, 3)
     assert frames.max() > 200 and torch.equal(frames[..., 0], frames[..., 2])
 
@@ -655,7 +659,7 @@ def test_stacks_of_frames_that_move_by_several(tmp_path):
     """With chunks of actions, a stack's next one may have two or three new frames."""
     args = Args(env_id="probe_envs:PixelPoint-v0", image_size=32, small_channels=(4,), frame_stack=3, action_chunk=2)
     env = make_env(args)
-    layout = dataclasses.replace(env.get_wrapper_attr("layout"), stack=3)
+    layout = env.observation_space
     rows, buffer = (
         [],
         FrameBuffer(50, torch.zeros(99, *layout.frame_shape, dtype=torch.uint8), layout, 6, CPU, tmp_path),
@@ -676,9 +680,9 @@ def test_stacks_of_frames_that_move_by_several(tmp_path):
 def test_memory_per_transition(capsys, monkeypatch):
     """At most 0.51 of storing observation and next observation; 200,000 transitions of two 128 x 128 cameras: 20 GB."""
     args = small_args(image_size=128, buffer_size=200_000, run_dir="r", small_channels=(4,))
-    agent = Agent(Layout(("front", "wrist"), 128, {"state": (0, 7)}, 1), 4, args, CPU)
+    agent = Agent(Layout(("front", "wrist"), 128, {"state": (0, 7)}, 1), box(4), args, CPU)
     monkeypatch.setattr(sac_pixel_sim, "available_memory", lambda: 24_000_000_000)
-    buffer = agent.make_buffer("buffer", args.buffer_size)  # pages of memory that nobody touches cost nothing
+    buffer = agent.make_buffer(args.buffer_size, Path("replay"))  # pages of memory that nobody touches cost nothing
     assert buffer.frames.nbytes <= 20e9
     assert "203,126 frames of 2 x 128 x 128 pixels, 20 GB, memory" in capsys.readouterr().out
     small = (buffer.rows.nbytes + buffer.windows.nbytes + buffer.oldest.nbytes) / len(buffer.rows)
@@ -886,7 +890,7 @@ def test_every_encoder_trains(encoder, pooling, film, monkeypatch):
     size = 32 if encoder == "small" else 40
     options = {"augment": (), "critic_lr": 3e-3, "actor_ema": 0.5}
     args = small_args(encoder=encoder, pooling=pooling, film=film, image_size=size, **options)
-    agent = Agent(small_layout(size), 2, args, CPU)
+    agent = Agent(small_layout(size), box(2), args, CPU)
     networks = (agent.critic, agent.actor, agent.target_critic, agent.mean_actor, agent.mean_encoder)
     before, inputs = copies(*networks), random_inputs(agent)
     for _ in range(3):  # FiLM's weights move what is before them from the second step on
@@ -910,7 +914,7 @@ def test_pretrained_trunks_stay_or_train(encoder, freeze, tmp_path, monkeypatch)
     trunk = sac_pixel_sim.ResNetTrunk(3) if encoder == "resnet10" else MobileNetTrunk(3, pretrained=True)
     torch.save(trunk.state_dict(), path)
     args = small_args(encoder=encoder, pretrained=str(path), freeze=freeze, film="state", image_size=40)
-    agent = Agent(layout, 2, args, CPU)
+    agent = Agent(layout, box(2), args, CPU)
     inputs = random_inputs(agent)
     trunks = [agent.trunk] if freeze else list(agent.critic.encoder.trunks)
     assert len(trunks) == (1 if freeze else 2)  # frozen: one for all cameras
@@ -924,14 +928,14 @@ def test_pretrained_trunks_stay_or_train(encoder, freeze, tmp_path, monkeypatch)
     assert moved(heads, agent.critic.encoder.heads, agent.critic.encoder.films) == heads.keys()
     # A checkpoint holds them: the file is not needed again.
     path.unlink()
-    other = Agent(layout, 2, dataclasses.replace(args, resume="run"), CPU)
+    other = Agent(layout, box(2), dataclasses.replace(args, resume="run"), CPU)
     other.load_state_dict(agent.state_dict())
     obs = agent.layout.pack(inputs[0][:, : agent.row_splits[0]], inputs[1][:, :2])[0].numpy()
     assert np.array_equal(agent.act(obs, deterministic=True), other.act(obs, deterministic=True))
 
 
 def test_a_camera_has_an_encoder_of_its_own():
-    agent = Agent(small_layout(), 2, small_args(), CPU)
+    agent = Agent(small_layout(), box(2), small_args(), CPU)
     images = torch.randint(256, (1, 1, 2, 20, 20, 3), dtype=torch.uint8)
     features = agent.critic.encoder(Observation(images, torch.zeros(1, 4)))
     images[:, :, 1] = 0
@@ -940,14 +944,14 @@ def test_a_camera_has_an_encoder_of_its_own():
 
 
 def test_stacked_frames_are_told_apart():
-    agent = Agent(small_layout(stack=3), 2, small_args(frame_stack=3), CPU)
+    agent = Agent(small_layout(stack=3), box(2), small_args(frame_stack=3), CPU)
     images, states = torch.randint(256, (1, 3, 2, 20, 20, 3), dtype=torch.uint8), torch.zeros(1, 12)
     one, other = (agent.critic.encoder(Observation(x, states)) for x in (images, images.flip(1)))
     assert not torch.allclose(one, other)
 
 
 def test_film_sees_the_state_that_it_is_given(monkeypatch):
-    agent = Agent(small_layout(stack=2), 2, small_args(film="state", frame_stack=2), CPU)
+    agent = Agent(small_layout(stack=2), box(2), small_args(film="state", frame_stack=2), CPU)
     for film in agent.critic.encoder.films:
         nn.init.normal_(film.scale.weight)
     images = torch.randint(256, (1, 2, 2, 20, 20, 3), dtype=torch.uint8)
@@ -961,7 +965,7 @@ def test_film_sees_the_state_that_it_is_given(monkeypatch):
 
 
 def test_actor_gradients_stop_at_the_features():
-    agent = Agent(small_layout(), 2, small_args(bc_weight=1.0, demos=1, actor_ema=0.0), CPU)
+    agent = Agent(small_layout(), box(2), small_args(bc_weight=1.0, demos=1, actor_ema=0.0), CPU)
     before, inputs = copies(agent.critic), random_inputs(agent)
     agent.step_critic = lambda: None
     actor = copies(agent.actor)
@@ -971,7 +975,7 @@ def test_actor_gradients_stop_at_the_features():
 
 def test_the_target_is_made_by_the_target_critics_encoder():
     """And the next action by the policy on the critic's encoder; Q(s, a) is not asked for it."""
-    agent = Agent(small_layout(), 2, small_args(gamma=0.5, augment=()), CPU)
+    agent = Agent(small_layout(), box(2), small_args(gamma=0.5, augment=()), CPU)
     batch, eps, subset = agent.prepare(*random_inputs(agent)[:2]), torch.zeros(8, 2), torch.tensor([0, 1])
     actions, _ = agent.actor.sample(agent.critic.encode(batch.next_observations), eps)
     values = agent.target_critic(agent.target_critic.encode(batch.next_observations), actions).amin(0)
@@ -984,7 +988,7 @@ def test_the_target_is_made_by_the_target_critics_encoder():
 
 
 def test_target_encoder_follows_slowly():
-    agent = Agent(small_layout(), 2, small_args(tau=0.25), CPU)
+    agent = Agent(small_layout(), box(2), small_args(tau=0.25), CPU)
     before = copies(agent.target_critic)
     agent.update_once(*random_inputs(agent), with_actor=False)
     after, critic = copies(agent.target_critic), copies(agent.critic)
@@ -1005,7 +1009,7 @@ def gradients(agent: Agent, inputs, with_actor: bool = True) -> dict[str, Tensor
 )
 def test_ways_to_compute_the_same_gradients(changes):
     options = {"augment": (), "demos": 1, "batch_size": 16, "film": "state"}
-    whole, other = (Agent(small_layout(), 2, small_args(**options | more), CPU) for more in ({}, changes))
+    whole, other = (Agent(small_layout(), box(2), small_args(**options | more), CPU) for more in ({}, changes))
     torch.set_num_threads(1)
     inputs = random_inputs(whole, 16)
     ours, theirs = gradients(whole, inputs), gradients(other, inputs)
@@ -1020,15 +1024,15 @@ def test_cached_features_are_what_the_trunk_makes(tmp_path, monkeypatch):
     options = {"encoder": "resnet10", "pretrained": str(tmp_path / "trunk.pt"), "augment": (), "image_size": 36}
     options |= {"run_dir": str(tmp_path), "frame_stack": 2}
     layout = small_layout(36, stack=2)
-    plain, cached = (Agent(layout, 2, small_args(**options, cache_features=cache), CPU) for cache in (False, True))
+    plain, cached = (Agent(layout, box(2), small_args(**options, cache_features=cache), CPU) for cache in (False, True))
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(256, (32, *layout.frame_shape), dtype=torch.uint8, generator=generator)
     obs = layout.pack(torch.randn(31, 8, generator=generator), torch.stack([frames[:-1], frames[1:]], 1))
     rows = torch.cat([obs[:-1], torch.randn(30, 3, generator=generator), obs[1:], torch.zeros(30, 1)], 1)
-    buffers = [agent.make_buffer(f"buffer{i}", 25) for i, agent in enumerate((plain, cached))]
+    buffers = [agent.make_buffer(25, tmp_path / f"buffer{i}") for i, agent in enumerate((plain, cached))]
     for buffer in buffers:
         buffer.add(rows)
-    other = cached.make_buffer("buffer1", 25)
+    other = cached.make_buffer(25, tmp_path / "buffer1")
     other.load_state_dict(buffers[1].state_dict())
     batches = []
     for agent, buffer in ((plain, buffers[0]), (cached, buffers[1]), (cached, other)):
@@ -1043,7 +1047,7 @@ def test_cached_features_are_what_the_trunk_makes(tmp_path, monkeypatch):
 # --- VICE and success classifiers -------------------------------------------------------------------------------------
 def vice_agent(**changes) -> Agent:
     args = small_args(reward="vice", demos=1, demo_ratio=0.25, vice_lr=3e-3, augment=("crop",), crop_padding=1)
-    agent = Agent(small_layout(), 2, dataclasses.replace(args, **changes), CPU)
+    agent = Agent(small_layout(), box(2), dataclasses.replace(args, **changes), CPU)
     agent.goals = torch.full((3, 1, *agent.layout.frame_shape), 200, dtype=torch.uint8)
     return agent
 
@@ -1150,7 +1154,7 @@ def classifier_file(path: Path, layout: Layout, args: Args, bias: float) -> Path
 def test_classifier_replaces_rewards(tmp_path, bias):
     layout = small_layout()
     path = classifier_file(tmp_path / "c.pt", layout, small_args(latent_dim=7, pooling="softmax"), bias)
-    agent = Agent(layout, 2, small_args(reward="classifier", classifier=str(path)), CPU)
+    agent = Agent(layout, box(2), small_args(reward="classifier", classifier=str(path)), CPU)
     rows = torch.zeros(5, sum(agent.splits))
     rows[:, agent.splits[0] + 2] = 0.3
     agent.observe(rows)
@@ -1168,13 +1172,13 @@ def test_classifier_replaces_rewards(tmp_path, bias):
 def test_classifier_of_other_images_is_refused(tmp_path, layout, words):
     path = classifier_file(tmp_path / "c.pt", small_layout(), small_args(), 0)
     with pytest.raises(SystemExit, match=re.escape(f"--classifier {path}: refused: {words}")):
-        Agent(layout, 2, small_args(reward="classifier", classifier=str(path)), CPU)
+        Agent(layout, box(2), small_args(reward="classifier", classifier=str(path)), CPU)
 
 
 def test_malicious_classifier_is_refused(tmp_path):
     path = write_pickle(tmp_path / "c.pt", Malicious(tmp_path / "marker"), 2)
     with pytest.raises(SystemExit, match="refused"):
-        Agent(small_layout(), 2, small_args(reward="classifier", classifier=str(path)), CPU)
+        Agent(small_layout(), box(2), small_args(reward="classifier", classifier=str(path)), CPU)
     assert not (tmp_path / "marker").exists()
 
 
@@ -1211,7 +1215,7 @@ def differences(one: Path, other: Path) -> list[str]:
 
 
 def frame_files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "buffer").glob("*.u8"), key=lambda path: int(path.stem.split("-")[0]))
+    return sorted((run_dir / "replay").glob("*.u8"), key=lambda path: int(path.stem.split("-")[0]))
 
 
 @pytest.mark.parametrize(
@@ -1265,10 +1269,10 @@ def test_a_run_shows_its_work(tmp_path):
     result = run("--total-timesteps", 120, "--capture-video", "--run-dir", "run", cwd=tmp_path)
     files = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"args.json", SCRIPT, "train.csv", "eval.csv", "checkpoint.pt", "curve.png", "video.mp4"} <= files
-    assert "buffer: 1,016 frames of 2 x 32 x 32 pixels" in result.stdout
+    assert "replay: 1,016 frames of 2 x 32 x 32 pixels" in result.stdout
     state = checkpoint(tmp_path / "run")
     assert len(state["buffer"]["rows"]) == 120 and len(state["demos"]["rows"]) == 40
-    shutil.rmtree(tmp_path / "run" / "buffer")  # evaluation needs no frames
+    shutil.rmtree(tmp_path / "run" / "replay")  # evaluation needs no frames
     evaluated = run_forked(SCRIPT, "--eval-only", "run", cwd=tmp_path, env=TASKS)
     last = next(line for line in result.stdout.splitlines() if line.startswith("last: "))
     assert last.removeprefix("last: ") in evaluated.stdout
@@ -1317,7 +1321,7 @@ def test_learner_and_actor(tmp_path):
     journal = torch.from_numpy(np.fromfile(tmp_path / "actor" / "transitions.f32", np.float32).reshape(-1, width))
     assert total >= 120 and state["agent"]["critic_updates"] == total - 50
     room = torch.zeros(1500, *layout.frame_shape, dtype=torch.uint8)
-    buffer = FrameBuffer(1000, room, layout, 3, CPU, tmp_path / "learner" / "buffer")
+    buffer = FrameBuffer(1000, room, layout, 3, CPU, tmp_path / "learner" / "replay")
     buffer.load_state_dict(state["buffer"])
     assert torch.equal(buffer.last(total), journal[:total])
 

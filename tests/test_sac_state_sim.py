@@ -63,12 +63,16 @@ def _exact_and_on_one_thread():
     torch.set_float32_matmul_precision(precision)
 
 
+def box(size: int) -> spaces.Box:
+    return spaces.Box(-1, 1, (size,), np.float32)
+
+
 def small_args(**changes) -> Args:
     return Args(**{"hidden_dims": (16, 16), "batch_size": 8, "demos": 0, "compile": False, "threads": 1} | changes)
 
 
 def small_agent(obs_dim: int = 3, action_dim: int = 2, **changes) -> Agent:
-    return Agent(obs_dim, action_dim, small_args(**changes), CPU)
+    return Agent(box(obs_dim), box(action_dim), small_args(**changes), CPU)
 
 
 def random_batch(size: int, obs_dim: int = 3, action_dim: int = 2, seed: int = 0) -> Batch:
@@ -928,7 +932,9 @@ def checkpoint(run_dir: Path) -> dict:
 
 def trained_agent(run_dir: Path, obs_dim: int, action_dim: int) -> Agent:
     args = json.loads((run_dir / "args.json").read_text())
-    agent = Agent(obs_dim, action_dim, Args(**args | {"hidden_dims": tuple(args["hidden_dims"]), "cuda": False}), CPU)
+    agent = Agent(
+        box(obs_dim), box(action_dim), Args(**args | {"hidden_dims": tuple(args["hidden_dims"]), "cuda": False}), CPU
+    )
     agent.load_state_dict(checkpoint(run_dir)["agent"])
     return agent
 
@@ -1089,7 +1095,7 @@ def test_video_shows_the_policy(finished):
 def test_training_changes_every_weight(finished):
     env = point_env()
     args = json.loads((finished.run_dir / "args.json").read_text())
-    new = Agent(spaces.flatdim(env.observation_space), 3, Args(**args | {"hidden_dims": (32, 32)}), CPU)
+    new = Agent(env.observation_space, env.action_space, Args(**args | {"hidden_dims": (32, 32)}), CPU)
     trained = trained_agent(finished.run_dir, 4, 3)
     for part in ("actor", "critic", "target_critic"):
         for (name, one), other in zip(getattr(new, part).named_parameters(), getattr(trained, part).parameters()):
@@ -1612,7 +1618,7 @@ def test_compiled_losses_are_the_eager_ones():
 
 def on_gpu(agent_args: Args, rows: torch.Tensor) -> tuple[Agent, ReplayBuffer]:
     device = torch.device("cuda")
-    agent, buffer = Agent(3, 2, agent_args, device), ReplayBuffer(5000, 10, device)
+    agent, buffer = Agent(box(3), box(2), agent_args, device), ReplayBuffer(5000, 10, device)
     buffer.add(rows.to(device))
     agent.observe(rows.to(device))
     return agent, buffer
