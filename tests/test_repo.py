@@ -32,7 +32,10 @@ SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agen
 FOOTER = 'if __name__ == "__main__":\n    main({})'
 CALLS = ("tyro.cli(Args, description=__doc__)", "parse_args()")  # the second where --resume reads a run's own flags
 MAX_LINES, MAX_FUNCTION_LINES, BANNER_LENGTH = 750, 90, 120
-LONGER = {"sac_state_sim.py": 1500}  # half of it is the run directory, actor and learner, and checks of what comes in
+LONGER = {
+    "sac_state_sim.py": 1500,  # half of it is the run directory, actor and learner, and checks of what comes in
+    "sac_pixel_sim.py": 2450,  # the same, with three encoders, augmentation, a buffer of frames, VICE
+}
 
 # Appended to every command that the README or a header shows, to run it in seconds. tyro takes the last of two flags.
 # Commands with a comment that says `# needs ...` (a GPU, hardware, a network, another process) are parsed, not run.
@@ -41,8 +44,11 @@ LONGER = {"sac_state_sim.py": 1500}  # half of it is the run directory, actor an
 TINY = {
     "sac_state_sim.py": "--total-timesteps 300 --learning-starts 100 --batch-size 32 --eval-every 150 --eval-episodes 1"
     " --final-eval-episodes 1 --no-capture-video",
+    "sac_pixel_sim.py": "--total-timesteps 80 --learning-starts 50 --batch-size 8 --utd-ratio 1 --eval-every 1000"
+    " --final-eval-episodes 1 --no-capture-video --demos 2 --buffer-size 1000 --latent-dim 16 --image-size 36"
+    " --small-channels 4 8 8",
 }
-GO_ON = {"sac_state_sim.py": "--total-timesteps 400"}
+GO_ON = {"sac_state_sim.py": "--total-timesteps 400", "sac_pixel_sim.py": "--total-timesteps 100"}
 
 
 def text(name: str) -> str:
@@ -50,7 +56,7 @@ def text(name: str) -> str:
 
 
 def test_there_are_scripts():
-    assert {"franka_sim.py", "sac_state_sim.py"} <= set(SCRIPTS)
+    assert {"franka_sim.py", "sac_state_sim.py", "sac_pixel_sim.py"} <= set(SCRIPTS)
 
 
 # --- Same name, same code ---------------------------------------------------------------------------------------------
