@@ -41,6 +41,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
@@ -53,7 +54,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 import franka_sim  # registers the Franka tasks  # TASK: import the module that registers yours
@@ -291,9 +292,15 @@ class Args:
             fail("--reward classifier and --classifier FILE: give both or neither")
         if self.cache_features and (not (self.pretrained and self.freeze) or self.augment):
             fail("--cache-features: needs --pretrained FILE, not --no-freeze, and --augment without anything behind")
-        num_demos, parts = round(self.demo_ratio * self.batch_size) if demos else 0, self.grad_accum_steps
-        if self.batch_size % parts or num_demos % parts:
-            fail(f"--grad-accum-steps {parts}: must divide --batch-size and its demonstrations, {num_demos}")
+        num_demos, ranks = (
+            round(self.demo_ratio * self.batch_size) if demos else 0,
+            int(os.environ.get("WORLD_SIZE", 1)),
+        )
+        if self.batch_size % (parts := ranks * self.grad_accum_steps) or num_demos % parts:
+            what = f"--grad-accum-steps {self.grad_accum_steps}" + f", times {ranks} processes," * (ranks > 1)
+            fail(f"{what}: must divide --batch-size and its demonstrations, {num_demos}")
+        if self.cache_features and ranks > 1:
+            fail("--cache-features: not with several processes")
         if not self.small_channels or min(self.small_channels) < 1:
             fail("--small-channels must be above 0")
 
@@ -737,7 +744,7 @@ def color_jitter(images: Tensor, strength: float, draws: Tensor) -> Tensor:
     brightness, contrast, saturation = (1 + strength * (2 * draws.T - 1))[..., None, None, None]  # (N, 1, 1, 1)
     images = images * brightness
     images = (images - (mean := images.mean((1, 2, 3), keepdim=True))) * contrast + mean
-    grey = images @ torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None]  # (N, H, W, 1)
+    grey = 0.299 * images[..., :1] + 0.587 * images[..., 1:2] + 0.114 * images[..., 2:]  # (N, H, W, 1)
     return ((images - grey) * saturation + grey).clamp(0, 255)
 
 
@@ -771,11 +778,16 @@ def augment(frames: Tensor, args: Args, generator: torch.Generator) -> Tensor:
     return images
 
 
-def standardize(images: Tensor) -> Tensor:
-    """Images (N, H, W, 3 * T) -> (N, 3 * T, H, W) with ImageNet's mean and standard deviation; memory stays NHWC."""
-    mean = torch.tensor([0.485, 0.456, 0.406], device=images.device).repeat(images.shape[3] // 3)
-    std = torch.tensor([0.229, 0.224, 0.225], device=images.device).repeat(images.shape[3] // 3)
-    return ((images / 255 - mean) / std).permute(0, 3, 1, 2)
+class Standardize(nn.Module):
+    """Images (N, H, W, 3 * T) -> (N, 3 * T, H, W), scaled by ImageNet's mean and deviation; memory stays NHWC."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
+            self.register_buffer(name, 255 * torch.tensor(values).repeat(channels // 3), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return ((images - self.mean) / self.std).permute(0, 3, 1, 2)
 
 
 class SmallTrunk(nn.Module):
@@ -823,13 +835,16 @@ class ResNetTrunk(nn.Module):
 
     def __init__(self, in_channels: int, channels: tuple[int, ...] = (64, 128, 256, 512)):
         super().__init__()
-        self.conv_init = nn.Conv2d(in_channels, channels[0], 7, 2, 3, bias=False)
+        self.standardize, self.conv_init = (
+            Standardize(in_channels),
+            nn.Conv2d(in_channels, channels[0], 7, 2, 3, bias=False),
+        )
         self.norm_init = nn.GroupNorm(4, channels[0])
         pairs = zip((channels[0], *channels[:-1]), channels, strict=True)
         self.blocks = nn.ModuleList(ResNetBlock(a, b, 2 if i else 1) for i, (a, b) in enumerate(pairs))
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.norm_init(self.conv_init(standardize(images))).relu()
+        x = self.norm_init(self.conv_init(self.standardize(images))).relu()
         x = F.max_pool2d(pad_same(x, 3, 2, -math.inf), 3, 2)
         for block in self.blocks:
             x = block(x)
@@ -902,10 +917,11 @@ class MobileNetTrunk(nn.Module):
         norm = partial(FixedBatchNorm2d, eps=1e-3) if pretrained else partial(nn.GroupNorm, 4)
         blocks = [InvertedResidual(*block, norm) for block in self.BLOCKS]
         first = conv_norm_act(in_channels, 16, 3, 2, norm, nn.Hardswish)
+        self.standardize = Standardize(in_channels)
         self.features = nn.Sequential(first, *blocks, conv_norm_act(96, 576, 1, 1, norm, nn.Hardswish))
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.features(standardize(images))
+        return self.features(self.standardize(images))
 
 
 def make_trunk(args: Args, in_channels: int) -> nn.Module:
@@ -1520,6 +1536,10 @@ class Agent:
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
         self.held_steps, self.held = 0, (0, 0.0)  # of `explore`: steps to go, dimension and value
         self.critic_updates, self.eager_updates, self.graphs, self.pool = 0, 0, {}, None
+        self.ranks = distributed.get_world_size() if distributed.is_initialized() else 1  # processes of torchrun
+        self.shared = False  # whether they have the first one's state
+        if self.ranks > 1:
+            self.generator.manual_seed(args.seed + 1000 * distributed.get_rank())
         if args.threads > 1 and device.type == "cpu" and not args.dropout:  # whose random numbers have one order
             self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
         if args.compile and device.type == "cuda":
@@ -1633,7 +1653,7 @@ class Agent:
         q = q_values.mean(0) if self.args.actor_q == "mean" else q_values.amin(0)
         loss = (self.alpha.detach() * log_pi - q).mean()
         if self.num_demos and self.args.bc_weight:  # arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3
-            num_demos = self.num_demos // self.args.grad_accum_steps
+            num_demos = self.num_demos // (self.args.grad_accum_steps * self.ranks)
             error = mean[-num_demos:].tanh() - batch.actions[-num_demos:]  # (D, A)
             loss = loss + self.args.bc_weight * error.square().sum(-1).mean()
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
@@ -1728,8 +1748,9 @@ class Agent:
             (loss / parts).backward()
             metrics |= new | actor()
             if with_actor and vice:
-                online = len(batch.rewards) - self.num_demos // parts
+                online = len(batch.rewards) - self.num_demos // (parts * self.ranks)
                 metrics |= self.classifier_gradient(batch.next_observations.images[:online])
+        self.average_gradients()
         if with_actor:
             self.step_actor()
             if vice:
@@ -1737,11 +1758,75 @@ class Agent:
         self.step_critic()
         return metrics
 
+    def average_gradients(self) -> None:
+        """Over the processes of torchrun, each of which has computed those of its share of the batch."""
+        if self.ranks > 1:
+            parameters = [*self.actor_parameters, *self.critic_parameters, self.raw_alpha]
+            parameters += self.classifier.parameters() if self.classifier_optimizer else []
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients]) / self.ranks
+            distributed.all_reduce(flat)
+            for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
+
+    def share(self, batch: list[Tensor] | None = None) -> list[Tensor]:
+        """This process's share of a batch (rows, frames, eps, subset), which the first process gives to all."""
+        size, layout = self.args.batch_size // self.ranks, self.layout
+        subset = batch[3] if batch else torch.empty(self.args.num_min_qs, dtype=torch.long, device=self.device)
+        for tensor in (subset, *self.normalizer.state_dict().values()):
+            distributed.broadcast(tensor, 0)
+        rows = torch.empty(size, sum(self.row_splits), device=self.device)
+        shape = (size, 2 * layout.stack, *layout.frame_shape)
+        frames = torch.empty(shape, dtype=torch.uint8, device=self.device)
+        eps = torch.empty(size, 2, self.action_dim, device=self.device)
+        wholes = [batch[0], batch[1], batch[2].transpose(0, 1)] if batch else [None] * 3
+        for mine, whole in zip((rows, frames, eps), wholes, strict=True):  # each has its demonstrations at its end
+            parts = [whole[rank :: self.ranks].contiguous() for rank in range(self.ranks)] if batch else None
+            distributed.scatter(mine, parts, 0)
+        return [rows, frames, eps.transpose(0, 1), subset]
+
+    def share_state(self) -> None:
+        """All processes take over the first one's networks and optimizers, as a checkpoint has them, and its goals."""
+        data = io.BytesIO()
+        torch.save(self.state_dict() | {"goals": self.goals}, data)
+        size = torch.tensor(data.tell(), device=self.device)
+        distributed.broadcast(size, 0)
+        content = torch.frombuffer(bytearray(data.getvalue()), dtype=torch.uint8).to(self.device)
+        content = content if distributed.get_rank() == 0 else content.new_empty(int(size))
+        distributed.broadcast(content, 0)
+        if distributed.get_rank():
+            generator = self.generator.get_state()
+            state = torch.load(io.BytesIO(content.cpu().numpy().tobytes()), self.device, weights_only=True)
+            self.load_state_dict(state)
+            self.generator.set_state(generator)
+            self.goals = state["goals"]
+
+    def assist(self) -> None:
+        """The loop of torchrun's other processes: a share of every update, until the first process has ended."""
+        while True:
+            what, with_actor, self.critic_updates = announce(self.device)
+            if what == "end":
+                return
+            if what == "state":
+                self.share_state()
+            else:
+                self.begin_update()
+                self.update_once(*self.share(), with_actor=bool(with_actor))
+
+    def begin_update(self) -> None:
+        self.schedule_lr()
+        # A plain mean of all actors at first, so that the random one it began with does not stay in it.
+        self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
+
     def update(self, buffer: FrameBuffer, demos: FrameBuffer | None, count: int) -> dict[str, Tensor]:
         """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
         metrics = {}
         if self.args.reward == "vice" and self.goals is None:
             self.goals = demos.segment_ends()  # (G, T, K, H, W, 3)
+        if self.ranks > 1 and not self.shared:
+            announce(self.device, "state")
+            self.share_state()
+            self.shared = True
         eps = torch.randn(count, 2, self.args.batch_size, self.action_dim, generator=self.generator, device=self.device)
         draws = torch.rand(count, self.args.num_qs, generator=self.generator, device=self.device)
         for inputs in zip(eps, draws.topk(self.args.num_min_qs).indices, strict=True):
@@ -1749,11 +1834,13 @@ class Agent:
             if self.num_demos:
                 batch = map(torch.cat, zip(batch, demos.sample(self.num_demos, self.generator), strict=True))
             self.critic_updates += 1
-            self.schedule_lr()
-            # A plain mean of all actors at first, so that the random one it began with does not stay in it.
-            self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
-            update = self.replay if self.args.compile and self.device.type == "cuda" else self.update_once
-            metrics |= update(*batch, *inputs, with_actor=self.critic_updates % self.args.policy_delay == 0)
+            self.begin_update()
+            batch, with_actor = [*batch, *inputs], self.critic_updates % self.args.policy_delay == 0
+            if self.ranks > 1:
+                announce(self.device, "update", with_actor, self.critic_updates)
+                batch = self.share(batch)
+            graphs = self.args.compile and self.device.type == "cuda" and self.ranks == 1
+            metrics |= (self.replay if graphs else self.update_once)(*batch, with_actor=with_actor)
         return metrics
 
     def replay(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
@@ -1809,8 +1896,9 @@ class Agent:
         with torch.no_grad():
             self.raw_alpha.copy_(state["raw_alpha"])
         self.critic_updates, (self.held_steps, self.held) = state["critic_updates"], state["held"]
-        for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
-            optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
+        for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer, self.classifier_optimizer):
+            if optimizer:
+                optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
         if state["generator"].shape == self.generator.get_state().shape:
             self.generator.set_state(state["generator"].cpu())
         else:  # written on a GPU and read on a CPU, or the other way: the run goes on, with other random numbers
@@ -2403,9 +2491,29 @@ def train(args: Args) -> None:
     finish(run, progress, agent, buffer, demos)
 
 
+def announce(device: torch.device, what: str = "end", *numbers: int) -> tuple[str, int, int]:
+    """What torchrun's processes do next, as the first one says: "state", "update", or "end"; with two numbers."""
+    words = ("end", "state", "update")
+    message = torch.tensor([words.index(what), *numbers, 0, 0][:3], device=device)
+    distributed.broadcast(message, 0)
+    word, *numbers = message.tolist()
+    return words[word], *numbers
+
+
 def main(args: Args) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # more than 1: started by torchrun
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    if ranks > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=1))
     try:
-        train(args)
+        if ranks > 1 and distributed.get_rank():  # takes part in the first one's updates
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            env = make_env(args)
+            Agent(env.observation_space, env.action_space, args, set_up_torch(args)).assist()
+        else:
+            train(args)
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; go on with --resume {args.run_dir}") from None
     except OSError as error:  # a full disk, above all; the newest checkpoint is whole
@@ -2413,6 +2521,10 @@ def main(args: Args) -> None:
     finally:
         if Run.bar:
             Run.bar.close()
+        if ranks > 1:
+            if distributed.get_rank() == 0:
+                announce(device)
+            distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import numpy as np
 import probe_envs
 import pytest
 import torch
-from conftest import REPO, popen_script, read_csv, wait_until
+from conftest import REPO, popen_script, read_csv, script_env, wait_until
 from forked import popen_forked, run_forked
 from test_sac_distributed import finish, free_port
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from sac_pixel_sim import (
     SmallTrunk,
     SpatialEmbeddings,
     SpatialSoftmax,
+    Standardize,
     allocate_frames,
     augment,
     blur,
@@ -45,7 +46,6 @@ from sac_pixel_sim import (
     pad_same,
     random_crop,
     read_pickle,
-    standardize,
     transition,
 )
 
@@ -156,7 +156,7 @@ def test_serl_resnet_from_its_pickle(resnet, tmp_path):
     trunk = ResNetTrunk(3)
     load_trunk(trunk, str(write_pickle(tmp_path / "resnet10_params.pkl", tree_of(resnet, "resnet/params/"))))
     images = torch.from_numpy(resnet["resnet/in/images"])
-    x = trunk.conv_init(standardize(images))
+    x = trunk.conv_init(trunk.standardize(images))
     assert_close(nhwc(x[..., ::8, ::8]), resnet["resnet/out/conv_init_s8"], 5e-5)
     x = trunk.norm_init(x)
     assert_close(nhwc(x[..., ::8, ::8]), resnet["resnet/out/norm_init_s8"], 5e-5)
@@ -232,7 +232,7 @@ def test_serl_mobilenet_wrapper(encoders):
         kernel = encoders["mobilenet_wrapper/trunk_params/Conv_0/kernel"]
         conv.weight.copy_(torch.from_numpy(kernel).permute(3, 2, 0, 1))
         conv.bias.copy_(torch.from_numpy(encoders["mobilenet_wrapper/trunk_params/Conv_0/bias"]))
-    maps = conv(standardize(torch.from_numpy(encoders["mobilenet_wrapper/in/images"]))).relu()
+    maps = conv(Standardize(3)(torch.from_numpy(encoders["mobilenet_wrapper/in/images"]))).relu()
     embeddings, bottleneck = SpatialEmbeddings(10, 5, 5), Bottleneck(80, 24)
     set_embeddings(embeddings, tree["SpatialLearnedEmbeddings_0"]["kernel"])
     set_bottleneck(bottleneck, tree)
@@ -1370,13 +1370,38 @@ def test_rendered_tasks(tmp_path, flags):
     assert frames.std((2, 3, 4)).min() > 5 and frames.astype(int).std(0).max() > 5  # something is seen, and it moves
 
 
+# --- Several processes ------------------------------------------------------------------------------------------------
+def test_torchrun_learns_as_one_process_does(tmp_path):
+    """Two processes, of which each has half of every batch: what one process computes, but for rounding."""
+    flags = [*TINY.split(), "--augment", "--total-timesteps", 80, "--save-every", 80, "--std-parameterization", "fixed"]
+    flags += ["--fixed-std", 1e-3, "--actor-lr", 1e-5, "--no-autotune"]
+    run(*flags[len(TINY.split()) :], "--run-dir", "one", cwd=tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", REPO / SCRIPT]
+    command = [*map(str, [*command, *flags]), "--run-dir"]
+    env = script_env(tmp_path, TASKS)
+    result = subprocess.run([*command, "two"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    one, two = (checkpoint(tmp_path / name) for name in ("one", "two"))
+    assert two["agent"]["critic_updates"] == 30
+    for part in ("critic", "target_critic", "actor"):
+        for name, value in one["agent"][part].items():
+            assert_close(two["agent"][part][name], value.numpy(), 2e-3)
+    moved = max((value - one["agent"]["target_critic"][k]).abs().max() for k, value in one["agent"]["critic"].items())
+    assert moved > 5e-3  # more than the tolerance
+    # The other process ends with the first, and the run goes on.
+    command[-1:] = ["--resume", "two"]
+    command[command.index("--total-timesteps") + 1] = "90"
+    result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert checkpoint(tmp_path / "two")["agent"]["critic_updates"] == 40
+
+
 # --- README -----------------------------------------------------------------------------------------------------------
 def test_readme_says_how_long_the_diff_is():
     command = ["diff", "sac_state_sim.py", "sac_pixel_sim.py"]
     diff = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout
     changed = {sign: sum(line.startswith(sign) for line in diff.splitlines()) for sign in "<>"}
     readme = (REPO / "README.md").read_text()
-    stated = re.search(
-        r"`diff sac_state_sim.py sac_pixel_sim.py`[^.]*?([\d,]+) lines? removed and ([\d,]+) added", readme
-    )
+    diff_size = r"`diff sac_state_sim.py sac_pixel_sim.py` drops ([\d,]+) lines and adds ([\d,]+) lines"
+    stated = re.search(diff_size, readme)
     assert stated and [int(number.replace(",", "")) for number in stated.groups()] == [changed["<"], changed[">"]]
