@@ -1321,7 +1321,10 @@ def allocate_frames(count: int, layout: Layout, args: Args, device: torch.device
     elif device.type == "cuda" and size < 0.8 * torch.cuda.mem_get_info()[0]:
         place, free = "GPU memory", torch.cuda.mem_get_info()[0]
     pixels = f"{len(layout.cameras)} x {layout.size} x {layout.size}"
-    print(f"{name}: {count:,} frames of {pixels} pixels, {size / 1e9:.3g} GB, {place}", flush=True)
+    print(
+        f"{name}: {count:,} frames of {pixels} pixels, {size / 1e9:.3g} GB, {place}; checkpoints take as much disk",
+        flush=True,
+    )
     if size > free:
         remedy = "lower --buffer-size or --image-size" + ("" if args.buffer_dir else ", or give --buffer-dir DIR")
         fail(f"--buffer-size {args.buffer_size}: needs {size / 1e9:.3g} GB, {place} has {free / 1e9:.3g}; {remedy}")

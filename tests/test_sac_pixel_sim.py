@@ -16,7 +16,7 @@ import numpy as np
 import probe_envs
 import pytest
 import torch
-from conftest import REPO, popen_script, read_csv, script_env, wait_until
+from conftest import REPO, popen_script, read_csv, run_script, script_env, wait_until
 from forked import popen_forked, run_forked
 from test_sac_distributed import finish, free_port
 from torch import Tensor, nn
@@ -1394,6 +1394,65 @@ def test_torchrun_learns_as_one_process_does(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
     assert checkpoint(tmp_path / "two")["agent"]["critic_updates"] == 40
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("encoder", ["small", "resnet10", "mobilenet"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"reward": "vice", "augment": ("crop", "jitter", "blur", "flip"), "amp": True}]
+)
+def test_graphed_updates_on_a_gpu(encoder, changes, tmp_path):
+    """Compiled and graphed updates do what plain ones do, on frames that lie on the GPU."""
+    device, layout = torch.device("cuda"), small_layout(40)
+    options = {"encoder": encoder, "image_size": 40, "augment": (), "demos": 1, "run_dir": str(tmp_path)} | changes
+    agents = [Agent(layout, box(2), small_args(**options, compile=compiled), device) for compiled in (True, False)]
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(256, (200, 1, *layout.frame_shape), dtype=torch.uint8, generator=generator)
+    obs = layout.pack(torch.randn(200, 4, generator=generator), frames)
+    rows = torch.cat([obs[:-1], torch.randn(199, 3, generator=generator), obs[1:], torch.zeros(199, 1)], 1).to(device)
+    losses, before = ([], []), copies(agents[0].critic, agents[0].actor)
+    for agent, lot in zip(agents, losses):
+        buffer, demos = agent.make_buffer(300, tmp_path / "replay"), agent.make_buffer(50, tmp_path / "demos")
+        assert buffer.frames.is_cuda
+        buffer.add(rows)
+        demos.add(rows[:50])
+        for _ in range(30):
+            lot.append(float(agent.update(buffer, demos, 1)["losses/critic_loss"]))
+    assert set(agents[0].graphs) == {False, True} and not agents[1].graphs
+    assert all(map(math.isfinite, losses[0])) and len(set(losses[0][-15:])) == 15  # a fresh batch each time
+    assert moved(before, agents[0].critic, agents[0].actor) == before.keys()
+    if not changes:  # whose random numbers a graph draws in another order
+        assert losses[0] == pytest.approx(losses[1], rel=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu(tmp_path):
+    """As a user: trains with graphs, resumes there, and its checkpoint is evaluated on a CPU."""
+    env = TASKS | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    flags = [*TINY.split(), "--run-dir", "run", "--amp"]
+    result = run_script(SCRIPT, *flags, "--total-timesteps", 100, cwd=tmp_path, env=env, timeout=280)
+    assert "GPU memory" in result.stdout
+    run_script(SCRIPT, "--resume", "run", "--total-timesteps", 150, cwd=tmp_path, env=env, timeout=280)
+    columns = read_csv(tmp_path / "run", "train.csv")
+    assert columns["global_step"] == [50, 100, 150] and all(map(math.isfinite, columns["losses/critic_loss"][1:]))
+    run_script(SCRIPT, "--eval-only", "run", "--no-cuda", cwd=tmp_path, env=TASKS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_losses_are_the_eager_ones():
+    agent = Agent(small_layout(), box(2), small_args(augment=(), demos=1), CPU)
+    inputs = random_inputs(agent)
+    eager = gradients(agent, inputs)
+    for name in ("target_q", "critic_loss", "actor_loss"):
+        setattr(agent, name, torch.compile(getattr(agent, name)))
+    agent.critic.encode = torch.compile(agent.critic.encode)
+    for name, gradient in gradients(agent, inputs).items():
+        assert (gradient - eager[name]).abs().max() <= 1e-4 * eager[name].abs().max(), name
 
 
 # --- README -----------------------------------------------------------------------------------------------------------
