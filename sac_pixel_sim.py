@@ -1369,7 +1369,7 @@ class FrameBuffer(ReplayBuffer):
         self.first = self.frame_total = 0  # number of the oldest row that is whole; frames ever added
         self.latest = []  # numbers of the newest next observation's frames
         self.encode, self.features = None, frames  # what is sampled: the frames, or what `cache` makes of them
-        self.saved, self.keep = 0, [0, 0]  # frames in files; the oldest that the last two checkpoints need
+        self.saved = self.needed = 0  # frames in files, and the oldest that the last checkpoint needs
 
     def __len__(self) -> int:
         return self.total - self.first
@@ -1451,21 +1451,21 @@ class FrameBuffer(ReplayBuffer):
     def state_dict(self) -> dict:
         """Everything but the frames; those that are new go to a file of their own, which never changes again.
 
-        So a checkpoint costs what is new since the last one. Files go when neither this checkpoint nor the one before
-        needs them.
+        So a checkpoint costs what is new since the last one, which can be read until this one is complete. Files go
+        when neither needs them.
         """
         oldest = max(self.frame_total - len(self.frames), 0)
         self.folder.mkdir(parents=True, exist_ok=True)
         for _, stop, path in self.files():
-            if stop > self.saved or stop <= self.keep[0]:  # of a crash between file and checkpoint, or too old
+            if stop > self.saved or stop <= self.needed:  # of a crash between file and checkpoint, or too old
                 path.unlink()
         if self.frame_total > self.saved:
             numbers = torch.arange(max(self.saved, oldest), self.frame_total, device=self.frames.device)
             new = self.frames[numbers % len(self.frames)].cpu().numpy()
             write_atomically(self.folder / f"{numbers[0]}-{self.frame_total}.u8", new.data)
-        self.saved, self.keep = self.frame_total, [self.keep[1], oldest]
+        self.saved, self.needed = self.frame_total, oldest
         filled = min(self.total, len(self.rows))
-        state = {"rows": self.rows[:filled].clone(), "windows": self.windows[:filled].clone(), "keep": self.keep}
+        state = {"rows": self.rows[:filled].clone(), "windows": self.windows[:filled].clone()}
         return state | {"first": self.first, "total": self.total, "frame_total": self.frame_total}
 
     def load_state_dict(self, state: dict) -> None:
@@ -1473,13 +1473,13 @@ class FrameBuffer(ReplayBuffer):
         evaluation needs none."""
         if not self.folder:
             return
-        filled, self.keep = len(state["rows"]), state["keep"]
+        filled = len(state["rows"])
         self.rows[:filled], self.windows[:filled] = state["rows"], state["windows"]
         self.oldest[:filled] = state["windows"][:, 0].cpu().numpy()
         self.first, self.total, self.frame_total = state["first"], state["total"], state["frame_total"]
         self.latest = self.windows[(self.total - 1) % len(self.rows), self.layout.stack :].tolist()
         self.saved, frame_bytes = self.frame_total, math.prod(self.layout.frame_shape)
-        wanted = max(self.frame_total - len(self.frames), 0)  # the next frame to be read
+        wanted = self.needed = max(self.frame_total - len(self.frames), 0)  # the next frame to be read
         for start, stop, path in self.files():
             if stop <= wanted or start > wanted or stop > self.frame_total:
                 continue
