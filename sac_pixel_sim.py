@@ -95,7 +95,7 @@ class Args:
     # environment
     env_id: str = "FrankaPickCube-v0"  # TASK: your task
     """gymnasium id, also module:Env-v0, with images (uint8) as Box or in a Dict, and bounded Box actions"""
-    image_size: int = 64
+    image_size: int = 48
     """height and width that all images are rendered at, or resized to (pixels)"""
     cameras: tuple[str, ...] = ()
     """names of the images in a Dict observation to learn from (default: all)"""
@@ -104,7 +104,7 @@ class Args:
     reward: Literal["env", "classifier", "vice"] = "env"
     """of the task, of a trained success classifier, or of one that learns along from the demonstrations' last images"""
     classifier: str | None = None
-    """reward classifier: its file, such as classifier.pt of a run with --reward vice"""
+    """reward classifier: its file, such as checkpoint.pt of a run with --reward vice"""
     frame_stack: int = 1
     """observations of this many steps are concatenated"""
     action_chunk: int = 1
@@ -112,7 +112,7 @@ class Args:
     gripper_penalty: float = 0.0
     """subtracted from the reward when the gripper (last action) switches between opening and closing (SERL: 0.1)"""
     # training
-    total_timesteps: int = 5_000
+    total_timesteps: int = 12_000
     """environment steps"""
     learning_starts: int = 500
     """environment steps with random actions before learning starts"""
@@ -120,13 +120,13 @@ class Args:
     """transitions kept"""
     buffer_dir: str | None = None
     """keep the frames in a memory-mapped file in this directory instead of memory"""
-    batch_size: int = 128
+    batch_size: int = 64
     """transitions per critic update, demonstrations included"""
     grad_accum_steps: int = 1
     """parts that a batch is computed in, one after the other, to save memory"""
-    utd_ratio: int = 4
+    utd_ratio: int = 2
     """critic updates per environment step"""
-    policy_delay: int = 2
+    policy_delay: int = 1
     """critic updates per update of actor and temperature"""
     demos: int = 20
     """demonstrations collected from the task's scripted expert before training (0: none)"""
@@ -149,7 +149,7 @@ class Args:
     # images
     encoder: Literal["small", "resnet10", "mobilenet"] = "small"
     """convolutions: a few (SERL's small encoder), ResNet-10 with GroupNorm, or MobileNetV3-small"""
-    small_channels: tuple[int, ...] = (16, 32, 64, 128)
+    small_channels: tuple[int, ...] = (16, 32, 64)
     """encoder small: channels of its convolutions, each of which halves the image (SERL: 32 64 128 256)"""
     pooling: Literal["embeddings", "softmax", "average"] = "embeddings"
     """spatial learned embeddings, spatial softmax, or the mean over all places"""
@@ -169,8 +169,8 @@ class Args:
     """compute the encoder's activations again in the backward pass, to save memory"""
     augment: tuple[Literal["crop", "jitter", "blur", "flip"], ...] = ("crop",)
     """what is done to the images of each batch at random; none with --augment and nothing behind"""
-    crop_padding: int = 4
-    """crop: pixels that an image is shifted at most"""
+    crop_padding: int = 2
+    """crop: pixels that an image is shifted at most (SERL: 4 of 128)"""
     jitter_strength: float = 0.2
     """jitter: largest relative change of brightness, contrast and saturation"""
     blur_sigma: float = 1.0

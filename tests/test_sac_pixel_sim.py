@@ -1222,9 +1222,9 @@ def frame_files(run_dir: Path) -> list[Path]:
     [
         (70, "--threads 2"),
         (75, "--frame-stack 2 --action-chunk 3 --buffer-size 50 --dropout 0.1 --film state --augment crop jitter flip"),
-        (70, "--reward vice --buffer-dir frames --pooling softmax"),
+        (70, "--reward vice --buffer-dir frames --pooling softmax --amp"),
     ],
-    ids=["mid-episode", "everything-and-wrap-around", "vice-and-buffer-in-a-file"],
+    ids=["mid-episode", "everything-and-wrap-around", "vice-in-bfloat16-and-buffer-in-a-file"],
 )
 def test_resume_is_exact(tmp_path, first, flags):
     flags = flags.split()
@@ -1405,7 +1405,8 @@ def test_torchrun_learns_as_one_process_does(tmp_path):
 def test_graphed_updates_on_a_gpu(encoder, changes, tmp_path):
     """Compiled and graphed updates do what plain ones do, on frames that lie on the GPU."""
     device, layout = torch.device("cuda"), small_layout(40)
-    options = {"encoder": encoder, "image_size": 40, "augment": (), "demos": 1, "run_dir": str(tmp_path)} | changes
+    options = {"encoder": encoder, "image_size": 40, "augment": (), "demos": 1, "run_dir": str(tmp_path)}
+    options |= {"policy_delay": 2, **changes}
     agents = [Agent(layout, box(2), small_args(**options, compile=compiled), device) for compiled in (True, False)]
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(256, (200, 1, *layout.frame_shape), dtype=torch.uint8, generator=generator)
