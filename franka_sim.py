@@ -13,7 +13,7 @@ FrankaPickCube-v0 is SERL's PandaPickCube (arXiv:2401.16013, serl/franka_sim, co
 observation, reward, workspace and rates. Differs: another home, 0.3 m over the table, and a parallel gripper; impedance
 control without inverse dynamics; the gripper observation is measured, not commanded; the seed is obeyed.
 FrankaPegInsert-v0 follows SERL's real peg task: gains, action scale, 10 Hz, sparse reward.
-New task: subclass FrankaEnv as the two below do; `grep -n TASK: franka_sim.py` lists the places to edit.
+New task: subclass FrankaTask as the two below do; `grep -n TASK: franka_sim.py` lists the places to edit.
 """
 
 import ctypes.util
@@ -427,7 +427,7 @@ def box(*shape: int, low: float = -np.inf, high: float = np.inf) -> spaces.Box:
     return spaces.Box(low, high, shape, np.float32)
 
 
-class FrankaEnv(gym.Env):
+class FrankaTask(gym.Env):
     """What tasks share. Each gives the attributes below, `place`, `evaluate`, `task_observation`, `expert_action`."""
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 50}
@@ -568,7 +568,7 @@ def downwards(roll: float = 0.0, pitch: float = 0.0, yaw: float = 0.0) -> np.nda
     return wxyz[[1, 2, 3, 0]]
 
 
-class FrankaPickCube(FrankaEnv):
+class FrankaPickCube(FrankaTask):
     """Pick up a 4 cm cube: SERL's PandaPickCube (serl/franka_sim/franka_sim/envs/panda_pick_gym_env.py)."""
 
     scene = """
@@ -583,7 +583,7 @@ class FrankaPickCube(FrankaEnv):
     workspace = ((0.2, 0.6), (-0.3, 0.3), (0.012, 0.5))  # SERL's, except that the finger tips stay off the table
     action_scale = (0.1, 0.1, 0.1)
     task_space = {"cube_pos": box(3)}
-    saved = (*FrankaEnv.saved, "start_height")
+    saved = (*FrankaTask.saved, "start_height")
     cube_range = ((0.25, -0.25), (0.55, 0.25))  # x, y in m, SERL's
 
     def __init__(self, reward_type: str = "dense", control_hz: float = 50, **options: Any) -> None:
@@ -619,7 +619,7 @@ class FrankaPickCube(FrankaEnv):
         return np.clip([*move, 1.0 if close else -1.0], -1, 1).astype(np.float32)
 
 
-class FrankaPegInsert(FrankaEnv):
+class FrankaPegInsert(FrankaTask):
     """Insert a square 20 mm peg, held by friction between the fingers (it can slip and tilt), 30 mm deep into a 21 mm
     hole. Stiffness, damping and action scale are SERL's (serl_robot_infra/franka_env/envs/peg_env/config.py). Start:
     tcp within 5 cm and 30 degrees of the workspace's middle, the hole within 4 cm and 10 degrees."""

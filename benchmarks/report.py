@@ -94,13 +94,13 @@ def speed_table(lines: list[dict[str, str]]) -> str:
     )
 
 
-def summary(folder: Path) -> str:
-    """The block between the markers of README.md."""
+def summary(folder: Path, with_speed: bool = False) -> str:
+    """The block between the markers of README.md; `with_speed` also the tables of speed."""
     rows, speeds = results_in(folder)
     if not rows and not speeds:
         return "Nothing has been measured yet: `benchmarks/results/` is empty.\n"
     text = rows_table(rows) + "\n" if rows else ""
-    for name, lines in speeds.items():
+    for name, lines in speeds.items() if with_speed else ():
         text += f"Speed, `benchmarks/results/{name}.csv`:\n\n{speed_table(lines)}\n"
     measured = [line for lines in (*rows.values(), *speeds.values()) for line in lines]
     return text + (f"Hardware: {unique(measured, 'hardware')}.\n" if unique(measured, "hardware") else "")
@@ -116,7 +116,7 @@ def full_report(folder: Path) -> str:
     text += (
         "The value of a run is the last line of its `eval.csv`, kept in `results/ROW/seedN_eval.csv`. Time and memory\n"
     )
-    text += "are those of the whole process.\n\n## Results\n\n" + summary(folder)
+    text += "are those of the whole process.\n\n## Results\n\n" + summary(folder, with_speed=True)
     text += "\n## Rows\n\nEach command also gets `--seed N`.\n"
     for name, row in ROWS.items():
         text += f"\n**{name}**: {row.what}\n\n```bash\npython {row.command}\n```\n\n"

@@ -123,7 +123,49 @@ ROWS = {
         "",
         seeds=(1,),
     ),
+    "bc_pick_default": Row(
+        "cloning, the default: 200 scripted demonstrations, 5,000 updates",
+        "bc_flow_offline.py",
+        "success_rate",
+        "at least 0.98; 5 min",
+        seeds=(0, 1, 2),
+    ),
 }
+# Half of the default's demonstrations, and one flag changed: what each is worth.
+BC_FLAGS = {
+    "half": ("half the demonstrations", ""),
+    "single_actions": ("the same, single actions", " --no-action-chunking"),
+    "execute_2": ("the same, two of five actions executed", " --execution-horizon 2"),
+    "constant_lr": ("the same, constant learning rate", " --lr-schedule constant"),
+    "no_ema": ("the same, no averaging", " --ema 0.0"),
+    "unnormalized": ("the same, observations as they are", " --no-normalize-observations"),
+    "two_flow_steps": ("the same, two flow steps", " --flow-steps 2"),
+    "heun": ("the same, five steps of Heun", " --flow-steps 5 --flow-solver heun"),
+    "top_half": ("the default's demonstrations, the better half", " --demos 200 --top-fraction 0.5"),
+    "gaussian": ("the same, tanh-Gaussian policy", " --policy gaussian"),
+}
+for name, (what, flags) in BC_FLAGS.items():
+    command = f"bc_flow_offline.py --demos 100 --no-capture-video{flags}"
+    ROWS[f"bc_pick_{name}"] = Row(f"cloning, {what}", command, "success_rate", "", seeds=(0,))
+# Data recorded by `sac_state_sim.py --eval-only RUN_DIR --record-dataset halfcheetah/sac-v0 --final-eval-episodes 200`.
+STRONG = "--normalize-observations --ema 0.999 --lr 1e-3 --lr-schedule cosine --log-interval 1000 --no-capture-video"
+for name, flags in (("single", ""), ("chunks", " --action-chunking")):
+    ROWS[f"bc_halfcheetah_{name}"] = Row(
+        f"cloning of a recorded SAC policy, {name}",
+        f"bc_flow_offline.py --env-name halfcheetah/sac-v0 --offline-steps 20000 --eval-interval 5000 {STRONG}{flags}",
+        "episodic_return",
+        "98% of the data's mean return",
+    )
+# Minari's public data, with a network. Targets: FQL's flow policy as ZhangJL16/FQLbaseline (af8af82) measured it there.
+MINARI = {"halfcheetah": (58.9, 107.9, 135.4), "hopper": (55.2, 91.6, 115.5), "walker2d": (89.2, 125.6, 150.1)}
+for robot, scores in MINARI.items():
+    for level, score in zip(("simple", "medium", "expert"), scores, strict=True):
+        ROWS[f"bc_minari_{robot}_{level}"] = Row(
+            f"flow cloning of Minari's {robot} {level}",
+            f"bc_flow_offline.py --env-name mujoco/{robot}/{level}-v0 --normalize-observations --no-capture-video",
+            "normalized_score_d4rl",
+            f"{score}",
+        )
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -170,10 +212,10 @@ def commit() -> str:
 
 # --- Recording --------------------------------------------------------------------------------------------------------
 def last_evaluation(eval_csv: Path, metric: str) -> tuple[str, float]:
-    """(global_step, value) of the last line of a run's eval.csv."""
+    """(global_step or step, value) of the last line of a run's eval.csv."""
     with eval_csv.open(newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    return last["global_step"], float(last[metric])
+    return last.get("global_step") or last["step"], float(last[metric])
 
 
 def record(path: Path, line: dict[str, object]) -> None:
@@ -199,7 +241,9 @@ def run_seed(name: str, seed: int) -> None:
     command = [script, *flags, "--seed", str(seed)]
     wall_s, peak_mb = measure([sys.executable, *command, "--run-dir", str(run_dir)], REPO)
     step, value = last_evaluation(run_dir / "eval.csv", row.metric)
-    line = {"row": name, "seed": seed, "env_id": json.loads((run_dir / "args.json").read_text())["env_id"]}
+    known = next(path for path in (run_dir / "args.json", run_dir / "flags.json") if path.exists())
+    known = json.loads(known.read_text())
+    line = {"row": name, "seed": seed, "env_id": known.get("env_id") or known["env_name"]}
     line |= {"global_step": step, "metric": row.metric, "value": value}
     line |= {"wall_s": round(wall_s, 1), "peak_mb": round(peak_mb), "date": datetime.now(UTC).date().isoformat()}
     line |= {"commit": at_commit, "hardware": hardware(), "command": shlex.join(["python", *command])}

@@ -92,7 +92,7 @@ def test_summary(tmp_path):
         "contender,steps_per_second\nslow,100\nours,300\nours,290\nours,1000\n"
     )
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
-    summary = report.summary(tmp_path)
+    summary = report.summary(tmp_path, with_speed=True)
     line = next(line for line in summary.splitlines() if "sac_pick_default" in line)
     assert "| **0.95** (0.9, 1) |" in line and "| 12,000 |" in line and "| 1.5 min |" in line and "| 700 MB |" in line
     assert summary.index("| ours | 300 | 3 |") < summary.index("| slow | 100 | 1 |")

@@ -1,0 +1,334 @@
+"""Round trips, step periods and load of robot_server.py with the simulated arm, measured on one machine.
+
+    python benchmarks/robot_latency.py                                       # everything but Flask
+    python benchmarks/robot_latency.py --flask-python FLASK_VENV/bin/python  # with SERL's way of serving beside it
+    python benchmarks/robot_latency.py --rounds 1 --requests 500 --episodes 1 --minutes 0.2    # a quick look
+
+robot_round_trip.csv: what it costs a client on the server's machine to send a target and to learn the state while the
+arm moves in real time, its physics at 1 kHz. Contender `ours` is RobotClient.target, whose answer brings the state. The
+others ask a Flask development server in JSON, which has no arm at all to move: `flask` with POST /pose and POST
+/getstate, as SERL does (serl_robot_infra/robot_servers/franka_server.py), `flask_single` with one POST for both, over a
+connection that stays open, which is as fast as this way can be.
+robot_period.csv: the period of FrankaReal-v0's steps at 10 Hz with two cameras, over episodes of 100 steps; `serl_loop`
+waits 1/hz after each command and then reads state and images, as SERL's env does (franka_env/envs/franka_env.py:229).
+`machine` waits for the same beats and does nothing else: what the machine itself adds. drift_ms is the whole
+episode's length against its schedule.
+robot_load.csv: CPU of one core and memory of the server while it streams with all its publications, and how many of its
+control ticks came more than 5 ms late; `machine_late` counts the same in a process that only sleeps.
+On a machine that others use, too, start it with `chrt -f 20`: all contenders then go before the others. The column
+`priority` says so. server_mb is the server's largest resident memory, with OpenGL where there are cameras.
+"""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import tyro
+from run import REPO, RESULTS, commit, hardware
+
+sys.path.insert(0, str(REPO))
+import robot_client
+
+# SERL's server without ROS and robot: it answers with the fields and sizes of the original. Prints its port.
+FLASK = """
+import logging, threading
+from flask import Flask, jsonify, request
+from werkzeug.serving import make_server
+app, pose = Flask(__name__), [0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0]
+logging.getLogger("werkzeug").setLevel(logging.ERROR)
+
+@app.route("/pose", methods=["POST"])
+def set_pose():
+    pose[:] = request.json["arr"]
+    return "Moved"
+
+@app.route("/both", methods=["POST"])
+def both():
+    set_pose()
+    return get_state()
+
+@app.route("/getstate", methods=["POST"])
+def get_state():
+    state = dict(pose=pose, vel=[0.123456789] * 6, force=[1.23456789] * 3, torque=[0.123456789] * 3)
+    state |= dict(q=[0.123456789] * 7, dq=[0.123456789] * 7, jacobian=[[0.123456789] * 7] * 6, gripper_pos=0.5)
+    return jsonify(state)
+
+server = make_server("127.0.0.1", 0, app, threaded=True)  # what `flask run` and app.run() use
+print(server.server_port, flush=True)
+server.serve_forever()
+"""
+# Its client. Asks as often as standard input says and prints what each time took, in ms.
+FLASK_CLIENT = """
+import json, sys, time
+import requests
+url, single = f"http://127.0.0.1:{sys.argv[1]}/", sys.argv[2] == "flask_single"
+session, target = requests.Session(), {"arr": [0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0]}
+for line in sys.stdin:
+    times = []
+    for _ in range(int(line)):
+        start = time.perf_counter()
+        if single:
+            session.post(url + "both", json=target).json()
+        else:
+            requests.post(url + "pose", json=target)
+            requests.post(url + "getstate").json()
+        times.append(1000 * (time.perf_counter() - start))
+    print(json.dumps(times), flush=True)
+"""
+LATE_S = 0.005
+
+
+# --- Args -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    flask_python: str | None = None
+    """interpreter that can import flask and requests"""
+    rounds: int = 5
+    """measurements of each contender; they take turns"""
+    requests: int = 2000
+    """targets and states in each measurement"""
+    episodes: int = 5
+    """episodes of 100 steps, of each kind"""
+    minutes: float = 10.0
+    """how long the load is watched"""
+    output: Path = RESULTS
+    """folder for the three files"""
+
+
+# --- The server -------------------------------------------------------------------------------------------------------
+@contextmanager
+def server(*flags: str) -> Iterator[tuple[str, int]]:
+    """robot_server.py on free ports: its address and process id."""
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as output:
+        command = [sys.executable, REPO / "robot_server.py", "--port", "0", *flags]
+        with subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT) as process:
+            try:
+                yield serving_at(process, output), process.pid
+            finally:
+                process.send_signal(signal.SIGTERM)
+
+
+def serving_at(process: subprocess.Popen, output: Any) -> str:
+    for _ in range(600):
+        output.seek(0)
+        if found := re.search(r"serving on (tcp://\S+)", text := output.read()):
+            return found[1]
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise SystemExit(f"robot_server.py did not start:\n{text}")
+
+
+def usage(pid: int) -> tuple[float, float]:
+    """CPU time of a process so far (s) and its largest resident memory (MB)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(peak) / 1024
+
+
+# --- Round trips ------------------------------------------------------------------------------------------------------
+def ours(client: robot_client.RobotClient) -> Callable[[int], list[float]]:
+    """Moves the arm to and fro at up to 0.1 m/s and measures what a target and the state cost, in ms."""
+    start = client.state()["tcp_pose"]
+
+    def measure(count: int) -> list[float]:
+        client.acquire(ttl_s=10.0)  # anew: the others' turns were longer than that
+        client.start()
+        times = []
+        for _ in range(count):
+            pose = start.copy()
+            pose[1] += 0.05 * np.sin(2 * time.monotonic())
+            asked = time.perf_counter()
+            state = client.target(pose)["result"]
+            if "tcp_pose" not in state:
+                client.state()
+            times.append(1000 * (time.perf_counter() - asked))
+        return times
+
+    return measure
+
+
+@contextmanager
+def flask(python: str) -> Iterator[dict[str, Callable[[int], list[float]]]]:
+    """Two ways of asking a Flask server."""
+    processes = [subprocess.Popen([python, "-c", FLASK], stdout=subprocess.PIPE, text=True)]
+    port = processes[0].stdout.readline().strip()
+    contenders = {}
+    for name in ("flask", "flask_single"):
+        command = [python, "-c", FLASK_CLIENT, port, name]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        processes.append(process)
+
+        def measure(count: int, process: subprocess.Popen = process) -> list[float]:
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
+            return json.loads(process.stdout.readline())
+
+        contenders[name] = measure
+    try:
+        yield contenders
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def round_trips(args: Args) -> list[dict[str, object]]:
+    lines = []
+    with server() as (address, _):
+        client = robot_client.RobotClient(address)
+        contenders = {"ours": ours(client)}
+
+        def go() -> None:
+            for number in range(args.rounds):
+                for name, measure in contenders.items():
+                    times = measure(args.requests)
+                    values = {f"p{p}_ms": round(float(np.percentile(times, p)), 4) for p in (50, 90, 99)}
+                    lines.append({"contender": name, "round": number, "requests": args.requests, **values})
+                    lines[-1]["max_ms"] = round(max(times), 3)
+                    print(f"{name:14} {values}")
+
+        if args.flask_python:
+            with flask(shutil.which(args.flask_python) or args.flask_python) as others:
+                contenders |= others
+                go()
+        else:
+            go()
+        client.close()
+    return lines
+
+
+# --- Periods ----------------------------------------------------------------------------------------------------------
+def periods(times: list[float], hz: float) -> dict[str, float]:
+    """Jitter and drift of the ends of steps (s), in ms."""
+    jitter = 1000 * np.abs(np.diff(times) - 1 / hz)
+    names = {f"jitter_p{p}_ms": round(float(np.percentile(jitter, p)), 4) for p in (50, 99)}
+    drift = 1000 * (times[-1] - times[0] - (len(times) - 1) / hz)
+    return names | {"jitter_max_ms": round(float(jitter.max()), 3), "drift_ms": round(drift, 3)}
+
+
+def episodes(args: Args) -> list[dict[str, object]]:
+    lines = []
+    with server("--env-id", "FrankaPegInsert-v0") as (address, pid):
+        config = replace(robot_client.PEG, server=address)
+        env = gym.make("robot_client:FrankaReal-v0", config=config)
+        robot, actions = env.unwrapped, np.random.default_rng(0)
+
+        def our_step(action: np.ndarray) -> None:
+            *_, info = env.step(action)
+            if info["fault"]:
+                raise SystemExit(f"the episode broke off: {info['fault']}")
+
+        def serl_step(action: np.ndarray) -> None:
+            robot.client.target(robot.client.state()["reference"])
+            time.sleep(1 / config.hz)
+            robot.state = robot.client.state()
+            robot.client.frames([camera.name for camera in config.cameras])
+
+        for episode in range(args.episodes):
+            for name, step in {"ours": our_step, "serl_loop": serl_step, "machine": None}.items():
+                env.reset(seed=episode)
+                rate, times = robot_client.Rate(config.hz), []
+                for _ in range(100):
+                    if step is None:
+                        rate.sleep()
+                    else:
+                        step(0.3 * actions.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+                    times.append(time.perf_counter())
+                lines.append({"contender": name, "episode": episode, "steps": 100, "hz": config.hz})
+                lines[-1] |= {"cameras": len(config.cameras), **periods(times, config.hz)}
+                lines[-1]["server_mb"] = round(usage(pid)[1], 1)
+                print(f"{name:14} {lines[-1]}")
+        env.close()
+    return lines
+
+
+# --- Load -------------------------------------------------------------------------------------------------------------
+LATE = """
+import sys, time
+due, late, worst = time.monotonic(), 0, 0.0
+end = due + float(sys.argv[1])
+while due < end:
+    due += 0.004
+    time.sleep(max(due - time.monotonic(), 0))
+    behind = time.monotonic() - due
+    late, worst = late + (behind > float(sys.argv[2])), max(worst, behind)
+    due = max(due, time.monotonic() - 0.004)
+print(late, worst)
+"""
+
+
+def load(args: Args) -> list[dict[str, object]]:
+    """A client streams at 10 Hz for `minutes`, while another process only sleeps."""
+    seconds = 60 * args.minutes
+    with server() as (address, pid):
+        client = robot_client.RobotClient(address)
+        client.acquire()
+        client.start()
+        start, before, (cpu, _) = client.state()["reference"], client.state(), usage(pid)
+        command = [sys.executable, "-c", LATE, str(seconds), str(LATE_S)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sleeper:
+            rate, began = robot_client.Rate(10), time.monotonic()
+            while sleeper.poll() is None:
+                pose = start.copy()
+                pose[:2] += 0.05 * np.sin(2 * rate.deadline), 0.05 * np.cos(2 * rate.deadline) - 0.05
+                client.target(pose)
+                rate.sleep()
+            machine_late, machine_worst = map(float, sleeper.stdout.read().split())
+        elapsed, after, (cpu_after, peak_mb) = time.monotonic() - began, client.state(), usage(pid)
+        client.close()
+    line = {"contender": "ours", "minutes": round(elapsed / 60, 2), "mode_at_end": after["mode"]}
+    line |= {"cpu_percent_of_a_core": round(100 * (cpu_after - cpu) / elapsed, 2), "server_mb": round(peak_mb, 1)}
+    line |= {"late_ticks": int(after["overruns"] - before["overruns"]), "machine_late": int(machine_late)}
+    line |= {"machine_worst_ms": round(1000 * machine_worst, 2)}
+    line |= {"robot_time_error_ms": round(1000 * (after["robot_time"] - before["robot_time"] - elapsed), 1)}
+    print(line)
+    return [line]
+
+
+def write(path: Path, lines: list[dict[str, object]]) -> None:
+    """Replace the file: old numbers of another version say nothing beside new ones."""
+    facts = {
+        "version": ", ".join(f"{name} {version(name)}" for name in ("pyzmq", "msgpack", "mujoco")),
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": commit(),
+        "hardware": hardware(),
+        "priority": {os.SCHED_FIFO: "real-time", os.SCHED_OTHER: f"nice {os.nice(0)}"}[os.sched_getscheduler(0)],
+        "command": "python benchmarks/robot_latency.py",
+    }
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*lines[0], *facts], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(line | facts for line in lines)
+    temporary.replace(path)
+    print(f"wrote {path}")
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+def main(args: Args) -> None:
+    if args.rounds < 1 or args.episodes < 1 or args.requests < 100 or args.minutes <= 0:
+        raise SystemExit("--rounds and --episodes: at least 1, --requests: at least 100, --minutes: more than 0")
+    write(args.output / "robot_round_trip.csv", round_trips(args))
+    write(args.output / "robot_period.csv", episodes(args))
+    write(args.output / "robot_load.csv", load(args))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))

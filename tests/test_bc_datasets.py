@@ -1,0 +1,826 @@
+"""Data of bc_flow_offline.py: each format read from small files of its layout, and what happens when it cannot be."""
+
+import contextlib
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+import offline_data
+import pytest
+import torch
+from conftest import read_csv
+from forked import run_forked
+from gymnasium import spaces
+from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, write_robomimic
+
+import bc_flow_offline
+from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
+SCRIPT, CPU = "bc_flow_offline.py", torch.device("cpu")
+STAND_INS = Path(offline_data.__file__).parent / "stand_ins"
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path, monkeypatch):
+    """Data sets go to a folder of the test's own, and nothing is looked for elsewhere."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr("sys.argv", [SCRIPT])
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """The stand-ins for packages that are not installed, fresh for this test."""
+    monkeypatch.syspath_prepend(STAND_INS)
+    for name in ("ogbench", "robosuite"):
+        monkeypatch.delitem("sys.modules", name, raising=False)
+
+
+def train_rows(name: str, **changes):
+    return make_env_and_datasets(name, Args(**changes))[2]
+
+
+def assert_no_chunk_crosses(dataset, episode_of: np.ndarray, horizon: int) -> None:
+    """Of every chunk, exactly the steps of the first one's episode are valid."""
+    rows = np.arange(dataset.size - horizon + 1)
+    inside = episode_of[rows[:, None] + np.arange(horizon)] == episode_of[rows][:, None]
+    batch = dataset.sample_sequence(len(rows), horizon, 0.99, idxs=rows)
+    np.testing.assert_array_equal(batch["valid"], inside)
+    args = Args(action_chunking=True, horizon_length=horizon, cuda=False)
+    _, actions, valid = Batches(dataset, args, CPU).gather(torch.from_numpy(rows))
+    np.testing.assert_array_equal(valid, inside)
+    np.testing.assert_array_equal(actions, batch["actions"].reshape(len(rows), -1))
+
+
+# --- D4RL -------------------------------------------------------------------------------------------------------------
+def codes(observations: np.ndarray) -> list[int]:
+    """100 * episode + step of each row."""
+    return np.asarray(observations)[:, 0].round().astype(int).tolist()
+
+
+def test_d4rl_file_with_next_observations(tmp_path):
+    """Every row is used; episodes end at timeouts, terminals and the end of the file; only terminals cut the mask."""
+    rows = d4rl_rows()
+    path = write_hdf5(tmp_path / "x.hdf5", rows)
+    train = train_rows("halfcheetah-medium-v2", dataset_path=str(path))
+    for key in ("observations", "next_observations", "rewards"):
+        np.testing.assert_array_equal(train[key], rows[key])
+    np.testing.assert_allclose(train["actions"], rows["actions"], atol=1e-7)
+    last = np.cumsum([length for length, _ in EPISODES]) - 1
+    assert np.flatnonzero(train["terminals"]).tolist() == last.tolist()
+    assert np.flatnonzero(train["masks"] == 0).tolist() == [8, 17]  # terminal; terminal and timeout at once
+    for horizon in (1, 2, 3, 5):
+        assert_no_chunk_crosses(train, np.array(codes(train["observations"])) // 100, horizon)
+
+
+def test_d4rl_file_without_next_observations(tmp_path):
+    """A row whose next observation is not in the file is left out, unless the episode terminated, as in D4RL."""
+    rows = d4rl_rows(next_observations=False)
+    train = train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    used = codes(train["observations"])
+    kept = [c for c in codes(rows["observations"]) if c not in (5, 204, 401)]
+    assert used == kept
+    for row, code in enumerate(used):
+        if train["masks"][row]:
+            assert codes(train["next_observations"][row : row + 1]) == [code + 1]
+        else:
+            assert code in (102, 303)
+        assert train["rewards"][row] == code % 100 + 1
+        assert train["actions"][row, 0] == pytest.approx(code / 1000, abs=1e-7)
+    assert [used[i] for i in np.flatnonzero(train["terminals"])] == [4, 102, 203, 303, 400]
+    assert_no_chunk_crosses(train, np.array(used) // 100, 3)
+
+
+def test_d4rl_file_whose_jumps_are_the_only_sign_of_a_new_episode(tmp_path):
+    """Neither timeouts nor terminals: where next_observations and the next row differ, an episode ends."""
+    rows = {k: v for k, v in d4rl_rows(((4, "timeout"), (3, "timeout"), (5, "cut"))).items() if k != "timeouts"}
+    train = train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    assert np.flatnonzero(train["terminals"]).tolist() == [3, 6, 11] and train["masks"].all()
+
+
+def test_d4rl_v0_file_without_timeouts_is_cut_at_the_time_limit(tmp_path):
+    """d4rl/__init__.py cuts such files at max_episode_steps, 1000 for a Hopper."""
+    rows = d4rl_rows(((2300, "cut"),), obs_dim=11, action_dim=3, next_observations=False)
+    rows["actions"] *= 0.1
+    rows = {k: v for k, v in rows.items() if k != "timeouts"}
+    train = train_rows("hopper-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    assert [codes(train["observations"])[i] for i in np.flatnonzero(train["terminals"])] == [998, 1998, 2298]
+
+
+def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path):
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
+    train = train_rows("halfcheetah-medium-v2", dataset_path=str(path))
+    (name,) = minari.list_local_datasets()
+    dataset = minari.load_dataset(name)
+    assert "halfcheetah-medium" in name and dataset.total_episodes == 5 and dataset.total_steps == 20
+    assert [len(episode.rewards) for episode in dataset.iterate_episodes()] == [length for length, _ in EPISODES]
+    assert isinstance(dataset.recover_environment().unwrapped, gym.make("HalfCheetah-v5").unwrapped.__class__)
+    about = dataset.storage.metadata
+    assert (about["ref_min_score"], about["ref_max_score"]) == (-280.178953, 12135.0)
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*.hdf5")}
+    again = train_rows("halfcheetah-medium-v2", dataset_path=str(path))
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*.hdf5")}
+    assert all(np.array_equal(again[key], train[key]) for key in train)
+    other = d4rl_rows(((7, "timeout"),))  # another file of the same name is other data
+    assert train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(path, other))).size == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "env", "worst", "best"),
+    [
+        ("halfcheetah-medium-replay-v2", "HalfCheetah-v5", -280.178953, 12135.0),
+        ("hopper-medium-expert-v2", "Hopper-v5", -20.272305, 3234.3),
+        ("walker2d-random-v2", "Walker2d-v5", 1.629008, 4592.3),
+        ("ant-expert-v2", "Ant-v5", -325.6, 3879.7),
+        ("antmaze-large-diverse-v2", None, 0.0, 1.0),
+        ("kitchen-mixed-v0", None, 0.0, 4.0),
+        ("pen-human-v1", None, 96.262799, 3076.8331),
+        ("hammer-cloned-v1", None, -274.856578, 12794.1348),
+        ("relocate-expert-v1", None, -6.425911, 4233.8778),
+        ("door-human-v1", None, -56.512833, 2880.5693),
+        ("maze2d-umaze-v1", None, 23.85, 161.86),
+        ("maze2d-medium-v1", None, 13.13, 277.39),
+        ("maze2d-large-v1", None, 6.7, 273.99),
+        ("maze2d-umaze-dense-v1", None, 68.54, 193.66),
+        ("maze2d-large-dense-v1", None, 30.57, 303.49),
+    ],
+)
+def test_d4rl_reference_scores(tmp_path, name, env, worst, best, capsys):
+    """D4RL infos.py:106-295, printed with the data; the data's returns are sums of its rewards."""
+    dims = {"HalfCheetah-v5": (17, 6), "Hopper-v5": (11, 3), "Walker2d-v5": (17, 6)}.get(env, (7, 3))
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((4, "timeout"), (2, "timeout")), *dims))
+    bc_flow_offline.load_datasets(Args(env_name=name, dataset_path=str(path)))
+    (dataset_id,) = minari.list_local_datasets()
+    about = minari.load_dataset(dataset_id).storage.metadata
+    assert about["ref_min_score"] == pytest.approx(worst, abs=5e-3)
+    assert about["ref_max_score"] == pytest.approx(best, abs=5e-3)
+    printed = capsys.readouterr().out
+    assert "D4RL" in printed and "mean return 6.5" in printed and "best 10" in printed and dataset_id in printed
+
+
+def test_antmaze_episodes_go_on_behind_the_goal(tmp_path):
+    """antmaze: `terminals` marks the goal, where the episode does not end; rewards - 1 (qc d4rl_utils.py:16-58)."""
+    rows = d4rl_rows(((6, "timeout"), (5, "timeout")), obs_dim=29, action_dim=8)
+    rows["terminals"][[3, 4]] = True
+    rows["rewards"] = rows["terminals"].astype(np.float32)
+    args = Args(env_name="antmaze-umaze-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    train = process_train_dataset(make_env_and_datasets(args.env_name, args)[2], args)
+    assert np.flatnonzero(train["terminals"]).tolist() == [5, 10]
+    assert np.flatnonzero(train["masks"] == 0).tolist() == [3, 4]
+    assert train["rewards"].tolist() == [-1, -1, -1, 0, 0, -1] + [-1] * 5
+
+
+# --- Files that are not what they should be ---------------------------------------------------------------------------
+def refused(capsys, name: str, **changes) -> str:
+    """The one line that loading ends with."""
+    with pytest.raises(SystemExit) as error:
+        make_env_and_datasets(name, Args(**changes))
+    message = str(error.value.code)
+    assert message.startswith(f"{SCRIPT}: ") and "\n" not in message
+    assert not minari.list_local_datasets(), "half a data set is left"
+    return message
+
+
+def broken_file(path: Path, how: str) -> Path:
+    rows = d4rl_rows()
+    if how == "truncated":
+        write_hdf5(path, d4rl_rows(((3000, "timeout"),)))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif how in ("empty", "text"):
+        path.write_text("" if how == "empty" else "<html>404 Not Found</html>")
+    elif how == "group":
+        with h5py.File(path, "w") as file:
+            file["observations/joints"] = rows["observations"]
+            for key in ("actions", "rewards", "terminals"):
+                file[key] = rows[key]
+    elif how == "other length":
+        write_hdf5(path, rows | {"actions": rows["actions"][:-1]})
+    elif how == "no rows":
+        write_hdf5(path, {key: values[:0] for key, values in rows.items()})
+    elif how == "damaged":  # a flipped byte within the compressed actions
+        write_hdf5(path, d4rl_rows(((3000, "timeout"),)))
+        with h5py.File(path) as file:
+            chunk = file["actions"].id.get_chunk_info(0)
+        data = bytearray(path.read_bytes())
+        for offset in range(50, 60):
+            data[chunk.byte_offset + offset] ^= 0xFF
+        path.write_bytes(data)
+    else:  # a key is missing
+        write_hdf5(path, {key: values for key, values in rows.items() if key != how})
+    return path
+
+
+@pytest.mark.parametrize(
+    ("how", "word"),
+    [
+        ("truncated", "again"),
+        ("empty", "again"),
+        ("text", "layout"),
+        ("damaged", "again"),
+        ("group", "layout"),
+        ("other length", "length"),
+        ("no rows", ""),
+        ("observations", "observations"),
+        ("actions", "actions"),
+        ("rewards", "rewards"),
+        ("terminals", "terminals"),
+    ],
+)
+def test_broken_d4rl_files(tmp_path, capsys, how, word):
+    path = broken_file(tmp_path / "broken.hdf5", how)
+    message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
+    assert "broken.hdf5" in message and word in message
+    assert list((tmp_path / "minari").glob(".*")) == []
+
+
+def test_dataset_path_that_does_not_exist(tmp_path, capsys):
+    assert "none.hdf5" in refused(capsys, "halfcheetah-medium-v2", dataset_path=str(tmp_path / "none.hdf5"))
+    assert "--dataset-path" in refused(capsys, "mujoco/hopper/expert-v0", dataset_path="x.hdf5")
+
+
+@pytest.mark.parametrize("column", ["observations", "actions", "rewards"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_numbers_that_are_not_finite(tmp_path, capsys, column, value):
+    rows = d4rl_rows()
+    rows[column][9 if column == "rewards" else (9, 2)] = value
+    path = write_hdf5(tmp_path / "x.hdf5", rows)
+    message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
+    assert column in message and "finite" in message and "episode 2" in message
+
+
+@pytest.mark.parametrize("value", [1.5, -1.01])
+def test_an_action_out_of_bounds(tmp_path, value):
+    rows = d4rl_rows()
+    rows["actions"][10, 3] = value
+    path = write_hdf5(tmp_path / "x.hdf5", rows)
+    with pytest.raises(SystemExit, match=r"episode 2.*--clip-actions"):
+        train_rows("halfcheetah-medium-v2", dataset_path=str(path))
+    train = train_rows("halfcheetah-medium-v2", dataset_path=str(path), clip_actions=True)
+    assert train["actions"][10, 3] == pytest.approx(np.sign(value) * (1 - 1e-5))
+
+
+def test_actions_stay_just_inside_their_bounds(tmp_path):
+    """qc env_utils.py:150: clipped to 1 - 1e-5."""
+    rows = d4rl_rows()
+    rows["actions"][:2, 0] = -1, 1
+    train = train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    assert train["actions"][:2, 0].tolist() == [np.float32(1e-5 - 1), np.float32(1 - 1e-5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("halfcheeta-medium-v2", "halfcheetah-medium-v2"),
+        ("hopper-medium-reply-v2", "hopper-medium-replay-v2"),
+        ("halfcheetah-medium-v3", "halfcheetah-medium-v"),
+        ("antmaze-umaze-play-v2", "antmaze-umaze"),
+        ("FrankaPickCub-v0", "FrankaPickCube-v0"),
+        ("lift-mh-lowdim", "lift-mh-low_dim"),
+        ("outdoor-thing", ""),
+    ],
+)
+def test_unknown_names_suggest_the_nearest(capsys, name, near):
+    message = refused(capsys, name)
+    assert name in message and near in message
+    assert "did you mean" in message if near else True
+
+
+def test_a_local_dataset_is_suggested_too(capsys):
+    write_minari("point/expert-v0", gym.make("probe_envs:Point-v0"), episodes=1)
+    with pytest.raises(SystemExit, match="point/expert-v0"):
+        make_env_and_datasets("pont/expert-v0", Args(d4rl_url="http://127.0.0.1:9"))
+
+
+# --- robomimic --------------------------------------------------------------------------------------------------------
+def test_robomimic_file(tmp_path, stand_ins):
+    """demo_2 before demo_10; observations: eef_pos, eef_quat, gripper_qpos, object (qc robomimic_utils.py:27)."""
+    path = write_robomimic(tmp_path / "x.hdf5")
+    args = Args(env_name="lift-mh-low_dim", dataset_path=str(path))
+    train = make_env_and_datasets(args.env_name, args)[2]
+    demos = list(offline_data.robomimic_demos())
+    train_demos = demos
+    keys = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
+    obs = [np.concatenate([demo["obs"][key] for key in keys], -1) for demo in train_demos]
+    np.testing.assert_array_equal(train["observations"], np.float32(np.concatenate([o[:-1] for o in obs])))
+    np.testing.assert_array_equal(train["next_observations"], np.float32(np.concatenate([o[1:] for o in obs])))
+    np.testing.assert_allclose(
+        train["actions"], np.concatenate([d["actions"] for d in train_demos]).clip(1e-5 - 1, 1 - 1e-5), atol=1e-7
+    )
+    lengths = [len(demo["actions"]) for demo in train_demos]
+    last = np.cumsum(lengths) - 1
+    assert np.flatnonzero(train["terminals"]).tolist() == np.flatnonzero(train["masks"] == 0).tolist() == last.tolist()
+    assert train["rewards"].sum() == len(train_demos)
+    assert process_train_dataset(train, args)["rewards"].tolist() == [float(i in last) - 1 for i in range(sum(lengths))]
+    assert_no_chunk_crosses(train, np.repeat(np.arange(len(lengths)), lengths), 4)
+
+
+def test_robomimic_file_in_the_usual_place(tmp_path, stand_ins):
+    write_robomimic(tmp_path / ".robomimic" / "lift" / "mh" / "low_dim_v15.hdf5")
+    assert train_rows("lift-mh-low_dim")["observations"].shape[1] == 19
+
+
+def test_robomimic_file_is_missing(capsys):
+    message = refused(capsys, "can-ph-low_dim")
+    for word in (".robomimic/can/ph/low_dim_v15.hdf5", "download_datasets", "--dataset-path"):
+        assert word in message
+
+
+def test_robomimic_task_is_made_from_the_file(tmp_path, stand_ins):
+    import robosuite
+
+    path = write_robomimic(tmp_path / "x.hdf5")
+    env, eval_env, train, _ = make_env_and_datasets("lift-mh-low_dim", Args(dataset_path=str(path)))
+    name, options = robosuite.made[0]
+    assert name == "Lift" and options["robots"] == ["Panda"] and options["controller_configs"]["type"] == "BASIC"
+    assert not options["use_camera_obs"] and options["control_freq"] == 20
+    obs, _ = env.reset(seed=3)
+    again, _ = eval_env.reset(seed=3)
+    assert obs.dtype == np.float32 and obs.shape == train["observations"].shape[1:]
+    np.testing.assert_array_equal(obs, again)  # seeded
+    assert not np.array_equal(obs, env.reset(seed=4)[0])
+    np.testing.assert_allclose(obs[:9], [0, 0, 0, 1, 0, 0, 0, 0.02, -0.02])
+    up = np.array([0, 0, 1, 0, 0, 0, 0], np.float32)
+    steps = [env.step(up) for _ in range(3)]
+    assert [step[1:4] for step in steps] == [(0, False, False), (0, False, False), (1, True, False)]
+    assert steps[-1][4]["success"] and not steps[0][4]["success"]
+    env.reset(seed=0)
+    ends = [env.step(0 * up)[2:4] for _ in range(300)]  # qc robomimic_utils.py:34: a lift has 300 steps
+    assert ends.index((False, True)) == 299 and not any(terminated for terminated, _ in ends)
+
+
+def test_robomimic_without_robosuite(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(__import__("sys").modules, "robosuite", None)
+    env, _, train, _ = make_env_and_datasets(
+        "lift-mh-low_dim", Args(dataset_path=str(write_robomimic(tmp_path / "x.hdf5")))
+    )
+    assert env is None and train.size == 48 and "robosuite" in capsys.readouterr().err
+
+
+def edit(path: Path, change) -> Path:
+    with h5py.File(path, "a") as file:
+        change(file)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda file: file["data"].attrs.__delitem__("env_args"), "env_args"),
+        (lambda file: file["data"].attrs.__setitem__("env_args", "{"), ""),
+        (lambda file: file["data/demo_3"].__delitem__("actions"), "actions"),
+        (lambda file: file["data/demo_3/obs"].__delitem__("object"), "object"),
+        (lambda file: file.__delitem__("data"), "data"),
+        (lambda file: [file["data"].__delitem__(f"demo_{i}") for i in range(12)], "layout"),
+        (lambda file: file["data"].move("demo_3", "other"), ""),
+        (lambda file: file["data/demo_3/actions"].__setitem__((0, 0), np.nan), "finite"),
+    ],
+    ids=["no env_args", "bad env_args", "no actions", "no object", "no data", "no demos", "other names", "NaN"],
+)
+def test_broken_robomimic_files(tmp_path, capsys, stand_ins, change, word):
+    path = edit(write_robomimic(tmp_path / "broken.hdf5"), change)
+    message = refused(capsys, "lift-mh-low_dim", dataset_path=str(path))
+    assert word in message
+
+
+# --- OGBench ----------------------------------------------------------------------------------------------------------
+def test_ogbench_through_its_package(stand_ins):
+    import ogbench
+
+    env, _, train, val = make_env_and_datasets("reach-play-singletask-v0", Args())
+    for part, theirs in ((train, ogbench.rows(30, 0)), (val, ogbench.rows(5, 1))):
+        for key in ("observations", "next_observations", "rewards", "masks", "terminals"):
+            np.testing.assert_array_equal(part[key], theirs[key], err_msg=key)
+        np.testing.assert_allclose(part["actions"], theirs["actions"], atol=1e-7)
+    assert_no_chunk_crosses(train, np.arange(train.size) // 4, 3)
+    obs, _ = env.reset(seed=0)
+    assert obs.shape == (2,) and obs.dtype == np.float32
+    count = len([call for call in ogbench.calls if not call[2]])
+    make_env_and_datasets("reach-play-singletask-v0", Args())
+    assert len([call for call in ogbench.calls if not call[2]]) == count == 1  # loaded through the package once
+
+
+def test_ogbench_with_only_the_training_part_stored(stand_ins, tmp_path):
+    """A run that was killed between the two parts."""
+    make_env_and_datasets("reach-play-singletask-v0", Args())
+    (val,) = [name for name in minari.list_local_datasets() if "val" in name]
+    shutil.rmtree(tmp_path / "minari" / val)
+    assert make_env_and_datasets("reach-play-singletask-v0", Args())[3].size == 20
+
+
+def test_ogbench_faults(stand_ins, monkeypatch, capsys):
+    assert "is not a data set" in refused(capsys, "no-such-singletask-v0")
+    monkeypatch.setitem(__import__("sys").modules, "ogbench", None)
+    assert "pip install ogbench" in refused(capsys, "reach-play-singletask-v0")
+
+
+# --- Downloads --------------------------------------------------------------------------------------------------------
+D4RL_PATH = "gym_mujoco_v2/halfcheetah_medium-v2.hdf5"
+
+
+@pytest.fixture(autouse=True)
+def _no_proxy(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nothing listens
+
+
+@pytest.fixture
+def d4rl_server(tmp_path) -> Iterator[offline_data.FileServer]:
+    data = write_hdf5(tmp_path / "source" / "x.hdf5", d4rl_rows()).read_bytes()
+    with serve({D4RL_PATH: data}) as server:
+        yield server
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("halfcheetah-medium-v2", D4RL_PATH),
+        ("hopper-medium-replay-v2", "gym_mujoco_v2/hopper_medium_replay-v2.hdf5"),
+        ("walker2d-medium-expert-v2", "gym_mujoco_v2/walker2d_medium_expert-v2.hdf5"),
+        ("pen-human-v1", "hand_dapg_v1/pen-human-v1.hdf5"),
+        ("antmaze-umaze-v2", "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"),
+        (
+            "antmaze-large-diverse-v2",
+            "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
+        ),
+        ("maze2d-umaze-v1", "maze2d/maze2d-umaze-sparse-v1.hdf5"),
+        ("kitchen-complete-v0", "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5"),
+    ],
+)
+def test_addresses_of_d4rl_files(name, path):
+    """D4RL infos.py:297-330."""
+    assert bc_flow_offline.d4rl_files()[name] == path
+
+
+def test_a_d4rl_file_is_downloaded_once(tmp_path, d4rl_server, capsys):
+    args = Args(env_name="halfcheetah-medium-v2", d4rl_url=d4rl_server.url + "/offline_rl")
+    train = make_env_and_datasets(args.env_name, args)[2]
+    np.testing.assert_array_equal(train["observations"], d4rl_rows()["observations"])
+    assert d4rl_server.requests == [("GET", f"/offline_rl/{D4RL_PATH}", None)]
+    assert "100%" in capsys.readouterr().err  # the progress bar
+    assert [path.name for path in (tmp_path / "d4rl").iterdir()] == ["halfcheetah_medium-v2.hdf5"]
+    make_env_and_datasets(args.env_name, args)
+    assert len(d4rl_server.requests) == 1
+    shutil.rmtree(tmp_path / "minari")  # the file is enough
+    make_env_and_datasets(args.env_name, args)
+    assert len(d4rl_server.requests) == 1
+
+
+@pytest.mark.parametrize("how", ["cut off", "too long a length", "404"])
+def test_downloads_that_fail(tmp_path, d4rl_server, capsys, how):
+    """One line; no half file that the next run would take for the whole one; then it works."""
+    url = d4rl_server.url
+    if how == "cut off":
+        d4rl_server.cut, d4rl_server.cuts = 2000, 1
+    elif how == "too long a length":
+        d4rl_server.extra = 100
+    else:
+        d4rl_server.files = {}
+    message = refused(capsys, "halfcheetah-medium-v2", d4rl_url=url)
+    assert url in message and ("404" in message or "again" in message)
+    assert not list((tmp_path / "d4rl").iterdir())
+    d4rl_server.extra = 0
+    d4rl_server.files = {D4RL_PATH: (tmp_path / "source" / "x.hdf5").read_bytes()}
+    assert train_rows("halfcheetah-medium-v2", d4rl_url=d4rl_server.url).size == 20
+
+
+def test_no_disk_space_for_a_download(tmp_path, d4rl_server, capsys, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    message = refused(capsys, "halfcheetah-medium-v2", d4rl_url=d4rl_server.url)
+    assert "d4rl" in message and "free" in message and "room" in message
+    assert not list((tmp_path / "d4rl").iterdir())
+
+
+def test_the_disk_fills_up_during_a_download(tmp_path, d4rl_server):
+    """A file may not grow beyond 3 kB: one line that names it, and nothing half is left."""
+    flags = ("--env-name", "halfcheetah-medium-v2", "--d4rl-url", d4rl_server.url, "--run-dir", "run")
+    env = {"D4RL_DATASET_DIR": str(tmp_path / "d4rl"), "HOME": str(tmp_path)}
+    result = run_forked(SCRIPT, *flags, cwd=tmp_path, env=env, max_file_bytes=3000, check=False, timeout=30)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith(f"{SCRIPT}: ") and ("too large" in last or "No space" in last) and "--resume" not in last
+    assert not list((tmp_path / "d4rl").iterdir())
+
+
+def test_no_network_is_one_message_in_seconds(capsys):
+    started = time.monotonic()
+    for name in ("halfcheetah-medium-v2", "mujoco/halfcheetah/medium-v0"):
+        message = refused(capsys, name, d4rl_url="http://127.0.0.1:9")
+        assert name in message
+        for way in ("--dataset-path", "minari list local", "--env-name"):
+            assert way in message
+    assert time.monotonic() - started < 4
+
+
+def test_a_network_that_swallows_packets_is_given_up_soon(capsys, monkeypatch):
+    """Neither refused nor answered, as behind a firewall; and a name server that does not answer."""
+
+    def silent(*_, **__):
+        time.sleep(30)
+
+    monkeypatch.setattr("socket.create_connection", silent)
+    started = time.monotonic()
+    assert "--dataset-path" in refused(capsys, "halfcheetah-medium-v2", d4rl_url="http://127.0.0.1:9")
+    assert time.monotonic() - started < 6
+
+
+def test_minari_id_is_downloaded_through_minari(monkeypatch, capsys, tmp_path):
+    """Minari's own function, with its progress; a hub that does not know the name, and Minari without its package."""
+    source = tmp_path / "hub"
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(source))
+    write_minari("steps/some-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    asked = []
+
+    def download_dataset(dataset_id, force_download=False):
+        asked.append(dataset_id)
+        if not (source / dataset_id).exists():
+            raise ValueError("Couldn't find any version")
+        shutil.copytree(source, tmp_path / "minari", dirs_exist_ok=True)
+
+    monkeypatch.setattr("minari.storage.local.hosting.download_dataset", download_dataset, raising=False)
+    monkeypatch.setattr("minari.storage.hosting.download_dataset", download_dataset)
+    with serve({}) as server:
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
+        assert train_rows("steps/some-v0").size == 14 and asked == ["steps/some-v0"]
+        assert train_rows("steps/some-v0").size == 14 and len(asked) == 1
+        with pytest.raises(SystemExit, match=r"steps/sme-v0.*Couldn't find.*steps/some-v0"):
+            train_rows("steps/sme-v0")
+
+
+def test_d4rl_name_never_becomes_another_dataset(capsys):
+    """Minari's medium is here, D4RL's is not: the name is refused, not replaced."""
+    write_minari("mujoco/halfcheetah/medium-v0", gym.make("offline_data:Steps-v0"), episodes=1)
+    with pytest.raises(SystemExit, match="cannot be reached"):
+        make_env_and_datasets("halfcheetah-medium-v2", Args(d4rl_url="http://127.0.0.1:9"))
+
+
+# --- Own recordings, Minari datasets ----------------------------------------------------------------------------------
+def test_minari_dataset_as_rows():
+    """Truncated ends keep their mask, terminated ones lose it; observations are flat in the order of sorted names."""
+    dataset = write_minari("point/random-v0", gym.make("probe_envs:Point-v0"), policy=lambda env, obs: [-0.4, 0.1, 0])
+    train = train_rows("point/random-v0")
+    episodes = list(dataset.iterate_episodes())
+    flat = [np.concatenate([e.observations["goal"], e.observations["point"]], -1) for e in episodes]
+    np.testing.assert_array_equal(train["observations"], np.float32(np.concatenate([o[:-1] for o in flat])))
+    np.testing.assert_array_equal(train["next_observations"], np.float32(np.concatenate([o[1:] for o in flat])))
+    np.testing.assert_allclose(train["actions"], [[-0.2, 0.05, 0]] * train.size, atol=1e-7)  # of bounds -2..2
+    last = np.cumsum([len(episode.rewards) for episode in episodes]) - 1
+    assert np.flatnonzero(train["terminals"]).tolist() == last.tolist()
+    terminated = [row for row, episode in zip(last, episodes) if episode.terminations[-1]]
+    assert np.flatnonzero(train["masks"] == 0).tolist() == terminated and 0 < len(terminated) < 4
+    assert_no_chunk_crosses(train, np.repeat(np.arange(4), [len(e.rewards) for e in episodes]), 6)
+
+
+@pytest.mark.parametrize("task", ["Steps", "Ordered", "Tall"])
+def test_live_observations_and_actions_are_those_of_the_data(task):
+    """The same numbers in the same order, and an action in [-1, 1] does what the stored one did."""
+    env = gym.make(f"offline_data:{task}-v0")
+    write_minari("own/data-v0", env, episodes=2)
+    env, eval_env, train, _ = make_env_and_datasets("own/data-v0")
+    for live in (env, eval_env):
+        obs, _ = live.reset(seed=1000)
+        for row in range(7):
+            assert obs.dtype == np.float32
+            np.testing.assert_array_equal(obs, train["observations"][row])
+            obs, reward, *_ = live.step(train["actions"][row])
+            if task != "Ordered":
+                assert reward == pytest.approx(train["rewards"][row], abs=2e-4)
+    assert abs(train["actions"]).max() <= 1
+
+
+class Unbounded(offline_data.Steps):
+    action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
+
+
+class Discrete(offline_data.Steps):
+    action_space = spaces.Discrete(3)
+
+    def step(self, action):
+        return super().step([action])
+
+
+@pytest.mark.parametrize("task", [Unbounded, Discrete])
+def test_actions_that_cannot_be_learned(task):
+    write_minari("own/data-v0", task(), episodes=1)
+    with pytest.raises(SystemExit, match="own/data-v0.*bounded Box|bounded Box.*own/data-v0"):
+        make_env_and_datasets("own/data-v0")
+
+
+def test_nan_in_a_recording():
+    """Minari stores what it is given; learning from it would end in NaN."""
+
+    def episode(env, obs):
+        return np.array([np.nan if obs[1] == 3 else 0.1], np.float32)
+
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2, policy=episode)
+    with pytest.raises(SystemExit, match="own/data-v0.*finite"):
+        make_env_and_datasets("own/data-v0")
+
+
+def test_task_that_is_not_here(capsys, monkeypatch):
+    """Data can be learned from without its task: no environment, and a line that says why."""
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    metadata.write_text(metadata.read_text().replace("offline_data:Steps", "no_such_module:Steps"))
+    env, eval_env, train, _ = make_env_and_datasets("own/data-v0")
+    assert env is None and eval_env is None and train.size == 14
+    assert "no evaluation" in capsys.readouterr().err
+
+
+def test_normalized_scores_are_the_datasets_own(capsys):
+    reference = {"ref_min_score": -3.0, "ref_max_score": 5.0}
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2, **reference)
+    make_env_and_datasets("own/data-v0")
+    printed = capsys.readouterr().out
+    assert "-3" in printed and "5" in printed and "Minari" in printed and "D4RL" not in printed
+
+
+def test_minari_locomotion_is_scored_with_d4rls_references(capsys):
+    """bc.md: Minari's mujoco sets have none of their own; the line says whose they are."""
+    write_minari("mujoco/hopper/simple-v0", gym.make("Hopper-v5"), episodes=1)
+    make_env_and_datasets("mujoco/hopper/simple-v0")
+    printed = capsys.readouterr().out
+    assert "D4RL" in printed and "-20.2723" in printed and "3234.3" in printed and "mujoco/hopper/simple-v0" in printed
+
+
+def test_top_fraction_keeps_the_episodes_of_the_highest_return():
+    dataset = write_minari(
+        "point/random-v0", gym.make("probe_envs:Point-v0"), 10, policy=lambda env, obs: [0.1, 0.1, 0]
+    )
+    returns = [episode.rewards.sum() for episode in dataset.iterate_episodes()]
+    train = train_rows("point/random-v0", top_fraction=0.3)
+    best = sorted(np.argsort(returns)[-3:])
+    kept = np.concatenate([dataset[int(i)].rewards for i in best])
+    np.testing.assert_array_equal(train["rewards"], np.float32(kept))
+
+
+def test_validation_part_is_apart_from_training():
+    write_minari("steps/data-v0", gym.make("offline_data:Steps-v0"), episodes=10)
+    _, _, train, val = make_env_and_datasets("steps/data-v0", Args(validation_fraction=0.3, seed=1))
+    assert (train.size, val.size) == (49, 21)
+    assert not set(train["observations"][:, 0].tolist()) & set(val["observations"][:, 0].tolist())
+    assert len(set(train["observations"][:, 0].tolist()) | set(val["observations"][:, 0].tolist())) == 10
+    again = make_env_and_datasets("steps/data-v0", Args(validation_fraction=0.3, seed=1))[3]
+    np.testing.assert_array_equal(val["observations"], again["observations"])
+
+
+def test_robomimic_validation_is_the_files_own(tmp_path, stand_ins):
+    """mask/valid names demo_0 and demo_6."""
+    args = Args(dataset_path=str(write_robomimic(tmp_path / "x.hdf5")), validation_fraction=0.1)
+    _, _, train, val = make_env_and_datasets("lift-mh-low_dim", args)
+    assert sorted({round(100 * a) for a in val["actions"][:, 6].tolist()}) == [0, 6]
+    assert train.size + val.size == 48 and val.size == 6
+
+
+# --- Images -----------------------------------------------------------------------------------------------------------
+@pytest.fixture(params=[True, False], ids=["jpeg", "raw"])
+def camera_data(request):
+    env = gym.make("offline_data:Camera-v0")
+    return write_minari("own/camera-v0", env, episodes=3, jpeg_encoding=request.param)
+
+
+def test_images_from_disk_are_those_in_memory(camera_data):
+    memory = train_rows("own/camera-v0", data_loading="memory")
+    disk = train_rows("own/camera-v0", data_loading="workers")
+    images = np.concatenate([episode.observations["front"][:-1] for episode in camera_data.iterate_episodes()])
+    assert memory["observations"]["front"].dtype == np.uint8
+    np.testing.assert_array_equal(memory["observations"]["front"], images)
+    rows = np.array([[0, 29], [10, 9]])
+    np.testing.assert_array_equal(disk["observations"]["front"][rows], images[rows])
+    for key in ("actions", "rewards", "terminals", "masks"):
+        np.testing.assert_array_equal(disk[key], memory[key])
+    np.testing.assert_array_equal(disk["observations"]["state"], memory["observations"]["state"])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_workers_give_the_batches_of_memory(camera_data, workers):
+    options = {"frame_stack": 3, "batch_size": 16, "action_chunking": True, "horizon_length": 4, "num_workers": workers}
+    taken = []
+    for how in ("memory", "workers"):
+        args = Args(**options, data_loading=how, dataset_proportion=0.9)
+        batches = Batches(process_train_dataset(make_env_and_datasets("own/camera-v0", args)[2], args), args, CPU)
+        batches.open(2, 6, False)
+        taken.append([batches.take(2, 3, CPU), batches.take(5, 1, CPU)])
+        del batches
+    for one, other in zip(*taken):
+        assert one[0]["front"].shape[1:] == (16, 40, 40, 9) and one[0]["state"].shape[1:] == (16, 3)
+        for key in one[0]:
+            assert torch.equal(one[0][key], other[0][key])
+        assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
+
+
+def test_two_processes_that_store_the_same_data(tmp_path):
+    """The slower one finds the name taken when it is done."""
+    box = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
+    parts = np.zeros((3, 2)), np.zeros((2, 1), np.float32), np.zeros(2), *np.array([[False] * 2, [False, True]])
+    root = tmp_path / "minari" / "own"
+    bc_flow_offline.store("own/data-v0", [parts], **box)
+    root.rename(tmp_path / "theirs")
+
+    def episodes():
+        yield parts
+        shutil.copytree(tmp_path / "theirs", root)
+        yield parts
+
+    assert bc_flow_offline.store("own/data-v0", episodes(), **box) == "own/data-v0"
+    assert train_rows("own/data-v0").size == 2 and not list((tmp_path / "minari").glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["Hopper-v2", "CartPole-v1", "HalfCheetah-v5"])
+def test_gymnasium_tasks_without_an_expert_or_that_do_not_run(capsys, name):
+    assert f"--env-name {name}" in refused(capsys, name)
+
+
+def test_a_server_that_speaks_another_protocol(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = server.accept()
+                    with connection:
+                        connection.settimeout(0.5)
+                        with contextlib.suppress(OSError):
+                            connection.recv(1000)
+                            connection.sendall(b"SSH-2.0\r\n\r\n")
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert url in refused(capsys, "halfcheetah-medium-v2", d4rl_url=url)
+
+
+def test_no_disk_space_to_convert_a_file(tmp_path, capsys, monkeypatch):
+    """Seen before it begins: HDF5 crashes when the disk fills up as it writes. The file is good, nobody deletes it."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
+    assert "free" in message and "room" in message and "delete" not in message
+
+
+def test_images_of_two_cameras_in_nested_observations():
+    """Both are kept, whatever their places are called."""
+    image = spaces.Box(0, 255, (4, 4, 3), np.uint8)
+    cameras = {"front": spaces.Dict({"rgb": image}), "wrist": spaces.Dict({"rgb": image})}
+    space = spaces.Dict(cameras | {"pos": spaces.Box(-1, 1, (2,))})
+    obs = {"front": {"rgb": np.full((5, 4, 4, 3), 1, np.uint8)}, "wrist": {"rgb": np.full((5, 4, 4, 3), 2, np.uint8)}}
+    arranged = bc_flow_offline.arrange(space, obs | {"pos": np.zeros((5, 2))})
+    images = [x for key, x in arranged.items() if key != "state"]
+    assert sorted(x.flat[0] for x in images) == [1, 2] and arranged["state"].shape == (5, 2)
+
+
+# --- From each format to a score --------------------------------------------------------------------------------------
+TINY = "--threads 1 --hidden-dims 32 32 --batch-size 32 --offline-steps 20 --log-interval 10 --no-capture-video"
+TINY += " --eval-episodes 2 --flow-steps 2 --run-dir run"
+
+
+def learn(*flags: object, cwd: Path) -> tuple[dict[str, list[float]], str]:
+    """eval.csv and stdout of a short run."""
+    done = run_forked(SCRIPT, *TINY.split(), *flags, cwd=cwd, env={"HOME": str(cwd)})
+    return read_csv(done.run_dir, "eval.csv"), done.stdout
+
+
+def test_a_d4rl_run_logs_d4rls_score(tmp_path):
+    """100 * (return - random policy's) / (expert's - random policy's), named after whose references these are."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
+    flags = ("--env-name", "halfcheetah-medium-v2", "--dataset-path", path, "--eval-episodes", 1, "--action-chunking")
+    scores, stdout = learn(*flags, cwd=tmp_path)
+    assert scores["episodic_length"] == [1000]
+    expected = 100 * (scores["episodic_return"][0] + 280.178953) / (12135 + 280.178953)
+    assert scores["normalized_score_d4rl"][0] == pytest.approx(expected, rel=1e-6)
+    assert f"normalized_score_d4rl {expected:.4g}" in stdout and "d4rl/halfcheetah-medium" in stdout
+
+
+def test_a_robomimic_run_logs_success(tmp_path, stand_ins):
+    path = write_robomimic(tmp_path / "x.hdf5", demos=30)
+    flags = ("--env-name", "lift-mh-low_dim", "--dataset-path", path, "--action_chunking=True", "--horizon_length=3")
+    scores, stdout = learn(*flags, "--offline-steps", 300, "--lr", 3e-3, cwd=tmp_path)
+    assert scores["success_rate"] == [1] and scores["episodic_return"] == [1] and scores["episodic_length"][0] < 20
+    assert "robomimic/lift-mh-low_dim" in stdout
+
+
+def test_an_ogbench_run_logs_success_and_validation_loss(tmp_path, stand_ins):
+    flags = ("--env-name", "reach-play-singletask-v0", "--offline-steps", 300, "--lr", 3e-3, "--normalize-observations")
+    scores, _ = learn(*flags, cwd=tmp_path)
+    assert scores["success_rate"] == [1] and 0 < scores["validation_loss"][0] < 1.5
+
+
+def test_a_recording_of_sac_state_sim_is_learned_from(tmp_path):
+    sac = "--env-id probe_envs:Point-v0 --total-timesteps 60 --learning-starts 50 --demos 0 --hidden-dims 16 16"
+    sac += " --threads 1 --final-eval-episodes 5 --no-capture-video --run-dir sac --record-dataset point/mine-v0"
+    run_forked("sac_state_sim.py", *sac.split(), cwd=tmp_path)
+    scores, stdout = learn("--env-name", "point/mine-v0", "--action-chunking", cwd=tmp_path)
+    assert "5 of 5 episodes" in stdout and scores["episodes"] == [2]
+    assert "normalized_score_minari" in scores

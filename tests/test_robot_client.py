@@ -1,0 +1,1215 @@
+"""Tests of robot_client.py: rotations against scipy, the client against a server that misbehaves, cameras,
+teleoperation, and the environment against robot_server.py on the simulated arm."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+from dataclasses import replace
+from unittest import mock
+
+import gymnasium as gym
+import msgpack
+import numpy as np
+import pytest
+import zmq
+from conftest import REPO, popen_script, run_script, wait_until
+from scipy.spatial.transform import Rotation
+
+import robot_client as rc
+from robot_client import CameraConfig, FrankaEnv, Intervention, RobotClient, TaskConfig
+
+RNG = np.random.default_rng(0)
+
+
+def test_nothing_heavy_is_imported():
+    """A laptop beside the robot needs no torch; SDKs are imported where they are used."""
+    code = "import sys, robot_client; print(*{'torch', 'mujoco', 'pyrealsense2', 'pyspacemouse'} & set(sys.modules))"
+    assert run_python(code).stdout.strip() == ""
+
+
+# --- Rotations --------------------------------------------------------------------------------------------------------
+def quaternions(count: int = 50) -> np.ndarray:
+    return Rotation.random(count, random_state=1).as_quat()
+
+
+def test_quaternions_agree_with_scipy():
+    for a, b in zip(quaternions(), quaternions()[::-1], strict=True):
+        vectors = RNG.normal(size=(4, 3))
+        same_rotation(rc.quat_multiply(a, b), Rotation.from_quat(a) * Rotation.from_quat(b))
+        same_rotation(rc.quat_inverse(a), Rotation.from_quat(a).inv())
+        np.testing.assert_allclose(rc.rotate(a, vectors), Rotation.from_quat(a).apply(vectors), atol=1e-12)
+        np.testing.assert_allclose(rc.rotate(a, vectors[0]), Rotation.from_quat(a).apply(vectors[0]), atol=1e-12)
+        turned = Rotation.from_rotvec(rc.rotation_between(a, b)) * Rotation.from_quat(b)
+        same_rotation(a, turned)
+
+
+def same_rotation(quaternion: np.ndarray, rotation: Rotation) -> None:
+    assert (Rotation.from_quat(quaternion) * rotation.inv()).magnitude() < 1e-7
+    assert np.linalg.norm(quaternion) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-13, 1e-6, 1.0, np.pi - 1e-6, np.pi])
+def test_rotation_vectors_of_all_sizes(angle):
+    rotvec = angle * np.array([0.36, 0.48, 0.8])
+    quaternion = rc.quat_from_rotvec(rotvec)
+    np.testing.assert_allclose(quaternion, Rotation.from_rotvec(rotvec).as_quat(), atol=1e-15)
+    for sign in (1, -1):
+        found = rc.rotation_between(sign * quaternion, np.array([0, 0, 0, 1.0]))
+        np.testing.assert_allclose(found, rotvec if angle < np.pi or sign > 0 else found, atol=1e-12)
+
+
+@pytest.mark.parametrize("pitch", [-np.pi / 2, -1.5, 0.0, 0.05, 1.2, np.pi / 2])
+def test_euler_angles_agree_with_scipy(pitch):
+    """Also where SERL's own do not: with a pitch."""
+    for roll, yaw in RNG.uniform(-np.pi, np.pi, (20, 2)):
+        quaternion = rc.quat_from_euler((roll, pitch, yaw))
+        same_rotation(quaternion, Rotation.from_euler("xyz", (roll, pitch, yaw)))
+        euler = rc.euler_from_quat(quaternion)
+        same_rotation(quaternion, Rotation.from_euler("xyz", euler))
+        if abs(pitch) < 1.55:
+            np.testing.assert_allclose(euler, (roll, pitch, yaw), atol=1e-9)
+
+
+def test_relative_pose_agrees_with_homogeneous_matrices():
+    def matrix(pose: np.ndarray) -> np.ndarray:
+        return np.block([[Rotation.from_quat(pose[3:]).as_matrix(), pose[:3, None]], [0, 0, 0, 1]])
+
+    for a, b in zip(quaternions(), quaternions()[::-1], strict=True):
+        pose, origin = np.append(RNG.normal(size=3), a), np.append(RNG.normal(size=3), b)
+        relative = rc.relative_pose(pose, origin)
+        np.testing.assert_allclose(matrix(relative), np.linalg.inv(matrix(origin)) @ matrix(pose), atol=1e-9)
+        assert relative[6] >= 0
+
+
+# --- Rate -------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that only sleep and `clock.now +=` move."""
+    clock = types.SimpleNamespace(now=100.0, slept=[])
+    monkeypatch.setattr(rc.time, "monotonic", lambda: clock.now)
+
+    def sleep(seconds: float) -> None:
+        assert seconds >= 0
+        clock.slept.append(seconds)
+        clock.now += seconds + 0.001  # it wakes up late
+
+    monkeypatch.setattr(rc.time, "sleep", sleep)
+    return clock
+
+
+def test_rate_does_not_drift(clock):
+    rate = rc.Rate(10)
+    for k in range(1, 101):
+        clock.now += 0.03  # work
+        assert rate.sleep() == 0.0
+        assert clock.now == pytest.approx(100 + 0.1 * k + 0.001)
+    assert rate.overruns == 0
+
+
+def test_rate_catches_up_a_little_and_starts_anew_after_much(clock):
+    rate = rc.Rate(10)
+    clock.now += 0.12
+    assert rate.sleep() == pytest.approx(0.02)
+    clock.now += 0.01
+    rate.sleep()
+    assert clock.now == pytest.approx(100.201)  # on the old schedule
+    clock.now += 0.499
+    assert rate.sleep() == pytest.approx(0.4)
+    rate.sleep()
+    assert clock.now == pytest.approx(100.801)  # a whole period after the late beat, not one burst of four
+    assert rate.overruns == 2
+
+
+# --- Client -----------------------------------------------------------------------------------------------------------
+class FakeServer:
+    """A ROUTER that answers as `answer(request)` says: a map that is merged into a good reply, bytes, or None: not."""
+
+    def __init__(self, address: str = "tcp://127.0.0.1:*"):
+        self.answer, self.requests, self.running = lambda request: {}, [], True
+        self.socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self.socket.linger = 0
+        self.socket.bind(address)
+        self.address = self.socket.last_endpoint.decode()
+        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread.start()
+
+    def run(self) -> None:
+        while self.running:
+            if not self.socket.poll(20):
+                continue
+            *envelope, body = self.socket.recv_multipart()
+            request = msgpack.unpackb(body)
+            self.requests.append(request)
+            answer = self.answer(request)
+            if isinstance(answer, dict):
+                reply = {"v": 1, "id": request["id"], "op": request["op"], "ok": True, "error": None, "result": {}}
+                reply |= {"mode": "streaming", "reference": [0, 0, 0, 0, 0, 0, 1], "fault": None, "lease": None}
+                answer = msgpack.packb(reply | answer)
+            if answer is not None:
+                self.socket.send_multipart([*envelope, *(answer if isinstance(answer, list) else [answer])])
+        self.socket.close()
+
+    def close(self) -> None:
+        self.running = False
+        self.thread.join()
+
+
+@pytest.fixture
+def fake():
+    with contextlib.closing(FakeServer()) as server:
+        yield server
+
+
+@pytest.fixture
+def client(fake):
+    with contextlib.closing(RobotClient(fake.address, name="test", timeout_s=0.2)) as client:
+        yield client
+
+
+def test_lost_replies_are_asked_for_again_and_late_ones_dropped(fake, client):
+    def answer(request):
+        count = len(fake.requests)
+        if count == 1:
+            return None  # lost
+        if count == 2:
+            time.sleep(0.3)  # late: arrives while the client waits for its third try
+        return {"result": {"count": count}}
+
+    fake.answer = answer
+    assert client.call("state")["result"] == {"count": 3}
+    assert [request["id"] for request in fake.requests] == [1, 1, 1]
+    assert client.call("state")["result"] == {"count": 4}  # and the late one does not answer the next request
+
+
+def test_dead_server_is_told_from_refused_command(fake, client):
+    fake.answer = lambda request: {"ok": False, "error": {"code": "fault", "message": "reflex: collision"}}
+    with pytest.raises(rc.RefusedError, match="fault: reflex: collision") as refusal:
+        client.target(np.zeros(7))
+    assert refusal.value.code == "fault" and len(fake.requests) == 1  # a no is not asked again
+    fake.close()
+    start = time.monotonic()
+    with pytest.raises(rc.UnreachableError, match=r"no answer from .*robot_server.py running"):
+        client.target(np.zeros(7))
+    assert 0.5 < time.monotonic() - start < 1.0  # 3 tries of 0.2 s
+
+
+def test_no_server_at_all():
+    with (
+        contextlib.closing(RobotClient("tcp://127.0.0.1:9", timeout_s=0.1, tries=2)) as client,
+        pytest.raises(rc.UnreachableError, match="2 tries of 0.1 s"),
+    ):
+        client.hello()
+
+
+def test_no_stale_command_reaches_a_server_that_comes_back(fake, client):
+    client.call("state")
+    fake.close()
+    with pytest.raises(rc.UnreachableError):
+        client.target(np.zeros(7))
+    with contextlib.closing(FakeServer(fake.address)) as back:
+        assert client.hello(wait_s=5.0) == {}
+        assert {request["op"] for request in back.requests} == {"hello"}
+
+
+class Cable:
+    """A TCP connection through us to `port`, which can be cut: nothing passes, nobody is told."""
+
+    def __init__(self, port: int):
+        self.cut, self.port, self.listener = False, port, socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self.listener.getsockname()[1]}"
+        threading.Thread(target=self.accept, daemon=True).start()
+
+    def accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = self.listener.accept()[0], socket.create_connection(("127.0.0.1", self.port))
+                for pair in ((near, far), (far, near)):
+                    threading.Thread(target=self.pump, args=pair, daemon=True).start()
+
+    def pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(4096):
+                if self.cut:
+                    return  # this connection never carries anything again, but stays open
+                sink.sendall(data)
+            sink.close()
+
+    def close(self) -> None:
+        self.listener.close()
+
+
+def test_cut_cable_is_noticed_and_a_mended_one_works_again(fake):
+    with (
+        contextlib.closing(Cable(int(fake.address.rsplit(":")[-1]))) as cable,
+        contextlib.closing(RobotClient(cable.address, timeout_s=0.2)) as client,
+    ):
+        client.call("state")
+        for _ in range(2):
+            cable.cut = True
+            with pytest.raises(rc.UnreachableError, match="is the cable in"):
+                client.target(np.zeros(7))
+            cable.cut = False
+            start, sent = time.monotonic(), len(fake.requests)
+            client.hello(wait_s=5.0)
+            assert time.monotonic() - start < 4.0
+            assert {request["op"] for request in fake.requests[sent:]} == {
+                "hello"
+            }  # the old target does not arrive now
+
+
+def test_target_that_arrived_but_whose_answer_was_lost(fake, client):
+    """The second try is refused as stale: the first one is in force. A first try that is stale is an error."""
+
+    def answer(request):
+        if len(fake.requests) == 1:
+            return None
+        return {"ok": False, "error": {"code": "stale", "message": "seq 1"}, "result": {"limited": []}}
+
+    fake.answer = answer
+    assert client.target(np.arange(7.0))["reference"] == [0, 0, 0, 0, 0, 0, 1]
+    with pytest.raises(rc.RefusedError, match="stale"):
+        client.target(np.arange(7.0))
+    assert [request["args"]["seq"] for request in fake.requests] == [1, 1, 2]
+    assert fake.requests[0]["args"]["pose"] == [0, 1, 2, 3, 4, 5, 6]
+
+
+def test_job_keeps_its_handle_over_retries_and_reports_failure(fake, client):
+    def answer(request):
+        if request["op"] == "move_joints" and len(fake.requests) == 1:
+            return None
+        done = len(fake.requests) > 4
+        return {"result": {"op": "move_joints", "status": "failed" if done else "running", "error": "joint limit"}}
+
+    fake.answer = answer
+    with pytest.raises(rc.RefusedError, match="failed: move_joints: joint limit"):
+        client.move_joints(range(7))
+    assert len({request["args"]["handle"] for request in fake.requests}) == 1
+    assert [request["op"] for request in fake.requests] == ["move_joints", "move_joints", "job", "job", "job"]
+
+
+def test_job_without_end_holds_the_arm(fake, client):
+    fake.answer = lambda request: {"result": {"op": "reset", "status": "running", "error": None}}
+    with pytest.raises(rc.RefusedError, match="longer than 0.1 s; the arm holds"):
+        client.job("reset", timeout_s=0.1)
+    assert fake.requests[-1]["op"] == "hold"
+
+
+def test_lease_token_is_sent_only_while_held(fake, client):
+    client.state = lambda: client.call("state")
+    client.state()
+    client.acquire(ttl_s=2.0)
+    client.state()
+    client.acquire()
+    client.release()
+    client.state()
+    tokens = [request.get("token") for request in fake.requests]
+    assert tokens[0] is None and tokens[-1] is None and len(set(tokens[1:-1])) == 1 and len(tokens[1]) >= 16
+    assert fake.requests[1]["args"] == {"name": "test", "token": tokens[1], "ttl": 2.0, "takeover": False}
+    fake.answer = lambda request: {"ok": False, "error": {"code": "lease_taken", "message": "by anna"}}
+    with pytest.raises(rc.RefusedError, match="lease_taken: by anna"):
+        client.acquire()
+    assert client.token is None
+
+
+OTHER = {"id": 99, "ok": True, "result": {}}  # the answer to another question
+
+
+@pytest.mark.parametrize("answer", [b"\xc1", b"", b"\x81" * 50, *map(msgpack.packb, ([1], {"id": 1}, OTHER))])
+def test_nonsense_from_a_server_is_one_clear_error(fake, client, answer):
+    fake.answer = lambda request: answer
+    with pytest.raises(rc.RobotError, match=r"does not speak the protocol of robot_server\.py"):
+        client.hello()
+
+
+def test_frames_that_are_not_what_they_announce(fake, client):
+    array = {"name": "front", "shape": [2, 2, 3], "dtype": "|u1", "seq": 1, "robot_time": 0.0, "age": 0.0}
+
+    def answer(request):
+        head = {"v": 1, "id": request["id"], "op": "frames", "ok": True, "result": {"arrays": [array]}}
+        return [msgpack.packb(head), bytes(range(12 if len(fake.requests) == 1 else 11))]
+
+    fake.answer = answer
+    (frame,) = client.frames(["front"])
+    np.testing.assert_array_equal(frame["image"], np.arange(12, dtype=np.uint8).reshape(2, 2, 3))
+    with pytest.raises(rc.RobotError, match="sizes that they announce"):
+        client.frames(["front"])
+
+
+def test_bad_address_and_missing_keys(tmp_path):
+    with pytest.raises(rc.RobotError, match="--server robot"):
+        RobotClient("robot")
+    with pytest.raises(rc.RobotError, match=f"--keys {tmp_path}"):
+        RobotClient(keys=str(tmp_path))
+
+
+# --- Cameras ----------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def camera():
+    config = CameraConfig("front", "test", width=16, height=12, fps=50, timeout_s=0.1)
+    with contextlib.closing(rc.TestCamera(config, size=8)) as camera:
+        yield camera.start()
+
+
+def test_camera_keeps_the_newest_frame(camera):
+    numbers = []
+    for _ in range(5):
+        time.sleep(0.1)
+        frame = camera.read(max_age_s=0.05)
+        assert frame.image.shape == (8, 8, 3) and frame.image.dtype == np.uint8
+        assert frame.image[0, 0, 0] == frame.number % 256 and frame.image[0, 7, 0] == 0
+        numbers.append(frame.number)
+    assert all(3 <= step <= 7 for step in np.diff(numbers)), numbers  # 50 Hz, read at 10 Hz
+    assert camera.restarts == 0
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("freeze", "delivers picture .* over and over"),
+        ("drop", "no picture for 0.1 s"),
+        ("raise", "test camera raises"),
+    ],
+)
+def test_camera_that_fails_is_noticed_restarted_and_comes_back(camera, mode, reason):
+    camera.reset_hardware = mock.Mock()
+    camera.mode = mode
+    wait_until(lambda: camera.restarts >= 3, 5.0)
+    with pytest.raises(rc.CameraError, match=f"camera front: newest picture is .* s old: .*{reason}"):
+        camera.read(max_age_s=0.1)
+    assert camera.reset_hardware.call_count >= 1  # the second time on
+    with pytest.raises(rc.CameraError, match="no picture within 0.2 s"):
+        camera.start(0.2)
+    camera.mode = "run"
+    camera.start(5.0)
+    assert camera.read(max_age_s=0.1).image[0, 0, 0] == camera.number % 256
+
+
+def test_crop_and_resize():
+    image = np.zeros((12, 16, 3), np.uint8)
+    image[:, 2:14] = RNG.integers(0, 255, (12, 12, 3))
+    fit = rc.TestCamera(CameraConfig("a"), size=4)._fit(image)  # the square in the middle, 3 x 3 pixels into one
+    np.testing.assert_allclose(fit, image[:, 2:14].reshape(4, 3, 4, 3, 3).mean((1, 3)), atol=1)
+    fit = rc.TestCamera(CameraConfig("a", crop=(0.5, 0.0, 1.0, 1.0)), size=4)._fit(image)
+    np.testing.assert_allclose(fit, image[:, 8:].reshape(4, 3, 4, 2, 3).mean((1, 3)), atol=1)
+    small = image[:4, 4:8]
+    fit = rc.TestCamera(CameraConfig("a"), size=4)._fit(small)
+    assert np.array_equal(fit, small) and not np.shares_memory(fit, small)
+
+
+# --- RealSense: the real module as far as it goes without a camera, then a double of it -------------------------------
+def run_python(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=os.environ | env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_realsense_loads_without_the_systems_libusb_and_names_what_is_missing():
+    pytest.importorskip("libusb_package")
+    code = "import robot_client as rc; rs = rc.import_realsense(); print(rs.__version__, rc.realsense_devices(rs))"
+    assert run_python(code).stdout.split()[0].startswith("2.")
+    hidden = "import sys; sys.modules['pyrealsense2'] = None; import robot_client; robot_client.import_realsense()"
+    assert "run: pip install pyrealsense2 libusb-package" in run_python(hidden).stderr
+
+
+def test_missing_realsense_is_said_at_once():
+    """pipeline.start() would wait 15 s."""
+    pytest.importorskip("libusb_package")
+    camera, start = rc.RealSense(CameraConfig("wrist", "realsense", "128422270000", timeout_s=0.1)), time.monotonic()
+    with (
+        contextlib.closing(camera),
+        pytest.raises(rc.CameraError, match="no RealSense has serial number '128422270000'"),
+    ):
+        camera.start(1.0)
+    assert time.monotonic() - start < 4
+
+
+@pytest.fixture
+def realsense(monkeypatch):
+    """A D435-like device whose every object has just the attributes of pyrealsense2's, by `spec`."""
+    pytest.importorskip("libusb_package")
+    rs = rc.import_realsense()
+    fake = mock.Mock(spec=rs, stream=rs.stream, format=rs.format, option=rs.option, camera_info=rs.camera_info)
+    state = types.SimpleNamespace(rs=fake, log=[], frame=0, arrives=True, longest=10_000.0)
+    sensors = []
+    for name, stream in (("stereo", rs.stream.depth), ("rgb", rs.stream.color)):
+        sensor = mock.Mock(spec=rs.sensor)
+        sensor.get_stream_profiles.return_value = [
+            mock.Mock(spec=rs.stream_profile, **{"stream_type.return_value": stream})
+        ]
+        sensor.get_option_range.side_effect = lambda option: types.SimpleNamespace(
+            min=0.0, max=state.longest if option == rs.option.exposure else 1.0
+        )
+        sensor.set_option.side_effect = lambda option, value, name=name: state.log.append((name, option.name, value))
+        sensors.append(sensor)
+    device = mock.Mock(spec=rs.device)
+    device.get_info.return_value = "42"
+    device.query_sensors.return_value = sensors
+    device.hardware_reset.side_effect = lambda: state.log.append("hardware_reset")
+    fake.context.return_value = mock.Mock(spec=rs.context, **{"query_devices.return_value": [device]})
+    fake.config.side_effect = lambda: mock.Mock(spec=rs.config)
+    image = np.arange(4 * 4 * 3, dtype=np.uint8).reshape(4, 4, 3)
+
+    def wait_for_frames(timeout_ms):
+        time.sleep(0.01 if state.arrives else timeout_ms / 1000)
+        state.frame += state.arrives
+        colour = mock.Mock(spec=rs.video_frame)
+        colour.get_data.return_value, colour.get_frame_number.return_value = image, state.frame
+        return state.arrives, mock.Mock(spec=rs.composite_frame, **{"get_color_frame.return_value": colour})
+
+    def new_pipeline():
+        pipeline = mock.Mock(spec=rs.pipeline)
+        pipeline.start.side_effect = lambda settings: (
+            state.log.append("start") or mock.Mock(spec=rs.pipeline_profile, **{"get_device.return_value": device})
+        )
+        pipeline.stop.side_effect = lambda: state.log.append("stop")
+        pipeline.try_wait_for_frames.side_effect = wait_for_frames
+        return pipeline
+
+    fake.pipeline.side_effect = new_pipeline
+    monkeypatch.setattr(rc, "import_realsense", lambda: fake)
+    state.camera = rc.RealSense(
+        CameraConfig("wrist", "realsense", "42", exposure=8000.0, warmup_frames=5, timeout_s=0.1), 4
+    )
+    state.image = image
+    with contextlib.closing(state.camera):
+        yield state
+
+
+def test_realsense_fixes_the_exposure_of_the_colour_sensor(realsense):
+    frame = realsense.camera.start().read(0.5)
+    assert frame.number >= 6  # warm-up
+    np.testing.assert_array_equal(frame.image, realsense.image)
+    options = ["enable_auto_exposure", "exposure", "enable_auto_white_balance"]  # automatic off, before the value
+    assert realsense.log == ["start", *(("rgb", option, value) for option, value in zip(options, (0.0, 8000.0, 1.0)))]
+
+
+def test_realsense_frames_are_copied_out_of_the_cameras_pool():
+    """With frames of the real library, from its software device."""
+    pytest.importorskip("libusb_package")
+    rs = rc.import_realsense()
+    sensor, queue, stream = rs.software_device().add_sensor("colour"), rs.frame_queue(1), rs.video_stream()
+    stream.type, stream.uid, stream.width, stream.height, stream.fps, stream.bpp = rs.stream.color, 1, 4, 3, 30, 3
+    stream.fmt = rs.format.rgb8
+    profile = sensor.add_video_stream(stream)
+    sensor.open(profile)
+    sensor.start(queue)
+    video, image = rs.software_video_frame(), RNG.integers(0, 255, (3, 4, 3), dtype=np.uint8)
+    video.pixels, video.stride, video.bpp, video.frame_number, video.profile = (
+        image,
+        12,
+        3,
+        7,
+        profile.as_video_stream_profile(),
+    )
+    sensor.on_video_frame(video)
+    frames = mock.Mock(
+        spec=rs.composite_frame, **{"get_color_frame.return_value": queue.wait_for_frame().as_video_frame()}
+    )
+    camera = rc.RealSense(CameraConfig("wrist", "realsense"))
+    camera.pipeline = mock.Mock(spec=rs.pipeline, **{"try_wait_for_frames.return_value": (True, frames)})
+    copy, number, _ = camera.grab()
+    np.testing.assert_array_equal(copy, image)
+    assert copy.flags.owndata and copy.dtype == np.uint8 and number == 7
+
+
+def test_realsense_names_an_impossible_exposure(realsense):
+    realsense.longest = 5000.0
+    with pytest.raises(
+        rc.CameraError, match="camera wrist: no picture .*Exposure 8000.0: this camera takes 0.0 to 5000.0"
+    ):
+        realsense.camera.start(0.5)
+
+
+def test_realsense_ladder_pipeline_first_then_hardware(realsense):
+    camera = realsense.camera.start()
+    camera._stop = mock.Mock(wraps=camera._stop)
+    camera._stop.wait.side_effect = lambda seconds: time.sleep(min(seconds, 0.01))  # a reset takes 5 s
+    realsense.log.clear()
+    realsense.arrives = False
+    wait_until(lambda: "hardware_reset" in realsense.log, 5.0)
+    actions = [entry for entry in realsense.log if isinstance(entry, str)]
+    assert actions[:3] == ["stop", "start", "hardware_reset"]  # no stop() before the reset, which can deadlock
+    realsense.arrives = True
+    camera.start(5.0)
+    assert camera.read(0.5).image.shape == (4, 4, 3)
+
+
+# --- Teleoperation ----------------------------------------------------------------------------------------------------
+class Hand(rc.Teleop):
+    moves = (np.zeros(6), 0.0)
+
+    def motion(self):
+        return self.moves
+
+
+class Echo(gym.Env):
+    """Keeps its actions."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, size: int):
+        self.action_space, self.actions = gym.spaces.Box(-1, 1, (size,), np.float32), []
+
+    def step(self, action):
+        self.actions.append(action)
+        return np.zeros(1, np.float32), 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("size", [3, 4, 6, 7])
+def test_intervention_rules_of_hil_serl(size):
+    """The person rules while the input is not zero, buttons are near +-1, and what is executed is what is reported."""
+    hand, env = Hand(), Echo(size)
+    wrapped, policy = Intervention(env, hand), np.full(size, 0.3, np.float32)
+    info = wrapped.step(policy)[-1]
+    assert not info["intervened"] and "intervene_action" not in info
+    np.testing.assert_array_equal(info["executed_action"], policy)
+    motion = np.array([0.5, -0.2, 0.1, 0.4, 0.6, 1.5])
+    hand.moves = (motion, 0.0)
+    info = wrapped.step(policy)[-1]
+    axes = 6 if size >= 6 else 3
+    expected = np.clip(np.append(motion[:axes], [0.0] * (size in (4, 7))), -1, 1).astype(np.float32)
+    for action in (info["executed_action"], info["intervene_action"], env.actions[-1]):
+        np.testing.assert_array_equal(action, expected)
+    hand.moves = (np.zeros(6), -1.0)  # a button alone
+    executed = wrapped.step(policy)[-1]["executed_action"]
+    assert not executed[:axes].any() and (size in (3, 6) or -1 < executed[-1] <= -0.9)
+    hand.moves = (np.zeros(6), 0.0)  # let go: the policy acts in the very next step
+    assert not wrapped.step(policy)[-1]["intervened"]
+    assert wrapped.step(np.full(size, 3.0))[-1]["executed_action"].max() == 1.0  # what is stored fits the action space
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.05, 1.0])
+def test_scripted_person_takes_over_for_segments(probability):
+    """On any task with an expert; the same seed, the same segments."""
+    env = Echo(4)
+    env.expert_action = lambda: np.full(4, 0.7, np.float32)
+    runs = []
+    for _ in range(2):
+        wrapped = Intervention(env, rc.ScriptedExpert(probability, steps=10, seed=1))
+        runs.append([wrapped.step(np.zeros(4))[-1]["intervened"] for _ in range(400)])
+    assert runs[0] == runs[1]
+    assert env.actions[-1].tolist() == pytest.approx([0.7 * runs[1][-1]] * 4)
+    segments = [len(segment) for segment in "".join("x" if taken else " " for taken in runs[0]).split()]
+    if probability == 0.05:
+        assert 5 < len(segments) < 30 and all(length % 10 == 0 for length in segments[:-1])
+    else:
+        assert sum(segments) == 400 * probability
+
+
+def test_scripted_person_solves_the_simulated_task():
+    env = Intervention(gym.make("franka_sim:FrankaPickCube-v0"), rc.ScriptedExpert())
+    env.reset(seed=0)
+    assert any(env.step(np.zeros(4))[-1]["success"] for _ in range(60))
+    env.close()
+
+
+@pytest.fixture
+def terminal():
+    ours, theirs = os.openpty()
+    yield ours, theirs
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_keyboard(terminal):
+    import termios
+
+    ours, theirs = terminal
+    before = termios.tcgetattr(theirs)
+    keyboard = rc.Keyboard(speed=0.5, hold_s=0.2, fd=theirs)
+    os.write(ours, b"d")
+    assert not keyboard.motion()[0].any()  # typed before anyone asked
+    os.write(ours, b"wau c\x1b")
+    motion, gripper = keyboard.motion()
+    assert motion.tolist() == [0.5, 0.5, 0, 0, 0, 0.5] and gripper == 1.0
+    assert list(keyboard.keys) == [" ", "\x1b"]
+    assert keyboard.motion()[0].any()
+    time.sleep(0.25)
+    assert not keyboard.motion()[0].any() and keyboard.motion()[1] == 0.0
+    os.write(ours, b"sdv")
+    motion, gripper = keyboard.motion()
+    assert motion.tolist() == [-0.5, -0.5, 0, 0, 0, 0] and gripper == -1.0
+    keyboard.close()
+    assert termios.tcgetattr(theirs) == before
+
+
+def test_keyboard_without_a_terminal(tmp_path):
+    with (tmp_path / "pipe").open("w") as file, pytest.raises(rc.RobotError, match="standard input is no terminal"):
+        rc.Keyboard(fd=file.fileno())
+
+
+class FakeHid:
+    """What the USB library gives pyspacemouse, reports of a SpaceMouse Wireless: 1 = the cap, 3 = its buttons."""
+
+    product_string = manufacturer_string = serial_number = "test"
+    release_number = 1
+
+    def __init__(self):
+        self.reports, self.unplugged = [], False
+
+    def open(self):
+        pass
+
+    close = open
+
+    def set_nonblocking(self, _):
+        pass
+
+    def read(self, _):
+        if self.unplugged:
+            from pyspacemouse.device import HIDException
+
+            raise HIDException("Failed to read from HID device: -1")
+        return self.reports.pop(0) if self.reports else bytearray()
+
+
+@pytest.fixture
+def hid(monkeypatch):
+    """pyspacemouse itself, with a device of ours."""
+    pyspacemouse = pytest.importorskip("pyspacemouse")
+    from pyspacemouse.api import _create_and_open_device
+
+    spec, hid = pyspacemouse.get_device_specs()["SpaceMouseWirelessNew"], FakeHid()
+
+    def connect(axis_convention):
+        if hid.unplugged:
+            raise RuntimeError("No connected or supported devices found.")
+        return _create_and_open_device(spec, hid, axis_convention=axis_convention)
+
+    monkeypatch.setattr(pyspacemouse, "open", connect)
+    return hid
+
+
+def report(*axes: int) -> bytearray:
+    return bytearray(b"\x01" + np.array(axes, "<i2").tobytes())
+
+
+def test_spacemouse(hid):
+    mouse = rc.SpaceMouse()
+    try:
+        hid.reports += [report(0, 0, 0, 0, 0, 0)] * 500 + [report(35, -350, -70, 0, 0, 0), bytearray([3, 1, 0])]
+        wait_until(lambda: mouse.motion()[1] == 1.0, 2.0)  # 500 reports do not make it lag
+        np.testing.assert_allclose(mouse.motion()[0], [1.0, -0.1, 0.2, 0, 0, 0])  # pushed away, to the right, lifted
+        hid.reports += [report(0, 0, 0, 0, 350, 175), bytearray([3, 2, 0])]
+        wait_until(lambda: mouse.motion()[1] == -1.0, 2.0)
+        assert not mouse.motion()[0][:3].any() and np.abs(mouse.motion()[0][3:]).max() == 1.0
+        hid.unplugged = True
+        wait_until(lambda: mouse.fault, 2.0)
+        assert "SpaceMouse" in mouse.fault
+        assert not mouse.motion()[0].any() and mouse.motion()[1] == 0.0  # nothing goes on moving
+        hid.unplugged = False
+        wait_until(lambda: not mouse.fault, 5.0)
+        hid.reports += [report(0, 0, 350, 0, 0, 0)]
+        wait_until(lambda: mouse.motion()[0][2] == -1.0, 2.0)
+    finally:
+        mouse.close()
+
+
+def test_spacemouse_that_is_missing_names_what_to_install():
+    pytest.importorskip("pyspacemouse")
+    with pytest.raises(rc.RobotError, match=r"libhidapi-hidraw0, .*udev"):
+        rc.SpaceMouse()
+
+
+# --- Environment: what needs no robot ---------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("env_id", "config", "options"),
+    [
+        ("FrankaPegInsert-v0", rc.PEG, {"gripper_action": True}),
+        ("FrankaPegInsert-v0", replace(rc.PEG, gripper="fixed"), {}),
+        ("FrankaPickCube-v0", rc.PICK, {}),
+        ("FrankaPickCube-v0", replace(rc.PICK, image_size=64, cameras=(CameraConfig("wrist"),)),
+         {"image_size": 64, "cameras": ("wrist",)}),
+    ],
+)  # fmt: skip
+def test_spaces_are_those_of_the_simulated_pixel_tasks(env_id, config, options):
+    """And can be had without any robot, as a learner on another machine needs them."""
+    import franka_sim
+
+    sim = gym.make(f"{franka_sim.__name__}:{env_id}", image_obs=True, **options)
+    real = gym.make("robot_client:FrankaReal-v0", config=config, disable_env_checker=True)
+    assert real.observation_space == sim.observation_space
+    assert list(real.observation_space) == list(sim.observation_space)
+    assert real.action_space == sim.action_space
+    sim.close()
+    real.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"action_scale": (0.1, 0.1)}, "3 entries each, or 6"),
+        ({"action_scale": (0.1, 0.1, 0.1)}, "3 entries each, or 6"),
+        ({"hz": 2.0}, "hz is at least 4"),
+        ({"proprio": ("tcp_pose", "heat")}, "proprio names some of"),
+    ],
+)
+def test_settings_that_contradict_each_other(changes, fault):
+    with pytest.raises(ValueError, match=fault):
+        FrankaEnv(replace(rc.PEG, **changes))
+
+
+def posed_env(pose: np.ndarray, relative: bool = True) -> FrankaEnv:
+    """An environment that was told its state."""
+    env = FrankaEnv(replace(rc.PEG, relative_frame=relative, cameras=()))
+    env.hello = {"gripper": {"max_width": 0.08}}
+    zeros = {key: np.zeros(3) for key in ("tcp_force", "tcp_torque")}
+    env.target, env.rate = pose, rc.Rate(10)
+    env.state = {"tcp_pose": pose, "reference": pose, "gripper_width": 0.02, "tcp_vel": np.zeros(6)} | zeros
+    return env
+
+
+def test_relative_frame_turns_and_nothing_else():
+    """A translation stays one (with SERL's adjoint it does not), lengths stay, and there and back is the identity."""
+    for quaternion in quaternions(20):
+        env = posed_env(np.append(RNG.normal(size=3), quaternion))
+        rotation, motion = Rotation.from_quat(quaternion), RNG.normal(size=6)
+        base = env.action_to_base(motion)
+        np.testing.assert_allclose(base, [*rotation.apply(motion[:3]), *rotation.apply(motion[3:])], atol=1e-12)
+        np.testing.assert_allclose(env.base_to_action(base), motion, atol=1e-12)
+        assert not env.action_to_base(np.array([0, 1, 0, 0, 0, 0]))[3:].any()
+    env = posed_env(np.append(np.zeros(3), quaternion), relative=False)
+    np.testing.assert_array_equal(env.action_to_base(motion), motion)
+
+
+def test_observation_in_both_frames():
+    origin, pose = (
+        np.array([0.5, 0, 0.2, 1, 0, 0, 0]),
+        np.array([0.5, 0.1, 0.3, 1, 0, 0, 0]),
+    )  # tool down: y, z reversed
+    env = posed_env(pose)
+    env.origin = origin
+    env.state |= {"tcp_force": np.array([1.0, 2, 3]), "tcp_torque": np.array([4.0, 5, 6]), "tcp_vel": np.arange(6.0)}
+    state = env.observe()[0]["state"]
+    expected = [0.75, 1, -2, -3, 0, -0.1, -0.1, 0, 0, 0, 1, 4, -5, -6, 0, -1, -2, 3, -4, -5]
+    np.testing.assert_allclose(state, expected, atol=1e-6)
+    env = posed_env(-pose, relative=False)  # the same rotation, the other sign
+    np.testing.assert_allclose(env.observe()[0]["state"][4:11], [-0.5, -0.1, -0.3, 1, 0, 0, 0], atol=1e-6)
+
+
+def target_of(env: FrankaEnv, action: np.ndarray) -> np.ndarray:
+    """The pose that this action sends to the server."""
+    env.client = mock.Mock()
+    env.client.target.return_value = {"result": {"limited": []}}
+    env.command(np.asarray(action, float), {})
+    return env.client.target.call_args[0][0]
+
+
+def test_target_moves_on_from_the_reference_not_from_the_sagging_arm():
+    reference = np.array([0.5, 0, 0.14, 1, 0, 0, 0])
+    env = posed_env(reference, relative=False)
+    env.state["tcp_pose"] = reference - [0, 0, 0.02, 0, 0, 0, 0]
+    np.testing.assert_allclose(target_of(env, np.zeros(7)), reference, atol=1e-12)
+    np.testing.assert_allclose(target_of(env, [1, 0, -0.5, 0, 0, 0, 0])[:3], [0.52, 0, 0.13], atol=1e-12)
+    env.state["reference"] = reference + [0.01, 0, -0.01, 0, 0, 0, 0]  # the server is on its way: nothing is lost
+    np.testing.assert_allclose(target_of(env, [1, 0, 0, 0, 0, 0, 0])[:3], [0.54, 0, 0.13], atol=1e-12)
+
+
+def test_target_does_not_run_away_from_an_arm_that_is_blocked():
+    reference = np.array([0.5, 0, 0.1, 1, 0, 0, 0])
+    env = posed_env(reference, relative=False)
+    for _ in range(20):
+        target = target_of(env, [0, 0, -1, 0, 0, -1, 0])
+    np.testing.assert_allclose(target[:3], [0.5, 0, 0.1 - 1.5 * 0.02], atol=1e-12)
+    same_rotation(target[3:], Rotation.from_euler("z", -0.15) * Rotation.from_quat([1, 0, 0, 0]))
+    np.testing.assert_allclose(target_of(env, [0, 0, 1, 0, 0, 0, 0])[2], 0.11, atol=1e-12)  # and comes back at once
+
+
+def test_actions_in_the_relative_frame():
+    """Tool pointing down and turned by 30 degrees: its z is down, its rotations are about its own axes."""
+    tool = Rotation.from_euler("z", 30, degrees=True) * Rotation.from_euler("x", 180, degrees=True)
+    env = posed_env(np.append([0.5, 0, 0.14], tool.as_quat()))
+    np.testing.assert_allclose(target_of(env, [0, 0, 1, 0, 0, 0, 0])[:3], [0.5, 0, 0.12], atol=1e-9)
+    env.target = env.state["reference"]
+    np.testing.assert_allclose(
+        target_of(env, [1, 0, 0, 0, 0, 0, 0])[:3], [0.5 + 0.02 * 0.75**0.5, 0.01, 0.14], atol=1e-9
+    )
+    env.target = env.state["reference"]
+    turned = target_of(env, [0, 0, 0, 0.5, 0.25, 1, 0])
+    same_rotation(turned[3:], tool * Rotation.from_rotvec([0.05, 0.025, 0.1]))
+
+
+def test_safety_box_of_position_and_rotation():
+    """The box is that of SERL's clip_safety_box, without its trouble where roll is +-pi."""
+    down = np.array([1.0, 0, 0, 0])
+    env = posed_env(np.append([0.595, 0.095, 0.052], down), relative=False)
+    target = target_of(env, [1, 1, -1, 1, -1, 1, 0])
+    np.testing.assert_allclose(target[:3], [0.6, 0.1, 0.05])
+    for turn, allowed in (((0.3, 0, 0), (0.1, 0, 0)), ((-0.3, 0.05, 0), (-0.1, 0.05, 0)), ((0, 0, -1.0), (0, 0, -0.8))):
+        start = Rotation.from_euler("xyz", turn) * Rotation.from_quat(down)
+        env = posed_env(np.append([0.5, 0, 0.1], start.as_quat()), relative=False)
+        target = target_of(env, np.zeros(7))
+        same_rotation(target[3:], Rotation.from_euler("xyz", allowed) * Rotation.from_quat(down))
+
+
+@pytest.mark.parametrize("action", [np.full(7, np.nan), [np.inf] + [0] * 6, np.zeros(6), np.zeros((1, 7)), 0.5])
+def test_wild_actions_never_reach_the_robot(action):
+    env = posed_env(np.array([0.5, 0, 0.14, 1, 0, 0, 0]))
+    env.client = mock.Mock()
+    with pytest.raises(ValueError, match=r"the action must be \(7,\) finite numbers"):
+        env.step(action)
+    assert env.client.method_calls == []
+    assert np.abs(env.checked(np.full(7, 1e9))).max() == 1.0
+
+
+def test_gripper_modes():
+    """Binary: beyond +-0.5, only when it changes, with the penalty; continuous: closure adds up."""
+    env, info = posed_env(np.array([0.5, 0, 0.14, 1, 0, 0, 0])), {}
+    env.config, env.client, env.closure = (
+        replace(env.config, gripper_penalty=0.02, gripper_wait_s=0.0),
+        mock.Mock(),
+        0.0,
+    )
+    sent = []
+    for value in (0.4, -1.0, 0.6, 1.0, 0.0, -0.4, -0.6):
+        env.client.reset_mock()
+        info = {"grasp_penalty": 0.0}
+        env.command_gripper(value, info)
+        sent.append((info["grasp_penalty"], [call.args[0] for call in env.client.gripper.call_args_list]))
+    assert sent == [(0, []), (0, []), (-0.02, ["close"]), (0, []), (0, []), (0, []), (-0.02, ["open"])]
+    env.config, env.closure = replace(env.config, gripper="continuous"), 0.0
+    widths = []
+    for value in (0.25, 0.25, 0.0, 1.0, 1.0, -0.5):
+        env.client.reset_mock()
+        env.command_gripper(value, info)
+        widths += [call.kwargs["width"] for call in env.client.gripper.call_args_list]
+    np.testing.assert_allclose(widths, [0.06, 0.04, 0.0, 0.04])
+
+
+def test_pose_reward_is_serls():
+    env = posed_env(np.array([0.505, 0.005, 0.065, 1, 0, 0, 0]))
+    assert env.is_success({})
+    env.state["tcp_pose"] = np.array([0.511, 0, 0.06, 1, 0, 0, 0])
+    assert not env.is_success({})
+    turned = Rotation.from_euler("z", 0.25) * Rotation.from_quat([1, 0, 0, 0])
+    env.state["tcp_pose"] = np.array([0.5, 0, 0.06, *turned.as_quat()])
+    assert not env.is_success({})
+    env.success = lambda obs: obs["answer"]  # a classifier
+    assert env.is_success({"answer": 1})
+
+
+def scripted_env(*, refused: dict | None = None, **state) -> FrankaEnv:
+    """An environment whose client answers with this state, or refuses the target."""
+    env = posed_env(np.array([0.5, 0, 0.14, 1, 0, 0, 0]))
+    env.client = mock.Mock()
+    env.client.target.return_value = {"result": {"limited": ["clip"]}}
+    env.client.state.return_value = env.state | {"fault": None, "gripper_fault": None} | state
+    if refused:
+        env.client.target.side_effect = rc.RefusedError(refused["message"], refused["code"], {"fault": refused})
+    return env
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_reflex_ends_the_episode_and_is_counted(refused):
+    reflex = {"code": "reflex", "message": "reflex: cartesian collision", "count": 1}
+    env = scripted_env(refused=reflex) if refused else scripted_env(fault=reflex)
+    _, reward, terminated, truncated, info = env.step(np.zeros(7))
+    assert terminated and not truncated and reward == 0.0
+    assert "cartesian collision" in info["fault"] and info["reflexes"] == 1
+    assert env.step(np.zeros(7))[-1]["reflexes"] == 2
+    assert not env.client.recover.called and not env.client.acquire.called  # never inside a step
+
+
+@pytest.mark.parametrize(
+    ("trouble", "fault"),
+    [
+        ({"fault": {"code": "frozen", "message": "robot time stands still", "count": 1}}, "robot time stands still"),
+        ({"gripper_fault": "gripper: no answer on /dev/ttyUSB0"}, "no answer on /dev/ttyUSB0"),
+        ({"refused": {"code": "held", "message": "held by anna"}}, "held by anna"),
+    ],
+)
+def test_other_faults_truncate(trouble, fault):
+    env = scripted_env(**trouble)
+    _, _, terminated, truncated, info = env.step(np.zeros(7))
+    assert truncated and not terminated and fault in info["fault"] and info["reflexes"] == 0
+
+
+# --- Environment against robot_server.py on the simulated arm ---------------------------------------------------------
+@contextlib.contextmanager
+def served(folder, *flags, port: int = 0):
+    """The address of a running server, and its process."""
+    with popen_script("robot_server.py", "--port", port, *flags, cwd=folder) as process:
+
+        def line() -> str:
+            return process.stdout_path.read_text()
+
+        wait_until(lambda: "serving on" in line() or process.poll() is not None, 60.0)
+        assert process.poll() is None, process.stderr_path.read_text()
+        yield line().split("serving on ")[1].split()[0], process
+
+
+@pytest.fixture(scope="module")
+def peg(tmp_path_factory):
+    with served(tmp_path_factory.mktemp("server"), "--env-id", "FrankaPegInsert-v0") as (address, _):
+        yield address
+
+
+@contextlib.contextmanager
+def environment(address: str, config: TaskConfig = rc.PEG, **changes):
+    """The environment, by default without cameras and without moving the start around."""
+    changes = {"cameras": (), "reward": "none", "random_reset": (0, 0, 0), "wait_s": 10.0} | changes
+    env = gym.make("robot_client:FrankaReal-v0", config=replace(config, server=address, **changes))
+    with contextlib.closing(env):
+        yield env
+
+
+ZERO = np.zeros(7, np.float32)
+
+
+def test_scripted_person_inserts_the_peg_in_view_of_two_cameras(peg):
+    """From reset to success, through every part: the stored action is what moves the arm, and time does not drift."""
+    changes = {
+        "reward": "task",
+        "random_reset": (0.02, 0.02, 0.3),
+        "max_image_age_s": 2.0,
+    }  # a busy machine may be slow
+    with environment(peg, cameras=rc.PEG.cameras, **changes) as env:
+        env = Intervention(env, rc.ScriptedExpert())
+        obs, info = env.reset(seed=3)
+        assert env.observation_space.contains(obs) and info == {"success": False, "fault": None, "reflexes": 0}
+        np.testing.assert_allclose(obs["state"][4:11], [0, 0, 0, 0, 0, 0, 1], atol=1e-6)  # where the episode began
+        beats, done = [], False
+        while not done:
+            obs, reward, terminated, truncated, info = env.step(ZERO)
+            beats.append(time.monotonic())
+            assert env.observation_space.contains(obs)
+            np.testing.assert_array_equal(info["intervene_action"], info["executed_action"])
+            done = terminated or truncated
+        assert terminated and not truncated and reward == 1.0 and info["success"] and info["fault"] is None
+        assert 5 < len(beats) < 60
+        drift = beats - (beats[0] + 0.1 * np.arange(len(beats)))
+        assert np.median(np.abs(drift)) < 0.03, drift
+        assert not np.array_equal(obs["front"], obs["wrist"]) and obs["front"].std() > 5
+        assert obs["state"][0] > 0.7  # the gripper still holds the peg
+
+
+def test_time_limit_truncates_and_nothing_creeps(peg):
+    with environment(peg, max_episode_steps=20) as env:
+        env.reset(seed=0)
+        start = env.unwrapped.state["reference"]
+        ends = [env.step(ZERO)[1:] for _ in range(20)]
+        assert [(terminated, truncated) for _, terminated, truncated, _ in ends] == [(False, False)] * 19 + [
+            (False, True)
+        ]
+        assert not any(reward for reward, *_ in ends)
+        np.testing.assert_allclose(env.unwrapped.state["reference"], start, atol=1e-6)
+
+
+def test_reset_goes_where_it_should_and_starts_are_seeded(peg):
+    starts = []
+    with environment(peg, random_reset=(0.05, 0.05, 0.5), relative_frame=False, reset_joints_every=2) as env:
+        joints = mock.Mock(wraps=rc.RobotClient.move_joints)
+        with mock.patch.object(rc.RobotClient, "move_joints", lambda self, q: joints(self, q)):
+            for seed in (5, 6, 5):
+                obs, _ = env.reset(seed=seed)
+                starts.append(obs["state"][4:11])
+        assert joints.call_count == 1  # before the second episode
+        x, y, yaw = np.random.Generator(np.random.PCG64(5)).uniform(size=3)
+    np.testing.assert_allclose(starts[0], starts[2], atol=0.005)
+    assert np.abs(starts[0] - starts[1])[:2].max() > 0.01
+    for start in starts:
+        off, turn = start[:3] - [0.5, 0, 0.14], Rotation.from_quat(start[3:]) * Rotation.from_euler("x", -np.pi)
+        assert np.abs(off[:2]).max() < 0.055 and abs(off[2]) < 0.005
+        roll, pitch, yaw = turn.as_euler("xyz")
+        assert abs(roll) < 0.02 and abs(pitch) < 0.02 and abs(yaw) < 0.52
+
+
+def test_person_moves_the_arm_in_the_base_frame(peg):
+    """With a relative frame: what is stored is in the tool's frame, the arm goes where the person pushes."""
+    with environment(peg) as env:
+        hand = Hand()
+        env = Intervention(env, hand)
+        env.reset(seed=0)
+        start = env.unwrapped.state["tcp_pose"]
+        hand.moves = (np.array([0, 0.5, 0.5, 0, 0, 0]), 0.0)  # left and up
+        for _ in range(5):
+            info = env.step(ZERO)[-1]
+        moved = env.unwrapped.state["tcp_pose"] - start
+        assert moved[1] > 0.015 and moved[2] > 0.025 and abs(moved[0]) < 0.01, moved
+        np.testing.assert_allclose(info["executed_action"][:3], [0, -0.5, -0.5], atol=0.05)  # its y and z are reversed
+
+
+def test_two_commanders_hold_and_takeover(peg):
+    with environment(peg) as env, contextlib.closing(RobotClient(peg, name="anna")) as anna:
+        env.reset(seed=0)
+        with pytest.raises(rc.RefusedError, match="lease_taken"):
+            anna.acquire()
+        assert anna.state()["mode"] == "streaming"  # anyone may look,
+        anna.hold()  # and anyone may stop it
+        wait_until(lambda: anna.state()["mode"] == "hold", 1.0)
+        _, _, terminated, truncated, info = env.step(ZERO)
+        assert truncated and not terminated and info["fault"].startswith("held")
+        with pytest.raises(rc.RobotError, match=r"a person stopped the robot; call reset\(\) again"):
+            env.reset(seed=0)  # not without being asked again
+        env.reset(seed=0)
+        assert env.step(ZERO)[-1]["fault"] is None
+        anna.acquire(takeover=True)
+        info = env.step(ZERO)[-1]
+        assert info["fault"].startswith("no_lease")
+        anna.release()
+        env.reset(seed=0)
+        assert env.step(ZERO)[-1]["fault"] is None
+
+
+def test_wild_or_slow_policies_end_in_hold_and_stop(peg):
+    with environment(peg) as env, contextlib.closing(RobotClient(peg)) as observer:
+        env.reset(seed=0)
+        with pytest.raises(ValueError, match="finite numbers"):
+            env.step(np.full(7, np.nan, np.float32))
+        wait_until(lambda: observer.state()["mode"] == "hold", 1.0)
+        assert env.step(ZERO)[-1]["fault"] is None  # half a second late: the watchdog's hold ends by itself,
+        time.sleep(0.45)
+        info = env.step(ZERO)[-1]
+        assert info["fault"] is None and info["overruns"] >= 1 and info["late_s"] > 0.3  # and is reported
+        time.sleep(2.5)
+        wait_until(lambda: observer.state()["mode"] == "idle", 1.0)
+        _, _, _, truncated, info = env.step(ZERO)
+        assert truncated and info["fault"]
+        env.reset(seed=0)
+        assert env.step(ZERO)[-1]["fault"] is None
+
+
+def free_ports() -> int:
+    """The first of two free ports that the system does not hand out by itself: they are still free after a restart."""
+    for port in np.random.default_rng().integers(20_000, 32_000, 100).tolist():
+        with contextlib.suppress(OSError):
+            for number in (port, port + 1):
+                socket.create_server(("127.0.0.1", number)).close()
+            return port
+    raise AssertionError("no free ports")
+
+
+def test_dead_frozen_and_restarted_server(tmp_path):
+    flags, port = ("--env-id", "FrankaPegInsert-v0"), free_ports()
+    with served(tmp_path, *flags, port=port) as (address, process), environment(address) as env:
+        env.reset(seed=0)
+        for signal_number in (signal.SIGSTOP, signal.SIGKILL):
+            assert env.step(ZERO)[-1]["fault"] is None
+            process.send_signal(signal_number)
+            start = time.monotonic()
+            _, _, terminated, truncated, info = env.step(ZERO)
+            assert time.monotonic() - start < 2.5
+            assert truncated and not terminated and "no answer from tcp://127.0.0.1" in info["fault"]
+            if signal_number == signal.SIGSTOP:
+                process.send_signal(signal.SIGCONT)
+                env.reset(seed=0)
+        env.unwrapped.config.wait_s = 1.0
+        with pytest.raises(rc.UnreachableError, match=r"is robot_server\.py running"):
+            env.reset(seed=0)
+        env.unwrapped.config.wait_s = 20.0
+        with popen_script("robot_server.py", "--port", port, *flags, cwd=tmp_path):
+            env.reset(seed=0)
+            assert env.step(ZERO)[-1]["fault"] is None
+
+
+def test_reflex_of_the_simulated_arm_latches_until_reset(tmp_path):
+    """The closed gripper presses on the cube, harder than --collision-force."""
+    with (
+        served(tmp_path, "--env-id", "FrankaPickCube-v0", "--collision-force", 10) as (address, _),
+        environment(address, rc.PICK, gripper_at_reset="close") as env,
+        contextlib.closing(RobotClient(address)) as observer,
+    ):
+        env.reset(seed=0)
+        cube = np.array(observer.task()["observation"]["cube_pos"])
+        for _ in range(100):
+            goal = cube[:2] - env.unwrapped.state["tcp_pose"][:2]
+            down = -0.5 if np.abs(goal).max() < 0.01 else 0.0
+            action = np.array([*np.clip(goal / 0.05, -0.5, 0.5), down, 0], np.float32)
+            _, _, terminated, truncated, info = env.step(action)
+            if terminated or truncated:
+                break
+        assert terminated and info["reflexes"] == 1 and "reflex" in info["fault"]
+        time.sleep(0.3)
+        assert observer.state()["fault"]["code"] == "reflex"
+        assert env.step(np.zeros(4, np.float32))[-1]["reflexes"] == 2  # still latched
+        env.unwrapped.config.recover_at_reset = False
+        with pytest.raises(rc.RefusedError, match=r"look at the robot, then call client\.recover"):
+            env.reset()
+        env.unwrapped.config.recover_at_reset = True
+        env.reset(seed=1)
+        assert env.step(np.zeros(4, np.float32))[-1]["fault"] is None
+
+
+def test_frozen_camera_ends_the_episode_and_reset_waits_for_it(peg):
+    camera = CameraConfig("front", "test", fps=50, timeout_s=0.1)
+    with environment(peg, cameras=(camera,), wait_s=0.5) as env:
+        env.reset(seed=0)
+        (camera,) = env.unwrapped.cameras
+        assert env.step(ZERO)[-1]["fault"] is None
+        camera.mode = "freeze"
+        ends = [env.step(ZERO)[2:] for _ in range(4)]
+        assert ends[-1][1] and not ends[-1][0] and "camera front" in ends[-1][2]["fault"]
+        with pytest.raises(rc.CameraError, match="camera front: no picture within 0.5 s"):
+            env.reset(seed=0)
+        camera.mode = "run"
+        env.reset(seed=0)
+        assert env.step(ZERO)[-1]["fault"] is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "hello", "fault"),
+    [
+        ({"workspace": ((0.1, 0.9), *rc.PEG.workspace[1:])}, {}, "the workspace reaches beyond"),
+        ({"action_scale": (0.2, 0.2, 0.2, 0.1, 0.1, 0.1)}, {}, "too large for --max-jump"),
+        ({"reward": "task"}, {"robot": {"task": None}}, "needs a simulated robot"),
+        ({}, {"gripper": {"kind": "none"}}, "without a gripper it must be 'fixed'"),
+    ],
+)
+def test_task_that_does_not_fit_the_server(peg, changes, hello, fault):
+    with environment(peg, **changes) as env, contextlib.closing(RobotClient(peg)) as client:
+        env.unwrapped.client = mock.Mock(**{"hello.return_value": client.hello() | hello})
+        with pytest.raises(rc.RobotError, match=f"TaskConfig does not fit .*{fault}"):
+            env.reset()
+
+
+# --- Command line -----------------------------------------------------------------------------------------------------
+def test_doctor_and_live_values(peg, tmp_path):
+    run = run_script("robot_client.py", "--server", peg, "--seconds", 1, "--snapshots", "shots", cwd=tmp_path)
+    assert f"ok   {peg}: sim" in run.stdout and "round trip" in run.stdout and "FIX" not in run.stdout
+    assert " N | gripper " in run.stdout and " | front " in run.stdout
+    assert {path.name for path in (tmp_path / "shots").iterdir()} == {"front.png", "wrist.png"}
+
+
+def test_doctor_without_server_and_devices_says_what_to_do(tmp_path):
+    flags = ("--server", "tcp://127.0.0.1:9", "--seconds", 0.5)
+    run = run_script("robot_client.py", *flags, "--teleop", "keyboard", cwd=tmp_path, check=False)
+    assert run.returncode == 1 and "FIX  no answer from tcp://127.0.0.1:9" in run.stdout
+    assert "FIX  keyboard: standard input is no terminal" in run.stdout
+    assert run.stderr.splitlines()[-1] == "robot_client.py: something above needs fixing"
+    run = run_script("robot_client.py", *flags, "--drive", cwd=tmp_path, check=False)
+    assert "--drive needs a server, and --teleop" in run.stderr and "Traceback" not in run.stderr
+
+
+def test_first_motion_by_keyboard(peg, tmp_path, terminal):
+    ours, theirs = terminal
+    flags = ("--server", peg, "--teleop", "keyboard", "--drive", "--seconds", 4)
+    with (
+        contextlib.closing(RobotClient(peg)) as observer,
+        popen_script("robot_client.py", *flags, cwd=tmp_path, stdin=theirs) as process,
+    ):
+        wait_until(lambda: " N | gripper " in process.stdout_path.read_text() or process.poll() is not None, 20.0)
+        start = observer.state()["tcp_pose"]
+        for _ in range(20):
+            os.write(ours, b"r")
+            time.sleep(0.1)
+        assert observer.state()["tcp_pose"][2] - start[2] > 0.03
+        process.wait(20)
+        assert process.returncode == 0, process.stderr_path.read_text()
+
+
+def test_encrypted_connection(tmp_path):
+    run_script("robot_server.py", "--keygen", "--keys", "keys", cwd=tmp_path)
+    with served(tmp_path, "--keys", "keys") as (address, _):
+        with contextlib.closing(RobotClient(address, keys=str(tmp_path / "keys"))) as client:
+            assert client.hello()["protocol"] == rc.PROTOCOL_VERSION
+        with (
+            contextlib.closing(RobotClient(address, timeout_s=0.3, tries=2)) as client,
+            pytest.raises(rc.UnreachableError, match="and --keys right"),
+        ):
+            client.hello()

@@ -1,0 +1,452 @@
+"""The safety of robot_server.py, tick by tick: random sequences of requests, faults, pushes and pauses on an arm made
+for it, with a clock of our own and without any thread, so that every tick can be looked at and a failure repeated."""
+
+import math
+import random
+import sys
+
+import numpy as np
+import pytest
+from conftest import REPO  # noqa: F401  puts the scripts on the path
+
+import robot_server
+from robot_server import Arm, ArmError, ArmState, Control, Refused, Server
+
+DT, TOKENS = 0.004, ("a" * 16, "b" * 16)
+DOWN = np.array([1.0, 0.0, 0.0, 0.0])
+
+
+class FakeArm(Arm):
+    """Follows its reference with a lag, at 4 ms a tick; a test pushes it, freezes it, makes its calls fail."""
+
+    follows = 0.1  # share of its way to the reference that it goes in a tick
+
+    def __init__(self, args: robot_server.Args):
+        super().__init__(args)
+        self.clock, self.pose, self.goal, self.mode = 10.0, np.array([0.45, 0.0, 0.3, *DOWN]), None, "idle"
+        self.twist, self.wrench = np.zeros(6), np.zeros(6)
+        self.frozen, self.failing, self.busy, self.calls = 0, {}, 0, []
+
+    def called(self, name: str) -> None:
+        self.calls.append(name)
+        if name in self.failing:
+            raise self.failing.pop(name)
+
+    def get_state(self) -> ArmState:
+        self.called("get_state")
+        before, self.twist = self.pose.copy(), np.zeros(6)
+        if self.frozen:
+            self.frozen -= 1
+        else:
+            self.clock += DT
+            if self.controlling and self.goal is not None:
+                self.pose[:3] += self.follows * (self.goal[:3] - self.pose[:3])
+                self.pose[3:] = self.goal[3:]
+                self.twist = np.append(self.pose[:3] - before[:3], np.zeros(3)) / DT
+        zero = np.zeros(7)
+        return ArmState(self.clock, self.pose.copy(), self.twist, self.wrench.copy(), zero, zero, self.mode)
+
+    def start(self, pose, q, gains) -> None:
+        self.called("start")
+        self.controlling, self.goal = True, pose.copy()
+
+    def stream(self, pose) -> None:
+        self.called("stream")
+        assert self.controlling, "a reference without a controller"
+        self.goal = pose.copy()
+
+    def set_gains(self, gains) -> None:
+        self.called("set_gains")
+
+    def stop(self) -> None:
+        self.called("stop")
+        self.controlling, self.busy = False, 0
+
+    def move_to_joint_positions(self, q, speed) -> None:
+        self.called("move")
+        self.busy = 50
+
+    def moving(self) -> bool:
+        self.called("moving")
+        self.busy = max(self.busy - 1, 0)
+        return self.busy > 0
+
+    def recover(self) -> None:
+        self.called("recover")
+        self.mode, self.controlling, self.busy = "idle", False, 0
+
+
+class World:
+    """A server without sockets and threads around a FakeArm; `tick` is one period of the robot thread."""
+
+    def __init__(self, monkeypatch, **flags):
+        self.now = 1000.0
+        monkeypatch.setattr(robot_server.time, "monotonic", lambda: self.now)
+        monkeypatch.setitem(robot_server.ARMS, "sim", FakeArm)
+        monkeypatch.setattr(robot_server.Renderer, "start", lambda _: None)
+        monkeypatch.setattr(robot_server.Gripper, "run", lambda _: None)
+        monkeypatch.setattr(Control, "start", self.construct)
+        for name in ("open_sockets", "let_tick"):
+            monkeypatch.setattr(Server, name, lambda _: None)
+        self.args, self.handles = robot_server.Args(**flags), 0
+        self.server = Server(self.args)
+        self.control = self.server.control
+        self.arm: FakeArm = self.control.arm
+
+    @staticmethod
+    def construct(control: Control) -> None:
+        """What the thread does before its first tick."""
+        control.stopping.set()
+        control.run()
+        control.stopping.clear()
+        control.phase = "idle"
+
+    def ask(self, op: str, token: str = TOKENS[0], **args: object) -> dict:
+        """The result; raises Refused."""
+        args |= {"token": token} if op == "acquire" else {}
+        return self.server.carry_out([b"x"], {"v": 1, "op": op, "token": token, "args": args})
+
+    def job(self, op: str, token: str = TOKENS[0], **args: object) -> str:
+        self.handles += 1
+        self.ask(op, token, handle=f"handle-{self.handles}", **args)
+        return f"handle-{self.handles}"
+
+    def tick(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.now += DT
+            self.control.tick()
+
+    def streaming(self) -> np.ndarray:
+        """Streaming with the first token's lease; the reference."""
+        self.ask("acquire", name="test", ttl=10.0, takeover=True)
+        self.job("start")
+        self.tick(3)
+        assert self.control.mode == "streaming"
+        return self.reference
+
+    @property
+    def reference(self) -> np.ndarray:
+        return self.control.limiter.reference.copy()
+
+
+@pytest.fixture
+def world(monkeypatch):
+    return World(monkeypatch)
+
+
+def near(reference: np.ndarray, *offset: float) -> list[float]:
+    return [*(reference[:3] + offset).tolist(), *reference[3:].tolist()]
+
+
+@pytest.mark.parametrize("when", ["before the job is there", "before its first tick"])
+def test_a_start_that_meets_a_fault(world, monkeypatch, when):
+    """The robot thread latches one just after the other thread has seen that there is none."""
+    world.ask("acquire", name="test")
+    ready_for = world.server.ready_for
+
+    def ready_and_then_a_fault(op: str) -> None:
+        ready_for(op)
+        world.control.latch("frozen", "for this test")
+
+    if when == "before the job is there":
+        monkeypatch.setattr(world.server, "ready_for", ready_and_then_a_fault)
+    handle = world.job("start")
+    if when == "before its first tick":
+        world.control.latch("frozen", "for this test")
+    world.tick(5)
+    assert world.control.mode == "fault" and world.control.fault["code"] == "frozen" and "start" not in world.arm.calls
+    assert world.ask("job", handle=handle)["status"] == "failed"
+
+
+def test_a_frozen_robot(world):
+    """Its clock stands still for more than 50 ms: a fault, which stays when it goes on."""
+    world.streaming()
+    world.arm.frozen = 11
+    world.tick(11)
+    assert world.control.mode == "streaming"
+    world.arm.frozen = 30
+    world.tick(14)
+    assert world.control.fault["code"] == "frozen"
+    world.tick(100)
+    assert world.arm.frozen == 0 and world.control.mode == "fault" and not world.arm.controlling
+
+
+@pytest.mark.parametrize("job", ["move_joints", "start"])
+def test_a_fault_amid_a_job_stays(world, job):
+    world.ask("acquire", name="test")
+    world.job(job, **({"q": [0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0]} if job == "move_joints" else {}))
+    world.tick(1)
+    world.control.latch("frozen", "for this test")
+    world.tick(100)
+    assert world.control.mode == "fault" and world.control.fault is not None and not world.arm.controlling
+
+
+def test_a_takeover_ends_the_job_of_the_other(world):
+    world.ask("acquire", name="first", ttl=10.0)
+    handle = world.job("move_joints", q=[0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0])
+    world.tick(10)
+    assert world.control.mode == "busy" and world.arm.busy > 0
+    world.ask("acquire", TOKENS[1], name="second", takeover=True)
+    world.tick(2)
+    assert world.ask("job", handle=handle)["status"] == "failed" and world.arm.busy == 0
+
+
+def test_a_start_outside_the_box_moves_nothing(world):
+    world.arm.pose[:3] = 0.45, 0.0, -0.2
+    start = world.streaming()
+    world.tick(60)
+    assert np.abs(world.reference - start).max() < 1e-6
+    for _ in range(50):  # and then it goes as far as it is told
+        world.ask("target", pose=near(start, 0.0, 0.02, -0.01))
+        world.tick()
+    assert world.reference[2] == pytest.approx(start[2]) and world.reference[1] == pytest.approx(0.02)
+    for _ in range(150):
+        world.ask("target", pose=near(start, 0.0, 0.0, 0.03))
+        world.tick()
+    assert world.reference[2] == pytest.approx(start[2] + 0.03, abs=1e-3)
+
+
+def test_a_start_with_a_tilted_tool_turns_nothing(world):
+    half = (world.args.max_tilt + 0.3) / 2
+    world.arm.pose[3:] = math.cos(half), 0.0, 0.0, math.sin(half)
+    start = world.streaming()
+    world.tick(60)
+    assert np.abs(world.reference - start).max() < 1e-6
+
+
+def test_the_way_to_a_target(world):
+    """Up to the largest speed, with no more than the largest acceleration, to rest at the target without overshoot."""
+    world.arm.follows = 1.0
+    args, start = world.args, world.streaming()
+    goal, references = near(start, 0.08, -0.06, 0.06), [start]
+    for _ in range(400):
+        world.ask("target", pose=goal)
+        world.tick()
+        references.append(world.reference)
+    positions = np.array(references)[:, :3]
+    velocities = np.diff(positions, axis=0, prepend=positions[:1]) / DT
+    speeds = np.linalg.norm(velocities, axis=1)
+    assert 0.85 * args.max_speed < speeds.max() <= args.max_speed * 1.001
+    assert np.linalg.norm(np.diff(velocities, axis=0), axis=1).max() <= args.max_acceleration * DT * 1.001
+    distances = np.linalg.norm(positions - goal[:3], axis=1)
+    assert distances[-1] < 1e-6 and (np.diff(distances) < 1e-9).all()
+
+
+def test_a_hold_between_any_two_lines_is_not_lost(world, monkeypatch):
+    """Another thread asks for it while the robot thread is about to look for it, or has just looked."""
+    for name in ("hold", "stop"):
+        start = world.streaming()
+        for place in range(1000):  # each instruction of `watch` in turn
+            seen: list[int] = []
+
+            def trace(frame, event, _, place=place, seen=seen, name=name):
+                if frame.f_code is not Control.watch.__code__:
+                    return trace
+                frame.f_trace_opcodes = True
+                if event == "opcode":
+                    seen.append(place)
+                    if len(seen) == place + 1:
+                        getattr(world.server, f"op_{name}")()
+                return trace
+
+            world.ask("target", pose=near(start, 0.0, 0.0, 0.0))
+            before = sys.gettrace()
+            sys.settrace(trace)
+            try:
+                world.tick()
+            finally:
+                sys.settrace(before)
+            if len(seen) <= place:
+                break
+            world.tick(5)
+            assert world.control.mode == ("hold" if name == "hold" else "idle"), (
+                f"{name} at instruction {place} is lost"
+            )
+            start = world.streaming()
+        assert place > 50
+
+
+def test_the_force_guard(monkeypatch, caplog):
+    world = World(monkeypatch, max_force=15.0)
+    start = world.streaming()
+    world.arm.wrench[:] = 0, 0, 20, 0, 0, 0
+    world.tick(50)
+    assert world.control.mode == "hold" and sum("max-force" in r.getMessage() for r in caplog.records) <= 2
+    with pytest.raises(Refused) as refused:
+        world.ask("target", pose=near(start, 0, 0.01, 0))
+    assert refused.value.code == "held" and "15" in str(refused.value)
+
+
+def test_wall_clock_jumps_do_not_matter(world, monkeypatch):
+    start = world.streaming()
+    monkeypatch.setattr(robot_server.time, "time", lambda: 0.0)
+    world.ask("target", pose=near(start, 0, 0.01, 0))
+    world.tick(20)
+    assert world.control.mode == "streaming" and world.control.fault is None
+
+
+def test_a_pause_of_the_machine(world):
+    """A second in which nothing ran: hold, and no catching up."""
+    start = world.streaming()
+    world.ask("target", pose=near(start, 0, 0.1, 0))
+    world.tick(10)
+    before = world.reference
+    world.now += 1.0
+    world.arm.clock += 1.0
+    world.tick(2)
+    assert world.control.mode == "hold" and np.linalg.norm(world.reference - before) < 0.01
+
+
+# --- Random sequences -------------------------------------------------------------------------------------------------
+def some_pose(choose: random.Random, reference: np.ndarray) -> list[float]:
+    kind = choose.random()
+    if kind < 0.05:
+        return [choose.choice([math.nan, math.inf, -math.inf, 1e300, 0.0, 1.0]) for _ in range(7)]
+    far = choose.choice([0.005, 0.05, 0.14, 0.3])
+    offset = [choose.uniform(-far, far) for _ in range(3)]
+    turn = [choose.gauss(0, choose.choice([0.0, 0.1, 0.4])) for _ in range(3)]
+    quaternion = robot_server.quat_multiply(robot_server.quat_from_rotvec(turn), reference[3:])
+    quaternion = quaternion * choose.choice([1, 1, -1])
+    return [*(reference[:3] + offset).tolist(), *quaternion.tolist()]
+
+
+def some_request(choose: random.Random, world: World) -> tuple[str, dict]:
+    """An operation and its arguments; about half of them targets."""
+    gains = {"stiffness": choose.choice([100.0, 2000.0, 3000.0, 1e9]), "damping": choose.choice([20.0, 89.0, 200.0])}
+    gains |= {"clip": [choose.choice([0.002, 0.01, 0.05, 1.0]) for _ in range(3)]}
+    joints = {"q": [0.0, -0.26, 0.0, -2.43, 0.0, 2.17, choose.uniform(-3, 3)], "speed": choose.choice([0.2, 1.0])}
+    requests = [("target", {"pose": some_pose(choose, world.reference)})] * 12
+    requests += [
+        ("acquire", {"name": "x", "ttl": choose.choice([0.2, 1.0, 10.0]), "takeover": choose.random() < 0.5})
+    ] * 4
+    requests += [("start", {}), ("start", gains), ("start", {}), ("gains", gains), ("gains", {"stiffness": 500.0})]
+    requests += [("hold", {}), ("stop", {}), ("recover", {}), ("recover", {}), ("move_joints", joints), ("release", {})]
+    return choose.choice(requests)
+
+
+def disturb(choose: random.Random, world: World) -> None:
+    """Something that the robot or the machine does."""
+    arm = world.arm
+    kind = choose.randrange(7)
+    if kind == 0:
+        arm.pose[:3] += [choose.uniform(-0.03, 0.03) for _ in range(3)]
+    elif kind == 1:
+        arm.frozen = choose.choice([5, 30, 400])
+    elif kind == 2:
+        call = choose.choice(["get_state", "stream", "start", "stop", "moving", "recover", "set_gains", "move"])
+        errors = [ArmError("reflex", "x"), ArmError("sdk", "x"), ArmError("refused", "x"), ZeroDivisionError("x")]
+        arm.failing[call] = choose.choice(errors)
+    elif kind == 3:
+        arm.mode = choose.choice(["reflex", "user_stopped", "idle"])
+        arm.controlling = arm.controlling and arm.mode == "idle"
+    elif kind == 4:
+        world.now += choose.choice([0.02, 0.06, 0.4, 3.0])
+    elif kind == 5:
+        world.control.latch("frozen", "the main thread says so")
+    else:
+        arm.wrench[:3] = [choose.uniform(-30, 30) for _ in range(3)]
+
+
+class Watcher:
+    """Looks at every tick; an AssertionError names what does not hold."""
+
+    def __init__(self, world: World):
+        self.world, self.fault, self.latched, self.accepted = world, None, False, -math.inf
+        self.recovering = False
+
+    def before(self) -> None:
+        world, control = self.world, self.world.control
+        self.old, self.measured, self.clock = world.reference, world.arm.pose.copy(), world.arm.clock
+        self.mode, self.held = control.mode, control.held
+        self.speed = float(np.linalg.norm(control.limiter.velocity[:3]))
+        self.recovering = control.job is not None and control.job.op == "recover"
+        world.arm.calls.clear()
+
+    def after(self) -> None:
+        world, control, args = self.world, self.world.control, self.world.args
+        new, arm, now = world.reference, world.arm, world.now
+        assert np.isfinite(new).all() and abs(np.linalg.norm(new[3:]) - 1) < 1e-9
+        streamed = "stream" in arm.calls
+        if self.fault is not None and control.fault is not self.fault:
+            assert self.recovering, "a fault went away without recover"
+        if control.fault is not None:
+            assert control.mode == "fault", f"mode {control.mode} with a fault"
+            assert "start" not in arm.calls or self.fault is None
+            assert not streamed or self.fault is None, "a reference in spite of a fault"
+        self.fault = control.fault
+        if not streamed:
+            return
+        assert self.mode in ("streaming", "hold") or control.mode in ("streaming", "hold")
+        dt, clipped = arm.clock - self.clock, "clip" in control.limiter.limited
+        clip = np.array(control.gains.clip)
+        assert (np.abs(new[:3] - arm.pose[:3]) <= clip + 1e-9).all(), "the reference is further away than the clip"
+        turn = robot_server.rotation_between(new[3:], arm.pose[3:])
+        assert (np.abs(turn) <= np.array(control.gains.rotational_clip) + 1e-9).all()
+        step = float(np.linalg.norm(new[:3] - self.old[:3]))
+        let_go = not self.held and "max-force" in control.held  # the guard moves the reference to where the arm is
+        if not clipped and not let_go:
+            assert step <= args.max_speed * max(dt, 0) * 1.05 + 1e-12, f"the reference moves by {step} in {dt}"
+            spin = float(np.linalg.norm(robot_server.rotation_between(new[3:], self.old[3:])))
+            assert spin <= args.max_rotation_speed * max(dt, 0) * 1.05 + 1e-9
+            low, high = np.array(args.workspace_low), np.array(args.workspace_high)
+            outside = np.maximum(low - new[:3], new[:3] - high).max()
+            was = np.maximum(low - self.old[:3], self.old[:3] - high).max()
+            assert outside <= max(was, 0) + 1e-9, "the reference leaves the box"
+            if self.mode == "hold" and control.mode == "hold":  # it comes to rest, at the largest deceleration
+                rest = max(self.speed - args.max_acceleration * max(dt, 0), 0.0)
+                assert step <= rest * max(dt, 0) * 1.01 + 1e-12, f"in hold the reference moves by {step}"
+        assert now - self.accepted <= args.stop_after_s + 1e-9, "no soft stop"
+        if control.mode == "streaming":
+            assert now <= control.lease_until + 1e-9 and now - self.accepted <= args.hold_after_s + 1e-9, "no watchdog"
+            assert not self.latched, "streaming after a hold without a start"
+
+
+def run(world: World, seed: int, ticks: int) -> dict[str, int]:
+    """A random day at the robot; how often it was in each mode."""
+    choose, watcher, modes = random.Random(seed), Watcher(world), {}
+    holds: list[str] = []
+    world.arm.follows = choose.choice([0.1, 0.3, 1.0])
+    for _ in range(ticks):
+        for _ in range(choose.choice([0, 0, 1, 1, 2])):
+            op, args = some_request(choose, world)
+            token = choose.choice(TOKENS)
+            ask = world.job if op in ("start", "recover", "move_joints") else world.ask
+            try:
+                ask(op, token, **args)
+            except Refused:  # any other exception would be a bug
+                continue
+            if op == "target":
+                watcher.accepted = world.now
+            if op == "hold" and world.control.mode in ("streaming", "hold") and world.control.job is None:
+                holds.append(op)
+            if op == "start":
+                watcher.accepted, watcher.latched = world.now + 5.0, False  # it takes a few ticks
+                holds.clear()
+        if choose.random() < 0.02:
+            disturb(choose, world)
+        watcher.before()
+        world.tick()
+        if watcher.accepted > world.now and "start" in world.arm.calls:
+            watcher.accepted = world.now
+        watcher.after()
+        if holds and world.control.mode in ("hold", "idle", "fault"):
+            watcher.latched = world.control.mode == "hold"
+            holds.clear()
+        modes[world.control.mode] = modes.get(world.control.mode, 0) + 1
+        if world.control.fault is not None and choose.random() < 0.02:
+            world.arm.mode = "idle"  # someone looks after it
+    return modes
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_sequences(monkeypatch, seed):
+    world = World(monkeypatch, max_force=25.0 if seed % 2 else 0.0)
+    modes = run(world, seed, 4000)
+    assert modes["streaming"] > 100 and modes["fault"] > 100 and modes["hold"] > 50, modes
+
+
+@pytest.mark.slow
+def test_many_random_sequences(monkeypatch):
+    for seed in range(100, 200):
+        with monkeypatch.context() as patch:
+            run(World(patch, max_force=25.0 if seed % 2 else 0.0), seed, 4000)
