@@ -1359,7 +1359,8 @@ def test_without_opengl_the_message_names_the_package(tmp_path):
 )
 def test_rendered_tasks(tmp_path, flags):
     """With OpenGL: the Franka's cameras, and the picture of a task that has no images of its own."""
-    flags = ("--env-id", *flags.split(), "--image-size", 24, "--total-timesteps", 70, "--run-dir", "run")
+    flags = ("--env-id", *flags.split(), "--image-size", 24, "--total-timesteps", 60, "--run-dir", "run")
+    flags += ("--eval-every", 1000, "--final-eval-episodes", 1)
     gl = {"MUJOCO_GL": os.environ.get("MUJOCO_GL", "egl")} if "Hopper-v5" in flags else {}
     result = run_forked(SCRIPT, *TINY.split(), *flags, cwd=tmp_path, env=gl)
     cameras = 1 if gl else 2
