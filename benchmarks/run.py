@@ -66,6 +66,36 @@ ROWS = {
         "eval/episodic_return",
         "at least 6,000",
     ),
+    "pixel_pick_default": Row(
+        "from two cameras, 20 scripted demonstrations",
+        "sac_pixel_sim.py",
+        "eval/success_rate",
+        "at least 0.9; 30 min on two CPU cores",
+    ),
+    "pixel_pick_resnet": Row(
+        "from two cameras of 128 x 128, ResNet-10, on a GPU",
+        "sac_pixel_sim.py --encoder resnet10 --image-size 128 --crop-padding 4 --batch-size 256 --amp",
+        "eval/success_rate",
+        "at least 0.95; 5 min on an H200",
+    ),
+    "pixel_peg_default": Row(
+        "from two cameras, sparse reward, 20 scripted demonstrations",
+        "sac_pixel_sim.py --env-id FrankaPegInsert-v0",
+        "eval/success_rate",
+        "at least 0.9",
+    ),
+    "pixel_pick_vice": Row(
+        "the reward learned from images of success",
+        "sac_pixel_sim.py --reward vice",
+        "eval/success_rate",
+        "learns",
+    ),
+    "pixel_pick_scratch": Row(
+        "from two cameras, without demonstrations",
+        "sac_pixel_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.05",
+        "eval/success_rate",
+        "learns",
+    ),
     # The published settings, as far as flags of ours express them; the script's header says what differs.
     "serl_settings": Row(  # rail-berkeley/serl utils/launcher.py:50; its actor sees all 8 batches of a step
         "SERL's settings",

@@ -17,7 +17,15 @@ from pathlib import Path
 
 from conftest import REPO, Finished, find_run_dir, script_env
 
-SLOW_IMPORTS = ["sac_state_sim", "probe_envs", "gymnasium.envs.mujoco", "torch.utils.tensorboard", "tqdm", "minari"]
+SLOW_IMPORTS = [
+    "sac_state_sim",
+    "sac_pixel_sim",
+    "probe_envs",
+    "gymnasium.envs.mujoco",
+    "torch.utils.tensorboard",
+    "tqdm",
+    "minari",
+]
 SLOW_IMPORTS += ["matplotlib.pyplot", "imageio.v2", "imageio.plugins.ffmpeg", "torch._dynamo"]
 
 

@@ -198,9 +198,56 @@ class OtherPoint(Point):
         return super().observe() | {"wind": np.zeros(1)}
 
 
+class PixelPoint(Point):
+    """Point whose goal stands only in two images; the last step is truncated."""
+
+    observation_space = spaces.Dict(
+        {
+            "front": spaces.Box(0, 255, (32, 32, 3), np.uint8),
+            "state": spaces.Box(-1, 1, (2,), np.float64),
+            "wrist": spaces.Box(0, 255, (32, 32, 3), np.uint8),
+        }
+    )
+
+    def observe(self):
+        image = self.render()[::2, ::2]
+        return {"front": image.copy(), "state": self.point.copy(), "wrist": image[::-1].copy()}
+
+
+class OtherCameras(PixelPoint):
+    """PixelPoint with another name for a camera."""
+
+    observation_space = spaces.Dict({k.replace("wrist", "side"): v for k, v in PixelPoint.observation_space.items()})
+
+    def observe(self):
+        return {name.replace("wrist", "side"): value for name, value in super().observe().items()}
+
+
+class GreyImages(Probe):
+    """One grey image, 40 x 50, of a bright spot; no states. The best action follows the spot."""
+
+    observation_space = spaces.Box(0, 255, (40, 50), np.uint8)
+
+    def observe(self):
+        image = np.zeros((40, 50), np.uint8)
+        image[10:30, 30:45] = 250 if self.draw > 0 else 0
+        image[10:30, 5:20] = 250 if self.draw < 0 else 0
+        return image
+
+    def step(self, action):
+        return self.observe(), -(float(action[0] - 0.6 * self.draw) ** 2), True, False, {}
+
+
+class NoOpenGL(DictImages):
+    """As FrankaPickCube-v0 where OpenGL is not installed."""
+
+    def reset(self, *, seed=None, options=None):
+        raise RuntimeError("Images need OpenGL, run: apt-get install -y libegl1")
+
+
 for task in (
     *(ConstantReward, TruncatedReward, ObservedReward, TwoSteps, ActionReward, ObservedAction),
     *(Point, OtherPoint, IdleExpert, NeverTwiceTheSame, NanReward, NanObservation, NanReset),
-    *(Images, DictImages, Unbounded, Sequences),
+    *(Images, DictImages, Unbounded, Sequences, PixelPoint, OtherCameras, GreyImages, NoOpenGL),
 ):
     gym.register(f"{task.__name__}-v0", f"probe_envs:{task.__name__}", disable_env_checker=True)

@@ -35,6 +35,7 @@ CALLS = ("tyro.cli(Args, description=__doc__)", "parse_args()")  # the second wh
 MAX_LINES, MAX_FUNCTION_LINES, BANNER_LENGTH = 750, 90, 120
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 1500,  # half of it is the run directory, actor and learner, and checks of what comes in
+    "sac_pixel_sim.py": 2550,  # the same, with three encoders, augmentation, a buffer of frames, VICE
     "bc_flow_offline.py": 2150,  # a third of it reads and converts what D4RL, robomimic, OGBench and Minari have
     "robot_server.py": 1935,
     "robot_client.py": 1300,
@@ -47,10 +48,17 @@ LONGER = {  # limits, not goals
 TINY = {
     "sac_state_sim.py": "--total-timesteps 300 --learning-starts 100 --batch-size 32 --eval-every 150 --eval-episodes 1"
     " --final-eval-episodes 1 --no-capture-video",
+    "sac_pixel_sim.py": "--total-timesteps 80 --learning-starts 50 --batch-size 8 --utd-ratio 1 --eval-every 1000"
+    " --final-eval-episodes 1 --no-capture-video --demos 2 --buffer-size 1000 --latent-dim 16 --image-size 36"
+    " --small-channels 4 8 8",
     "bc_flow_offline.py": "--run-dir run --offline-steps 60 --log-interval 20 --demos 3 --eval-episodes 2"
     " --no-capture-video",
 }
-GO_ON = {"sac_state_sim.py": "--total-timesteps 400", "bc_flow_offline.py": "--offline-steps 80"}
+GO_ON = {
+    "sac_state_sim.py": "--total-timesteps 400",
+    "sac_pixel_sim.py": "--total-timesteps 100",
+    "bc_flow_offline.py": "--offline-steps 80",
+}
 
 
 def text(name: str) -> str:
@@ -58,7 +66,7 @@ def text(name: str) -> str:
 
 
 def test_there_are_scripts():
-    assert {"franka_sim.py", "sac_state_sim.py"} <= set(SCRIPTS)
+    assert {"franka_sim.py", "sac_state_sim.py", "sac_pixel_sim.py"} <= set(SCRIPTS)
 
 
 # --- Same name, same code ---------------------------------------------------------------------------------------------
