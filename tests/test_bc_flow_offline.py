@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -1482,6 +1483,18 @@ def test_the_default_needs_no_flag_and_no_network(tmp_path):
     assert "demonstrations" not in again.stderr
     assert files == {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*") if p.is_file()}
     assert table(tmp_path / "run", "offline_agent.csv") == table(tmp_path / "again", "offline_agent.csv")
+
+
+def test_kill_while_demonstrations_are_collected(tmp_path):
+    """Half a data set is never taken for a whole one."""
+    flags = "--demos 40 --offline-steps 5 --eval-interval 0 --eval-episodes 1 --hidden-dims 8 --threads 1"
+    flags = [*flags.split(), "--no-capture-video", "--run-dir", "run"]
+    with popen_forked(SCRIPT, *flags, cwd=tmp_path) as process:
+        wait_until(lambda: list((tmp_path / "minari").glob(".*/**/main_data.hdf5")))
+        time.sleep(0.1)
+        process.kill()
+    done = run_forked(SCRIPT, *flags, cwd=tmp_path)
+    assert "40/40" in done.stderr and "40 of 40 episodes" in done.stdout
 
 
 @pytest.mark.slow
