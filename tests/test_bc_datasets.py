@@ -713,7 +713,7 @@ def test_workers_give_the_batches_of_memory(camera_data, workers):
         batches = Batches(process_train_dataset(make_env_and_datasets("own/camera-v0", args)[2], args), args, CPU)
         batches.open(2, 6, False)
         taken.append([batches.take(2, 3, CPU), batches.take(5, 1, CPU)])
-        del batches
+        batches.loader = None  # ends the workers
     for one, other in zip(*taken):
         assert one[0]["front"].shape[1:] == (16, 40, 40, 9) and one[0]["state"].shape[1:] == (16, 3)
         for key in one[0]:

@@ -1452,7 +1452,8 @@ def test_workers_and_checkpointed_activations_change_no_number(tmp_path, camera_
 
 
 def test_run_with_workers_resumes_exactly(tmp_path, camera_data):
-    flags = [*CAMERA.split(), "--data-loading", "workers", "--log-interval", 5, "--save-interval", -1]
+    flags = [*CAMERA.split(), "--data-loading", "workers", "--num-workers", 1, "--log-interval", 5]
+    flags += ["--save-interval", -1]
     run(*flags, "--offline-steps", 20, "--run-dir", "whole", cwd=tmp_path, data=camera_data)
     run(*flags, "--offline-steps", 10, "--run-dir", "parts", cwd=tmp_path, data=camera_data)
     go_on = ("--resume", "parts", "--offline-steps", 20)
