@@ -600,6 +600,20 @@ def test_live_observations_and_actions_are_those_of_the_data(task):
     assert abs(train["actions"]).max() <= 1
 
 
+def test_action_bounds_of_the_data_hold_live():
+    """A data set that was recorded within -1..1 of a task that takes -2..2: its actions do what they did, or no task."""
+    env = gym.make("probe_envs:Point-v0")
+    narrow = spaces.Box(-1, 1, (3,))
+    write_minari(
+        "own/data-v0", env, episodes=1, policy=lambda env, obs: np.full(3, 0.5, np.float32), action_space=narrow
+    )
+    live, _, train, _ = make_env_and_datasets("own/data-v0")
+    if live is not None:
+        live.reset(seed=1000)
+        obs, *_ = live.step(train["actions"][0])
+        np.testing.assert_allclose(obs, train["next_observations"][0], atol=1e-5)
+
+
 class Unbounded(offline_data.Steps):
     action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
