@@ -601,7 +601,7 @@ def test_live_observations_and_actions_are_those_of_the_data(task):
 
 
 def test_action_bounds_of_the_data_hold_live():
-    """A data set that was recorded within -1..1 of a task that takes -2..2: its actions do what they did, or no task."""
+    """Recorded within -1..1, of a task that takes -2..2: the actions do what they did, or there is no task."""
     env = gym.make("probe_envs:Point-v0")
     narrow = spaces.Box(-1, 1, (3,))
     write_minari(
