@@ -514,12 +514,14 @@ def test_the_disk_fills_up_during_a_download(tmp_path, d4rl_server):
 
 
 def test_no_network_is_one_message_in_seconds(capsys):
+    """With ways on that work: a Minari id takes no --dataset-path, its folder is copied."""
     started = time.monotonic()
-    for name in ("halfcheetah-medium-v2", "mujoco/halfcheetah/medium-v0"):
+    ways = {"halfcheetah-medium-v2": "--dataset-path FILE", "mujoco/halfcheetah/medium-v0": "minari download"}
+    for name, way in ways.items():
         message = refused(capsys, name, d4rl_url="http://127.0.0.1:9")
-        assert name in message
-        for way in ("--dataset-path", "minari list local", "--env-name"):
-            assert way in message
+        for word in (name, way, "minari list local", "leave --env-name out"):
+            assert word in message
+        assert ("--dataset-path" in message) == ("/" not in name)
     assert time.monotonic() - started < 4
 
 
