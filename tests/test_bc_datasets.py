@@ -700,6 +700,18 @@ def test_robomimic_validation_is_the_files_own(tmp_path, stand_ins):
     assert train.size + val.size == 48 and val.size == 6
 
 
+def test_samples_of_stacked_frames():
+    """Dataset.sample gives an agent with frame_stack what it sees live: earlier frames first, the start repeated."""
+    write_minari("steps/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    env, _, train, _ = make_env_and_datasets("steps/data-v0", Args(frame_stack=3))
+    obs, _ = env.reset(seed=1001)
+    for row in range(7, 10):
+        for batch in (train.sample(1, idxs=np.array([row])), train.sample_sequence(1, 2, 0.9, idxs=np.array([row]))):
+            np.testing.assert_array_equal(batch["observations"][0], obs)
+        obs, *_ = env.step(train["actions"][row])
+    assert obs.tolist()[1::2] == [1, 2, 3]
+
+
 # --- Images -----------------------------------------------------------------------------------------------------------
 @pytest.fixture(params=[True, False], ids=["jpeg", "raw"])
 def camera_data(request):
@@ -718,6 +730,13 @@ def test_images_from_disk_are_those_in_memory(camera_data):
     for key in ("actions", "rewards", "terminals", "masks"):
         np.testing.assert_array_equal(disk[key], memory[key])
     np.testing.assert_array_equal(disk["observations"]["state"], memory["observations"]["state"])
+
+
+def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch):
+    for free, expected in ((10**12, False), (1000, True)):
+        monkeypatch.setattr("os.sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
+        assert bc_flow_offline.images_stay_on_disk(camera_data, Args()) == expected
+        assert not bc_flow_offline.images_stay_on_disk(camera_data, Args(data_loading="memory"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
