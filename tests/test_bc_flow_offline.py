@@ -1271,7 +1271,7 @@ def test_kill_at_many_moments(tmp_path, point_data):
         if (run_dir / "checkpoint.pt").exists():
             steps.append(checkpoint(run_dir, "checkpoint.pt")["step"])
     assert kills > 1 and steps == sorted(steps)
-    if killed:
+    if not (run_dir / "token.tk").exists():  # written last
         run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env)
     run_forked(SCRIPT, *flags, "--run-dir", "whole", cwd=tmp_path, **env)
     changed = differences(checkpoint(run_dir), checkpoint(tmp_path / "whole"))
@@ -1280,13 +1280,30 @@ def test_kill_at_many_moments(tmp_path, point_data):
         assert table(run_dir, name) == table(tmp_path / "whole", name)
 
 
-def test_kill_between_the_last_evaluation_and_the_final_model(finished, tmp_path, point_data):
+@pytest.mark.parametrize(
+    "missing", ["final_model.pt curve.png video.mp4 token.tk", "curve.png video.mp4 token.tk", "token.tk"]
+)
+def test_kill_after_the_last_evaluation(finished, tmp_path, point_data, missing):
+    """Whatever was not written yet is written by --resume, and nothing twice."""
     run_dir = copy_run(finished, tmp_path)
-    (run_dir / "final_model.pt").unlink()
-    run_forked(SCRIPT, "--resume", "run", "--no-capture-video", cwd=tmp_path, **env_of(point_data))
+    for name in missing.split():
+        (run_dir / name).unlink()
+    run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env_of(point_data))
+    assert all((run_dir / name).stat().st_size for name in missing.split())
     assert table(run_dir, "eval.csv") == table(finished.run_dir, "eval.csv")
-    changed = differences(checkpoint(run_dir), checkpoint(finished.run_dir))
-    assert set(changed) <= {"/config/resume", "/config/capture_video"}
+    assert set(differences(checkpoint(run_dir), checkpoint(finished.run_dir))) <= {"/config/resume"}
+
+
+def test_kill_during_the_last_evaluation_of_a_continued_run(finished, tmp_path, point_data):
+    """The final model of the first part is not taken for that of the second."""
+    run_dir = copy_run(finished, tmp_path)
+    go_on = (SCRIPT, "--resume", "run", "--offline-steps", 350, "--no-capture-video")
+    with popen_forked(*go_on, "--eval-episodes", 10**6, cwd=tmp_path, **env_of(point_data)) as process:
+        wait_until(lambda: checkpoint(run_dir, "checkpoint.pt")["step"] == 350)
+        time.sleep(0.3)
+        process.kill()
+    run_forked(*go_on, cwd=tmp_path, **env_of(point_data))
+    assert checkpoint(run_dir)["step"] == 350 and read_csv(run_dir, "eval.csv")["step"] == [100, 200, 300, 350]
 
 
 def test_resume_between_the_two_renames_of_a_checkpoint(finished, tmp_path, point_data):
