@@ -1298,8 +1298,14 @@ def test_kill_during_the_last_evaluation_of_a_continued_run(finished, tmp_path, 
     """The final model of the first part is not taken for that of the second."""
     run_dir = copy_run(finished, tmp_path)
     go_on = (SCRIPT, "--resume", "run", "--offline-steps", 350, "--no-capture-video")
+
+    def learned() -> bool:
+        with contextlib.suppress(FileNotFoundError):  # between its two renames
+            return checkpoint(run_dir, "checkpoint.pt")["step"] == 350
+        return False
+
     with popen_forked(*go_on, "--eval-episodes", 10**6, cwd=tmp_path, **env_of(point_data)) as process:
-        wait_until(lambda: checkpoint(run_dir, "checkpoint.pt")["step"] == 350)
+        wait_until(learned)
         time.sleep(0.3)
         process.kill()
     run_forked(*go_on, cwd=tmp_path, **env_of(point_data))
