@@ -514,12 +514,14 @@ def test_the_disk_fills_up_during_a_download(tmp_path, d4rl_server):
 
 
 def test_no_network_is_one_message_in_seconds(capsys):
+    """With ways on that work: a Minari id takes no --dataset-path, its folder is copied."""
     started = time.monotonic()
-    for name in ("halfcheetah-medium-v2", "mujoco/halfcheetah/medium-v0"):
+    ways = {"halfcheetah-medium-v2": "--dataset-path FILE", "mujoco/halfcheetah/medium-v0": "minari download"}
+    for name, way in ways.items():
         message = refused(capsys, name, d4rl_url="http://127.0.0.1:9")
-        assert name in message
-        for way in ("--dataset-path", "minari list local", "--env-name"):
-            assert way in message
+        for word in (name, way, "minari list local", "leave --env-name out"):
+            assert word in message
+        assert ("--dataset-path" in message) == ("/" not in name)
     assert time.monotonic() - started < 4
 
 
@@ -598,6 +600,20 @@ def test_live_observations_and_actions_are_those_of_the_data(task):
             if task != "Ordered":
                 assert reward == pytest.approx(train["rewards"][row], abs=2e-4)
     assert abs(train["actions"]).max() <= 1
+
+
+def test_action_bounds_of_the_data_hold_live():
+    """Recorded within -1..1, of a task that takes -2..2: the actions do what they did, or there is no task."""
+    env = gym.make("probe_envs:Point-v0")
+    narrow = spaces.Box(-1, 1, (3,))
+    write_minari(
+        "own/data-v0", env, episodes=1, policy=lambda env, obs: np.full(3, 0.5, np.float32), action_space=narrow
+    )
+    live, _, train, _ = make_env_and_datasets("own/data-v0")
+    if live is not None:
+        live.reset(seed=1000)
+        obs, *_ = live.step(train["actions"][0])
+        np.testing.assert_allclose(obs, train["next_observations"][0], atol=1e-5)
 
 
 class Unbounded(offline_data.Steps):
@@ -684,6 +700,18 @@ def test_robomimic_validation_is_the_files_own(tmp_path, stand_ins):
     assert train.size + val.size == 48 and val.size == 6
 
 
+def test_samples_of_stacked_frames():
+    """Dataset.sample gives an agent with frame_stack what it sees live: earlier frames first, the start repeated."""
+    write_minari("steps/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    env, _, train, _ = make_env_and_datasets("steps/data-v0", Args(frame_stack=3))
+    obs, _ = env.reset(seed=1001)
+    for row in range(7, 10):
+        for batch in (train.sample(1, idxs=np.array([row])), train.sample_sequence(1, 2, 0.9, idxs=np.array([row]))):
+            np.testing.assert_array_equal(batch["observations"][0], obs)
+        obs, *_ = env.step(train["actions"][row])
+    assert obs.tolist()[1::2] == [1, 2, 3]
+
+
 # --- Images -----------------------------------------------------------------------------------------------------------
 @pytest.fixture(params=[True, False], ids=["jpeg", "raw"])
 def camera_data(request):
@@ -704,6 +732,13 @@ def test_images_from_disk_are_those_in_memory(camera_data):
     np.testing.assert_array_equal(disk["observations"]["state"], memory["observations"]["state"])
 
 
+def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch):
+    for free, expected in ((10**12, False), (1000, True)):
+        monkeypatch.setattr("os.sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
+        assert bc_flow_offline.images_stay_on_disk(camera_data, Args()) == expected
+        assert not bc_flow_offline.images_stay_on_disk(camera_data, Args(data_loading="memory"))
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_workers_give_the_batches_of_memory(camera_data, workers):
     options = {"frame_stack": 3, "batch_size": 16, "action_chunking": True, "horizon_length": 4, "num_workers": workers}
@@ -713,7 +748,7 @@ def test_workers_give_the_batches_of_memory(camera_data, workers):
         batches = Batches(process_train_dataset(make_env_and_datasets("own/camera-v0", args)[2], args), args, CPU)
         batches.open(2, 6, False)
         taken.append([batches.take(2, 3, CPU), batches.take(5, 1, CPU)])
-        del batches
+        batches.loader = None  # ends the workers
     for one, other in zip(*taken):
         assert one[0]["front"].shape[1:] == (16, 40, 40, 9) and one[0]["state"].shape[1:] == (16, 3)
         for key in one[0]:
