@@ -316,10 +316,11 @@ def is_image(space: spaces.Space) -> bool:
 
 
 class PolicyInput(gym.Wrapper):
-    """Observations as `arrange` gives them, those of the last steps stacked; actions in [-1, 1]."""
+    """Observations as `arrange` gives them, the last ones stacked; actions (A,) in [-1, 1] of the data's box."""
 
-    def __init__(self, env: gym.Env, frame_stack: int = 1):
-        super().__init__(gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1)))
+    def __init__(self, env: gym.Env, actions: spaces.Box, frame_stack: int = 1):
+        super().__init__(env)
+        self.stored, self.action_space = actions, spaces.Box(-1, 1, (math.prod(actions.shape),), np.float32)
         self.raw_space, self.frames = env.observation_space, deque(maxlen=frame_stack)
 
     def reset(self, **kwargs):
@@ -328,7 +329,9 @@ class PolicyInput(gym.Wrapper):
         return each(lambda *frames: np.concatenate(frames, -1), *self.frames), info
 
     def step(self, action):
-        obs, *ends, info = self.env.step(action)
+        box, task = self.stored, self.env.action_space
+        action = box.low + (action.reshape(box.shape) + 1) / 2 * (box.high - box.low)
+        obs, *ends, info = self.env.step(action.clip(task.low, task.high).astype(task.dtype))
         self.frames.append(self.arranged(obs))
         return each(lambda *frames: np.concatenate(frames, -1), *self.frames), *ends, info
 
@@ -396,7 +399,7 @@ def make_env(dataset, args: Args, render: bool = False) -> gym.Env | None:
     if layout(theirs) != layout(ours) or dataset.action_space.shape != env.action_space.shape:
         print(f"no evaluation: {dataset.id} has observations {theirs}, the task here {ours}", file=sys.stderr)
         return None
-    return PolicyInput(env, args.frame_stack)
+    return PolicyInput(env, dataset.action_space, args.frame_stack)
 
 
 def layout(space: spaces.Space) -> object:
@@ -667,9 +670,10 @@ D4RL_TASKS = {  # family: task of today, steps per episode, returns of a random 
 ROBOMIMIC = re.compile(r"(lift|can|square|transport|tool_hang)-(mh|ph|mg)-low_dim")
 ROBOMIMIC_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # of each arm, then object; qc robomimic_utils.py:27
 WAYS_ON = (
-    "three ways on: fetch the file on another machine and give it with --dataset-path FILE; "
+    "three ways on: {}; "
     "name a dataset that is here (`minari list local`); leave --env-name out, the default makes its own data"
 )
+FETCH = "fetch the file on another machine and give it with --dataset-path FILE"
 
 
 def d4rl_files() -> dict[str, str]:
@@ -949,7 +953,8 @@ def convert_ogbench(args: Args) -> tuple[str, str]:
     except ImportError:
         fail(f"--env-name {args.env_name}: pip install ogbench")
     except (OSError, ValueError, KeyError, gym.error.Error) as error:
-        fail(f"--env-name {args.env_name}: ogbench says {error}; {WAYS_ON}")
+        ways_on = WAYS_ON.format("load it on another machine, and copy ~/.ogbench/data from there")
+        fail(f"--env-name {args.env_name}: ogbench says {error}; {ways_on}")
 
     def episodes(part: dict) -> Iterator[tuple]:
         first = 0
@@ -1000,7 +1005,7 @@ def download_d4rl(args: Args, path: str) -> Path:
     if target.exists():
         return target
     if not reachable(url):
-        fail(f"--env-name {args.env_name}: {url} cannot be reached; {WAYS_ON}")
+        fail(f"--env-name {args.env_name}: {url} cannot be reached; {WAYS_ON.format(FETCH)}")
     folder.mkdir(parents=True, exist_ok=True)
     part, written = target.with_name(f"{target.name}.{os.getpid()}.part"), 0
     try:
@@ -1015,7 +1020,7 @@ def download_d4rl(args: Args, path: str) -> Path:
             fail(f"{url}: the connection ended after {written} of {size} bytes; run the command again")
         part.replace(target)
     except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        fail(f"--env-name {args.env_name}: {url}: {' '.join(str(error).split())}; {WAYS_ON}")
+        fail(f"--env-name {args.env_name}: {url}: {' '.join(str(error).split())}; {WAYS_ON.format(FETCH)}")
     finally:
         part.unlink(missing_ok=True)
     return target
@@ -1026,14 +1031,16 @@ def download_minari(args: Args) -> str:
     import minari
 
     name, hub = args.env_name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    ways_on = f"`minari download {name}` on another machine, and copy ~/.minari/datasets/{name} from there"
+    ways_on = WAYS_ON.format(ways_on)
     if not os.environ.get("MINARI_REMOTE") and not reachable(hub):
-        fail(f"--env-name {name}: is not here, and {hub} cannot be reached{nearest(name)}; {WAYS_ON}")
+        fail(f"--env-name {name}: is not here, and {hub} cannot be reached{nearest(name)}; {ways_on}")
     try:
         minari.load_dataset(name, download=True)
     except ImportError:
         fail(f"--env-name {name}: pip install huggingface_hub, Minari downloads with it")
     except Exception as error:  # noqa: BLE001  the hub's client raises errors of several libraries
-        fail(f"--env-name {name}: {' '.join(str(error).split())[:200]}{nearest(name)}; {WAYS_ON}")
+        fail(f"--env-name {name}: {' '.join(str(error).split())[:200]}{nearest(name)}; {ways_on}")
     return name
 
 
@@ -2051,7 +2058,7 @@ def complete(
         csv_logger.close()
     logger.writer.close()
     url = getattr(run.wandb_run, "url", None)  # None offline
-    (run.dir / "token.tk").write_text(url or str(run.dir.resolve()))
+    write_atomically(run.dir / "token.tk", (url or str(run.dir.resolve())).encode())
     summarize("last", last)
     summarize("best", progress.best)
     print(f"{progress.state()['elapsed']:.0f} s in all; see {run.dir}")
@@ -2068,8 +2075,9 @@ def learn_offline(args: Args) -> None:
     if args.resume and (path := run.newest()):
         state = agent.load(path)["progress"]
     step = int(agent.updates)
-    if step >= args.offline_steps and (run.dir / "final_model.pt").exists():
+    if step >= args.offline_steps and (run.dir / "token.tk").exists():  # which is written last
         fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {step}; give a larger number")
+    (run.dir / "token.tk").unlink(missing_ok=True)
     logger = run.open_logs(args, step) if rank() == 0 else None
     print(f"run directory {run.dir}" if logger else "", end="\n" * bool(logger), flush=True)
     progress = Meter(args, state, step)
@@ -2098,6 +2106,7 @@ def learn_offline(args: Args) -> None:
             if logger and step % args.log_interval == 0:
                 run.save(agent, progress=progress.state())
 
+    batches.loader = None  # ends its workers
     if logger:
         run.save(agent, progress=progress.state())
         if step < args.offline_steps:
