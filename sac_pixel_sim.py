@@ -932,9 +932,15 @@ def make_trunk(args: Args, in_channels: int) -> nn.Module:
         trunk = ResNetTrunk(in_channels)
     else:
         trunk = MobileNetTrunk(in_channels, bool(args.pretrained))
-    if args.pretrained and not args.resume and not args.eval_only:  # else they are in the checkpoint
+    if args.pretrained and not own_checkpoint(args):
         load_trunk(trunk, args.pretrained)
     return trunk.to(memory_format=torch.channels_last)
+
+
+def own_checkpoint(args: Args) -> Path | None:
+    """The checkpoint of a run that goes on: what other files gave it at first is in there."""
+    paths = [Path(args.run_dir or "", f"checkpoint.{suffix}") for suffix in ("pt", "previous")]
+    return next((path for path in paths if path.exists()), None) if args.resume or args.eval_only else None
 
 
 class SpatialEmbeddings(nn.Module):
@@ -1115,7 +1121,7 @@ def load_classifier(layout: Layout, args: Args) -> Classifier:
     Exits with one line when it was trained on other images.
     """
     try:
-        saved = torch.load(args.classifier, map_location="cpu", weights_only=True)
+        saved = torch.load(own_checkpoint(args) or args.classifier, map_location="cpu", weights_only=True)
         saved = saved.get("agent", saved)
         theirs, ours = saved["flags"], classifier_flags(layout, args)
         for name in ("cameras", "image_size", "frame_stack", "frozen"):
