@@ -10,6 +10,8 @@
     python bc_flow_offline.py --resume RUN_DIR                   # go on after Ctrl-C or a crash
     python bc_flow_offline.py --eval-only RUN_DIR --eval-episodes 100
 
+Expect: success_rate >= 0.98, wall_s <= 300 (2 CPU cores) [benchmarks/results/bc_pick_default.csv]
+
 Sources: flow matching arXiv:2210.02747; action chunks and names: Q-chunking arXiv:2507.07969 (ColinQiyangLi/qc, commit
 48283b4, its behaviour-cloning part); FQL arXiv:2502.02538; D4RL arXiv:2004.07219; Minari; tanh-Gaussian cloning: SERL.
 Differs from Q-chunking: no critic; a chunk is sampled only when the last one is used up; episodes run side by side and

@@ -56,6 +56,9 @@ reset_task {handle, seed=None}  L J: the task's reset, arm included. Simulated r
 A job's handle is made up by the client (8 to 64 characters). The same handle again does not start anything again but
 answers as `job` does: so every request but `target` with a seq may be repeated. An arm's job ends when the lease does.
 
+Expect: p50_ms <= 0.3, p99_ms <= 2 (real-time priority) [benchmarks/results/robot_round_trip.csv contender=ours]
+Expect: cpu_percent_of_a_core <= 25, server_mb <= 300 [benchmarks/results/robot_load.csv contender=ours]
+
 Sources: watchdog, limits and leases answer what SERL's server lacks (serl_robot_infra/robot_servers/franka_server.py,
 commit cd5f7e7: no deadline, no limit, errors cleared before every pose); impedance and gains are SERL's.
 """

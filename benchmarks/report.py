@@ -3,8 +3,8 @@
     python benchmarks/report.py            # after benchmarks/run.py
     python benchmarks/report.py --check    # exit with 1 if the tables are not those of the files
 
-results/ROW.csv holds one line per seed (see run.py). A file with the columns contender and steps_per_second is a speed
-comparison, one line per repetition, shown as the median of each contender. Files of other forms are left alone.
+results/ROW.csv holds one line per seed (see run.py). A file with the column contender is a comparison, one line per
+repetition, shown as the medians of each contender. Files of other forms are left alone.
 """
 
 import csv
@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 from run import REPO, RESULTS, ROWS
 
+MEASURED = re.compile(r"\w+(_per_second|_ms|_mb|_of_a_core|_ticks)")  # columns of comparisons that are shown
 BETWEEN = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.S)
 
 
@@ -53,9 +54,7 @@ def results_in(folder: Path) -> tuple[dict[str, list[dict[str, str]]], dict[str,
     files = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
     rank = {name: i for i, name in enumerate(ROWS)}
     rows = {name: lines for name, lines in files.items() if lines and {"seed", "metric", "value"} <= set(lines[0])}
-    speeds = {
-        name: lines for name, lines in files.items() if lines and {"contender", "steps_per_second"} <= set(lines[0])
-    }
+    speeds = {name: lines for name, lines in files.items() if lines and "contender" in lines[0]}
     return dict(sorted(rows.items(), key=lambda item: rank.get(item[0], len(rank)))), speeds
 
 
@@ -83,14 +82,19 @@ def rows_table(rows: dict[str, list[dict[str, str]]]) -> str:
 
 
 def speed_table(lines: list[dict[str, str]]) -> str:
-    """One line per contender, the fastest first."""
-    speeds: dict[str, list[float]] = {}
+    """One line per contender, the best by the first column first."""
+    columns = [column for column in lines[0] if MEASURED.fullmatch(column)]
+    groups: dict[str, list[dict[str, str]]] = {}
     for line in lines:
-        speeds.setdefault(line["contender"], []).append(float(line["steps_per_second"]))
-    ranked = sorted(speeds.items(), key=lambda item: -statistics.median(item[1]))
+        groups.setdefault(line["contender"], []).append(line)
+    medians = {
+        name: [statistics.median(float(line[column]) for line in group) for column in columns]
+        for name, group in groups.items()
+    }
+    ranked = sorted(groups, key=lambda name: medians[name][0], reverse=columns[0].endswith("_per_second"))
     return table(
-        ["contender", "steps/s, median", "repetitions"],
-        [[name, shown(statistics.median(values)), str(len(values))] for name, values in ranked],
+        ["contender", *(f"{column.replace('_', ' ')}, median" for column in columns), "repetitions"],
+        [[name, *map(shown, medians[name]), str(len(groups[name]))] for name in ranked],
     )
 
 
@@ -101,7 +105,7 @@ def summary(folder: Path, with_speed: bool = False) -> str:
         return "Nothing has been measured yet: `benchmarks/results/` is empty.\n"
     text = rows_table(rows) + "\n" if rows else ""
     for name, lines in speeds.items() if with_speed else ():
-        text += f"Speed, `benchmarks/results/{name}.csv`:\n\n{speed_table(lines)}\n"
+        text += f"`benchmarks/results/{name}.csv`:\n\n{speed_table(lines)}\n"
     measured = [line for lines in (*rows.values(), *speeds.values()) for line in lines]
     return text + (f"Hardware: {unique(measured, 'hardware')}.\n" if unique(measured, "hardware") else "")
 

@@ -128,7 +128,6 @@ ROWS = {
         "bc_flow_offline.py",
         "success_rate",
         "at least 0.98; 5 min",
-        seeds=(0, 1, 2),
     ),
 }
 # Half of the default's demonstrations, and one flag changed: what each is worth.
