@@ -510,6 +510,8 @@ def make_env(args: Args, render: bool = False, base: gym.Env | None = None, wrap
             env.reset()  # fails without OpenGL
     except (gym.error.Error, ModuleNotFoundError, RuntimeError) as error:
         fail(f"--env-id {args.env_id}: {error}")
+    except franka_sim.mujoco.FatalError as error:  # gymnasium's MuJoCo tasks do not choose a way to render themselves
+        fail(f"--env-id {args.env_id}: {error}. Set MUJOCO_GL=egl. {franka_sim.OPENGL_HELP}")
     if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
         fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
     if not wrap:

@@ -1357,10 +1357,14 @@ def test_bad_input(tmp_path, flags, words):
     assert words in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
-def test_without_opengl_the_message_names_the_package(tmp_path):
-    flags = "--env-id FrankaPickCube-v0 --demos 0 --total-timesteps 60"
-    result = run_forked(SCRIPT, *flags.split(), cwd=tmp_path, env={"MUJOCO_GL": "glfw"}, check=False)
-    assert result.returncode == 1 and "apt-get install -y libegl1" in result.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("flags", "env"), [("FrankaPickCube-v0", {"MUJOCO_GL": "glfw"}), ("Hopper-v5 --render-obs --demos 0", {})]
+)
+def test_without_opengl_the_message_names_the_package(tmp_path, flags, env):
+    result = run_forked(SCRIPT, "--env-id", *flags.split(), cwd=tmp_path, env=env, check=False)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert last.startswith("sac_pixel_sim.py: --env-id") and "apt-get install -y libegl1" in last
 
 
 @pytest.mark.parametrize(
