@@ -510,6 +510,8 @@ def make_env(args: Args, render: bool = False, base: gym.Env | None = None, wrap
             env.reset()  # fails without OpenGL
     except (gym.error.Error, ModuleNotFoundError, RuntimeError) as error:
         fail(f"--env-id {args.env_id}: {error}")
+    except franka_sim.mujoco.FatalError as error:  # gymnasium's MuJoCo tasks do not choose a way to render themselves
+        fail(f"--env-id {args.env_id}: {error}. Set MUJOCO_GL=egl. {franka_sim.OPENGL_HELP}")
     if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
         fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
     if not wrap:
@@ -932,9 +934,15 @@ def make_trunk(args: Args, in_channels: int) -> nn.Module:
         trunk = ResNetTrunk(in_channels)
     else:
         trunk = MobileNetTrunk(in_channels, bool(args.pretrained))
-    if args.pretrained and not args.resume and not args.eval_only:  # else they are in the checkpoint
+    if args.pretrained and not own_checkpoint(args):
         load_trunk(trunk, args.pretrained)
     return trunk.to(memory_format=torch.channels_last)
+
+
+def own_checkpoint(args: Args) -> Path | None:
+    """The checkpoint of a run that goes on: what other files gave it at first is in there."""
+    paths = [Path(args.run_dir or "", f"checkpoint.{suffix}") for suffix in ("pt", "previous")]
+    return next((path for path in paths if path.exists()), None) if args.resume or args.eval_only else None
 
 
 class SpatialEmbeddings(nn.Module):
@@ -1115,7 +1123,7 @@ def load_classifier(layout: Layout, args: Args) -> Classifier:
     Exits with one line when it was trained on other images.
     """
     try:
-        saved = torch.load(args.classifier, map_location="cpu", weights_only=True)
+        saved = torch.load(own_checkpoint(args) or args.classifier, map_location="cpu", weights_only=True)
         saved = saved.get("agent", saved)
         theirs, ours = saved["flags"], classifier_flags(layout, args)
         for name in ("cameras", "image_size", "frame_stack", "frozen"):

@@ -925,9 +925,15 @@ def test_pretrained_trunks_stay_or_train(encoder, freeze, tmp_path, monkeypatch)
     parameters = {f"{i}.{name}" for i, one in enumerate(trunks) for name, _ in one.named_parameters()}
     assert moved(before, *trunks) == (set() if freeze else parameters)  # never the statistics of BatchNorm
     assert moved(heads, agent.critic.encoder.heads, agent.critic.encoder.films) == heads.keys()
-    # A checkpoint holds them: the file is not needed again.
+    # A checkpoint holds them: the file is not needed again, unless a run goes on that has none yet.
+    again = Agent(layout, box(2), dataclasses.replace(args, resume="run", run_dir=str(tmp_path)), CPU)
+    trunks = [again.trunk] if freeze else list(again.critic.encoder.trunks)
+    assert all(
+        torch.equal(value, trunk.state_dict()[name]) for one in trunks for name, value in one.state_dict().items()
+    )
     path.unlink()
-    other = Agent(layout, box(2), dataclasses.replace(args, resume="run"), CPU)
+    (tmp_path / "checkpoint.previous").touch()
+    other = Agent(layout, box(2), dataclasses.replace(args, resume="run", run_dir=str(tmp_path)), CPU)
     other.load_state_dict(agent.state_dict())
     obs = agent.layout.pack(inputs[0][:, : agent.row_splits[0]], inputs[1][:, :2])[0].numpy()
     assert np.array_equal(agent.act(obs, deterministic=True), other.act(obs, deterministic=True))
@@ -1291,6 +1297,9 @@ def test_the_classifier_of_a_vice_run_gives_rewards(tmp_path):
     run("--total-timesteps", 80, "--reward", "vice", "--run-dir", "vice", cwd=tmp_path)
     flags = ("--reward", "classifier", "--classifier", "vice/checkpoint.pt", "--total-timesteps", 80)
     run(*flags, "--run-dir", "classified", cwd=tmp_path)
+    (tmp_path / "vice" / "checkpoint.pt").rename(tmp_path / "elsewhere.pt")
+    run_forked(SCRIPT, "--resume", "classified", "--total-timesteps", 90, cwd=tmp_path, env=TASKS)
+    (tmp_path / "elsewhere.pt").rename(tmp_path / "vice" / "checkpoint.pt")
     rewards = checkpoint(tmp_path / "classified")["buffer"]["rows"][:, 2 + 3]
     assert set(rewards.tolist()) <= {0.0, 1.0}
     theirs, ours = (checkpoint(tmp_path / name)["agent"]["classifier"] for name in ("vice", "classified"))
@@ -1348,10 +1357,14 @@ def test_bad_input(tmp_path, flags, words):
     assert words in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
 
 
-def test_without_opengl_the_message_names_the_package(tmp_path):
-    flags = "--env-id FrankaPickCube-v0 --demos 0 --total-timesteps 60"
-    result = run_forked(SCRIPT, *flags.split(), cwd=tmp_path, env={"MUJOCO_GL": "glfw"}, check=False)
-    assert result.returncode == 1 and "apt-get install -y libegl1" in result.stderr.splitlines()[-1]
+@pytest.mark.parametrize(
+    ("flags", "env"), [("FrankaPickCube-v0", {"MUJOCO_GL": "glfw"}), ("Hopper-v5 --render-obs --demos 0", {})]
+)
+def test_without_opengl_the_message_names_the_package(tmp_path, flags, env):
+    result = run_forked(SCRIPT, "--env-id", *flags.split(), cwd=tmp_path, env=env, check=False)
+    last = result.stderr.splitlines()[-1]
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert last.startswith("sac_pixel_sim.py: --env-id") and "apt-get install -y libegl1" in last
 
 
 @pytest.mark.parametrize(
