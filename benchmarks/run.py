@@ -147,6 +147,7 @@ for name, (what, flags) in BC_FLAGS.items():
     command = f"bc_flow_offline.py --demos 100 --no-capture-video{flags}"
     ROWS[f"bc_pick_{name}"] = Row(f"cloning, {what}", command, "success_rate", "", seeds=(1,))
 # Data recorded by `sac_state_sim.py --eval-only RUN_DIR --record-dataset halfcheetah/sac-v0 --final-eval-episodes 200`.
+CHEETAH_DATA = "bc_flow_offline.py --env-name halfcheetah/sac-v0"
 STRONG = "--normalize-observations --ema 0.999 --lr 1e-3 --lr-schedule cosine --log-interval 1000 --no-capture-video"
 for name, (what, steps, flags) in {
     "single": ("single actions", 20_000, ""),
@@ -155,7 +156,7 @@ for name, (what, steps, flags) in {
 }.items():
     ROWS[f"bc_halfcheetah_{name}"] = Row(
         f"cloning of a recorded SAC policy, {what}",
-        f"bc_flow_offline.py --env-name halfcheetah/sac-v0 --offline-steps {steps} --eval-interval 5000 {STRONG}{flags}",
+        f"{CHEETAH_DATA} --offline-steps {steps} --eval-interval 5000 {STRONG}{flags}",
         "episodic_return",
         "98% of the data's mean return (6,675)",
         seeds=(1,),
