@@ -27,7 +27,7 @@ class Wire:
         self.socket = self.context.socket(zmq.REQ)
         for option in (zmq.REQ_RELAXED, zmq.REQ_CORRELATE):
             self.socket.setsockopt(option, 1)
-        for option, value in ((zmq.LINGER, 0), (zmq.HEARTBEAT_IVL, 500), (zmq.HEARTBEAT_TIMEOUT, 1500)):
+        for option, value in ((zmq.LINGER, 0), (zmq.HEARTBEAT_IVL, 500), (zmq.HEARTBEAT_TIMEOUT, 10_000)):
             self.socket.setsockopt(option, value)
         if keys is not None:
             use_keys(self.socket, keys)
