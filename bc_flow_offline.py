@@ -1526,7 +1526,8 @@ class BCAgent:
         dt, velocity_at = 1 / self.args.flow_steps, self.mean_actor.head
         for i in range(self.args.flow_steps):
             velocity = velocity_at(features, x, torch.full_like(x[:, :1], i * dt))
-            if self.args.flow_solver == "heun":
+            # The last step is Euler's, as the field is not smooth at t = 1; arXiv:2206.00364 algorithm 1.
+            if self.args.flow_solver == "heun" and i + 1 < self.args.flow_steps:
                 ahead = velocity_at(features, x + dt * velocity, torch.full_like(x[:, :1], (i + 1) * dt))
                 velocity = (velocity + ahead) / 2
             x = x + dt * velocity

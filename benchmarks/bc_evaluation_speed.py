@@ -45,7 +45,8 @@ def measure(args: Args, chunks: bool, side_by_side: int) -> tuple[int, float]:
     """Steps of an evaluation, and its time (s)."""
     config = bc.BCAgentConfig(action_chunking=chunks, threads=args.threads)
     device = bc.prepare_torch(config)
-    envs = [bc.PolicyInput(gym.make(args.env_id)) for _ in range(side_by_side)]
+    envs = [gym.make(args.env_id) for _ in range(side_by_side)]
+    envs = [bc.PolicyInput(env, env.action_space) for env in envs]
     action_dim = envs[0].action_space.shape[0]
     agent = bc.BCAgent.create(envs[0].observation_space.shape, action_dim, config, device)
     episodes = args.episodes if side_by_side > 1 else max(args.episodes // 10, 1)

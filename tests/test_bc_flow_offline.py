@@ -556,18 +556,22 @@ def with_velocity(function, **changes) -> BCAgent:
 
 
 def test_euler_and_heun_on_known_velocities():
-    """dx/dt = -x from 1: Euler multiplies by 1 - dt, Heun by 1 - dt + dt^2 / 2; dx/dt = 2t: Heun is exact, 1."""
+    """dx/dt = -x: Euler multiplies by 1 - dt, Heun by 1 - dt + dt^2 / 2, but in its last step as Euler."""
     noise, obs = np.ones((1, 2)), np.zeros((1, 3))
     for steps in (1, 4, 10):
         euler = with_velocity(lambda x, t: -x, flow_steps=steps)
         heun = with_velocity(lambda x, t: -x, flow_steps=steps, flow_solver="heun")
         dt = 1 / steps
         assert_close(euler.sample_actions(obs, noise=noise), np.full((1, 2), (1 - dt) ** steps), 1e-6)
-        assert_close(heun.sample_actions(obs, noise=noise), np.full((1, 2), (1 - dt + dt * dt / 2) ** steps), 1e-6)
+        assert_close(
+            heun.sample_actions(obs, noise=noise),
+            np.full((1, 2), (1 - dt + dt * dt / 2) ** (steps - 1) * (1 - dt)),
+            1e-6,
+        )
         assert euler.mean_actor.head.times == pytest.approx([i / steps for i in range(steps)])
-        assert len(heun.mean_actor.head.times) == 2 * steps
+        assert len(heun.mean_actor.head.times) == 2 * steps - 1
         heun = with_velocity(lambda x, t: 2 * t * torch.ones_like(x), flow_steps=steps, flow_solver="heun")
-        assert_close(heun.sample_actions(obs, noise=0 * noise), np.ones((1, 2)), 1e-6)
+        assert_close(heun.sample_actions(obs, noise=0 * noise), np.full((1, 2), 1 - dt * dt), 1e-6)
 
 
 def test_actions_are_clipped_at_the_end_only():
