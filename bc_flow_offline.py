@@ -224,7 +224,7 @@ def normalize_flags(argv: list[str]) -> list[str]:
     return tokens
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
+def read_args(argv: list[str] | None = None) -> Args:
     """The command line, over the defaults of the task's recipe, or of the run that --resume or --eval-only names.
 
     Exits with one line when flags contradict each other or the run.
@@ -2139,4 +2139,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(read_args())

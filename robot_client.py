@@ -7,7 +7,7 @@
     env = gym.make("robot_client:FrankaReal-v0", config=TaskConfig(...))   # in a script of your own
     env = Intervention(env, SpaceMouse())                                  # a person may take over at any step
 
-Expect: median jitter_p99_ms <= 2 (real-time priority) [benchmarks/results/robot_period.csv contender=ours]
+Expect: jitter_p99_ms <= 2 (real-time priority) [benchmarks/results/robot_period.csv contender=ours]
 
 Sources: SERL arXiv:2401.16013 (serl_robot_infra, commit cd5f7e7) and HIL-SERL arXiv:2410.21845 (commit 5d02aed):
 observation, action, gains, resets, interventions.

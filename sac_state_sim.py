@@ -866,7 +866,7 @@ def success(info: dict) -> float:
     return float(info.get("success", info.get("is_success", math.nan)))
 
 
-def evaluate(agent: Agent, env: gym.Env, episodes: int, seed: int, video=None) -> dict[str, float]:
+def evaluate_agent(agent: Agent, env: gym.Env, episodes: int, seed: int, video=None) -> dict[str, float]:
     """Means over seeded episodes of the deterministic policy; `video` takes the rendered frames."""
     results = []
     for episode in range(episodes):
@@ -889,20 +889,20 @@ def record_video(agent: Agent, args: Args, path: Path, episodes: int = 4) -> Non
     try:
         env = make_env(args, render=True)
         with imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), macro_block_size=1) as video:
-            evaluate(agent, env, episodes, args.seed, video)
+            evaluate_agent(agent, env, episodes, args.seed, video)
         env.close()
     except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained and saved all the same
         print(f"no video: {error}; afterwards --eval-only {path.parent} writes it", file=sys.stderr)
 
 
 def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
-    """`evaluate`, with the episodes stored as a Minari dataset that knows its task and its reference scores."""
+    """`evaluate_agent`, with the episodes stored as a Minari dataset that knows its task and its reference scores."""
     import minari
     from gymnasium.vector.utils import concatenate, create_empty_array
     from minari.data_collector import EpisodeBuffer
 
     recorder, random, random_env = Recorder(make_env(args, wrap=False)), copy.copy(agent), make_env(args)
-    scalars = evaluate(agent, make_env(args, base=recorder), args.final_eval_episodes, args.seed)
+    scalars = evaluate_agent(agent, make_env(args, base=recorder), args.final_eval_episodes, args.seed)
     random_env.action_space.seed(args.seed)
     random.act = lambda obs, deterministic: random_env.action_space.sample()
     space, buffers = recorder.observation_space, []
@@ -915,7 +915,7 @@ def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
         buffers,
         env=recorder.env.spec,
         algorithm_name=args.exp_name,
-        ref_min_score=evaluate(random, random_env, 10, args.seed)["eval/episodic_return"],
+        ref_min_score=evaluate_agent(random, random_env, 10, args.seed)["eval/episodic_return"],
         ref_max_score=scalars["eval/episodic_return"],
         description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
     )
@@ -1319,7 +1319,7 @@ def final_evaluation(args: Args, agent: Agent, run: Run) -> dict[str, float]:
     if args.record_dataset:
         scalars = record_dataset(agent, args)
     else:
-        scalars = evaluate(agent, make_env(args), args.final_eval_episodes, args.seed)
+        scalars = evaluate_agent(agent, make_env(args), args.final_eval_episodes, args.seed)
     if args.capture_video:
         record_video(agent, args, run.dir / "video.mp4")
     return scalars
@@ -1436,7 +1436,7 @@ def train(args: Args) -> None:
         # Evaluate and save.
         if learns and run.due(args.eval_every, before, progress) and progress.global_step < args.total_timesteps:
             with run.phase("eval"):
-                run.log_evaluation(progress, evaluate(agent, eval_env, args.eval_episodes, args.seed))
+                run.log_evaluation(progress, evaluate_agent(agent, eval_env, args.eval_episodes, args.seed))
         if learns and run.due(args.save_every, before, progress):
             with run.phase("eval"):
                 save(run, progress, agent, buffer, demos)

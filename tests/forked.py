@@ -43,7 +43,8 @@ def child(name: str, flags: list[str], cwd: str, env: dict[str, str], outputs: l
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     script = importlib.import_module(Path(name).stem)
-    script.main(script.parse_args())
+    read = script.read_args if hasattr(script, "read_args") else script.parse_args
+    script.main(read())
 
 
 def context() -> multiprocessing.context.ForkServerContext:

@@ -41,9 +41,9 @@ from bc_flow_offline import (
     find_dataset,
     make_env_and_datasets,
     pad_same,
-    parse_args,
     process_train_dataset,
     random_crop,
+    read_args,
     video_grid,
 )
 
@@ -281,12 +281,12 @@ NOTE = {
 
 
 def test_the_flags_of_the_note_have_its_defaults():
-    args = parse_args(["--env-name", "halfcheetah-medium-v2"])
+    args = read_args(["--env-name", "halfcheetah-medium-v2"])
     assert {name: getattr(args, name) for name in NOTE} == NOTE
 
 
 def test_no_flag_at_all():
-    args = parse_args([])
+    args = read_args([])
     assert args.env_name == "FrankaPickCube-v0" and args.offline_steps < 1_000_000 and args.action_chunking
 
 
@@ -312,14 +312,14 @@ def test_no_flag_at_all():
     ],
 )
 def test_all_spellings_of_flags(flags, expected):
-    args = parse_args(flags.split())
+    args = read_args(flags.split())
     assert {name: getattr(args, name) for name in expected} == expected
 
 
 @pytest.mark.parametrize("removed", ["ogbench_dataset_dir", "dataset_replace_interval", "online_steps", "utd_ratio"])
 def test_flags_that_the_note_removed_are_refused(removed, capsys):
     with pytest.raises(SystemExit) as error:
-        parse_args([f"--{removed}=1"])
+        read_args([f"--{removed}=1"])
     assert error.value.code == 2 and removed.replace("_", "-") in "".join(capsys.readouterr())
 
 
@@ -1400,7 +1400,7 @@ def test_a_process_count_that_does_not_divide_the_batch(tmp_path, point_data, mo
     monkeypatch.setattr("sys.argv", [SCRIPT])
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(SystemExit, match="--batch-size 256.*3 processes"):
-        parse_args([])
+        read_args([])
 
 
 # --- Runs: policies, options, images ----------------------------------------------------------------------------------
@@ -1602,7 +1602,7 @@ def refused(*flags: object, cwd: Path, **options) -> str:
 def test_bad_flags(flags, words, monkeypatch):
     monkeypatch.setattr("sys.argv", [SCRIPT])
     with pytest.raises(SystemExit) as error:
-        find_dataset(parse_args(flags.split()))
+        find_dataset(read_args(flags.split()))
     message = str(error.value.code)
     assert message.startswith("bc_flow_offline.py: ") and "\n" not in message
     for word in words.split():
@@ -1613,7 +1613,7 @@ def test_bad_flags(flags, words, monkeypatch):
 def test_wrong_types(flags, capsys):
     """tyro's own message: it may frame the line, but names the flag and has no traceback."""
     with pytest.raises(SystemExit) as error:
-        parse_args(flags.split())
+        read_args(flags.split())
     assert error.value.code == 2 and flags.split()[0] in "".join(capsys.readouterr())
 
 
@@ -1645,10 +1645,10 @@ def test_resume_with_other_flags(finished, tmp_path, monkeypatch):
     for flags in ("--lr 1", "--seed 3", "--batch-size 8", "--hidden-dims 8", "--no-action-chunking", "--ema 0.5"):
         for how in ("--resume", "--eval-only"):
             with pytest.raises(SystemExit, match=flags.split()[0].replace("--no-", "--")):
-                parse_args([how, run_dir, *flags.split()])
-    args = parse_args(["--resume", run_dir, "--offline-steps", "400", "--eval_episodes=3"])
+                read_args([how, run_dir, *flags.split()])
+    args = read_args(["--resume", run_dir, "--offline-steps", "400", "--eval_episodes=3"])
     assert (args.offline_steps, args.eval_episodes, args.lr, args.hidden_dims) == (400, 3, 3e-3, (64, 64))
-    args = parse_args([f"--eval_only={run_dir}/checkpoint_150.pt", "--flow-steps", "5", "--lr", "3e-3"])
+    args = read_args([f"--eval_only={run_dir}/checkpoint_150.pt", "--flow-steps", "5", "--lr", "3e-3"])
     assert (args.flow_steps, args.run_dir, args.env_name) == (5, run_dir, "point/expert-v0")
 
 
@@ -1658,7 +1658,7 @@ def test_damaged_flags_json(finished, tmp_path, content, monkeypatch):
     run_dir = copy_run(finished, tmp_path)
     (run_dir / "flags.json").write_text(content)
     with pytest.raises(SystemExit, match="--resume"):
-        parse_args(["--resume", str(run_dir)])
+        read_args(["--resume", str(run_dir)])
 
 
 class Malicious:

@@ -28,10 +28,10 @@ from conftest import REPO, run_script
 SCRIPTS = sorted(path.name for path in REPO.glob("*.py"))
 OWN_PYTHON = [*SCRIPTS, *sorted(str(path.relative_to(REPO)) for path in REPO.glob("benchmarks/*.py"))]
 MAY_DIFFER = {"Args", "Agent", "make_env", "main"}
-OWN_NAMES = {"bc_flow_offline.py": {"evaluate", "parse_args"}}  # its note fixes their arguments and files
 SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agent", "Evaluation", "Main"]
 FOOTER = 'if __name__ == "__main__":\n    main({})'
-CALLS = ("tyro.cli(Args, description=__doc__)", "parse_args()")  # the second where --resume reads a run's own flags
+# The second and third where --resume reads a run's own flags.
+CALLS = ("tyro.cli(Args, description=__doc__)", "parse_args()", "read_args()")
 MAX_LINES, MAX_FUNCTION_LINES, BANNER_LENGTH = 750, 90, 120
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 1500,  # half of it is the run directory, actor and learner, and checks of what comes in
@@ -92,8 +92,6 @@ def drift_faults(sources: dict[str, str]) -> list[str]:
     faults = []
     for script, source in sources.items():
         for name, code in definitions(source):
-            if name in OWN_NAMES.get(script, ()):
-                continue
             first_script, first_code = seen.setdefault(name, (script, code))
             if code != first_code and name not in MAY_DIFFER:
                 faults.append(f"{name} differs between {first_script} and {script}: make it equal, or rename it")
