@@ -992,9 +992,11 @@ class Run:
             options = {"project": args.wandb_project_name, "name": self.dir.name, "config": dataclasses.asdict(args)}
             wandb.init(dir=self.dir, sync_tensorboard=True, **options)
         self.writer = SummaryWriter(self.dir, purge_step=progress.global_step + 1)
+        last = progress.global_step >= args.total_timesteps  # the last evaluation comes after the checkpoint
         for path in self.dir.glob("*.csv"):
             header, *rows = [*path.read_text().split("\n")[:-1], ""]  # without what follows the last newline: cut off
-            rows = [row for row in rows if row and int(row.split(",")[0]) <= progress.global_step]
+            newest = progress.global_step - (last and path.stem == "eval")
+            rows = [row for row in rows if row and int(row.split(",")[0]) <= newest]
             write_atomically(path, "".join(row + "\n" for row in (header, *rows) if row).encode())
         self.started, self.logged = time.perf_counter() - progress.elapsed, time.perf_counter()
         interval = 0.2 if sys.stderr.isatty() else 30.0

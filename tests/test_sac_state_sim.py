@@ -1303,6 +1303,14 @@ def test_files_are_replaced_never_overwritten(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
+def test_resume_after_a_kill_between_the_last_evaluation_and_its_checkpoint(finished, tmp_path):
+    run_dir = copy_run(finished, tmp_path)
+    (run_dir / "checkpoint.previous").replace(run_dir / "checkpoint.pt")  # from just before that evaluation
+    run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, env=TASKS)
+    assert table(run_dir, "eval.csv") == table(finished.run_dir, "eval.csv")
+    assert differences(run_dir, finished.run_dir) == []
+
+
 @pytest.mark.parametrize("content", ["", "global_st", "global_step,wall_s\n", "global_step,wall_s\n5"])
 def test_resume_after_a_kill_while_a_csv_was_begun(finished, tmp_path, content):
     run_dir = copy_run(finished, tmp_path)
