@@ -1,0 +1,139 @@
+"""Updates per second of bc_flow_offline.py from images in memory, and from images that workers read from disk.
+
+    python benchmarks/bc_image_speed.py
+
+Demonstrations of FrankaPickCube-v0 from two cameras are stored as a Minari dataset (HDF5, in the system's file cache),
+and cloned from memory, and by worker processes that read them (`workers_0`: the learning process reads by itself). The
+losses must be the same. Each measurement is a process of its own on the same cores; the contenders take turns. Start
+and first updates are outside. `others_cores` in the file says how many cores other processes used.
+"""
+
+import csv
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import tyro
+from bc_speed import record, version
+from run import REPO, RESULTS, commit, hardware
+from sac_state_speed import busy_seconds
+
+FLAGS = "--env-name franka/images-v0 --run-dir run --offline-steps {total} --log-interval {warmup} --eval-episodes 1"
+FLAGS += " --no-capture-video --encoder small --batch-size {batch_size} --threads {threads}"
+
+
+# --- Args -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    episodes: int = 50
+    """demonstrations of 100 steps"""
+    image_size: int = 64
+    """height and width of the two cameras' images (pixels)"""
+    batch_size: int = 64
+    """samples per update"""
+    workers: tuple[int, ...] = (0, 1, 2)
+    """numbers of worker processes to measure"""
+    rounds: int = 3
+    """measurements of each contender"""
+    warmup: int = 20
+    """updates before the clock starts"""
+    updates: int = 200
+    """timed updates, a multiple of warmup"""
+    threads: int = 2
+    """cores that every process is bound to, and OMP_NUM_THREADS"""
+    gpu: bool = False
+    """let the contenders use a GPU"""
+    output: Path = RESULTS / "bc_image_speed.csv"
+    """file that gets one line per measurement, after those that it holds"""
+
+
+def store_demonstrations(args: Args) -> None:
+    """The scripted expert's episodes as the local Minari dataset franka/images-v0."""
+    sys.path.insert(0, str(REPO))
+    import gymnasium as gym
+
+    import bc_flow_offline
+
+    env = gym.make("FrankaPickCube-v0", image_obs=True, image_size=args.image_size)
+
+    def demonstration(seed: int) -> tuple:
+        observations, steps, done = [env.reset(seed=seed)[0]], [], False
+        while not done:
+            action = env.unwrapped.expert_action()
+            obs, reward, terminated, truncated, _ = env.step(action)
+            observations.append(obs)
+            steps.append((action, reward, terminated, truncated))
+            done = terminated or truncated
+        parts = ({key: np.stack([obs[key] for obs in observations]) for key in obs}, *zip(*steps, strict=True))
+        return parts[0], *map(np.array, parts[1:])
+
+    episodes = map(demonstration, range(args.episodes))
+    bc_flow_offline.store("franka/images-v0", episodes, env=env.spec, algorithm_name="expert", description="benchmark")
+    env.close()
+
+
+def measure(flags: list[str], args: Args, folder: Path) -> tuple[dict[str, object], list[str]]:
+    """Runs one contender once: timed updates, their time (s), the cores that others used; and the losses.
+
+    Raises SystemExit with the end of its output if it fails.
+    """
+    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MINARI_DATASETS_PATH": str(folder)}
+    env |= {} if args.gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    with tempfile.TemporaryDirectory() as temporary:
+        clock, busy, own = time.time(), busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        command = [sys.executable, str(REPO / "bc_flow_offline.py"), *flags]
+        result = subprocess.run(command, cwd=temporary, env=env, capture_output=True, text=True)
+        if result.returncode != 0:
+            raise SystemExit(f"{flags} failed:\n{result.stdout[-1000:]}{result.stderr[-3000:]}")
+        now = resource.getrusage(resource.RUSAGE_CHILDREN)
+        others = busy_seconds() - busy - (now.ru_utime + now.ru_stime - own.ru_utime - own.ru_stime)
+        with (Path(temporary) / "run" / "offline_agent.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))[1:]  # the first holds the warm-up
+    updates, seconds = args.warmup * len(rows), sum(args.warmup / float(row["SPS"]) for row in rows)
+    line = {"steps": updates, "seconds": round(seconds, 3), "steps_per_second": round(updates / seconds, 1)}
+    line |= {"others_cores": round(others / (time.time() - clock), 2)}
+    return line, [row["actor/actor_loss"] for row in rows]
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+def main(args: Args) -> None:
+    if args.updates % args.warmup:
+        raise SystemExit("--updates: give a multiple of --warmup, the logs' interval")
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    values = {"total": args.warmup + args.updates, "warmup": args.warmup}
+    flags = FLAGS.format(**values, batch_size=args.batch_size, threads=args.threads).split()
+    contenders = {"memory": [*flags, "--data-loading", "memory"]}
+    for count in args.workers:
+        contenders[f"workers_{count}"] = [*flags, "--data-loading", "workers", "--num-workers", str(count)]
+    facts = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "hardware": hardware()}
+    facts |= {"command": f"python benchmarks/bc_image_speed.py, {args.updates} updates"}
+    facts |= {"version": version([sys.executable])}
+    speeds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["MINARI_DATASETS_PATH"] = folder
+        store_demonstrations(args)
+        expected = None
+        for number in range(1, args.rounds + 1):
+            for contender, command in contenders.items():
+                line, losses = measure(command, args, Path(folder))
+                expected = expected or losses
+                if losses != expected:
+                    raise SystemExit(f"{contender}: its losses are not those of images in memory")
+                record(args.output, facts | line | {"contender": contender, "round": number})
+                speeds[contender].append(line["steps_per_second"])
+                busy = f" (others used {line['others_cores']} cores)" if line["others_cores"] > 0.1 else ""
+                print(f"round {number}: {contender:12} {line['steps_per_second']:7.1f} updates/s{busy}", flush=True)
+    for contender, values in speeds.items():
+        print(f"{contender:12} median {statistics.median(values):.1f} (min {min(values):.1f}, max {max(values):.1f})")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args, description=__doc__))
