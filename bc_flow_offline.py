@@ -133,7 +133,7 @@ class Args:
     frame_stack: int = 1
     """observations of this many steps are stacked"""
     data_loading: Literal["auto", "memory", "workers"] = "auto"
-    """keep images in memory, or let worker processes read them from disk; auto: by the memory that is free"""
+    """keep images in memory, which is faster, or let workers read them from disk; auto: by the memory that is free"""
     num_workers: int = 2
     """worker processes that read images"""
     # training
@@ -1253,6 +1253,7 @@ def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
             f"{source}'s references: score 0 is {worst:.6g}, 100 is {best:.6g}" if source else "no reference scores"
         )
         where = f"images read by {args.num_workers} workers" if on_disk else "in memory"
+        where += ", for memory is short" if on_disk and args.data_loading == "auto" else ""
         size, used = f"{dataset.storage.get_size():.0f} MB, {where}", [returns[number] for number in kept]
         print(f"data: {dataset.id}, {size}, {len(used)} of {len(returns)} episodes, {train.size:,} steps")
         print(f"data: mean return {np.mean(used):.6g}, best {max(used):.6g}; {scores}", flush=True)

@@ -732,11 +732,13 @@ def test_images_from_disk_are_those_in_memory(camera_data):
     np.testing.assert_array_equal(disk["observations"]["state"], memory["observations"]["state"])
 
 
-def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch):
+def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch, capsys):
     for free, expected in ((10**12, False), (1000, True)):
         monkeypatch.setattr("os.sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
         assert bc_flow_offline.images_stay_on_disk(camera_data, Args()) == expected
         assert not bc_flow_offline.images_stay_on_disk(camera_data, Args(data_loading="memory"))
+        bc_flow_offline.load_datasets(Args(env_name=camera_data.id))
+        assert ("images read by 2 workers, for memory is short" in capsys.readouterr().out) == expected
 
 
 @pytest.mark.parametrize("workers", [0, 2])
