@@ -1191,6 +1191,7 @@ def test_malicious_classifier_is_refused(tmp_path):
 TINY = "--env-id probe_envs:PixelPoint-v0 --image-size 32 --small-channels 4 6 --latent-dim 16 --hidden-dims 32 32"
 TINY += " --batch-size 16 --utd-ratio 1 --demos 2 --threads 1 --buffer-size 1000 --learning-starts 50 --log-every 50"
 TINY += " --eval-every 100 --eval-episodes 1 --final-eval-episodes 2 --save-every 60 --no-capture-video"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", REPO / SCRIPT]
 
 
 def run(*flags: object, cwd: Path, **options):
@@ -1314,16 +1315,22 @@ def test_learns_actions_that_follow_the_image(tmp_path):
     assert read_csv(tmp_path / "run", "eval.csv")["eval/episodic_return"][-1] > -0.05  # doing nothing: -0.36
 
 
-def test_learner_and_actor(tmp_path):
-    """Rows with images cross the wire and the actor's file unharmed; the actor follows the policy of the learner."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_learner_and_actor(tmp_path, processes):
+    """Rows with images cross the wire and the actor's file unharmed; the actor follows the learner's policy, of one
+    process or of two under torchrun."""
     flags = [*TINY.split(), "--demos", 0, "--port", free_port(), "--actor-ahead", 40, "--publish-every", 20]
     learner = [*flags, "--role", "learner", "--run-dir", "learner", "--total-timesteps", 120]
     actor = [*flags, "--role", "actor", "--run-dir", "actor"]
-    with (
-        popen_script(SCRIPT, *learner, cwd=tmp_path, env=TASKS) as one,
-        popen_script(SCRIPT, *actor, cwd=tmp_path, env=TASKS) as other,
-    ):
-        finish(one, other)
+    with popen_script(SCRIPT, *actor, cwd=tmp_path, env=TASKS) as one:
+        if processes == 1:
+            run_script(SCRIPT, *learner, cwd=tmp_path, env=TASKS)
+        else:
+            command = [*map(str, [*TORCHRUN, *learner])]
+            env = script_env(tmp_path, TASKS)
+            result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+            assert result.returncode == 0, result.stderr[-3000:]
+        finish(one)
     state, layout = checkpoint(tmp_path / "learner"), Layout(("front", "wrist"), 32, {"state": (0, 2)}, 1)
     width, total = 2 * layout.step_dim + 3 + 2, state["buffer"]["total"]
     journal = torch.from_numpy(np.fromfile(tmp_path / "actor" / "transitions.f32", np.float32).reshape(-1, width))
@@ -1389,8 +1396,7 @@ def test_torchrun_learns_as_one_process_does(tmp_path):
     flags = [*TINY.split(), "--augment", "--total-timesteps", 80, "--save-every", 80, "--std-parameterization", "fixed"]
     flags += ["--fixed-std", 1e-3, "--actor-lr", 1e-5, "--no-autotune"]
     run(*flags[len(TINY.split()) :], "--run-dir", "one", cwd=tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", REPO / SCRIPT]
-    command = [*map(str, [*command, *flags]), "--run-dir"]
+    command = [*map(str, [*TORCHRUN, *flags]), "--run-dir"]
     env = script_env(tmp_path, TASKS)
     result = subprocess.run([*command, "two"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr[-3000:]
