@@ -73,7 +73,9 @@ def test_popen_script_can_be_signalled(tmp_path):
         """
         import time
         try:
-            print("ready"); time.sleep(60)
+            print("ready")
+            while True:
+                time.sleep(0.1)  # a signal that comes just before a sleep does not end it
         except KeyboardInterrupt:
             print("saved")
         """,
