@@ -76,7 +76,7 @@ class Site:
         return data[: len(data) // WIDTH * WIDTH].reshape(-1, WIDTH)
 
 
-def finish(*processes, timeout: float = 60) -> None:
+def finish(*processes, timeout: float = 120) -> None:
     """Waits for processes that must end well."""
     for process in processes:
         try:
