@@ -219,8 +219,8 @@ class Args:
     """largest standard deviation"""
     explore_prob: float = 0.0
     """probability per step to hold one action dimension at a random value for explore_steps steps"""
-    explore_steps: int = 10
-    """how long such a value is held"""
+    explore_steps: int = 40
+    """how long such a value is held (the gripper of FrankaPickCube-v0 needs 30 steps to open around the cube)"""
     actor_ema: float = 0.9995
     """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
     autotune: bool = True
