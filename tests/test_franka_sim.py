@@ -191,6 +191,31 @@ def test_joint_positions_and_velocities_are_limited():
     assert 0.5 < largest.max() < 1.05
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_gripper_opens_around_the_cube_in_30_steps(seed):
+    """From closed fingers that press on the cube: exploration must hold "open" for longer (--explore-steps)."""
+    env = gym.make("FrankaPickCube-v0", max_episode_steps=1000).unwrapped
+    env.reset(seed=seed)
+    cube = env.cube.xpos.copy()
+
+    def go(height: float, gripper: float, steps: int) -> list[float]:
+        """The tcp's distance (m) to the cube after each step."""
+        distances = []
+        for _ in range(steps):
+            move = (cube + (0.004, 0.005, height) - env.target) / env.action_scale
+            env.step(np.clip([*move, gripper], -1, 1).astype(np.float32))
+            distances.append(np.linalg.norm(env.cube.xpos - env.sim.tcp_position))
+        return distances
+
+    go(0.1, 1, 60)
+    pressed = go(0.0, 1, 40)[-1]
+    opening = go(0.0, -1, 40)
+    assert min(opening[:10]) > pressed - 0.004  # not in 10 steps
+    assert max(opening[31:]) < pressed - 0.006
+    go(0.0, 1, 60)
+    assert env.sim.holds(env.cube.id)
+
+
 def test_gripper_width_speed_and_force():
     sim = FrankaSim(CUBE)
     for width in (0.0, 0.03, 0.08, 1.0):
