@@ -1352,7 +1352,11 @@ class Batches(torch.utils.data.Dataset):
         """Samples of `count` updates from `step` on: observations (K, B, ...), chunks (K, B, hA), valid (K, B, h)."""
         if self.on_disk:
             samples = zip(*(next(self.loader) for _ in range(count)), strict=True)
-            return tuple(each(lambda *xs: torch.stack(xs).to(device, non_blocking=True), *parts) for parts in samples)
+
+            def moved(*xs: Tensor) -> Tensor:  # from pinned memory, so before they are stacked
+                return torch.stack([x.to(device, non_blocking=True) for x in xs])
+
+            return tuple(each(moved, *parts) for parts in samples)
         rows = torch.from_numpy(np.stack([self.rows(step + k) for k in range(count)])).to(self.device)
         return tuple(each(lambda x: x.to(device), part) for part in self.gather(rows))
 
@@ -1475,7 +1479,7 @@ class BCAgent:
         if self.graph is None:
             static_samples, graph = tuple(each(torch.clone, x) for x in samples), torch.cuda.CUDAGraph()
             graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader pins memory meanwhile
                 info = self.learn_eagerly(static_samples)
             self.graph = graph, static_samples, info
         graph, static_samples, info = self.graph

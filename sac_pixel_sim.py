@@ -1089,7 +1089,7 @@ class PixelCritic(Critic):
 
     def encode(self, obs: Observation) -> Observation:
         """The observation with features (B, F) in the images' place."""
-        return obs._replace(images=self.encoder(obs))
+        return Observation(self.encoder(obs), obs.states)  # torch 2.11 compiles `_replace` to an empty tuple
 
     def forward(self, obs: Observation, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return super().forward(torch.cat([obs.images, self.proprio(obs.states)], -1), actions, generator)

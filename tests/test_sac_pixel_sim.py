@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -1459,6 +1460,21 @@ def test_a_run_on_a_gpu(tmp_path):
     columns = read_csv(tmp_path / "run", "train.csv")
     assert columns["global_step"] == [50, 100, 150] and all(map(math.isfinite, columns["losses/critic_loss"][1:]))
     run_script(SCRIPT, "--eval-only", "run", "--no-cuda", cwd=tmp_path, env=TASKS)
+
+
+@pytest.mark.parametrize("changes", [{}, {"reward": "vice", "amp": True, "grad_accum_steps": 2, "num_qs": 3}])
+def test_what_a_gpu_compiles_is_whole_and_compiled_before_it_is_captured(changes):
+    """No graph breaks, and nothing is compiled anew after the updates that `replay` runs before it captures one."""
+    agent = Agent(small_layout(), box(2), small_args(demos=1, policy_delay=2, **changes), CPU)
+    agent.goals = random_inputs(agent)[1][:, :1]
+    whole = partial(torch.compile, backend="aot_eager", fullgraph=True)
+    for name in ("target_q", "critic_loss", "actor_loss"):
+        setattr(agent, name, whole(getattr(agent, name)))
+    agent.critic.encode = whole(agent.critic.encode)
+    for i in range(3 * agent.args.policy_delay + 4):
+        with torch._dynamo.config.patch(error_on_recompile=i >= 3 * agent.args.policy_delay):
+            metrics = agent.update_once(*random_inputs(agent, seed=i), with_actor=i % agent.args.policy_delay == 1)
+    assert math.isfinite(metrics["losses/actor_loss"])
 
 
 @pytest.mark.slow

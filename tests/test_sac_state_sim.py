@@ -1602,6 +1602,18 @@ def test_a_run_of_a_gpu_goes_on_without(finished, tmp_path):
     assert math.isfinite(read_csv(run_dir, "train.csv")["losses/actor_loss"][-1])
 
 
+@pytest.mark.parametrize("changes", [{}, {"num_qs": 3, "backup_entropy": True, "amp": True}])
+def test_what_a_gpu_compiles_is_whole_and_compiled_before_it_is_captured(changes):
+    """No graph breaks, and nothing is compiled anew after the updates that `replay` runs before it captures one."""
+    agent, buffer = small_agent(demos=1, policy_delay=2, **changes), filled_buffer()
+    for name in ("critic_loss", "actor_loss"):
+        setattr(agent, name, torch.compile(getattr(agent, name), backend="aot_eager", fullgraph=True))
+    agent.update(buffer, buffer, 3 * agent.args.policy_delay)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        metrics = agent.update(buffer, buffer, 4)
+    assert math.isfinite(metrics["losses/actor_loss"])
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
 def test_compiled_losses_are_the_eager_ones():
