@@ -10,21 +10,18 @@ and first updates are outside. `others_cores` in the file says how many cores ot
 
 import csv
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import tyro
-from bc_speed import record, version
+from bc_speed import version
 from run import REPO, RESULTS, commit, hardware
-from sac_state_speed import busy_seconds
+from sac_state_speed import record, run_contender
 
 FLAGS = "--env-name franka/images-v0 --run-dir run --offline-steps {total} --log-interval {warmup} --eval-episodes 1"
 FLAGS += " --no-capture-video --encoder small --batch-size {batch_size} --threads {threads}"
@@ -81,26 +78,16 @@ def store_demonstrations(args: Args) -> None:
 
 
 def measure(flags: list[str], args: Args, folder: Path) -> tuple[dict[str, object], list[str]]:
-    """Runs one contender once: timed updates, their time (s), the cores that others used; and the losses.
-
-    Raises SystemExit with the end of its output if it fails.
-    """
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MINARI_DATASETS_PATH": str(folder)}
-    env |= {} if args.gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    """Runs one contender once: timed updates, their time (s), the cores that others used; and the losses."""
     with tempfile.TemporaryDirectory() as temporary:
-        clock, busy, own = time.time(), busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
         command = [sys.executable, str(REPO / "bc_flow_offline.py"), *flags]
-        result = subprocess.run(command, cwd=temporary, env=env, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise SystemExit(f"{flags} failed:\n{result.stdout[-1000:]}{result.stderr[-3000:]}")
-        now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        others = busy_seconds() - busy - (now.ru_utime + now.ru_stime - own.ru_utime - own.ru_stime)
+        env = {"MINARI_DATASETS_PATH": str(folder)}
+        _, others = run_contender(command, Path(temporary), args.threads, args.gpu, **env)
         with (Path(temporary) / "run" / "offline_agent.csv").open(newline="") as file:
             rows = list(csv.DictReader(file))[1:]  # the first holds the warm-up
     updates, seconds = args.warmup * len(rows), sum(args.warmup / float(row["SPS"]) for row in rows)
     line = {"steps": updates, "seconds": round(seconds, 3), "steps_per_second": round(updates / seconds, 1)}
-    line |= {"others_cores": round(others / (time.time() - clock), 2)}
-    return line, [row["actor/actor_loss"] for row in rows]
+    return line | {"others_cores": others}, [row["actor/actor_loss"] for row in rows]
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------

@@ -15,13 +15,10 @@ ml_collections. Run it on a quiet machine; `others_cores` in the file says how m
 import csv
 import json
 import os
-import resource
-import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,10 +27,8 @@ import h5py
 import numpy as np
 import tyro
 from run import REPO, RESULTS, commit, hardware
-from sac_state_speed import busy_seconds, interpreter
+from sac_state_speed import interpreter, record, run_contender
 
-COLUMNS = ["contender", "version", "round", "steps", "seconds", "steps_per_second", "others_cores", "date", "commit"]
-COLUMNS += ["hardware", "command"]
 ROWS, OBS_DIM, ACTION_DIM = 100_000, 17, 6
 OURS = "--env-name halfcheetah-medium-v2 --dataset-path {data} --run-dir run --offline-steps {total}"
 OURS += " --log-interval {warmup} --eval-episodes 1 --no-capture-video --threads {threads} --horizon-length {horizon}"
@@ -144,40 +139,19 @@ def version(command: list[str]) -> str:
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
 def measure(contender: str, command: list[str], args: Args, folder: Path) -> dict[str, object]:
-    """Runs one contender once: timed updates, their time (s), and the cores that other processes used meanwhile.
-
-    Raises SystemExit with the end of its output if it fails.
-    """
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "MINARI_DATASETS_PATH": str(folder)}
-    if not args.gpu:
-        env |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    """Runs one contender once: timed updates, their time (s), and the cores that other processes used meanwhile."""
     with tempfile.TemporaryDirectory() as temporary:
-        clock, busy, own = time.time(), busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = subprocess.run(command, cwd=temporary, env=env, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise SystemExit(f"`{shlex.join(command)[:300]}` failed:\n{result.stdout[-1000:]}{result.stderr[-3000:]}")
-        now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        others = busy_seconds() - busy - (now.ru_utime + now.ru_stime - own.ru_utime - own.ru_stime)
+        env = {"MINARI_DATASETS_PATH": str(folder)}
+        stdout, others = run_contender(command, Path(temporary), args.threads, args.gpu, **env)
         if contender.startswith("ours"):
             with (Path(temporary) / "run" / "offline_agent.csv").open(newline="") as file:
                 rows = list(csv.DictReader(file))[1:]  # the first holds the warm-up
             updates, seconds = args.warmup * len(rows), sum(args.warmup / float(row["SPS"]) for row in rows)
         else:
             updates = args.updates if contender.startswith("qc_actor") else args.updates // 4
-            seconds = json.loads(result.stdout.splitlines()[-1])
+            seconds = json.loads(stdout.splitlines()[-1])
     line = {"steps": updates, "seconds": round(seconds, 3), "steps_per_second": round(updates / seconds, 1)}
-    return line | {"others_cores": round(others / (time.time() - clock), 2)}
-
-
-def record(path: Path, line: dict[str, object]) -> None:
-    """Appends a line, below a header if the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(line)
+    return line | {"others_cores": others}
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------

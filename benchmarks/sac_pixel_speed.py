@@ -19,21 +19,17 @@ stand-in for tensorflow, of which only a type's name is used, saves its installa
 import csv
 import json
 import os
-import resource
-import shlex
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import tyro
-from bc_speed import record, version
+from bc_speed import version
 from run import REPO, RESULTS, commit, hardware
-from sac_state_speed import busy_seconds, interpreter
+from sac_state_speed import interpreter, record, run_contender
 
 RANDOM_STEPS = 300
 OURS = """--demos 0 --learning-starts {random} --total-timesteps {total} --image-size {size} --crop-padding 4
@@ -124,28 +120,17 @@ def commands(args: Args) -> dict[str, tuple[list[str], int]]:
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
 def measure(contender: str, command: list[str], updates: int, args: Args) -> dict[str, object]:
-    """Runs one contender once: timed updates, their time (s), and the cores that other processes used meanwhile.
-
-    Raises SystemExit with the end of its output if it fails.
-    """
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "WANDB_MODE": "disabled"}
-    if not args.gpu:
-        env |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    """Runs one contender once: timed updates, their time (s), and the cores that other processes used meanwhile."""
     with tempfile.TemporaryDirectory() as folder:
-        clock, busy, own = time.time(), busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise SystemExit(f"`{shlex.join(command)[:300]}` failed:\n{result.stdout[-1000:]}{result.stderr[-3000:]}")
-        now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        others = busy_seconds() - busy - (now.ru_utime + now.ru_stime - own.ru_utime - own.ru_stime)
+        stdout, others = run_contender(command, Path(folder), args.threads, args.gpu)
         if contender.startswith("ours"):
             with (Path(folder) / "run" / "train.csv").open(newline="") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["global_step"]) > RANDOM_STEPS + 1]
             seconds = sum(float(row["time/update_ms"]) for row in rows) / 1e3
         else:
-            seconds = json.loads(result.stdout.splitlines()[-1])
+            seconds = json.loads(stdout.splitlines()[-1])
     line = {"steps": updates, "seconds": round(seconds, 3), "steps_per_second": round(updates / seconds, 3)}
-    return line | {"others_cores": round(others / (time.time() - clock), 2)}
+    return line | {"others_cores": others}
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------

@@ -159,33 +159,38 @@ def busy_seconds() -> float:
     return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
-def measure(contender: str, args: Args, seed: int) -> dict[str, object]:
-    """Runs one contender once: timed steps, their time (s), and the cores that other processes used meanwhile.
+def run_contender(command: list[str], folder: Path, threads: int, gpu: bool, **env: str) -> tuple[str, float]:
+    """Runs a command in a folder: what it prints, and the cores that other processes used meanwhile.
 
     Raises SystemExit with the end of its output if it fails.
     """
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
-    if contender == "cleanrl":
-        env["PYTHONPATH"] = str(args.cleanrl_path.resolve())
-    if not args.gpu:
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "disabled"} | env
+    if not gpu:
         env |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
+    clock, busy, own = time.time(), busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
+    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if result.returncode != 0:
+        raise SystemExit(f"`{shlex.join(command)[:300]}` failed:\n{result.stdout[-1000:]}{result.stderr[-3000:]}")
+    now = resource.getrusage(resource.RUSAGE_CHILDREN)
+    others = busy_seconds() - busy - (now.ru_utime + now.ru_stime - own.ru_utime - own.ru_stime)
+    return result.stdout, round(others / (time.time() - clock), 2)
+
+
+def measure(contender: str, args: Args, seed: int) -> dict[str, object]:
+    """Runs one contender once: timed steps, their time (s), and the cores that other processes used meanwhile."""
+    env = {"PYTHONPATH": str(args.cleanrl_path.resolve())} if contender == "cleanrl" else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         command = commands(args, seed, folder)[contender]
-        clock, busy, own = time.time(), busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
-        result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-        if result.returncode != 0:
-            raise SystemExit(f"`{shlex.join(command)}` failed:\n{result.stdout[-1000:]}{result.stderr[-3000:]}")
-        now = resource.getrusage(resource.RUSAGE_CHILDREN)
-        others = busy_seconds() - busy - (now.ru_utime + now.ru_stime - own.ru_utime - own.ru_stime)
-        noted = marks(contender, folder, result.stdout)
+        stdout, others = run_contender(command, folder, args.threads, args.gpu, **env)
+        noted = marks(contender, folder, stdout)
     (first, start) = next(mark for mark in noted if mark[0] >= args.learning_starts + args.warmup)
     (last, end) = noted[-1]
     return {
         "steps": last - first,
         "seconds": round(end - start, 3),
         "steps_per_second": round((last - first) / (end - start), 1),
-        "others_cores": round(others / (time.time() - clock), 2),
+        "others_cores": others,
     }
 
 
