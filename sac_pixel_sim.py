@@ -218,9 +218,9 @@ class Args:
     std_max: float = 5.0
     """largest standard deviation"""
     explore_prob: float = 0.0
-    """probability per step to hold one action dimension at a random value for explore_steps steps"""
-    explore_steps: int = 40
-    """how long such a value is held (the gripper of FrankaPickCube-v0 needs 30 steps to open around the cube)"""
+    """probability per step to hold the gripper (last action) open or closed for explore_steps steps"""
+    explore_steps: int = 30
+    """how long it is held: from resting on the cube, the gripper of FrankaPickCube-v0 needs 30 to open around it"""
     actor_ema: float = 0.9995
     """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
     autotune: bool = True
@@ -1547,7 +1547,7 @@ class Agent:
         self.row_splits = (state_dim, action_dim, 1, state_dim, 1)  # without images
         self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0  # per batch
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
-        self.held_steps, self.held = 0, (0, 0.0)  # of `explore`: steps to go, dimension and value
+        self.held_steps, self.held = 0, 0.0  # of `explore`: steps to go, and the gripper's action
         self.critic_updates, self.eager_updates, self.graphs, self.pool = 0, 0, {}, None
         self.ranks = distributed.get_world_size() if distributed.is_initialized() else 1  # processes of torchrun
         self.shared = False  # whether they have the first one's state
@@ -1592,13 +1592,13 @@ class Agent:
         return action if deterministic or not self.args.explore_prob else self.explore(action)
 
     def explore(self, action: np.ndarray) -> np.ndarray:
-        """Now and then one dimension keeps a random value for a while; after arXiv:2006.01782."""
-        start, dimension, value = torch.rand(3, generator=self.generator, device=self.device).tolist()
+        """Now and then the gripper, the last action, is held open or closed for a while; after arXiv:2006.01782."""
+        start, side = torch.rand(2, generator=self.generator, device=self.device).tolist()
         if self.held_steps == 0 and start < self.args.explore_prob:
-            self.held_steps, self.held = self.args.explore_steps, (int(dimension * self.action_dim), 2 * value - 1)
+            self.held_steps, self.held = self.args.explore_steps, math.copysign(1.0, side - 0.5)
         if self.held_steps:
             self.held_steps -= 1
-            action[self.held[0]] = self.held[1]
+            action.reshape(self.args.action_chunk, -1)[:, -1] = self.held
         return action
 
     @torch.no_grad()

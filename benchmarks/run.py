@@ -56,7 +56,7 @@ ROWS = {
     ),
     "sac_pick_scratch": Row(
         "without demonstrations",
-        "sac_state_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.02",
+        "sac_state_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.1",
         "eval/success_rate",
         "at least 0.95; 40,000 steps, 15 min",
     ),
@@ -92,7 +92,8 @@ ROWS = {
     ),
     "pixel_pick_scratch": Row(
         "from two cameras, without demonstrations",
-        "sac_pixel_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.02",
+        "sac_pixel_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.1 --utd-ratio 4"
+        " --policy-delay 2 --amp",
         "eval/success_rate",
         "learns",
     ),

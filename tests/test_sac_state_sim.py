@@ -539,20 +539,22 @@ def test_bfloat16_comes_near_float32():
     assert losses[1] == pytest.approx(losses[0], rel=0.03, abs=0.02)
 
 
-def test_exploration_holds_a_value_for_a_while():
-    agent = small_agent(explore_prob=0.05, explore_steps=10, std_parameterization="fixed", fixed_std=1e-4)
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_exploration_holds_the_gripper_for_a_while(chunk):
+    options = {"std_parameterization": "fixed", "fixed_std": 1e-4, "action_chunk": chunk}
+    agent = small_agent(action_dim=2 * chunk, explore_prob=0.05, explore_steps=10, **options)
     obs = np.array([0.1, -0.2, 0.3])
-    mode = agent.act(obs, deterministic=True)
-    actions = np.array([agent.act(obs, deterministic=False) for _ in range(2000)])
-    held = abs(actions - mode) > 1e-2
-    assert not held.all(1).any()  # one dimension at a time
-    assert held.any(1).mean() == pytest.approx(10 / (10 + 1 / 0.05), abs=0.08)
-    assert min(held.mean(0)) > 0.05  # each dimension has its turn
-    starts = np.flatnonzero(np.diff(held[:, 0].astype(int)) == 1) + 1
+    mode = agent.act(obs, deterministic=True).reshape(chunk, 2)
+    actions = np.array([agent.act(obs, deterministic=False) for _ in range(2000)]).reshape(2000, chunk, 2)
+    assert abs(actions[:, :, 0] - mode[:, 0]).max() < 1e-2  # the arm's action is the policy's
+    held = (abs(actions[:, :, 1]) == 1).all(1)
+    assert abs(actions[~held, :, 1] - mode[:, 1]).max() < 1e-2
+    assert held.mean() == pytest.approx(10 / (10 + 1 / 0.05), abs=0.08)
+    starts = np.flatnonzero(np.diff(held.astype(int)) == 1) + 1
     for start in starts[:5]:
-        assert len(set(actions[start : start + 10, 0])) == 1  # the same value ten times
-    assert np.ptp(actions[starts, 0]) > 1  # and another one the next time
-    assert np.array_equal(agent.act(obs, deterministic=True), mode)
+        assert len(np.unique(actions[start : start + 10, :, 1])) == 1  # the same side ten times
+    assert {*actions[starts, 0, 1]} == {-1, 1}  # and sometimes the other one
+    assert np.array_equal(agent.act(obs, deterministic=True).reshape(chunk, 2), mode)
 
 
 def test_target_critic_follows_by_tau():
