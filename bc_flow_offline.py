@@ -60,6 +60,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # now: later its default arguments would keep a process group, and that aborts at exit
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import tyro

@@ -53,6 +53,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning th
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed.nn  # now: later its default arguments would keep a process group, and that aborts at exit
 import torch.nn.functional as F
 import tyro
 from gymnasium import spaces

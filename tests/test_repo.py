@@ -425,6 +425,27 @@ def test_requirements_are_what_is_imported():
     assert not unused, f"in requirements.txt, but imported nowhere: {sorted(unused)}"
 
 
+ONE_PROCESS = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+__import__(sys.argv[2])
+from torch import distributed, nn, ones, optim
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+optim.Adam([nn.Parameter(ones(1))]).step()
+distributed.all_reduce(ones(1))
+distributed.destroy_process_group()
+print(sorted(open(f"/proc/self/task/{thread}/comm").read() for thread in os.listdir("/proc/self/task")))
+"""
+
+
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if "init_process_group" in (REPO / name).read_text()])
+def test_a_process_group_ends_when_it_is_destroyed(script):
+    """Its threads otherwise drop tensors while Python ends, and then and again abort the program."""
+    command = [sys.executable, "-c", ONE_PROCESS, REPO, Path(script).stem]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0 and "python" in result.stdout and "gloo" not in result.stdout, result
+
+
 # --- Numbers that a header or the README promises ---------------------------------------------------------------------
 # A header promises results in lines of this form and nowhere else, and the file shows that it holds for every seed
 # (or for their mean or median, where the line says so):

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -1263,11 +1264,15 @@ def test_kill_at_any_moment(tmp_path):
             started = lambda: (tmp_path / "run" / "checkpoint.pt").exists() or not process.is_alive()  # noqa: E731
             wait_until(started)
             process.join(float(generator.uniform(0.3, 1.5)))
-            if not process.is_alive():
-                break
             process.kill()
-            moments += 1
-    if process.exitcode != 0:
+        saved = (tmp_path / "run" / "checkpoint.pt").exists()  # not between a checkpoint's two renames
+        finished = saved and checkpoint(tmp_path / "run")["progress"]["finished"]
+        if finished:
+            break
+        assert process.exitcode == -signal.SIGKILL, process.stderr_path.read_text()
+        moments += 1
+    assert moments > 1
+    if not finished:
         run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, env=TASKS)
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
