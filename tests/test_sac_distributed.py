@@ -160,7 +160,7 @@ def test_learner_and_actor_are_killed_and_resumed(tmp_path):
                 actor.kill()
                 actor.wait()
                 actor = stack.enter_context(site.resume("actor"))
-            assert sum(held.values()) >= goal - 150
+            assert sum(held.values()) >= goal - 400  # a save, and what an actor had waiting
         finish(learner, actor)
     assert len(site.journal()) > written
     assert_each_row_once(site, "actor")
