@@ -161,9 +161,9 @@ class Args:
     std_max: float = 5.0
     """largest standard deviation"""
     explore_prob: float = 0.0
-    """probability per step to hold the gripper (last action) open or closed for explore_steps steps"""
-    explore_steps: int = 30
-    """how long it is held: from resting on the cube, the gripper of FrankaPickCube-v0 needs 30 to open around it"""
+    """probability per step, for each dimension of the action, to hold a random value for explore_steps steps"""
+    explore_steps: int = 20
+    """how long it is held"""
     actor_ema: float = 0.9995
     """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
     autotune: bool = True
@@ -663,7 +663,8 @@ class Agent:
         self.splits = (obs_dim, action_dim, 1, obs_dim, 1)
         self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0  # per batch
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
-        self.held_steps, self.held = 0, 0.0  # of `explore`: steps to go, and the gripper's action
+        # Of `explore`: steps to go and value of each dimension.
+        self.held_steps, self.held = np.zeros((2, action_dim // args.action_chunk), np.float32)
         self.critic_updates, self.eager_updates, self.graphs, self.pool = 0, 0, {}, None
         if args.threads > 1 and device.type == "cpu":
             self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
@@ -690,13 +691,13 @@ class Agent:
         return action if deterministic or not self.args.explore_prob else self.explore(action)
 
     def explore(self, action: np.ndarray) -> np.ndarray:
-        """Now and then the gripper, the last action, is held open or closed for a while; after arXiv:2006.01782."""
-        start, side = torch.rand(2, generator=self.generator, device=self.device).tolist()
-        if self.held_steps == 0 and start < self.args.explore_prob:
-            self.held_steps, self.held = self.args.explore_steps, math.copysign(1.0, side - 0.5)
-        if self.held_steps:
-            self.held_steps -= 1
-            action.reshape(self.args.action_chunk, -1)[:, -1] = self.held
+        """Now and then a dimension is held at a random value for a while, each on its own; after arXiv:2006.01782."""
+        start, value = torch.rand(2, len(self.held), generator=self.generator, device=self.device).cpu().numpy()
+        starts = (self.held_steps == 0) & (start < self.args.explore_prob)
+        self.held_steps[starts], self.held[starts] = self.args.explore_steps, 2 * value[starts] - 1
+        holds = self.held_steps > 0
+        self.held_steps[holds] -= 1
+        action.reshape(self.args.action_chunk, -1)[:, holds] = self.held[holds]
         return action
 
     def observe(self, rows: Tensor) -> None:
@@ -843,7 +844,7 @@ class Agent:
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state |= {"raw_alpha": self.raw_alpha.detach(), "critic_updates": self.critic_updates}
-        return state | {"generator": self.generator.get_state(), "held": (self.held_steps, self.held)}
+        return state | {"generator": self.generator.get_state(), "held": (self.held_steps.tolist(), self.held.tolist())}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError, ValueError or RuntimeError when the state is of other networks."""
@@ -851,7 +852,8 @@ class Agent:
             getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.raw_alpha.copy_(state["raw_alpha"])
-        self.critic_updates, (self.held_steps, self.held) = state["critic_updates"], state["held"]
+        self.critic_updates = state["critic_updates"]
+        self.held_steps, self.held = np.array(state["held"], np.float32)
         for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
             optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
         if state["generator"].shape == self.generator.get_state().shape:

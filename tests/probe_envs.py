@@ -112,10 +112,14 @@ class Point(gym.Env):
 
 
 class NeverTwiceTheSame(Point):
-    """Takes its start from the clock, as a real robot does."""
+    """Takes its start from the clock, as a real robot does; ends after 20 steps only."""
 
     def reset(self, *, seed=None, options=None):
         return super().reset(seed=np.random.SeedSequence().generate_state(1).item())
+
+    def step(self, action):
+        obs, reward, _, truncated, info = super().step(action)
+        return obs, reward, False, truncated, info
 
 
 class IdleExpert(Point):

@@ -193,7 +193,7 @@ def test_joint_positions_and_velocities_are_limited():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_gripper_opens_around_the_cube_in_30_steps(seed):
-    """From closed fingers that press on the cube: exploration must hold "open" for as long (--explore-steps)."""
+    """From closed fingers that press on the cube: why noise alone seldom finds the way out (--explore-prob)."""
     env = gym.make("FrankaPickCube-v0", max_episode_steps=1000).unwrapped
     env.reset(seed=seed)
     cube = env.cube.xpos.copy()
