@@ -57,7 +57,7 @@ ROWS = {
     "sac_pick_scratch": Row(
         "without demonstrations",
         "sac_state_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.01 --batch-size 64"
-        " --utd-ratio 4",
+        " --utd-ratio 4 --actor-ema 0.9998",
         "eval/success_rate",
         "at least 0.95; 40,000 steps, 15 min",
     ),
