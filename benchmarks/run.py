@@ -60,6 +60,7 @@ ROWS = {
         " --utd-ratio 4 --actor-ema 0.9998",
         "eval/success_rate",
         "at least 0.95; 40,000 steps, 15 min",
+        seeds=(1, 2, 3, 4, 5),
     ),
     "sac_halfcheetah_100k": Row(
         "locomotion, one update per step",
