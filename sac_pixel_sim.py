@@ -190,6 +190,8 @@ class Args:
     # algorithm
     gamma: float = 0.97
     """discount factor per environment step"""
+    n_step: int = 1
+    """rewards in a critic's target before its bootstrap, of one episode (3 learns faster without demonstrations)"""
     tau: float = 0.005
     """target critic's step towards the critic after each critic update"""
     hidden_dims: tuple[int, ...] = (256, 256)
@@ -291,14 +293,14 @@ class Args:
         demos = self.demos or self.demo_dataset
         if self.reward == "vice" and not demos:
             fail("--reward vice: has no goal images, the demonstrations' last; give --demos N or --demo-dataset ID")
+        if self.reward == "vice" and self.n_step > 1:
+            fail(f"--n-step {self.n_step}: --reward vice knows the rewards of single steps only; leave it at 1")
         if (self.reward == "classifier") != bool(self.classifier):
             fail("--reward classifier and --classifier FILE: give both or neither")
         if self.cache_features and (not (self.pretrained and self.freeze) or self.augment):
             fail("--cache-features: needs --pretrained FILE, not --no-freeze, and --augment without anything behind")
-        num_demos, ranks = (
-            round(self.demo_ratio * self.batch_size) if demos else 0,
-            int(os.environ.get("WORLD_SIZE", 1)),
-        )
+        num_demos = round(self.demo_ratio * self.batch_size) if demos else 0
+        ranks = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (parts := ranks * self.grad_accum_steps) or num_demos % parts:
             what = f"--grad-accum-steps {self.grad_accum_steps}" + f", times {ranks} processes," * (ranks > 1)
             fail(f"{what}: must divide --batch-size and its demonstrations, {num_demos}")
@@ -1269,7 +1271,7 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, A)
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
-    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated)
+    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
 
 
 def transition(obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool):
@@ -1284,10 +1286,12 @@ def split_rows(rows: Tensor, splits: tuple[int, ...]) -> Batch:
 
 
 class ReplayBuffer:
-    """Uniform ring buffer of rows; lives on the device, so that sampling is one gather."""
+    """Uniform ring buffer of rows; lives on the device, so that sampling is one gather per step."""
 
-    def __init__(self, capacity: int, row_width: int, device: torch.device):
-        self.rows = torch.empty(capacity, row_width, device=device)
+    n_step, gamma = 1, 1.0  # of what is sampled
+
+    def __init__(self, capacity: int, splits: tuple[int, ...], device: torch.device):
+        self.rows, self.splits = torch.empty(capacity, sum(splits), device=device), splits
         self.total = 0  # rows ever added
 
     def __len__(self) -> int:
@@ -1304,8 +1308,29 @@ class ReplayBuffer:
         self.rows[: len(rows) - head] = rows[head:]
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Rows (*shape, W), uniformly with replacement."""
-        return self.rows[torch.randint(len(self), shape, generator=generator, device=self.rows.device)]
+        """Rows (*shape, W) of n_step steps, uniformly with replacement."""
+        return self.follow_up(torch.randint(len(self), shape, generator=generator, device=self.rows.device))[0]
+
+    def follow_up(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows in `slots` (...), each n_step steps long (..., W), and the slots (...) of their last steps.
+
+        Rewards are summed with their discounts; `terminated` becomes the part of the next observation's value that the
+        target loses. Rows are shorter where the episode or the buffer ends, or another actor's rows come between.
+        """
+        rows, last, reward = self.rows[slots], slots, sum(self.splits[:2])
+        for _ in range(1, self.n_step):
+            after, discount = (last + 1) % len(self.rows), self.gamma * (1 - rows[..., -1:])
+            goes_on = self.joined(last, after) & (last != (self.total - 1) % len(self.rows))  # (...)
+            _, rewards, next_obs, end = self.rows[after].split([reward, 1, self.splits[3], 1], -1)
+            sums = rows[..., reward : reward + 1] + discount * rewards
+            longer = torch.cat([rows[..., :reward], sums, next_obs, 1 - discount * (1 - end)], -1)
+            rows, last = torch.where(goes_on[..., None], longer, rows), torch.where(goes_on, after, last)
+        return rows, last
+
+    def joined(self, before: Tensor, after: Tensor) -> Tensor:
+        """Whether the rows in slots `after` begin with what those in slots `before` end with (...)."""
+        obs_dim = self.splits[0]
+        return (self.rows[after][..., :obs_dim] == self.rows[before][..., -obs_dim - 1 : -1]).all(-1)
 
     def last(self, count: int) -> Tensor:
         """The newest `count` rows, oldest first."""
@@ -1374,7 +1399,7 @@ class FrameBuffer(ReplayBuffer):
     ):
         self.layout, self.frames, self.folder, self.middle = layout, frames, folder, action_dim + 1
         self.state_dim, self.obs_dim = layout.stack * layout.state_dim, layout.stack * layout.step_dim
-        super().__init__(capacity, 2 * self.state_dim + self.middle + 1, device)
+        super().__init__(capacity, (self.state_dim, action_dim, 1, self.state_dim, 1), device)
         self.windows = torch.zeros(capacity, 2 * layout.stack, dtype=torch.long, device=device)  # numbers of frames
         self.oldest = np.zeros(capacity, np.int64)  # windows[:, 0], known without asking the GPU
         self.first = self.frame_total = 0  # number of the oldest row that is whole; frames ever added
@@ -1429,31 +1454,38 @@ class FrameBuffer(ReplayBuffer):
         self.encode, self.features = encode, example.new_empty(len(self.frames), *example.shape[2:])
         print(f"and {self.features.nbytes / 1e9:.3g} GB for what the encoder makes of them")
 
-    def gather(self, numbers: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows (N, W) without images, and their frames of `source` (N, 2 * stack, K, H, W, 3), by number."""
-        slots = numbers % len(self.rows)
-        windows = self.windows[slots] % len(source)
-        frames = source.index_select(0, windows.flatten().to(source.device))
-        return self.rows[slots], frames.to(self.rows.device).unflatten(0, windows.shape)
+    def look_up(self, numbers: Tensor, source: Tensor) -> Tensor:
+        """Frames of `source` (N, T, K, H, W, 3) by their numbers (N, T)."""
+        frames = source.index_select(0, (numbers % len(source)).flatten().to(source.device))
+        return frames.to(self.rows.device).unflatten(0, numbers.shape)
+
+    def joined(self, before: Tensor, after: Tensor) -> Tensor:
+        """Whether the rows in slots `after` begin with what those in slots `before` end with (...)."""
+        stack = self.layout.stack
+        return (self.windows[after][..., :stack] == self.windows[before][..., stack:]).all(-1)
 
     def sample(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`gather` of `count` rows, uniformly with replacement."""
+        """Rows (N, W) of n_step steps without images, and their frames (N, 2 * stack, K, H, W, 3), uniformly."""
         draws = torch.randint(len(self), (count,), generator=generator, device=self.rows.device)
-        return self.gather(self.first + draws, self.features)
+        slots, stack = (self.first + draws) % len(self.rows), self.layout.stack
+        rows, last = self.follow_up(slots)
+        windows = torch.cat([self.windows[slots, :stack], self.windows[last, stack:]], 1)
+        return rows, self.look_up(windows, self.features)
 
     def last(self, count: int) -> Tensor:
         """The newest `count` rows as they were added (count, O + A + 1 + O + 1), oldest first."""
-        rows, frames = self.gather(torch.arange(self.total - count, self.total, device=self.rows.device), self.frames)
-        states, middle, next_states, end = rows.split([self.state_dim, self.middle, self.state_dim, 1], 1)
+        slots = torch.arange(self.total - count, self.total, device=self.rows.device) % len(self.rows)
+        states, middle, next_states, end = self.rows[slots].split([self.state_dim, self.middle, self.state_dim, 1], 1)
+        frames = self.look_up(self.windows[slots], self.frames)
         obs, next_obs = map(self.layout.pack, (states, next_states), frames.chunk(2, 1))
         return torch.cat([obs, middle, next_obs, end], 1)
 
     def segment_ends(self) -> Tensor:
         """Frames (G, stack, K, H, W, 3) of the last next observation of each segment."""
-        numbers, stack = torch.arange(self.first, self.total, device=self.rows.device), self.layout.stack
-        windows = self.windows[numbers % len(self.rows)]
-        ends = windows[1:, stack - 1] != windows[:-1, -1]  # the next row's observation is not this row's next one
-        return self.gather(numbers[torch.cat([ends, ends.new_ones(1)])], self.features)[1][:, stack:]
+        slots = torch.arange(self.first, self.total, device=self.rows.device) % len(self.rows)
+        inside = self.joined(slots[:-1], slots[1:])
+        ends = slots[torch.cat([~inside, inside.new_ones(1)])]
+        return self.look_up(self.windows[ends, self.layout.stack :], self.features)
 
     def files(self) -> list[tuple[int, int, Path]]:
         """The files of frames, as (first number, last number + 1, path), in order."""
@@ -1572,6 +1604,7 @@ class Agent:
         count = capacity + (capacity if folder.name == "demos" else capacity // 64) + self.layout.stack
         frames = allocate_frames(count, self.layout, self.args, self.device, folder.name)
         buffer = FrameBuffer(capacity, frames, self.layout, self.action_dim, self.device, None if idle else folder)
+        buffer.n_step, buffer.gamma = self.args.n_step, self.args.gamma
         if self.args.cache_features:
             buffer.cache(self.trunk_maps)
         return buffer

@@ -132,6 +132,8 @@ class Args:
     # algorithm
     gamma: float = 0.97
     """discount factor per environment step"""
+    n_step: int = 1
+    """rewards in a critic's target before its bootstrap, of one episode (3 learns faster without demonstrations)"""
     tau: float = 0.005
     """target critic's step towards the critic after each critic update"""
     hidden_dims: tuple[int, ...] = (256, 256)
@@ -583,7 +585,7 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, A)
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
-    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated)
+    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
 
 
 def transition(obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool):
@@ -598,10 +600,12 @@ def split_rows(rows: Tensor, splits: tuple[int, ...]) -> Batch:
 
 
 class ReplayBuffer:
-    """Uniform ring buffer of rows; lives on the device, so that sampling is one gather."""
+    """Uniform ring buffer of rows; lives on the device, so that sampling is one gather per step."""
 
-    def __init__(self, capacity: int, row_width: int, device: torch.device):
-        self.rows = torch.empty(capacity, row_width, device=device)
+    n_step, gamma = 1, 1.0  # of what is sampled
+
+    def __init__(self, capacity: int, splits: tuple[int, ...], device: torch.device):
+        self.rows, self.splits = torch.empty(capacity, sum(splits), device=device), splits
         self.total = 0  # rows ever added
 
     def __len__(self) -> int:
@@ -618,8 +622,29 @@ class ReplayBuffer:
         self.rows[: len(rows) - head] = rows[head:]
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Rows (*shape, W), uniformly with replacement."""
-        return self.rows[torch.randint(len(self), shape, generator=generator, device=self.rows.device)]
+        """Rows (*shape, W) of n_step steps, uniformly with replacement."""
+        return self.follow_up(torch.randint(len(self), shape, generator=generator, device=self.rows.device))[0]
+
+    def follow_up(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows in `slots` (...), each n_step steps long (..., W), and the slots (...) of their last steps.
+
+        Rewards are summed with their discounts; `terminated` becomes the part of the next observation's value that the
+        target loses. Rows are shorter where the episode or the buffer ends, or another actor's rows come between.
+        """
+        rows, last, reward = self.rows[slots], slots, sum(self.splits[:2])
+        for _ in range(1, self.n_step):
+            after, discount = (last + 1) % len(self.rows), self.gamma * (1 - rows[..., -1:])
+            goes_on = self.joined(last, after) & (last != (self.total - 1) % len(self.rows))  # (...)
+            _, rewards, next_obs, end = self.rows[after].split([reward, 1, self.splits[3], 1], -1)
+            sums = rows[..., reward : reward + 1] + discount * rewards
+            longer = torch.cat([rows[..., :reward], sums, next_obs, 1 - discount * (1 - end)], -1)
+            rows, last = torch.where(goes_on[..., None], longer, rows), torch.where(goes_on, after, last)
+        return rows, last
+
+    def joined(self, before: Tensor, after: Tensor) -> Tensor:
+        """Whether the rows in slots `after` begin with what those in slots `before` end with (...)."""
+        obs_dim = self.splits[0]
+        return (self.rows[after][..., :obs_dim] == self.rows[before][..., -obs_dim - 1 : -1]).all(-1)
 
     def last(self, count: int) -> Tensor:
         """The newest `count` rows, oldest first."""
@@ -673,7 +698,9 @@ class Agent:
 
     def make_buffer(self, capacity: int, folder: Path) -> ReplayBuffer:
         """A buffer for this agent's rows; `folder` is for one that is larger than memory."""
-        return ReplayBuffer(capacity, sum(self.splits), self.device)
+        buffer = ReplayBuffer(capacity, self.splits, self.device)
+        buffer.n_step, buffer.gamma = self.args.n_step, self.args.gamma
+        return buffer
 
     def make_optimizer(self, parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
         lr_tensor = torch.tensor(lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule

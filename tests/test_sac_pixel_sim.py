@@ -618,8 +618,8 @@ def assert_holds(buffer: FrameBuffer, rows: Tensor) -> None:
     assert torch.equal(whole.view(torch.int32), rows[buffer.total - len(buffer) : buffer.total].view(torch.int32))
     states, frames = buffer.layout.unpack(whole[:, : buffer.obs_dim])
     next_states, next_frames = buffer.layout.unpack(whole[:, -buffer.obs_dim - 1 : -1])
-    numbers = torch.arange(buffer.first, buffer.total)
-    compact, sampled = buffer.gather(numbers, buffer.features)
+    slots = torch.arange(buffer.first, buffer.total) % len(buffer.rows)
+    compact, sampled = buffer.rows[slots], buffer.look_up(buffer.windows[slots], buffer.features)
     assert torch.equal(sampled, torch.cat([frames, next_frames], 1))
     assert torch.equal(
         compact, torch.cat([states, whole[:, buffer.obs_dim : -buffer.obs_dim - 1], next_states, whole[:, -1:]], 1)
@@ -748,7 +748,8 @@ def test_serl_memory_efficient_buffer(case):
             for name in ("transition", "consistent", "obs_image", "next_obs_image")
         }
         assert set(out["transition"]) <= set(range(buffer.first, buffer.total))
-        compact, frames = buffer.gather(torch.from_numpy(out["transition"]).long(), buffer.frames)
+        slots = torch.from_numpy(out["transition"]).long() % len(buffer.rows)
+        compact, frames = buffer.rows[slots], buffer.look_up(buffer.windows[slots], buffer.frames)
         same = (frames[:, :stack, 0].numpy() == out["obs_image"]).all((1, 2, 3, 4))
         same &= (frames[:, stack:, 0].numpy() == out["next_obs_image"]).all((1, 2, 3, 4))
         assert np.array_equal(same, out["consistent"].astype(bool))
@@ -770,6 +771,29 @@ def test_samples_are_uniform_over_what_is_whole():
     assert numbers.tolist() == list(range(buffer.first, buffer.total))
     expected = 20_000 / len(buffer)
     assert (counts - expected).abs().max() < 5 * math.sqrt(expected)
+
+
+@pytest.mark.parametrize("stack", [1, 2])
+def test_rows_of_several_steps_end_with_the_last_ones_frames(stack):
+    layout = numbered_layout(stack)
+    rows = numbered_rows(layout, np.random.default_rng(3), 100)
+    buffer = new_buffer(layout, 60, 70)  # rows and frames wrap
+    buffer.n_step, buffer.gamma = 3, 0.9
+    buffer.add(rows)
+    rows, frames = buffer.sample(2000, torch.Generator().manual_seed(0))
+    whole, number, lengths = buffer.last(len(buffer)), rows[:, 3 * stack].long() - buffer.first, set()
+    obs, next_obs = whole[:, : buffer.obs_dim], whole[:, -buffer.obs_dim - 1 : -1]
+    for i, row, images in zip(number.tolist(), rows, frames, strict=True):
+        last = i
+        while last < i + 2 and last + 1 < len(whole) and torch.equal(next_obs[last].view(-1), obs[last + 1].view(-1)):
+            last += 1
+        lengths.add(last - i + 1)
+        assert torch.equal(images[:stack], layout.unpack(obs[i : i + 1])[1][0])
+        states, last_images = layout.unpack(next_obs[last : last + 1])
+        assert torch.equal(images[stack:], last_images[0]) and torch.equal(row[-3 * stack - 1 : -1], states[0])
+        assert float(row[3 * stack + 2]) == pytest.approx(sum(0.5 * 0.9**k for k in range(last - i + 1)))
+        assert 1 - float(row[-1]) == pytest.approx(0.9 ** (last - i) * (1 - float(whole[last, -1])))
+    assert lengths == {1, 2, 3}
 
 
 def test_goals_are_the_last_frames_of_segments():
@@ -1356,6 +1380,7 @@ def test_learner_and_actor(tmp_path, processes):
         ("--encoder resnet10 --image-size 16", "--image-size 16: too small for --encoder resnet10"),
         ("--pretrained nowhere.pkl --encoder resnet10 --image-size 64", "--pretrained nowhere.pkl: refused: "),
         ("--reward vice --demos 0", "--reward vice: has no goal images"),
+        ("--reward vice --n-step 3", "--n-step 3: --reward vice knows the rewards of single steps only"),
         ("--reward classifier", "--reward classifier and --classifier FILE: give both or neither"),
         ("--film gripper", "--film gripper: the observation has no such state, only: state"),
         ("--cache-features", "--cache-features: needs --pretrained FILE"),

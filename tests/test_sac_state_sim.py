@@ -49,6 +49,7 @@ from sac_state_sim import (
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 SCRIPT, CPU = "sac_state_sim.py", torch.device("cpu")
+SPLITS = (3, 2, 1, 3, 1)  # of the rows of small agents
 TASKS = {"PYTHONPATH": str(Path(probe_envs.__file__).parent)}
 FIXTURES = Path(__file__).parent / "fixtures"
 
@@ -84,7 +85,8 @@ def random_batch(size: int, obs_dim: int = 3, action_dim: int = 2, seed: int = 0
 
 
 def filled_buffer(size: int = 64, obs_dim: int = 3, action_dim: int = 2, capacity: int = 100) -> ReplayBuffer:
-    batch, buffer = random_batch(size, obs_dim, action_dim), ReplayBuffer(capacity, 2 * obs_dim + action_dim + 2, CPU)
+    batch, splits = random_batch(size, obs_dim, action_dim), (obs_dim, action_dim, 1, obs_dim, 1)
+    buffer = ReplayBuffer(capacity, splits, CPU)
     columns = [batch.observations, batch.actions, batch.rewards[:, None], batch.next_observations]
     buffer.add(torch.cat([*columns, batch.terminations[:, None]], 1))
     return buffer
@@ -581,7 +583,7 @@ def test_demonstrations_fill_their_share_of_each_batch():
     agent, seen = small_agent(batch_size=10, demos=1, demo_ratio=0.3, normalize_observations=False), []
     agent.critic_gradient = lambda batch, eps, subset: seen.append(batch.rewards) or {}
     agent.actor_gradient, agent.step_critic, agent.step_actor = (lambda *_: {}, *[lambda: None] * 2)
-    buffer, demos = ReplayBuffer(50, 10, CPU), ReplayBuffer(5, 10, CPU)
+    buffer, demos = ReplayBuffer(50, SPLITS, CPU), ReplayBuffer(5, SPLITS, CPU)
     buffer.add(torch.zeros(20, 10))
     demos.add(torch.ones(5, 10))
     agent.update(buffer, demos, 20)
@@ -684,7 +686,7 @@ def numbered(first: int, count: int) -> torch.Tensor:
 
 
 def test_buffer_keeps_the_newest_rows():
-    buffer, total = ReplayBuffer(10, 10, CPU), 0
+    buffer, total = ReplayBuffer(10, SPLITS, CPU), 0
     for count in (3, 0, 4, 1, 5, 10, 2, 7, 13, 9, 10, 45):
         buffer.add(numbered(total, count))
         total += count
@@ -695,7 +697,7 @@ def test_buffer_keeps_the_newest_rows():
         assert len(buffer.last(0)) == 0
         sampled = buffer.sample((400,), torch.Generator().manual_seed(total))[:, 0]
         assert sorted(set(sampled.tolist())) == held
-        other = ReplayBuffer(10, 10, CPU)
+        other = ReplayBuffer(10, SPLITS, CPU)
         other.load_state_dict(buffer.state_dict())
         assert len(other) == len(buffer) and other.last(len(held))[:, 0].tolist() == held
         for one in (other, copy.deepcopy(buffer)):  # goes on in the same places
@@ -705,7 +707,7 @@ def test_buffer_keeps_the_newest_rows():
 
 
 def test_buffer_samples_uniformly():
-    buffer = ReplayBuffer(20, 10, CPU)
+    buffer = ReplayBuffer(20, SPLITS, CPU)
     buffer.add(numbered(0, 8))
     sampled = buffer.sample((40, 200), torch.Generator().manual_seed(0))
     assert sampled.shape == (40, 200, 10)
@@ -714,10 +716,54 @@ def test_buffer_samples_uniformly():
     assert (counts[:8] - 1000).abs().max() < 130  # standard deviation 30
 
 
+@pytest.mark.parametrize("n_step", [1, 2, 3, 5])
+def test_steps_that_follow_are_added_up_within_their_episode(n_step):
+    """Against a loop over the episodes; ends by termination and truncation, wrap-around, alternating actors."""
+    generator, gamma, episodes = np.random.default_rng(n_step), 0.9, []
+    for _ in range(12):
+        length, terminates = int(generator.integers(1, 9)), generator.random() < 0.5
+        observations, rewards = generator.normal(size=(length + 1, 3)), generator.normal(size=length)
+        ends = [terminates and t == length - 1 for t in range(length)]
+        episodes.append((observations.astype(np.float32), rewards.astype(np.float32), ends))
+    actors = [[(i, t) for i in range(first, 6, 2) for t in range(len(episodes[i][1]))] for first in (0, 1)]
+    steps = []
+    while any(actors):  # the first six episodes are of two actors, three rows at a time
+        for queue in actors:
+            steps += [queue.pop(0) for _ in range(min(3, len(queue)))]
+    steps += [(i, t) for i in range(6, 12) for t in range(len(episodes[i][1]))]
+    rows, numbers = [], {}
+    for number, (i, t) in enumerate(steps):
+        observations, rewards, ends = episodes[i]
+        rows.append(transition(observations[t], np.zeros(2), rewards[t], observations[t + 1], ends[t]))
+        numbers[observations[t].tobytes()] = number
+    capacity = len(steps) - 7  # the first rows are overwritten
+    buffer = ReplayBuffer(capacity, SPLITS, CPU)
+    buffer.n_step, buffer.gamma = n_step, gamma
+    for part in torch.from_numpy(np.stack(rows)).split(4):
+        buffer.add(part)
+    sampled, lengths = buffer.follow_up(torch.arange(capacity))[0], set()
+    for row in sampled:
+        batch, length = split_rows(row, SPLITS), 1
+        number = numbers[batch.observations.numpy().tobytes()]
+        i, t = steps[number]
+        observations, rewards, ends = episodes[i]
+        while length < n_step and steps[number + length : number + length + 1] == [(i, t + length)]:
+            length += 1
+        lengths.add(length)
+        expected = sum(gamma**k * rewards[t + k] for k in range(length))
+        assert float(batch.rewards) == pytest.approx(expected, abs=1e-5)
+        assert np.array_equal(batch.next_observations.numpy(), observations[t + length])
+        weight = gamma**length * (1 - ends[t + length - 1])  # of the next observation's value, in the critics' target
+        assert gamma * (1 - float(batch.terminations)) == pytest.approx(weight, abs=1e-6)
+    assert lengths == set(range(1, n_step + 1))
+    if n_step == 1:
+        assert torch.equal(sampled, buffer.rows)
+
+
 def test_rows_and_columns():
     row = transition(np.array([1, 2, 3.0]), np.array([4, 5], np.float32), 6.0, np.array([7, 8, 9.0]), True)
     assert row.dtype == np.float32 and row.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9, 1]
-    batch = split_rows(torch.from_numpy(row)[None], (3, 2, 1, 3, 1))
+    batch = split_rows(torch.from_numpy(row)[None], SPLITS)
     expected = ([[1, 2, 3]], [[4, 5]], [6], [[7, 8, 9]], [1])
     assert [column.tolist() for column in batch] == list(expected)
 
@@ -1641,7 +1687,7 @@ def test_compiled_losses_are_the_eager_ones():
 
 def on_gpu(agent_args: Args, rows: torch.Tensor) -> tuple[Agent, ReplayBuffer]:
     device = torch.device("cuda")
-    agent, buffer = Agent(box(3), box(2), agent_args, device), ReplayBuffer(5000, 10, device)
+    agent, buffer = Agent(box(3), box(2), agent_args, device), ReplayBuffer(5000, SPLITS, device)
     buffer.add(rows.to(device))
     agent.observe(rows.to(device))
     return agent, buffer
