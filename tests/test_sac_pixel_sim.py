@@ -1254,7 +1254,11 @@ def frame_files(run_dir: Path) -> list[Path]:
     ("first", "flags"),
     [
         (70, "--threads 2"),
-        (75, "--frame-stack 2 --action-chunk 3 --buffer-size 50 --dropout 0.1 --film state --augment crop jitter flip"),
+        (
+            75,
+            "--frame-stack 2 --action-chunk 3 --buffer-size 50 --dropout 0.1 --film state --augment crop jitter flip"
+            " --n-step 3",
+        ),
         (70, "--reward vice --buffer-dir frames --pooling softmax --amp"),
     ],
     ids=["mid-episode", "everything-and-wrap-around", "vice-in-bfloat16-and-buffer-in-a-file"],

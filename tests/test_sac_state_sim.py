@@ -1238,7 +1238,7 @@ def test_wandb_mirrors_offline(tmp_path):
             75,
             150,
             "--env-id probe_envs:Point-v0 --frame-stack 2 --action-chunk 3 --gripper-penalty 0.1 --demos 2"
-            " --dropout 0.1 --lr-warmup 100 --lr-decay 200 --buffer-size 90 --explore-prob 0.2",
+            " --dropout 0.1 --lr-warmup 100 --lr-decay 200 --buffer-size 90 --explore-prob 0.2 --n-step 3",
         ),
     ],
     ids=["Pendulum", "HalfCheetah-mid-episode", "FrankaPickCube-mid-episode", "all-wrappers-mid-episode"],
