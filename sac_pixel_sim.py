@@ -191,7 +191,7 @@ class Args:
     gamma: float = 0.97
     """discount factor per environment step"""
     n_step: int = 1
-    """rewards in a critic's target before its bootstrap, of one episode (3 learns faster without demonstrations)"""
+    """steps whose rewards a critic's target sums before it bootstraps (3 finds rare rewards sooner)"""
     tau: float = 0.005
     """target critic's step towards the critic after each critic update"""
     hidden_dims: tuple[int, ...] = (256, 256)

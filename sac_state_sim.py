@@ -12,8 +12,8 @@ Expect: wall_s <= 180, peak_mb <= 1000 (2 CPU cores) [benchmarks/results/sac_pic
 Expect: eval/episodic_return >= 6000 [benchmarks/results/sac_halfcheetah_100k.csv]
 
 Sources: SAC arXiv:1812.05905; random subsets of an ensemble, many updates per step: REDQ arXiv:2101.05982; LayerNorm
-and 50/50 demonstration sampling: RLPD arXiv:2302.02948; imitation in the actor's loss: arXiv:1709.10089; actor and
-learner: SERL arXiv:2401.16013, agentlace.
+and 50/50 demonstration sampling: RLPD arXiv:2302.02948; imitation in the actor's loss: arXiv:1709.10089; targets over
+several steps: Rainbow arXiv:1710.02298; actor and learner: SERL arXiv:2401.16013, agentlace.
 Differs from SERL (serl_launcher, commit cd5f7e7): an optimizer steps only when its network is updated (SERL feeds zero
 gradients through Adam, so that an actor updated every N-th tick moves about sqrt(N) times further per gradient); the
 entropy for the temperature is that of the actor's own batch, not of next_observations; subsets are drawn without
@@ -133,7 +133,7 @@ class Args:
     gamma: float = 0.97
     """discount factor per environment step"""
     n_step: int = 1
-    """rewards in a critic's target before its bootstrap, of one episode (3 learns faster without demonstrations)"""
+    """steps whose rewards a critic's target sums before it bootstraps (3 finds rare rewards sooner)"""
     tau: float = 0.005
     """target critic's step towards the critic after each critic update"""
     hidden_dims: tuple[int, ...] = (256, 256)

@@ -56,8 +56,8 @@ ROWS = {
     ),
     "sac_pick_scratch": Row(
         "without demonstrations",
-        "sac_state_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.01 --batch-size 64"
-        " --utd-ratio 4 --actor-ema 0.9998",
+        "sac_state_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.005 --n-step 3"
+        " --batch-size 64 --utd-ratio 4",
         "eval/success_rate",
         "at least 0.95; 40,000 steps, 15 min",
         seeds=(1, 2, 3, 4, 5),
