@@ -62,6 +62,12 @@ ROWS = {
         "at least 0.95; 40,000 steps, 15 min",
         seeds=(1, 2, 3, 4, 5),
     ),
+    "sac_peg_default": Row(
+        "a peg in a hole, sparse reward, 20 scripted demonstrations",
+        "sac_state_sim.py --env-id FrankaPegInsert-v0 --total-timesteps 10000",
+        "eval/success_rate",
+        "at least 0.9",
+    ),
     "sac_halfcheetah_100k": Row(
         "locomotion, one update per step",
         f"{CHEETAH} --alpha-init 0.2 --actor-lr 1e-3 --critic-lr 1e-3 --alpha-lr 1e-3",
