@@ -116,7 +116,7 @@ ROWS = {
         seeds=(1,),
     ),
     "rlpd_settings": Row(  # ikostrikov/rlpd README.md (locomotion), configs/rlpd_config.py; its actor has no LayerNorm
-        "RLPD's settings",
+        "RLPD's settings, made for longer runs",
         "sac_state_sim.py --bc-weight 0 --demo-noise 0 --total-timesteps 6000 --batch-size 256 --num-qs 10"
         " --num-min-qs 2 --utd-ratio 20 --policy-delay 20 --gamma 0.99 --learning-starts 500"
         " --no-normalize-observations --backup-entropy --alpha-init 1.0",
