@@ -137,8 +137,11 @@ def test_learner_and_actor_to_the_end(tmp_path):
 
 def test_two_actors(tmp_path):
     site = Site(tmp_path, "--total-timesteps", 800)
-    with site.learner() as learner, site.actor("one") as one, site.actor("two") as two:
-        finish(learner, one, two)
+    with site.actor("one") as one, site.actor("two") as two:
+        for journal in (tmp_path / name / "transitions.f32" for name in ("one", "two")):
+            wait_until(lambda file=journal: file.exists() and file.stat().st_size, timeout=60)
+        with site.learner() as learner:  # neither comes too late for it
+            finish(learner, one, two)
     assert_each_row_once(site, "one", "two")
     assert min(site.state()["progress"]["held"].values()) > 20
     assert not np.array_equal(site.journal("one")[0], site.journal("two")[0])  # they explore on their own
