@@ -191,7 +191,7 @@ class Args:
     gamma: float = 0.97
     """discount factor per environment step"""
     n_step: int = 1
-    """steps whose rewards a critic's target sums before it bootstraps (3 finds rare rewards sooner)"""
+    """steps whose rewards a critic's target sums before it bootstraps (SAC: 1)"""
     tau: float = 0.005
     """target critic's step towards the critic after each critic update"""
     hidden_dims: tuple[int, ...] = (256, 256)
