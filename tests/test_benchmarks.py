@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -84,17 +85,67 @@ def test_run_seed_records_a_line_and_the_curve(tmp_path, monkeypatch):
     assert json.loads(next(tmp_path.glob("runs/benchmark__fake__1__*/args.json")).read_text())
 
 
-def test_summary(tmp_path):
+def test_tables_of_rows_and_of_speed(tmp_path):
     assert "Nothing has been measured" in report.summary(tmp_path)
+    assert "Nothing has been measured" in report.results_tables(tmp_path)
     for seed, value in [(1, 0.9), (2, 1.0)]:
-        run.record(tmp_path / "sac_pick_default.csv", LINE | {"seed": seed, "value": value, "command": "python x.py"})
+        line = LINE | {"seed": seed, "value": value, "command": "python x.py"}
+        run.record(tmp_path / "sac_pick_default.csv", line)
+        run.record(tmp_path / "rlpd_settings.csv", line | {"row": "rlpd_settings"})
     (tmp_path / "sac_state_speed.csv").write_text(
         "contender,steps_per_second\nslow,100\nours,300\nours,290\nours,1000\n"
     )
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
-    summary = report.summary(tmp_path, with_speed=True)
+    summary, tables = report.summary(tmp_path), report.results_tables(tmp_path)
     line = next(line for line in summary.splitlines() if "sac_pick_default" in line)
     assert "| **0.95** (0.9, 1) |" in line and "| 12,000 |" in line and "| 1.5 min |" in line and "| 700 MB |" in line
-    assert summary.index("| ours | 300 | 3 |") < summary.index("| slow | 100 | 1 |")
-    assert "notes" not in summary
+    assert line in tables
+    assert "rlpd_settings" not in summary and "ours" not in summary
+    assert tables.index("sac_pick_default") < tables.index("### Ablations") < tables.index("rlpd_settings")
+    assert tables.index("| ours | 300 | 3 |") < tables.index("| slow | 100 | 1 |")
+    assert "notes" not in tables
     assert "Measured with another command: `python x.py`" in report.full_report(tmp_path)
+
+
+def test_readme_shows_ten_rows_at_most():
+    shown = report.BETWEEN.search((REPO / "README.md").read_text())[0]
+    names = re.findall(r"\(`(\w+)`\) \|", shown)
+    assert 0 < len(names) <= 10
+    assert set(names) <= set(report.NEWCOMERS) <= set(run.ROWS)
+
+
+# --- Exploration ------------------------------------------------------------------------------------------------------
+def prose_numbers(page: str) -> list[str]:
+    """Numbers outside tables and `code`, where no file shows them."""
+    prose = "\n".join(line for line in page.splitlines() if not line.startswith("|"))
+    return re.findall(r"(?<![\w.])\d[\d.,]*\d?%?", re.sub(r"`[^`]*`", "", prose))
+
+
+def test_every_run_of_exploration_has_one_line():
+    page = report.EXPLORATION.with_suffix(".md").read_text()
+    lines = [name for _, name in report.RUN_LINE.findall(page)]
+    assert sorted(lines) == sorted(report.exploration_runs(report.EXPLORATION))
+    assert prose_numbers(page) == []
+    assert report.EXPLORATION.stat().st_size < 1_000_000
+
+
+def test_numbers_in_prose_are_seen():
+    assert prose_numbers("It lifts 95% at 12,000 steps,\n0.5 of them.\n") == ["95%", "12,000", "0.5"]
+    assert prose_numbers("SimbaV2 with `--lr 0.1`\n| `run` | 0.5 |\n") == []
+
+
+def test_lines_of_exploration(tmp_path):
+    (tmp_path / "runs.csv").write_text(
+        "run,seed,global_step,episodes,success,return,wall_s\n"
+        "lifts,1,1000,10,0.2,9.1,60.0\nlifts,1,2500,10,0.5,20.2,90.0\nlifts,1,4000,50,0.98,61.6,120.0\n"
+        "lifts,2,4000,50,0.06,12.4,150.0\nchance,1,17956,80,0.075,8.0,\n"
+    )
+    runs = report.exploration_runs(tmp_path / "runs.csv")
+    page = "Words.\n\n| run | settings |\n| --- | --- |\n| `lifts` | `--x 1` |\n| `chance` | none | stale | 1 |\n"
+    assert report.filled_exploration(page, runs) == (
+        "Words.\n\n| run | settings |\n| --- | --- |\n"
+        "| `lifts` | `--x 1` | 1, 2 | 4 | 2.5, never | 0.98, 0.06 | 62, 12 | 2.0, 2.5 |\n"
+        "| `chance` | none | 1 | 18 | never | 0.075 | 8 |  |\n"
+    )
+    with pytest.raises(SystemExit, match="names the run unknown"):
+        report.filled_exploration("| `unknown` | none |\n", runs)
