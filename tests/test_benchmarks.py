@@ -1,6 +1,7 @@
 """benchmarks/run.py measures what it says, benchmarks/report.py shows what the files hold."""
 
 import csv
+import importlib.metadata
 import json
 import re
 import shlex
@@ -14,6 +15,7 @@ from test_repo import Command, args_of, command_faults
 sys.path.insert(0, str(REPO / "benchmarks"))
 import report
 import run
+import speed
 
 LINE = {"row": "sac_pick_default", "env_id": "FrankaPickCube-v0", "global_step": 12000, "metric": "eval/success_rate"}
 LINE |= {"wall_s": 90, "peak_mb": 700, "date": "2026-01-02", "commit": "abc1234", "hardware": "a CPU, 2 cores"}
@@ -54,6 +56,20 @@ print(*run.measure([sys.executable, "-c", grow], Path()), *run.measure([sys.exec
     assert short_s < wall_s and small_mb < 100  # not the largest of all processes so far
     with pytest.raises(SystemExit, match="exited with 3; nothing is recorded"):
         run.measure([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
+
+
+@pytest.mark.parametrize("name", ["script.py", "common/module.py"])
+def test_commit_of_changed_code_is_dirty(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run, "REPO", tmp_path)
+    (tmp_path / "common").mkdir()
+    (tmp_path / name).write_text("x = 1\n")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (tmp_path / "notes.txt").write_text("x\n")
+    assert re.fullmatch(r"[0-9a-f]{7,}", run.commit())
+    (tmp_path / name).write_text("x = 2\n")
+    assert re.fullmatch(r"[0-9a-f]{7,}-dirty", run.commit())
 
 
 def test_run_seed_records_a_line_and_the_curve(tmp_path, monkeypatch):
@@ -112,6 +128,68 @@ def test_readme_shows_ten_rows_at_most():
     names = re.findall(r"\(`(\w+)`\) \|", shown)
     assert 0 < len(names) <= 10
     assert set(names) <= set(report.NEWCOMERS) <= set(run.ROWS)
+
+
+# --- Speed ------------------------------------------------------------------------------------------------------------
+def test_contenders_take_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "commit", lambda: "abc1234")
+    monkeypatch.setattr(speed, "hardware", lambda: "a CPU")
+    seconds = {("ours", 1): 2.0, ("slow", 1): 30.0, ("ours", 2): 4.0, ("slow", 2): 10.0}
+    calls = []
+
+    def measure(contender, number):
+        calls.append((contender, number))
+        others = 0.5 if contender == "slow" else 0.0
+        return speed.timing(1000, seconds[contender, number]) | {"version": "x 1.0", "others_cores": others}
+
+    medians = speed.take_turns(["ours", "slow"], 2, measure, tmp_path / "new" / "out.csv", "python x.py")
+    assert calls == list(seconds)
+    assert medians == {"ours": 375.0, "slow": pytest.approx((1000 / 30 + 100) / 2, abs=1e-3)}
+    with (tmp_path / "new" / "out.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == speed.COLUMNS
+    assert [(line["contender"], line["round"]) for line in lines] == [(name, str(number)) for name, number in calls]
+    assert [line["steps_per_second"] for line in lines] == ["500.0", "33.333", "250.0", "100.0"]
+    assert {(line["commit"], line["hardware"], line["command"]) for line in lines} == {
+        ("abc1234", "a CPU", "python x.py")
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "round 1: slow    33.3 steps/s (others used 0.5 cores)"
+    assert printed[4] == "ours median 375 steps/s (min 250, max 500)"
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path):
+    path = tmp_path / "out.csv"
+    speed.record(path, {"contender": "ours", "round": 1})
+    speed.record(path, {"contender": "ours", "round": 2})
+    with pytest.raises(SystemExit, match=r"has the columns contender, round, not contender, steps: give --output"):
+        speed.record(path, {"contender": "ours", "steps": 5})
+    assert path.read_text() == "contender,round\nours,1\nours,2\n"
+
+
+def test_run_contender(tmp_path):
+    program = "import os; print(os.getcwd(), os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'] == '', "
+    program += "os.environ['EXTRA'])"
+    stdout, others = speed.run_contender([sys.executable, "-c", program], tmp_path, threads=3, gpu=False, EXTRA="yes")
+    assert stdout.split() == [str(tmp_path), "3", "True", "yes"]
+    assert isinstance(others, float)
+    with pytest.raises(SystemExit, match=r"failed:\nseen\n"):
+        speed.run_contender([sys.executable, "-c", "print('seen'); raise SystemExit(3)"], tmp_path, 1, gpu=False)
+
+
+def test_cloning_timing(tmp_path):
+    (tmp_path / "offline_agent.csv").write_text("step,SPS\n50,1\n100,25\n150,100\n")
+    log = speed.cloning_log(tmp_path)
+    assert speed.cloning_timing(log, 50) == {"steps": 100, "seconds": 2.5, "steps_per_second": 40.0}
+
+
+def test_interpreter_and_versions(tmp_path):
+    link = tmp_path / "python"
+    link.symlink_to(sys.executable)
+    assert speed.interpreter(str(link)) == str(link)  # not what it leads to
+    with pytest.raises(SystemExit, match="nowhere: there is no such interpreter"):
+        speed.interpreter("nowhere")
+    assert speed.versions(sys.executable, "tyro") == f"tyro {importlib.metadata.version('tyro')}"
 
 
 # --- Exploration ------------------------------------------------------------------------------------------------------
