@@ -42,10 +42,9 @@ from torch import Tensor, nn
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, link
-from common.device import Graphed, check_memory, set_up_torch
 from common.evaluation import evaluate, record_video
-from common.flags import RunArgs, fail, flag, parse
 from common.run import Run, ends_well, report
+from common.setup import Graphed, RunArgs, check_memory, fail, flag, parse, set_up_torch
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -612,7 +611,7 @@ class Agent:
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
         """One critic step on a batch and, `with_actor`, one step of actor and temperature.
 
-        `inputs` are the batch's fields (B, ...), noise for the two steps (2, B, A), and the critics for the target (M,).
+        `inputs`: the batch's fields (B, ...), noise for the two steps (2, B, A), critics for the target (M,).
         Both gradients are of the same parameters, as SERL takes them (agents/continuous/sac.py:276).
         """
         *fields, eps, subset = inputs

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from common.flags import Fault, fail
+from common.setup import Fault, fail
 
 LONGEST_EPISODE = 10_000  # steps, of a task without a time limit
 HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32

@@ -17,8 +17,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from common.flags import fail
 from common.run import write_atomically
+from common.setup import fail
 
 PROTOCOL = "records-2"
 DEFAULT_PORT = 5588

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.flags import Fault, RunArgs, fail
+from common.setup import Fault, RunArgs, fail
 
 PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
 

@@ -1,6 +1,8 @@
-"""The command line: flags that every script has, `parse` with --resume and --help, and how a script says no."""
+"""What a script starts with: flags and --help, how it says no, PyTorch on this machine."""
 
 import ast
+import contextlib
+import ctypes
 import dataclasses
 import inspect
 import json
@@ -8,11 +10,14 @@ import re
 import sys
 import textwrap
 import typing
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+import torch
 import tyro
+from torch import Tensor
 
 T = TypeVar("T")
 INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
@@ -123,3 +128,81 @@ def usage(name: str, hint: object, default: object) -> str:
     if isinstance(default, tuple):
         return f"{flag(name)} [{value} ...]  ({' '.join(map(str, default)) or 'none'})"
     return f"{flag(name)} {value}  ({'none' if default is None else default})"
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+def set_up_torch(threads: int, amp: bool) -> torch.device:
+    """Precision, threads and memory for speed; the device: a GPU if there is one.
+
+    Exits with one line when `amp` asks for bfloat16 of a CPU that would have to emulate it.
+    """
+    torch.set_num_threads(max(1, threads))
+    torch.set_float32_matmul_precision("medium")  # a GPU's TF32; on a CPU oneDNN, on AMD twice as fast as MKL
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations, rather than have the
+        libc.mallopt(-3, 1 << 25)  # system map them anew in every update
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if amp and device.type == "cpu" and not cpu_has_bfloat16():
+        fail("--amp: this CPU has no bfloat16 units (AVX512-BF16, AMX), which makes it 14 times slower; leave it out")
+    return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself; Linux, elsewhere no."""
+    with contextlib.suppress(OSError):
+        return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()))
+    return False
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Says what takes more than 1 GB (bytes) before it is taken. Exits with one line when there is not enough."""
+    if needed < 1 << 30:
+        return
+    print(f"{what}: {needed / 1e9:.1f} GB", flush=True)
+    free = free_memory()
+    if needed > free:
+        fail(f"{what} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; {remedy}")
+
+
+def free_memory() -> float:
+    """Bytes that can still be taken, swap and other programs apart; infinite where the system does not say."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return 1024.0 * int(found[1])
+    return float("inf")
+
+
+class Graphed:
+    """A function of tensors on a GPU as one CUDA graph: everything that it launches is launched together.
+
+    Its first `eager` calls run as usual on a side stream (they compile, and fill the optimizers), then one is captured
+    for each value of the keyword arguments. The results are the same tensors in every call.
+    """
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]], generator: torch.Generator, eager: int):
+        self.function, self.generator, self.eager = function, generator, eager
+        self.calls = 0
+        self.graphs: dict[tuple, tuple] = {}
+
+    def __call__(self, *inputs: Tensor, **options: bool) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= self.eager:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results = self.function(*inputs, **options)
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        key = tuple(options.items())
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            static_inputs = [tensor.clone() for tensor in inputs]
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                results = self.function(*static_inputs, **options)
+            self.graphs[key] = graph, static_inputs, results
+        graph, static_inputs, results = self.graphs[key]
+        for static, tensor in zip(static_inputs, inputs, strict=True):
+            static.copy_(tensor)
+        graph.replay()
+        return results
