@@ -44,7 +44,7 @@ import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the 
 from common import envs, link
 from common.evaluation import evaluate, record_video
 from common.run import Run, ends_well, report
-from common.setup import Graphed, RunArgs, check_memory, fail, flag, parse, set_up_torch
+from common.setup import Graphed, RunArgs, check_memory, fail, flag, pack_tensors, parse, set_up_torch, unpack_tensors
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -354,23 +354,15 @@ def pack_step(dtype: np.dtype, action: np.ndarray | None, obs: np.ndarray, rewar
 class ReplayBuffer:
     """Uniform ring buffer of transitions; lives on the device, so that sampling is one gather per field."""
 
-    FIELDS = (*Batch._fields, "continues")
-
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, n_step=1, gamma=1.0):
         """Batches are of `n_step` steps, whose rewards are discounted by `gamma`."""
-        self.capacity = capacity
-        self.device = device
-        self.n_step = n_step
-        self.gamma = gamma
-        self.observations = torch.empty(capacity, obs_dim, device=device)
-        self.actions = torch.empty(capacity, action_dim, device=device)
-        self.rewards = torch.empty(capacity, device=device)
-        self.next_observations = torch.empty(capacity, obs_dim, device=device)
-        self.terminations = torch.empty(capacity, device=device)
+        self.capacity, self.device, self.n_step, self.gamma = capacity, device, n_step, gamma
+        shapes = Batch((obs_dim,), (action_dim,), (), (obs_dim,), ())
+        self.rows = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
         self.continues = torch.empty(capacity, dtype=torch.bool, device=device)  # the episode of the slot before
         self.total = 0  # transitions ever added
         self.newest: dict[str, Tensor] = {}  # each actor's newest observation (O,)
-        self.last_actor: str | None = None  # whose episode the newest transition belongs to, until it ends
+        self.open_episode: str | None = None  # whose episode the newest transition belongs to, until it ends
 
     def __len__(self) -> int:
         return min(self.total, self.capacity)
@@ -378,21 +370,19 @@ class ReplayBuffer:
     def add(self, step: np.ndarray, actor: str = "") -> int:
         """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
         obs = torch.tensor(step["observation"], device=self.device)
-        if step["first"]:
-            self.newest[actor] = obs
-            if self.last_actor == actor:
-                self.last_actor = None
+        before = self.newest.get(actor)
+        self.newest[actor] = obs
+        if step["first"] or before is None:
+            self.open_episode = None if self.open_episode == actor else self.open_episode
             return 0
         slot = self.total % self.capacity
-        self.observations[slot] = self.newest[actor]
-        self.actions[slot] = torch.tensor(step["action"], device=self.device)
-        self.rewards[slot] = float(step["reward"])
-        self.next_observations[slot] = obs
-        self.terminations[slot] = float(step["terminated"])
-        self.continues[slot] = self.last_actor == actor
+        action = torch.tensor(step["action"], device=self.device)
+        values = Batch(before, action, float(step["reward"]), obs, float(step["terminated"]))
+        for column, value in zip(self.rows, values):
+            column[slot] = value
+        self.continues[slot] = self.open_episode == actor
+        self.open_episode = actor
         self.total += 1
-        self.newest[actor] = obs
-        self.last_actor = actor
         return 1
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
@@ -406,44 +396,53 @@ class ReplayBuffer:
         Rewards are summed with their discounts; `terminations` becomes the part of the next observation's value that
         the target loses. They are shorter where the episode or the buffer ends, or another actor's steps come between.
         """
-        batch = Batch(*(getattr(self, name)[slots] for name in Batch._fields))
+        batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
         for _ in range(1, self.n_step):
             after = (last + 1) % self.capacity
             goes_on = self.continues[after] & (last != newest)  # (...)
             discounts = self.gamma * (1 - batch.terminations)
-            rewards = batch.rewards + discounts * self.rewards[after]
-            terminations = 1 - discounts * (1 - self.terminations[after])
-            batch = batch._replace(
-                rewards=torch.where(goes_on, rewards, batch.rewards),
-                next_observations=torch.where(
-                    goes_on[..., None], self.next_observations[after], batch.next_observations
-                ),
-                terminations=torch.where(goes_on, terminations, batch.terminations),
+            longer = batch._replace(
+                rewards=batch.rewards + discounts * self.rows.rewards[after],
+                next_observations=self.rows.next_observations[after],
+                terminations=1 - discounts * (1 - self.rows.terminations[after]),
             )
+            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in zip(longer, batch)))
             last = torch.where(goes_on, after, last)
         return batch
 
     def newest_observations(self, count: int) -> Tensor:
         """Observations (count, O) of the newest transitions, oldest first."""
-        return self.observations[torch.arange(self.total - count, self.total, device=self.device) % self.capacity]
+        slots = torch.arange(self.total - count, self.total, device=self.device) % self.capacity
+        return self.rows.observations[slots]
 
     def state_dict(self) -> dict:
-        state = {name: getattr(self, name)[: len(self)].clone() for name in self.FIELDS}
-        return state | {"total": self.total, "newest": dict(self.newest), "last_actor": self.last_actor}
+        columns = [column[: len(self)].clone() for column in (*self.rows, self.continues)]
+        return {"columns": columns, "total": self.total, "newest": dict(self.newest), "open": self.open_episode}
 
     def load_state_dict(self, state: dict) -> None:
-        count = len(state["rewards"])
-        for name in self.FIELDS:
-            if count > self.capacity:
-                setattr(self, name, state[name])
-            else:
-                getattr(self, name)[:count] = state[name]
-        self.capacity = max(self.capacity, count)
+        """Takes the place of what is there; a buffer that is too small grows."""
+        *rows, continues = state["columns"]
+        self.capacity = max(self.capacity, len(continues))
+        self.rows = Batch(*(fill(column, saved) for column, saved in zip(self.rows, rows)))
+        self.continues = fill(self.continues, continues)
         self.total = state["total"]
         self.newest = dict(state["newest"])
-        self.last_actor = state["last_actor"]
+        self.open_episode = state["open"]
+
+
+def expand(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (...) with dimensions of size 1 behind, as many as `like` (..., D) has more."""
+    return mask[(...,) + (None,) * (like.ndim - mask.ndim)]
+
+
+def fill(column: Tensor, saved: Tensor) -> Tensor:
+    """`column` that begins with the rows `saved`, or those when it is shorter."""
+    if len(saved) > len(column):
+        return saved
+    column[: len(saved)] = saved
+    return column
 
 
 def load_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
@@ -476,7 +475,8 @@ class Agent:
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Box, args: Args, device: torch.device):
         self.args = args
         self.device = device
-        self.obs_dim, self.action_dim = observation_space.shape[0], action_space.shape[0]
+        (self.obs_dim,) = observation_space.shape
+        (self.action_dim,) = action_space.shape
         self.step_type = step_type(self.obs_dim, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
@@ -667,21 +667,8 @@ class Agent:
             if not np.isfinite(steps[name]).all():
                 raise ValueError(f"{name}: numbers are not finite")
 
-    def weights(self) -> bytes:
-        """What acting needs, as float32: the actor's parameters and the normalizer's statistics."""
-        return torch.cat([tensor.flatten() for tensor in self.acting_tensors()]).cpu().numpy().tobytes()
-
-    def load_weights(self, weights: bytes) -> None:
-        """Exits with one line when they are of another policy."""
-        vector = torch.frombuffer(bytearray(weights), dtype=torch.float32)
-        tensors = self.acting_tensors()
-        sizes = [tensor.numel() for tensor in tensors]
-        if len(vector) != sum(sizes):
-            fail("the learner's policy has another size; give actor and learner the same flags")
-        for tensor, values in zip(tensors, vector.split(sizes), strict=True):
-            tensor.copy_(values.reshape(tensor.shape))
-
-    def acting_tensors(self) -> list[Tensor]:
+    def policy_tensors(self) -> list[Tensor]:
+        """What acting needs: the actor's parameters and the normalizer's statistics."""
         return [*self.actor.state_dict().values(), *self.normalizer.state_dict().values()]
 
     def state_dict(self) -> dict:
@@ -709,6 +696,15 @@ class Agent:
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
+def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: dict[str, Tensor]) -> None:
+    """Rows of train.csv and eval.csv, where they are due."""
+    if run.due(max(args.eval_every // 2, 1)):
+        run.log("train", run.episodes() | run.speed() | metrics)
+    if run.due(args.eval_every) and run.step < args.total_timesteps:
+        with run.phase("eval"):
+            run.log("eval", evaluate(agent.policy, [env], args.eval_episodes, args.seed, success, run.impatient))
+
+
 def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
     task = make_env(args)
@@ -791,14 +787,8 @@ def train(args: Args) -> None:
         if run.step > args.learning_starts:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, args.utd_ratio)
-        # Log.
-        if run.due(max(args.eval_every // 2, 1)):
-            run.log("train", run.episodes() | run.speed() | metrics)
-        # Evaluate.
-        if run.due(args.eval_every) and run.step < args.total_timesteps:
-            with run.phase("eval"):
-                scalars = evaluate(agent.policy, [eval_env], args.eval_episodes, args.seed, success, run.impatient)
-                run.log("eval", scalars)
+        # Log and evaluate.
+        log_and_evaluate(args, run, agent, eval_env, metrics)
         # Save, where an episode has ended.
         if episode_over and run.should_save(2 * args.eval_every):
             run.save()
@@ -840,22 +830,15 @@ def learner(args: Args) -> None:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, updates)
         if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
-            actors.publish(agent.critic_updates, agent.weights())
+            actors.publish(agent.critic_updates, pack_tensors(agent.policy_tensors()))
             published = agent.critic_updates
-        # Log.
-        if run.due(max(args.eval_every // 2, 1)):
-            run.log("train", run.episodes() | run.speed() | metrics)
-        # Evaluate.
-        if run.due(args.eval_every) and run.step < args.total_timesteps:
-            with run.phase("eval"):
-                scalars = evaluate(agent.policy, [env], args.eval_episodes, args.seed, success, run.impatient)
-                run.log("eval", scalars)
+        log_and_evaluate(args, run, agent, env, metrics)
         # Save: actors may then forget what they sent.
         if run.should_save(2 * args.eval_every):
             run.save()
             actors.saved()
 
-    actors.publish(agent.critic_updates, agent.weights(), done=not run.signals)
+    actors.publish(agent.critic_updates, pack_tensors(agent.policy_tensors()), done=not run.signals)
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -891,7 +874,7 @@ def actor(args: Args) -> None:
             newer = learner_end.weights()
             if newer:
                 version, weights = newer
-                agent.load_weights(weights)
+                unpack_tensors(weights, agent.policy_tensors())
             action = agent.act(obs, deterministic=False) if version else agent.random_action()
         # Step the environment.
         with run.phase("env"):

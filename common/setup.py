@@ -172,6 +172,21 @@ def free_memory() -> float:
     return float("inf")
 
 
+def pack_tensors(tensors: list[Tensor]) -> bytes:
+    """Tensors one after the other, as float32."""
+    return torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy().tobytes()
+
+
+def unpack_tensors(data: bytes, tensors: list[Tensor]) -> None:
+    """Fills `tensors` with what `pack_tensors` made of such. Exits with one line when they are not of these shapes."""
+    vector = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    sizes = [tensor.numel() for tensor in tensors]
+    if len(vector) != sum(sizes):
+        fail("the learner's policy has another size; give actor and learner the same flags")
+    for tensor, values in zip(tensors, vector.split(sizes), strict=True):
+        tensor.copy_(values.reshape(tensor.shape))
+
+
 class Graphed:
     """A function of tensors on a GPU as one CUDA graph: everything that it launches is launched together.
 
