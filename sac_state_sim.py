@@ -41,10 +41,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
-from common import envs, link
-from common.evaluation import evaluate, record_video
-from common.run import Run, ends_well, report
-from common.setup import Graphed, RunArgs, check_memory, fail, flag, pack_tensors, parse, set_up_torch, unpack_tensors
+from common import envs, link, setup
+from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
+from common.run import Run, report
+from common.setup import RunArgs, ends_well, fail, flag, parse
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -148,14 +148,9 @@ class Args(RunArgs):
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
-        for name, value in vars(self).items():
-            least = 0 if name in ("seed", "lr_warmup", "lr_decay", "utd_ratio") else 1
-            if type(value) is int and value < least:
-                fail(f"{flag(name)} {value}: give at least {least}")
-            if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
-                fail(f"{flag(name)} {value}: give a number that is not negative")
-            if (name == "gamma" and value > 1) or (name in ("demo_ratio", "dropout", "actor_ema") and value >= 1):
-                fail(f"{flag(name)} {value}: give a number from 0 to 1")
+        may_be_zero = {"seed", "lr_warmup", "lr_decay", "utd_ratio"}
+        fractions = {"gamma", "demo_ratio", "dropout", "explore_prob", "actor_ema"}
+        setup.check_numbers(self, may_be_zero, fractions, any_sign={"target_entropy_per_dim"})
         if self.num_min_qs > self.num_qs:
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
         if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init:
@@ -163,7 +158,7 @@ class Args(RunArgs):
         if self.utd_ratio == 0 and self.role == "both":
             fail("--utd-ratio 0: is for --role learner, which learns while an actor acts")
         if self.record_dataset:
-            envs.check_new_dataset(self.record_dataset)
+            check_new_dataset(self.record_dataset)
 
     def shared(self) -> dict[str, object]:
         """What shapes task and policy, and so must be the same in actor and learner."""
@@ -458,9 +453,7 @@ def load_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.Env]) -
     for step in steps:
         demos.add(step)
     agent.observe(demos.newest_observations(len(demos)))
-    verdicts = [success(episode.info) for episode in episodes]
-    known = "success unknown" if any(map(math.isnan, verdicts)) else f"{int(sum(verdicts))} successful"
-    print(f"{len(episodes)} demonstrations, {len(demos)} steps, {known}", flush=True)
+    print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
     return demos
 
 
@@ -503,12 +496,12 @@ class Agent:
         if args.compile and device.type == "cuda":
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
-            self.update_once = Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.update_once = setup.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, capacity: int) -> ReplayBuffer:
         """A buffer of this agent's transitions. Exits with one line when the memory is not there."""
         needed = 4 * capacity * (2 * self.obs_dim + self.action_dim + 2)
-        check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
+        setup.check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
         return ReplayBuffer(capacity, self.obs_dim, self.action_dim, self.device, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
@@ -689,10 +682,7 @@ class Agent:
         self.held_steps, self.held = np.array(state["held"], np.float32)
         for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
             optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
-        if state["generator"].shape == self.generator.get_state().shape:
-            self.generator.set_state(state["generator"].cpu())
-        else:  # written on a GPU and read on a CPU, or the other way: the run goes on, with other random numbers
-            self.generator.manual_seed(self.args.seed + self.critic_updates)
+        setup.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -707,24 +697,11 @@ def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: 
 
 def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
-    task = make_env(args)
-    if args.record_dataset:
-        task = envs.Recorder(task)
+    task = envs.Recorder(make_env(args)) if args.record_dataset else make_env(args)
     env = wrap(task)
     scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
     if args.record_dataset:
-        episodes = list(task.episodes)
-        random = evaluate(lambda _, rngs: rngs[0].uniform(-1, 1, agent.action_dim), [env], 10, args.seed, success)
-        envs.record(
-            args.record_dataset,
-            episodes,
-            task,
-            success,
-            algorithm_name="SAC",
-            ref_min_score=random["eval/episodic_return"],
-            ref_max_score=scalars["eval/episodic_return"],
-            description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
-        )
+        store_evaluation(args.record_dataset, task, env, args.seed, success)
     if args.capture_video:
         record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars
@@ -735,7 +712,7 @@ def start(
     args: Args, env: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
     """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
-    device = set_up_torch(args.threads, args.amp)
+    device = setup.set_up_torch(args.threads, args.amp)
     agent = Agent(env.observation_space, env.action_space, args, device)
     buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps))
     demos = None
@@ -825,12 +802,12 @@ def learner(args: Args) -> None:
             agent.observe(buffer.newest_observations(count))
         run.advance(count)
         # Learn.
-        if run.step > args.learning_starts:
-            updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY
+        updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY
+        if updates and run.step > args.learning_starts:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, updates)
         if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
-            actors.publish(agent.critic_updates, pack_tensors(agent.policy_tensors()))
+            actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()))
             published = agent.critic_updates
         log_and_evaluate(args, run, agent, env, metrics)
         # Save: actors may then forget what they sent.
@@ -838,7 +815,7 @@ def learner(args: Args) -> None:
             run.save()
             actors.saved()
 
-    actors.publish(agent.critic_updates, pack_tensors(agent.policy_tensors()), done=not run.signals)
+    actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done=not run.signals)
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -846,7 +823,7 @@ def learner(args: Args) -> None:
 def actor(args: Args) -> None:
     """Acts with the learner's newest policy and sends every step: SERL's actor."""
     env = wrap_states(make_env(args), args)
-    device = set_up_torch(args.threads, args.amp)
+    device = setup.set_up_torch(args.threads, args.amp)
     agent = Agent(env.observation_space, env.action_space, args, device)
     run = Run(args, args.env_id, __file__, device)
     run.keep()
@@ -874,7 +851,7 @@ def actor(args: Args) -> None:
             newer = learner_end.weights()
             if newer:
                 version, weights = newer
-                unpack_tensors(weights, agent.policy_tensors())
+                setup.unpack_tensors(weights, agent.policy_tensors())
             action = agent.act(obs, deterministic=False) if version else agent.random_action()
         # Step the environment.
         with run.phase("env"):
