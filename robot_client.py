@@ -46,7 +46,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
@@ -415,7 +415,7 @@ class CameraConfig:
 
 class Frame(NamedTuple):
     image: np.ndarray  # (size, size, 3) uint8 RGB
-    time: float  # monotonic s when it was taken
+    time: float  # monotonic s when it arrived
     number: int  # counted by the camera
 
 
@@ -439,8 +439,8 @@ class Camera:
         """Start the device; raises CameraError or RuntimeError."""
         raise NotImplementedError
 
-    def grab(self) -> tuple[np.ndarray, int, float]:
-        """Wait for a frame: (H, W, 3) uint8 RGB, its number, its age in s. Raises CameraError after `timeout_s`."""
+    def grab(self) -> tuple[np.ndarray, int]:
+        """Wait for a frame: (H, W, 3) uint8 RGB, and its number. Raises CameraError after `timeout_s`."""
         raise NotImplementedError
 
     def shut(self) -> None:
@@ -458,7 +458,7 @@ class Camera:
         return self
 
     def wait_newer(self, than: float, timeout_s: float) -> None:
-        """Wait for a frame that was taken after this time (monotonic s). Raises CameraError if none comes."""
+        """Wait for a frame that arrived after this time (monotonic s). Raises CameraError if none comes."""
         with self._arrived:
             if not self._arrived.wait_for(lambda: self.frame and self.frame.time > than, timeout_s):
                 error = self.error or "it stands still"
@@ -484,10 +484,10 @@ class Camera:
                 self.open()
                 started = time.monotonic()
                 while not self._stop.is_set():
-                    image, number, age = self.grab()
+                    image, number = self.grab()
                     now = time.monotonic()
                     if self.frame is None or number != self.frame.number:
-                        self._keep(Frame(self._fit(image), now - age, number))
+                        self._keep(Frame(self._fit(image), now, number))
                         failures = 0
                     elif now - max(self.frame.time, started) > self.config.timeout_s:
                         raise CameraError(f"it delivers picture {number} over and over")
@@ -575,12 +575,12 @@ class RealSense(Camera):
                     raise CameraError(f"{name} {value}: this camera takes {limits.min} to {limits.max}")
                 sensor.set_option(name, value)
 
-    def grab(self) -> tuple[np.ndarray, int, float]:
+    def grab(self) -> tuple[np.ndarray, int]:
         arrived, frames = self.pipeline.try_wait_for_frames(round(1000 * self.config.timeout_s))
         if not arrived:
             raise CameraError(f"no picture for {self.config.timeout_s} s; cable, USB port, or another program?")
         frame = frames.get_color_frame()
-        return np.array(frame.get_data()), frame.get_frame_number(), 0.0  # a copy: held frames starve the camera's pool
+        return np.array(frame.get_data()), frame.get_frame_number()  # a copy: held frames starve the camera's pool
 
     def shut(self) -> None:
         if pipeline := getattr(self, "pipeline", None):
@@ -1391,77 +1391,74 @@ gym.register("FrankaReal-v0", f"{__name__}:FrankaEnv")
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 class Doctor:
-    """Checks what a real-robot script needs and prints a line each, in the form of robot_server.py --doctor. Keeps what
-    works: `client`, `cameras`, `teleop`; and how many checks failed."""
+    """Checks what a script on the robot needs and prints a line each, in the form of robot_server.py --doctor.
+    Keeps what works, `client`, `scene`, `cameras` and `teleop`, and counts what does not."""
 
     def __init__(self, args: Args):
         self.args = args
         self.failed = 0
         self.client: RobotClient | None = None
+        self.scene: Scene | None = None
         self.cameras: list[Camera] = []
         self.teleop: Teleop | None = None
-        self.scene: Scene | None = None
 
-    def say(self, fine: object, name: str, text: str, remedy: str = "", level: str = "FAIL") -> None:
-        """One line: ok, or what is wrong and what to do. A failure counts, a warning does not."""
-        self.failed += not fine and level == "FAIL"
-        print(f"{'ok' if fine else level:6}{name}: {text}{'' if fine or not remedy else f'; {remedy}'}", flush=True)
-
-    @contextlib.contextmanager
-    def checking(self, name: str, level: str = "FAIL") -> Iterator[None]:
-        """What goes wrong within is one line."""
-        try:
-            yield
-        except RobotError as error:
-            self.say(False, name, str(error), level=level)
+    def say(
+        self, fine: object, name: str, text: str, remedy: str = "", wrong: Literal["FAIL", "warn"] = "FAIL"
+    ) -> None:
+        """One line: ok, or what is wrong and what to do."""
+        if fine:
+            print(f"ok    {name}: {text}", flush=True)
+        else:
+            print(f"{wrong}  {name}: {text}{remedy and '; '}{remedy}", flush=True)
+            self.failed += wrong == "FAIL"
 
     def examine(self) -> None:
         packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
-        self.say(sys.version_info >= (3, 11), "python", platform.python_version(), "Python 3.11 or newer")
-        self.say(True, "packages", ", ".join(packages))
-        if self.args.keys:
-            self.examine_keys(Path(self.args.keys) / "client.key_secret")
-        with self.checking("server"):
+        self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
+        try:
             self.examine_server()
-        with self.checking("realsense", "warn"):
+        except RobotError as error:
+            self.say(False, "server", str(error))
+        try:
             self.examine_realsense()
+        except CameraError as error:
+            self.say(False, "realsense", f"{error} (only for such cameras)", wrong="warn")
         for camera in list(self.cameras):
             try:
                 camera.start()
             except CameraError as error:
-                self.say(False, f"camera {camera.config.name}", str(error))
+                self.say(False, "cameras", str(error))
                 self.cameras.remove(camera)
-        if self.args.teleop != "none":
-            with self.checking(self.args.teleop):
+        try:
+            if self.args.teleop != "none":
                 self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
-                self.say(True, self.args.teleop, "works")
-
-    def examine_keys(self, secret: Path) -> None:
-        if secret.exists():
-            private = not secret.stat().st_mode & 0o077
-            text = "only you can read it" if private else "others on this machine can read it"
-            self.say(private, secret.name, text, f"chmod 600 {secret}", level="warn")
+                self.say(True, "teleop", self.args.teleop)
+        except RobotError as error:
+            self.say(False, "teleop", str(error))
 
     def examine_server(self) -> None:
         """What the server says about itself."""
-        client = RobotClient(self.args.server, self.args.keys)
+        if self.args.keys and (secret := Path(self.args.keys) / "client.key_secret").exists():
+            private = not secret.stat().st_mode & 0o077
+            self.say(private, "keys", str(secret), f"others can read it: chmod 600 {secret}", wrong="warn")
+        self.client = RobotClient(self.args.server, self.args.keys)
         try:
-            hello, times = client.hello(), []
+            hello = self.client.hello()
         except RobotError:
-            client.close()
+            self.client.close()
+            self.client = None
             raise
-        self.client = client
+        times = []
         for _ in range(200):
             start = time.perf_counter()
-            state = client.state()
+            state = self.client.state()
             times.append(1000 * (time.perf_counter() - start))
-        robot, gripper, fault = hello["robot"], hello["gripper"], state["fault"]
-        firmware = f", firmware {robot['firmware']}" if robot["firmware"] else ""
-        task = f", task {robot['task']}" if robot["task"] else ""
-        self.say(True, "server", f"{client.server}, commanded by {hello['lease'] or 'nobody'}")
-        self.say(True, "robot", f"{robot['kind']}, {robot['sdk']}{firmware}{task}, mode {state['mode']}")
         median, slow = np.percentile(times, (50, 99))
-        self.say(slow < 20, "round trip", f"{median:.2f} ms, 99 % below {slow:.2f} ms", "a cable, no WLAN", "warn")
+        robot, gripper, fault = hello["robot"], hello["gripper"], state["fault"]
+        self.say(True, "server", f"{self.client.server}, commanded by {hello['lease'] or 'nobody'}")
+        facts = [robot[name] for name in ("kind", "sdk", "firmware", "task") if robot[name]]
+        self.say(True, "robot", f"{', '.join(map(str, facts))}, mode {state['mode']}")
+        self.say(slow < 20, "round trip", f"{median:.2f} ms, 99 % below {slow:.2f} ms", "a cable, no WLAN?", "warn")
         remedy = "look at the robot, then call client.recover()"
         self.say(not fault, "fault", fault["message"] if fault else "none", remedy)
         text = state["gripper_fault"] or f"{gripper['kind']}, {1000 * state['gripper_width']:.0f} mm open"
@@ -1470,7 +1467,7 @@ class Doctor:
         self.say(arriving >= 0.95, "control", f"{arriving:.0%} of the packets arrive", "robot_server.py --doctor")
         if robot["task"]:
             self.scene = Scene(robot["task"])
-            self.cameras += [SimCamera(CameraConfig(name), 128, self.scene) for name in ("front", "wrist")]
+            self.cameras += [SimCamera(CameraConfig(name), 128, self.scene) for name in self.scene.cameras]
 
     def examine_realsense(self) -> None:
         """The RealSense cameras that are plugged in; none is fine, too."""
@@ -1482,18 +1479,22 @@ class Doctor:
             self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
 
+    def look(self) -> None:
+        """Put the simulated cameras where the simulated robot is."""
+        if self.scene:
+            self.scene.put(self.client.task()["scene"])
+
     def show(self) -> None:
-        """Print state, cameras and teleoperation in one line, over the last one in a terminal."""
-        parts = []
-        if self.client:
-            parts += describe(self.client)
+        """Print state, cameras and teleoperation in one line."""
+        parts = describe(self.client) if self.client else []
+        self.look()
         for camera in self.cameras:
-            if camera.frame:
-                age = 1000 * (time.monotonic() - camera.frame.time)
-                parts.append(f"{camera.config.name} {camera.frame.number} {age:.0f} ms {camera.error}")
-        if self.teleop:
-            parts.append(describe_hand(self.teleop))
-        print_line(parts)
+            try:
+                frame = camera.read(1.0)
+                parts.append(f"{camera.config.name} {frame.number} {1000 * (time.monotonic() - frame.time):.0f} ms")
+            except CameraError as error:
+                parts.append(str(error))
+        print_line(parts + describe_hand(self.teleop))
 
     def close(self) -> None:
         for closing in (*self.cameras, self.teleop, self.client):
@@ -1511,16 +1512,19 @@ def describe(client: RobotClient) -> list[str]:
     ]
 
 
-def describe_hand(teleop: Teleop) -> str:
+def describe_hand(teleop: Teleop | None) -> list[str]:
+    if teleop is None:
+        return []
     motion, gripper = teleop.motion()
-    return teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}"
+    return [teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}"]
 
 
 def print_line(parts: list[str]) -> None:
+    """Over the last one in a terminal."""
     print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
-def drive(args: Args, teleop: Teleop) -> None:
+def drive(args: Args, teleop: Teleop, end: float) -> None:
     """Let a person move the arm slowly, within 10 cm of where it stands, to feel gains and directions."""
     with contextlib.closing(RobotClient(args.server, args.keys)) as client:
         limits, pose = client.hello()["limits"], client.state()["tcp_pose"]
@@ -1539,13 +1543,12 @@ def drive(args: Args, teleop: Teleop) -> None:
         reward="none",
         max_episode_steps=sys.maxsize,
     )
-    end = time.monotonic() + (args.seconds or math.inf)
     terminal = getattr(teleop, "terminal", None)
     with contextlib.closing(Intervention(FrankaEnv(config), teleop)) as env:
         env.reset()
         while time.monotonic() < end and not (terminal and "quit" in terminal.commands()):
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
-            print_line([*describe(env.unwrapped.client), describe_hand(teleop)])
+            print_line(describe(env.unwrapped.client) + describe_hand(teleop))
             if terminated or truncated:
                 raise RobotError(info["fault"])
 
@@ -1556,20 +1559,19 @@ def main(args: Args) -> None:
         doctor.examine()
         if args.drive and not (doctor.teleop and doctor.client):
             fail("--drive needs a server, and --teleop keyboard or spacemouse")
-        for camera in doctor.cameras if args.snapshots else []:
+        if args.snapshots:
+            doctor.look()
             args.snapshots.mkdir(parents=True, exist_ok=True)
+        for camera in doctor.cameras if args.snapshots else []:
             path = args.snapshots / f"{camera.config.name}.png"
-            if doctor.scene:
-                doctor.scene.put(doctor.client.task()["scene"])
             Image.fromarray(camera.read(1.0).image).save(path)
             print(f"wrote {path}")
         if args.teleop == "keyboard":
             print(KEYS)
-        if args.drive:
-            drive(args, doctor.teleop)
         end = time.monotonic() + (args.seconds or math.inf)
-        working = doctor.client or doctor.cameras or doctor.teleop
-        while working and not args.drive and time.monotonic() < end:
+        if args.drive:
+            drive(args, doctor.teleop, end)
+        while (doctor.client or doctor.cameras or doctor.teleop) and time.monotonic() < end and not args.drive:
             doctor.show()
             time.sleep(0.2)
     except (RobotError, OSError) as error:
@@ -1579,9 +1581,9 @@ def main(args: Args) -> None:
     finally:
         print()
         doctor.close()
-    print("ready" if not doctor.failed else f"{doctor.failed} to fix")
     if doctor.failed:
-        raise SystemExit(1)
+        fail(f"{doctor.failed} to fix, see above")
+    print("ready")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -447,7 +448,7 @@ class PatternCamera(rc.Camera):
         self.number += self.mode == "run"
         image = np.zeros((self.config.height, self.config.width, 3), np.uint8)
         image[:, : self.config.width // 2] = self.number % 256
-        return image, self.number, 0.0
+        return image, self.number
 
     def open(self):
         pass
@@ -661,7 +662,7 @@ def test_realsense_frames_are_copied_out_of_the_cameras_pool():
     )
     camera = rc.RealSense(CameraConfig("wrist", "realsense"))
     camera.pipeline = mock.Mock(spec=rs.pipeline, **{"try_wait_for_frames.return_value": (True, frames)})
-    copy, number, _ = camera.grab()
+    copy, number = camera.grab()
     np.testing.assert_array_equal(copy, image)
     assert copy.flags.owndata and copy.dtype == np.uint8 and number == 7
 
@@ -875,12 +876,12 @@ def test_keys_for_the_script(terminal, keyboard):
     assert keys.commands() == [] and not keyboard.motion()[0].any()
 
 
-def test_every_key_stands_on_the_screen():
+def test_every_key_stands_on_the_screen(tmp_path):
     listed = set(rc.KEYS.split())
     assert {key for pair in (*rc.Keyboard.AXES, rc.Keyboard.GRIPPER) for key in pair} <= listed
     for key, command in rc.COMMANDS.items():
         assert f"{key.replace(chr(10), 'Enter')} {command}" in rc.KEYS
-    shown = run_script("robot_client.py", "--help", cwd=REPO).stdout
+    shown = run_script("robot_client.py", "--help", cwd=tmp_path).stdout
     assert "Keys of the keyboard" in shown and "success" in shown
 
 
@@ -1361,6 +1362,44 @@ def test_scripted_person_inserts_the_peg_in_view_of_two_cameras(peg):
         assert obs["state"][0] > 0.7  # the gripper still holds the peg
 
 
+def test_random_policy_with_gripper_keeps_the_rate(peg):
+    """And the environment tells the truth about it. The bound for lateness is one for busy machines."""
+    with environment(peg) as env:
+        env.reset(seed=0)
+        rng, periods, late, clock = np.random.default_rng(0), [], [], []
+        for _ in range(30):
+            action = np.append(rng.uniform(-0.3, 0.3, 6), rng.choice([-1, 1])).astype(np.float32)
+            info = env.step(action)[-1]
+            clock.append(time.monotonic())
+            assert info["fault"] is None
+            periods.append(info["period_s"])
+            late.append(info["late_s"])
+        assert env.unwrapped.ordered is not None  # the gripper had orders
+        assert np.mean(periods) == pytest.approx(0.1, abs=0.005)
+        assert np.median(late) < 0.02 and min(late) >= 0
+        assert np.mean(periods[1:]) == pytest.approx(np.mean(np.diff(clock)), abs=0.01)
+        env.unwrapped.config.gripper_wait_s = 0.6  # as SERL does: an option, and late
+        closing = np.array([0] * 6 + [1 - 2 * env.unwrapped.closure], np.float32)
+        info = env.step(closing)[-1]
+        assert info["period_s"] > 0.15 and info["late_s"] > 0.05
+        assert info["late_s"] == pytest.approx(info["period_s"] - 0.1, abs=0.03)
+
+
+def test_simulated_robot_may_be_faster_than_real_time(tmp_path):
+    """Paced by the robot's clock: 20 steps of 0.1 s take half a second of ours."""
+    with (
+        served(tmp_path, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 4) as (address, _),
+        environment(address) as env,
+    ):
+        env.reset(seed=0)
+        began, robot_began = time.monotonic(), env.unwrapped.state["robot_time"]
+        periods = [env.step(ZERO)[-1]["period_s"] for _ in range(20)]
+        elapsed = time.monotonic() - began
+        assert sum(periods) == pytest.approx(2.0, abs=0.3)
+        assert env.unwrapped.state["robot_time"] - robot_began == pytest.approx(4 * elapsed, rel=0.3)
+        assert elapsed < 1.2
+
+
 def test_time_limit_truncates_and_nothing_creeps(peg):
     with environment(peg, max_episode_steps=20) as env:
         env.reset(seed=0)
@@ -1517,7 +1556,7 @@ def test_frozen_camera_ends_the_episode_and_reset_waits_for_it(peg):
         camera.mode = "freeze"
         ends = [env.step(ZERO)[2:] for _ in range(4)]
         assert ends[-1][1] and not ends[-1][0] and "camera front" in ends[-1][2]["fault"]
-        with pytest.raises(rc.CameraError, match="camera front: no picture within 0.5 s"):
+        with pytest.raises(rc.CameraError, match="camera front: no new picture within 0.5 s"):
             env.reset(seed=0)
         camera.mode = "run"
         env.reset(seed=0)
@@ -1541,36 +1580,66 @@ def test_task_that_does_not_fit_the_server(peg, changes, hello, fault):
 
 
 # --- Command line -----------------------------------------------------------------------------------------------------
+DOCTOR = re.compile(r"^(ok    [^:;]+: [^;]+|(warn|FAIL)  [^:;]+: [^;]+(; .+)?)$")
+
+
+def checks(stdout: str) -> dict[str, str]:
+    """Name -> level of every line of the doctor."""
+    lines = [line for line in stdout.splitlines() if re.match(r"ok|warn|FAIL", line)]
+    assert lines and all(DOCTOR.match(line) for line in lines), lines
+    return {line[6:].partition(":")[0]: line[:6].strip() for line in lines}
+
+
 def test_doctor_and_live_values(peg, tmp_path):
     run = run_script("robot_client.py", "--server", peg, "--seconds", 1, "--snapshots", "shots", cwd=tmp_path)
-    assert f"ok   {peg}: sim" in run.stdout and "round trip" in run.stdout and "FIX" not in run.stdout
+    found = checks(run.stdout)
+    names = {"python", "server", "robot", "round trip", "fault", "gripper", "control"}
+    assert names <= set(found) and "FAIL" not in found.values() and "None" not in run.stdout
+    assert f"server: {peg}, commanded by nobody" in run.stdout and "fault: none" in run.stdout
+    assert re.search(r"gripper: sim, \d+ mm open", run.stdout)
     assert " N | gripper " in run.stdout and " | front " in run.stdout
-    assert {path.name for path in (tmp_path / "shots").iterdir()} == {"front.png", "wrist.png"}
+    assert {"front.png", "wrist.png"} <= {path.name for path in (tmp_path / "shots").iterdir()}
+    assert run.stdout.splitlines()[-1] == "ready"
 
 
 def test_doctor_without_server_and_devices_says_what_to_do(tmp_path):
     flags = ("--server", "tcp://127.0.0.1:9", "--seconds", 0.5)
     run = run_script("robot_client.py", *flags, "--teleop", "keyboard", cwd=tmp_path, check=False)
-    assert run.returncode == 1 and "FIX  no answer from tcp://127.0.0.1:9" in run.stdout
-    assert "FIX  keyboard: standard input is no terminal" in run.stdout
-    assert run.stderr.splitlines()[-1] == "robot_client.py: something above needs fixing"
+    found = checks(run.stdout)
+    assert run.returncode == 1 and found["server"] == found["teleop"] == "FAIL"
+    assert "FAIL  server: no answer from tcp://127.0.0.1:9" in run.stdout
+    assert "FAIL  teleop: keyboard: standard input is no terminal" in run.stdout
+    assert run.stderr.splitlines()[-1] == "robot_client.py: 2 to fix, see above"
     run = run_script("robot_client.py", *flags, "--drive", cwd=tmp_path, check=False)
     assert "--drive needs a server, and --teleop" in run.stderr and "Traceback" not in run.stderr
 
 
+def test_doctor_names_bad_keys_and_warns_of_open_ones(keys, tmp_path):
+    (keys / "client.key_secret").chmod(0o644)
+    flags = ("--server", "tcp://127.0.0.1:9", "--seconds", 0.1, "--keys", keys)
+    run = run_script("robot_client.py", *flags, cwd=tmp_path, check=False)
+    assert re.search(r"^warn  keys: .*client.key_secret; others can read it: chmod 600", run.stdout, re.MULTILINE)
+    (keys / "server.key").write_text("")
+    run = run_script("robot_client.py", *flags, cwd=tmp_path, check=False)
+    assert re.search(r"^FAIL  server: --keys .*server.key: ", run.stdout, re.MULTILINE)
+    assert "Traceback" not in run.stderr
+
+
 def test_first_motion_by_keyboard(peg, tmp_path, terminal):
     ours, theirs = terminal
-    flags = ("--server", peg, "--teleop", "keyboard", "--drive", "--seconds", 4)
+    flags = ("--server", peg, "--teleop", "keyboard", "--drive", "--seconds", 60)
     with (
         contextlib.closing(RobotClient(peg)) as observer,
         popen_script("robot_client.py", *flags, cwd=tmp_path, stdin=theirs) as process,
     ):
         wait_until(lambda: " N | gripper " in process.stdout_path.read_text() or process.poll() is not None, 20.0)
         start = observer.state()["tcp_pose"]
-        for _ in range(20):
+        for _ in range(60):
             os.write(ours, b"r")
-            time.sleep(0.1)
+            time.sleep(0.03)
         assert observer.state()["tcp_pose"][2] - start[2] > 0.03
+        assert "space  take over and stand still" in process.stdout_path.read_text()  # the keys are on the screen
+        os.write(ours, b"q")
         process.wait(20)
         assert process.returncode == 0, process.stderr_path.read_text()
 
