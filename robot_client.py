@@ -1011,6 +1011,7 @@ class TaskConfig:
 
 
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
+MAX_STATE_AGE_S = 0.5
 GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
 # TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
 PEG = TaskConfig(env_id="FrankaPegInsert-v0")
@@ -1304,8 +1305,10 @@ class FrankaEnv(gym.Env):
 
     # What is observed
     def look(self) -> None:
-        """Ask for the newest state, and on a simulated robot for its task and scene."""
+        """Ask for the newest state, and on a simulated robot for its task and scene. Raises RobotError if it is old."""
         self.state = self.client.state()
+        if (age := self.state["state_age"]) > MAX_STATE_AGE_S:
+            raise RobotError(f"the robot's newest state is {age:.2f} s old: does its SDK or its computer hang?")
         self.task: dict[str, Any] = {}
         if self.scene or self.config.reward == "task":
             self.task = self.client.task()

@@ -12,7 +12,7 @@ connection that stays open, which is as fast as this way can be.
 robot_period.csv: the period of FrankaReal-v0's steps at 10 Hz with two cameras and a random policy that opens and
 closes the gripper, over episodes of 100 steps: as the environment itself reports it (mean_period_ms, late_*_ms,
 overruns), and as a clock outside saw the ends of the steps (jitter_*_ms; drift_ms, the whole episode's length against
-its schedule). `serl_loop` waits 0.6 s for the gripper, then 1/hz after each command, and then reads state and images, as
+its schedule). `serl_loop` waits 0.6 s for the gripper, 1/hz after each command, and then reads state and images, as
 SERL's env does (franka_env/envs/franka_env.py:229). `machine` waits for the same beats and does nothing else: what the
 machine itself adds.
 robot_load.csv: CPU of one core and memory of the server while it streams with all its publications, and how many of its
