@@ -147,13 +147,20 @@ class Pace:
         self.clock = clock
         self.speed = speed
         self.overruns = 0
-        self.deadline = self.beat = clock()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self.deadline = self.beat = self.clock()
 
     def wait(self) -> tuple[float, float]:
         """Wait for the next beat. Returns the time since the last one and how late this one is (s), measured
         after waking up. A beat half a period late starts a new schedule: no burst of short periods follows."""
         self.deadline += self.period
         left = self.deadline - self.clock()
+        if left > 2 * self.period:  # the clock was set back: another robot
+            self.restart()
+            return self.wait()
         self.overruns += left <= 0
         while left > 0:
             time.sleep(left / self.speed)
@@ -703,6 +710,8 @@ class Terminal:
             while not self._stop.is_set():
                 if select.select([self.fd], [], [], 0.1)[0]:
                     typed = os.read(self.fd, 64).decode(errors="ignore")
+                    if not typed:
+                        raise OSError("the terminal was closed")
                     for key in typed.split("\x1b")[0]:  # not what arrow and function keys send
                         self._note(key, time.monotonic())
         except OSError as error:
@@ -901,7 +910,15 @@ class ScriptedExpert(Teleop):
         self.left -= self.left > 0
         if not self.left and self.rng.random() < self.probability:
             self.left = self.steps
-        return env.unwrapped.expert_action() if self.left else None
+        if not self.left:
+            return None
+        try:
+            action = env.unwrapped.expert_action()
+        except RobotError as error:  # the step itself will say so, too
+            self.fault = str(error)
+            return None
+        self.fault = ""
+        return action
 
 
 class Intervention(gym.Wrapper):
@@ -1086,14 +1103,16 @@ class FrankaEnv(gym.Env):
 
     # Reset
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        """`options`: {"keep_scene": True} leaves a simulated scene as it is."""
         super().reset(seed=seed)
+        keep_scene = bool(options and options.get("keep_scene"))
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
             raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
         for attempt in range(3):
             self.connect()
             try:
-                self.prepare()
+                self.prepare(keep_scene)
                 break
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
                 if attempt == 2 or not self.config.recover_at_reset:
@@ -1143,7 +1162,7 @@ class FrankaEnv(gym.Env):
             camera.start(config.wait_s)
         self.client.acquire()
 
-    def prepare(self) -> None:
+    def prepare(self, keep_scene: bool) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
         state = client.state()
@@ -1155,7 +1174,7 @@ class FrankaEnv(gym.Env):
             client.stop()
         if state["gripper_fault"] and config.gripper != "fixed":
             raise RobotError(f"{state['gripper_fault']}; then call client.gripper('activate')")
-        if self.hello["robot"]["task"]:
+        if self.hello["robot"]["task"] and not keep_scene:
             client.reset_task(int(self.np_random.integers(2**31)))
         if config.gripper_at_reset != "keep":
             client.gripper(config.gripper_at_reset)
@@ -1367,7 +1386,7 @@ class FrankaEnv(gym.Env):
 
     def expert_action(self) -> np.ndarray:
         """(A,) action of the simulated task's scripted expert. Raises RefusedError on a real robot, which has none."""
-        expert = self.client.task()["expert"]
+        expert = (self.task or self.client.task())["expert"]
         motion = self.base_to_action(motion_between(np.array(expert["pose"]), self.last_target()))
         action = np.append(motion[: self.axes] / self.config.action_scale, 2 * expert["close"] - 1)
         return np.clip(action, -1, 1)[: self.action_space.shape[0]].astype(np.float32)
@@ -1548,7 +1567,7 @@ def drive(args: Args, teleop: Teleop, end: float) -> None:
     )
     terminal = getattr(teleop, "terminal", None)
     with contextlib.closing(Intervention(FrankaEnv(config), teleop)) as env:
-        env.reset()
+        env.reset(options={"keep_scene": True})
         while time.monotonic() < end and not (terminal and "quit" in terminal.commands()):
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
             print_line(describe(env.unwrapped.client) + describe_hand(teleop))

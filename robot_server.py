@@ -1289,7 +1289,7 @@ class Board:
             start = self.starts[self.sequence % 2]
             body = start + self.HEAD.size
             self.memory[body : body + len(data)] = data
-            self.HEAD.pack_into(self.memory, start, self.sequence, len(data), zlib.crc32(data))
+            self.HEAD.pack_into(self.memory, start, self.sequence, len(data), zlib.crc32(data, self.sequence))
 
     def read(self) -> dict[str, Any]:
         """The newest dictionary; the same one again until there is a newer one."""
@@ -1300,7 +1300,7 @@ class Board:
                 return self.newest
             body = start + self.HEAD.size
             data = self.memory[body : body + length]
-            if zlib.crc32(data) == checksum:
+            if length and zlib.crc32(data, sequence) == checksum:
                 self.sequence = sequence
                 self.newest = marshal.loads(data)  # safe: only the robot process can write it
                 return self.newest
@@ -1949,6 +1949,7 @@ def parse(body: list[bytes]) -> dict[str, Any]:
 MAX_CONNECTIONS = 256
 MAX_FRAMES = 8  # of a message
 MAX_UNDERWAY = 1 << 17  # bytes that a connection has sent and that no message here has brought
+MAX_ALL_UNDERWAY = 1 << 20  # the same of all together
 MAX_GROWTH = 40 << 20  # bytes of memory of a front; then another one takes over
 
 
@@ -1959,7 +1960,8 @@ class Connection:
         self.since = now
         self.taken = 0  # bytes received that messages have brought
         self.heard = False  # a message came since the last look
-        self.cut = False
+        self.received = 0
+        self.was_cut = False
         self.acked = 0  # bytes that the peer has taken
         self.acked_at = now
 
@@ -1989,42 +1991,55 @@ class Doors:
         self.monitors = [s.get_monitor_socket(events | failed) for s in sockets]
         self.overhead = 33 if encrypted else 0  # bytes per frame, of CURVE
         self.connections: dict[int, Connection] = {}
+        self.left = 0  # bytes that connections which are gone have left in libzmq
         self.strangers: Counter[str] = Counter()
         self.cuts: Counter[str] = Counter()
 
     def came(self, fd: int, frames: Sequence[bytes]) -> None:
         """A message has been read from this connection."""
+        size = sum(len(frame) + (2 if len(frame) < 256 else 9) + self.overhead for frame in frames)
         if connection := self.connections.get(fd):
             connection.heard = True
-            for frame in frames:
-                connection.taken += len(frame) + (2 if len(frame) < 256 else 9) + self.overhead
+            connection.taken += size
+        else:
+            self.left = max(self.left - size, 0)
 
     def look(self, now: float, drained: bool) -> None:
         """Learns who came and went, and cuts whom it must. `drained`: all that libzmq has read is here."""
         self.hear_monitors(now)
+        if drained:
+            self.left = 0
+        underway: list[tuple[int, Connection]] = []
         silent: list[tuple[int, Connection]] = []
         for connection in self.connections.values():
-            if connection.cut:
-                continue
             try:
-                acked, received, waiting, silent_ms = connection.facts()
+                acked, connection.received, waiting, silent_ms = connection.facts()
             except OSError:
                 continue
             if connection.heard and drained:
-                connection.taken = received  # what is not of messages, as heartbeats, does not add up
+                connection.taken = connection.received  # what is not of messages, as heartbeats, does not add up
             connection.heard = False
             if acked != connection.acked or not waiting:
                 connection.acked = acked
                 connection.acked_at = now
-            if received - connection.taken > MAX_UNDERWAY:
-                self.cut(connection, "sends more than can be read")
             elif now - connection.acked_at > 2:
                 self.cut(connection, "does not read")
-            else:
+            underway.append((connection.received - connection.taken, connection))
+            if not connection.was_cut:
                 silent.append((silent_ms, connection))
+        self.limit_underway(underway)
         silent.sort(key=lambda pair: pair[0], reverse=True)
         for _, connection in silent[: max(len(silent) - MAX_CONNECTIONS, 0)]:
             self.cut(connection, "too many connections")
+
+    def limit_underway(self, underway: list[tuple[int, Connection]]) -> None:
+        underway.sort(key=lambda pair: pair[0], reverse=True)
+        total = self.left + sum(size for size, _ in underway)
+        for size, connection in underway:
+            if size < MAX_UNDERWAY and (total < MAX_ALL_UNDERWAY or size < 4096):
+                return
+            total -= size
+            self.cut(connection, "sends more than can be read")
 
     def hear_monitors(self, now: float) -> None:
         import zmq
@@ -2047,18 +2062,16 @@ class Doors:
 
     def forget(self, fd: int) -> None:
         if connection := self.connections.pop(fd, None):
+            self.left += max(connection.received - connection.taken, 0)
             connection.socket.close()
 
     def cut(self, connection: Connection, why: str) -> None:
-        connection.cut = True
+        if connection.was_cut:
+            return
+        connection.was_cut = True
         self.cuts[f"{connection.address} {why}"] += 1
         with contextlib.suppress(OSError):
             connection.socket.shutdown(socket.SHUT_RDWR)
-
-    def cut_fd(self, fd: int, why: str) -> None:
-        connection = self.connections.get(fd)
-        if connection and not connection.cut:
-            self.cut(connection, why)
 
 
 class Front:
@@ -2195,7 +2208,8 @@ class Front:
                 frames.append(frame)
         self.doors.came(fd, frames[1:])
         if count > MAX_FRAMES:
-            self.doors.cut_fd(fd, f"sends messages of {count} frames")
+            if connection := self.doors.connections.get(fd):
+                self.doors.cut(connection, f"sends messages of {count} frames")
             return True
         cut = frames.index(b"", 1) + 1 if b"" in frames[1:4] else 1
         request: dict[str, Any] = {}

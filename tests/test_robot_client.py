@@ -142,6 +142,12 @@ def test_pace_by_a_clock_that_runs_faster_or_is_set_back(clock):
     start = clock.now
     pace.wait()
     assert clock.now - start > 0.15
+    back = [0.0]
+    pace = rc.Pace(10, lambda: clock.now - back[0])
+    back[0] = 1e6  # the robot was started anew
+    start = clock.now
+    assert pace.wait() == pytest.approx((0.101, 0.001))
+    assert clock.now - start == pytest.approx(0.101)
 
 
 # --- Client -----------------------------------------------------------------------------------------------------------
@@ -775,6 +781,16 @@ def test_scripted_person_takes_over_for_segments(probability):
         assert sum(segments) == 400 * probability
 
 
+def test_scripted_person_leaves_it_to_the_step_to_tell_that_the_server_is_gone():
+    env = Echo(4)
+    env.expert_action = mock.Mock(side_effect=rc.UnreachableError("no answer"))
+    info = Intervention(env, rc.ScriptedExpert()).step(np.zeros(4))[-1]
+    assert not info["intervened"] and info["teleop_fault"] == "no answer"
+    env.expert_action = lambda: np.zeros(4, np.float32)
+    info = Intervention(env, rc.ScriptedExpert()).step(np.zeros(4))[-1]
+    assert info["intervened"] and info["teleop_fault"] == ""
+
+
 def test_scripted_person_solves_the_simulated_task():
     env = Intervention(gym.make("franka_sim:FrankaPickCube-v0"), rc.ScriptedExpert())
     env.reset(seed=0)
@@ -895,6 +911,16 @@ def test_keyboard_whose_terminal_goes_away(terminal):
     wait_until(lambda: terminal.fault.startswith("keyboard: "), 2.0)
     wait_until(lambda: not terminal.strength("w"), 2.0)
     terminal.close()
+
+
+def test_keyboard_whose_window_is_closed():
+    ours, theirs = os.openpty()
+    terminal = rc.Terminal(theirs)
+    os.close(ours)
+    wait_until(lambda: terminal.fault.startswith("keyboard: "), 2.0)
+    wait_until(lambda: not terminal._thread.is_alive(), 2.0)  # no busy loop
+    terminal.close()
+    os.close(theirs)
 
 
 def test_keyboard_without_a_terminal(tmp_path):
