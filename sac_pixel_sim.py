@@ -30,8 +30,6 @@ import io
 import json
 import math
 import os
-import pickletools
-import re
 import shutil
 import signal
 import subprocess
@@ -61,6 +59,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
 
 import franka_sim  # registers the Franka tasks  # TASK: import the module that registers yours
+from common import vision
 
 PROTOCOL = "sac-rows-1"  # of the messages between actor and learner
 
@@ -174,10 +173,6 @@ class Args:
     """what is done to the images of each batch at random; none with --augment and nothing behind"""
     crop_padding: int = 2
     """crop: pixels that an image is shifted at most (SERL: 4 of 128)"""
-    jitter_strength: float = 0.2
-    """jitter: largest relative change of brightness, contrast and saturation"""
-    blur_sigma: float = 1.0
-    """blur: largest standard deviation, beyond 0.1 (pixels)"""
     # success classifier of --reward vice
     vice_lr: float = 3e-4
     """its learning rate"""
@@ -733,261 +728,19 @@ class Observation(NamedTuple):
     states: Tensor  # (B, T * S)
 
 
-def random_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Images (N, H, W, C) padded with their edge, then cut at offsets (N, 2) = row, column in 0 ... 2 * padding.
-
-    DrQ arXiv:2004.13649, SERL vision/data_augmentations.py:7.
-    """
-    n, height, width, channels = images.shape
-    number, device = torch.arange(n, device=images.device), images.device
-    rows = (torch.arange(height, device=device) + offsets[:, :1] - padding).clamp(0, height - 1)  # (N, H)
-    columns = (torch.arange(width, device=device) + offsets[:, 1:] - padding).clamp(0, width - 1)  # (N, W)
-    pixels = (number[:, None] * height + rows)[..., None] * width + columns[:, None]  # (N, H, W)
-    return images.reshape(-1, channels).index_select(0, pixels.flatten()).view_as(images)
-
-
-def color_jitter(images: Tensor, strength: float, draws: Tensor) -> Tensor:
-    """Images (N, H, W, 3) with brightness, contrast, saturation times 1 +- strength; draws (N, 3) in 0 ... 1."""
-    brightness, contrast, saturation = (1 + strength * (2 * draws.T - 1))[..., None, None, None]  # (N, 1, 1, 1)
-    images = images * brightness
-    images = (images - (mean := images.mean((1, 2, 3), keepdim=True))) * contrast + mean
-    grey = 0.299 * images[..., :1] + 0.587 * images[..., 1:2] + 0.114 * images[..., 2:]  # (N, H, W, 1)
-    return ((images - grey) * saturation + grey).clamp(0, 255)
-
-
-def blur(images: Tensor, sigmas: Tensor) -> Tensor:
-    """Images (N, H, W, 3), each blurred by a Gaussian of its own standard deviation (N,), in pixels."""
-    taps = torch.arange(-2, 3, device=images.device)
-    weights = torch.softmax(-0.5 * (taps / sigmas[:, None]).square(), 1)  # (N, 5)
-    for dim in (1, 2):
-        places = torch.arange(images.shape[dim], device=images.device)
-        shifted = [images.index_select(dim, (places + tap).clamp(0, len(places) - 1)) for tap in taps]
-        images = sum(image * weight[:, None, None, None] for image, weight in zip(shifted, weights.T, strict=True))
-    return images
-
-
-def augment(frames: Tensor, args: Args, generator: torch.Generator) -> Tensor:
-    """All frames (B, N, H, W, 3) of a batch at once: each crop, jitter and blur is a frame's own, a flip a sample's."""
-    batch, count = frames.shape[:2]
-    images, number, device = frames.flatten(0, 1), batch * count, frames.device
-    if "crop" in args.augment:
-        offsets = torch.randint(2 * args.crop_padding + 1, (number, 2), generator=generator, device=device)
-        images = random_crop(images, offsets, args.crop_padding)
-    if "jitter" in args.augment:
-        draws = torch.rand(number, 3, generator=generator, device=device)
-        images = color_jitter(images.float(), args.jitter_strength, draws)
-    if "blur" in args.augment:
-        images = blur(images.float(), 0.1 + args.blur_sigma * torch.rand(number, generator=generator, device=device))
-    images = images.unflatten(0, (batch, count))
-    if "flip" in args.augment:
-        flips = torch.rand(batch, 1, 1, 1, 1, generator=generator, device=device) < 0.5
-        images = torch.where(flips, images.flip(3), images)
-    return images
-
-
-class Standardize(nn.Module):
-    """Images (N, H, W, 3 * T) -> (N, 3 * T, H, W), scaled by ImageNet's mean and deviation; memory stays NHWC."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-            self.register_buffer(name, 255 * torch.tensor(values).repeat(channels // 3), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return ((images - self.mean) / self.std).permute(0, 3, 1, 2)
-
-
-class SmallTrunk(nn.Module):
-    """Convolutions 3x3 with ReLU; SERL vision/small_encoders.py."""
-
-    def __init__(self, in_channels: int, channels: tuple[int, ...], strides: tuple[int, ...], padding: int = 0):
-        super().__init__()
-        pairs = zip((in_channels, *channels[:-1]), channels, strides, strict=True)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding) for a, b, stride in pairs)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2) / 255
-        for conv in self.convs:
-            x = conv(x).relu()
-        return x
-
-
-def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """Padding like flax's SAME, where it differs from PyTorch's: (0, 1) for kernel 3 with stride 2 on even sizes."""
-    totals = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in (x.shape[3], x.shape[2])]
-    return F.pad(x, [side for total in totals for side in (total // 2, total - total // 2)], value=value)
-
-
-class ResNetBlock(nn.Module):
-    """Two convolutions 3x3 beside a shortcut; SERL vision/resnet_v1.py:131."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int):
-        super().__init__()
-        self.stride, self.project = stride, stride != 1 or in_channels != channels
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, bias=False)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.GroupNorm(4, channels), nn.GroupNorm(4, channels)
-        if self.project:
-            self.conv_proj = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-            self.norm_proj = nn.GroupNorm(4, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(pad_same(x, 3, self.stride))).relu()
-        y = self.norm2(self.conv2(y))
-        return ((self.norm_proj(self.conv_proj(x)) if self.project else x) + y).relu()
-
-
-class ResNetTrunk(nn.Module):
-    """ResNet-10 with GroupNorm, without its last pooling and layer; SERL vision/resnet_v1.py:189."""
-
-    def __init__(self, in_channels: int, channels: tuple[int, ...] = (64, 128, 256, 512)):
-        super().__init__()
-        self.standardize, self.conv_init = (
-            Standardize(in_channels),
-            nn.Conv2d(in_channels, channels[0], 7, 2, 3, bias=False),
-        )
-        self.norm_init = nn.GroupNorm(4, channels[0])
-        pairs = zip((channels[0], *channels[:-1]), channels, strict=True)
-        self.blocks = nn.ModuleList(ResNetBlock(a, b, 2 if i else 1) for i, (a, b) in enumerate(pairs))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.norm_init(self.conv_init(self.standardize(images))).relu()
-        x = F.max_pool2d(pad_same(x, 3, 2, -math.inf), 3, 2)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class FixedBatchNorm2d(nn.BatchNorm2d):
-    """Normalises with the stored statistics, also in training."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-
-
-class SqueezeExcitation(nn.Module):
-    """Scales the channels by what a small network says of their means; names as in torchvision."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        squeezed = max(8, (channels // 4 + 4) // 8 * 8)
-        squeezed += 8 if squeezed < 0.9 * (channels // 4) else 0
-        self.fc1, self.fc2 = nn.Conv2d(channels, squeezed, 1), nn.Conv2d(squeezed, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * F.hardsigmoid(self.fc2(self.fc1(x.mean((2, 3), keepdim=True)).relu()))
-
-
-class InvertedResidual(nn.Module):
-    """Expand, filter each channel, squeeze and excite, project; arXiv:1905.02244 section 3, names as in torchvision."""
-
-    def __init__(self, a: int, kernel: int, inner: int, b: int, excite: bool, act: type, stride: int, norm: Callable):
-        super().__init__()
-        layers = [conv_norm_act(a, inner, 1, 1, norm, act)] if inner != a else []
-        layers.append(conv_norm_act(inner, inner, kernel, stride, norm, act, groups=inner))
-        layers += [SqueezeExcitation(inner)] if excite else []
-        self.block = nn.Sequential(*layers, conv_norm_act(inner, b, 1, 1, norm, None))
-        self.shortcut = (a, stride) == (b, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.block(x) if self.shortcut else self.block(x)
-
-
-def conv_norm_act(a: int, b: int, kernel: int, stride: int, norm: Callable, act: type | None, groups: int = 1):
-    layers = [nn.Conv2d(a, b, kernel, stride, kernel // 2, groups=groups, bias=False), norm(b)]
-    return nn.Sequential(*layers, *([act()] if act else []))
-
-
-class MobileNetTrunk(nn.Module):
-    """MobileNetV3-small without its classifier, arXiv:1905.02244 table 2; names and weights as in torchvision.
-
-    `pretrained`: BatchNorm with the statistics that come with the weights. From scratch GroupNorm stands in, because
-    the images of a replay buffer change all the time, and one image is all that there is when acting.
-    """
-
-    BLOCKS = (  # in, kernel, expanded, out, squeeze and excite, activation, stride
-        (16, 3, 16, 16, True, nn.ReLU, 2),
-        (16, 3, 72, 24, False, nn.ReLU, 2),
-        (24, 3, 88, 24, False, nn.ReLU, 1),
-        (24, 5, 96, 40, True, nn.Hardswish, 2),
-        (40, 5, 240, 40, True, nn.Hardswish, 1),
-        (40, 5, 240, 40, True, nn.Hardswish, 1),
-        (40, 5, 120, 48, True, nn.Hardswish, 1),
-        (48, 5, 144, 48, True, nn.Hardswish, 1),
-        (48, 5, 288, 96, True, nn.Hardswish, 2),
-        (96, 5, 576, 96, True, nn.Hardswish, 1),
-        (96, 5, 576, 96, True, nn.Hardswish, 1),
-    )
-
-    def __init__(self, in_channels: int, pretrained: bool = False):
-        super().__init__()
-        norm = partial(FixedBatchNorm2d, eps=1e-3) if pretrained else partial(nn.GroupNorm, 4)
-        blocks = [InvertedResidual(*block, norm) for block in self.BLOCKS]
-        first = conv_norm_act(in_channels, 16, 3, 2, norm, nn.Hardswish)
-        self.standardize = Standardize(in_channels)
-        self.features = nn.Sequential(first, *blocks, conv_norm_act(96, 576, 1, 1, norm, nn.Hardswish))
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.features(self.standardize(images))
-
-
 def make_trunk(args: Args, in_channels: int) -> nn.Module:
     """The convolutions of --encoder: images (N, H, W, in_channels) -> maps (N, C, h, w). TASK: add yours here."""
-    if args.encoder == "small":
-        trunk = SmallTrunk(in_channels, args.small_channels, (2,) * len(args.small_channels))
-    elif args.encoder == "resnet10":
-        trunk = ResNetTrunk(in_channels)
-    else:
-        trunk = MobileNetTrunk(in_channels, bool(args.pretrained))
-    if args.pretrained and not own_checkpoint(args):
-        load_trunk(trunk, args.pretrained)
-    return trunk.to(memory_format=torch.channels_last)
+    try:
+        load = own_checkpoint(args) is None
+        return vision.make_trunk(args.encoder, in_channels, args.pretrained, load, args.small_channels)
+    except ValueError as error:
+        fail(f"--pretrained {error}" if args.pretrained else f"--encoder {args.encoder}: {error}")
 
 
 def own_checkpoint(args: Args) -> Path | None:
     """The checkpoint of a run that goes on: what other files gave it at first is in there."""
     paths = [Path(args.run_dir or "", f"checkpoint.{suffix}") for suffix in ("pt", "previous")]
     return next((path for path in paths if path.exists()), None) if args.resume or args.eval_only else None
-
-
-class SpatialEmbeddings(nn.Module):
-    """Weighted sums over the places of each channel, 8 of each; SERL vision/spatial.py."""
-
-    def __init__(self, channels: int, height: int, width: int, count: int = 8):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(height * width, channels, count) / math.sqrt(height * width))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C * 8)"""
-        return torch.einsum("bcs,scf->bcf", maps.flatten(2), self.kernel).flatten(1)
-
-
-class SpatialSoftmax(nn.Module):
-    """Where each channel is largest: expected x of all channels, then y, in -1 ... 1; arXiv:1504.00702."""
-
-    def __init__(self):
-        super().__init__()
-        self.temperature = nn.Parameter(torch.ones(1))
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, 2 * C)"""
-        attention = (maps.flatten(2) / self.temperature).softmax(2).unflatten(2, maps.shape[2:])
-        y, x = (torch.linspace(-1, 1, size, device=maps.device) for size in maps.shape[2:])
-        return torch.cat([(attention.sum(2) * x).sum(2), (attention.sum(3) * y).sum(2)], 1)
-
-
-class FiLM(nn.Module):
-    """Scales and shifts the channels of maps as a vector says, at first not at all; arXiv:1709.07871."""
-
-    def __init__(self, channels: int, condition_dim: int):
-        super().__init__()
-        self.scale, self.shift = nn.Linear(condition_dim, channels), nn.Linear(condition_dim, channels)
-        for parameter in self.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, maps: Tensor, condition: Tensor) -> Tensor:
-        """Maps (B, C, h, w), condition (B, D)"""
-        return maps * (1 + self.scale(condition)[..., None, None]) + self.shift(condition)[..., None, None]
 
 
 class Bottleneck(nn.Sequential):
@@ -1017,13 +770,8 @@ class Encoder(nn.Module):
             if not self.frozen:
                 self.trunks.append(make_trunk(args, in_channels))
             if args.film:
-                self.films.append(FiLM(channels, layout.stack * (self.condition[1] - self.condition[0])))
-            if args.pooling == "embeddings":
-                pool, pooled = SpatialEmbeddings(channels, height, width), 8 * channels
-            elif args.pooling == "softmax":
-                pool, pooled = SpatialSoftmax(), 2 * channels
-            else:
-                pool, pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), channels
+                self.films.append(vision.FiLM(channels, layout.stack * (self.condition[1] - self.condition[0])))
+            pool, pooled = vision.make_pooling(args.pooling, (channels, height, width))
             self.heads.append(nn.Sequential(pool, Bottleneck(pooled, args.latent_dim)))
         self.out_dim = len(layout.cameras) * args.latent_dim
 
@@ -1049,14 +797,10 @@ class Encoder(nn.Module):
         return torch.cat(features, -1)
 
 
-@torch.no_grad()
 def map_shape(args: Args, size: int, in_channels: int) -> tuple[int, int, int]:
     """Channels, height and width of the trunk's maps. Exits with one line when the images are too small for it."""
     trunk = make_trunk(dataclasses.replace(args, pretrained=None), in_channels)
-    try:
-        shape = trunk(torch.zeros(1, size, size, in_channels)).shape[1:]
-    except RuntimeError:  # a convolution without a place to stand
-        shape = (0, 0, 0)
+    shape = vision.map_shape(trunk, in_channels, size)
     if min(shape[1:]) < (1 if args.pooling == "average" else 2):
         fail(f"--image-size {size}: too small for --encoder {args.encoder} with --pooling {args.pooling}")
     return shape
@@ -1140,129 +884,6 @@ def load_classifier(layout: Layout, args: Args) -> Classifier:
     except Exception as error:  # noqa: BLE001  a damaged or hostile file raises what it likes
         fail(f"--classifier {args.classifier}: refused: {str(error).splitlines()[0]}")
     return classifier
-
-
-@dataclass
-class Stub:
-    """What a pickle would get by calling `name`; it is never called."""
-
-    name: str
-    arguments: tuple = ()
-    state: object = None
-
-
-def read_pickle(path: Path) -> object:
-    """What a pickle holds, with a `Stub` in place of everything but Python's own numbers, texts and containers.
-
-    The instructions are followed here, not by Python's unpickler: nothing is imported or called. Raises ValueError or
-    LookupError for a file that is cut off, or that needs instructions which parameters do not need.
-    """
-    stack, marks, memo = [], [], {}
-
-    def pop(count: int) -> list:
-        if not 0 <= count <= len(stack):
-            raise ValueError("instructions without their operands")
-        items = stack[len(stack) - count :]
-        del stack[len(stack) - count :]
-        return items
-
-    empty = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "NONE": lambda: None}
-    empty |= {"NEWTRUE": lambda: True, "NEWFALSE": lambda: False}
-    for opcode, value, _ in pickletools.genops(path.read_bytes()):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack[-1]
-            case "MARK":
-                marks.append(len(stack))
-            case "MEMOIZE" | "PUT" | "BINPUT" | "LONG_BINPUT":
-                memo[len(memo) if value is None else value] = stack[-1]
-            case "GET" | "BINGET" | "LONG_BINGET":
-                stack.append(memo[value])
-            case "TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3" as name:
-                stack.append(tuple(pop(len(stack) - marks.pop() if name == "TUPLE" else int(name[-1]))))
-            case "SETITEM" | "SETITEMS" as name:
-                items = pop(len(stack) - marks.pop() if name == "SETITEMS" else 2)
-                stack[-1].update(zip(items[::2], items[1::2], strict=True))
-            case "APPEND" | "APPENDS" as name:
-                items = pop(len(stack) - marks.pop() if name == "APPENDS" else 1)
-                stack[-1].extend(items)
-            case "GLOBAL" | "STACK_GLOBAL" as name:
-                stack.append(Stub(value.replace(" ", ".") if name == "GLOBAL" else ".".join(pop(2))))
-            case "REDUCE":
-                function, arguments = pop(2)
-                stack.append(Stub(function.name, arguments))
-            case "BUILD":
-                (state,) = pop(1)
-                stack[-1].state = state
-            case name if name in empty:
-                stack.append(empty[name]())
-            case name if isinstance(value, bool | int | float | str | bytes | bytearray):
-                stack.append(value)
-            case name:
-                raise ValueError(f"instruction {name}")
-    raise ValueError("cut off")
-
-
-def pickled_arrays(value: object) -> dict | np.ndarray | np.dtype | bytes:
-    """The numpy and jax arrays in what `read_pickle` found. Raises ValueError for a call of anything else."""
-    if isinstance(value, dict):
-        return {str(key): pickled_arrays(item) for key, item in value.items()}
-    if isinstance(value, bytes | bytearray):
-        return value
-    if not isinstance(value, Stub):
-        raise ValueError(f"holds a {type(value).__name__} among the parameters")
-    match value.name.split("."), value.arguments:
-        case ["numpy", "dtype"], (str(kind), *_) if re.fullmatch("[fiub][1248]", kind):
-            return np.dtype(kind).newbyteorder(value.state[1] if value.state else "=")
-        case ["_codecs", "encode"], (str(text), "latin1"):
-            return text.encode("latin1")
-        case ["numpy", *_, "multiarray", "_reconstruct"], _ if value.state:
-            _, shape, dtype, fortran, data = value.state
-        case ["jax", *_, "_reconstruct_array"], (Stub(), _, (_, shape, dtype, fortran, data), *_):
-            pass
-        case ["numpy", *_, "numeric", "_frombuffer"], (data, dtype, shape, order):
-            fortran = order == "F"
-        case ["flax", *_, "FrozenDict"], (dict(items), *_):
-            return pickled_arrays(items)
-        case _:
-            raise ValueError(f"calls {value.name}")
-    array = np.frombuffer(pickled_arrays(data), pickled_arrays(dtype))
-    return array.reshape(shape, order="F" if fortran else "C")
-
-
-def torch_parameters(tree: dict, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The parameters of SERL's ResNet by our names, in PyTorch's order of dimensions: (out, in, height, width)."""
-    names = {"Conv_0": "conv1", "Conv_1": "conv2", "MyGroupNorm_0": "norm1", "MyGroupNorm_1": "norm2"}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            name = names.get(name, name.replace("ResNetBlock_", "blocks."))
-            yield from torch_parameters(value, f"{prefix}{name}.")
-        else:
-            tensor = torch.from_numpy(value.astype(np.float32))
-            tensor = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor
-            yield prefix + {"kernel": "weight", "scale": "weight"}.get(name, name), tensor
-
-
-def load_trunk(trunk: nn.Module, path: str) -> None:
-    """Loads pretrained parameters: SERL's resnet10_params.pkl, or a file of torch.save with a dict of tensors.
-
-    What the file holds beside the trunk's parameters (a classifier) is left out. Exits with one line when it cannot.
-    """
-    try:
-        if Path(path).suffix == ".pkl":
-            given = dict(torch_parameters(pickled_arrays(read_pickle(Path(path)))))
-        else:
-            given = torch.load(path, map_location="cpu", weights_only=True)
-        wanted = trunk.state_dict()
-        for name, tensor in wanted.items():
-            shape = tuple(given[name].shape) if name in given else "not in the file"
-            if shape != tuple(tensor.shape):
-                raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, is {shape}")
-        trunk.load_state_dict({name: given[name] for name in wanted})
-    except Exception as error:  # noqa: BLE001  a damaged or hostile file raises what it likes
-        fail(f"--pretrained {path}: refused: {str(error).splitlines()[0]}; give a file of --encoder's parameters")
 
 
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
@@ -1757,7 +1378,8 @@ class Agent:
         """Frames (B, N, K, H, W, 3), augmented, and their maps if the trunk is frozen; cached maps as they are."""
         if self.args.cache_features:
             return frames
-        images = augment(frames.flatten(1, 2), self.args, self.generator)
+        frames_in, kinds = frames.flatten(1, 2), self.args.augment
+        images = vision.augment(frames_in, kinds, self.args.crop_padding, self.generator)
         return self.trunk_maps(images.unflatten(1, frames.shape[1:3]))
 
     def prepare(self, rows: Tensor, frames: Tensor) -> Batch:

@@ -3,13 +3,11 @@
 import dataclasses
 import math
 import os
-import pickle
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import types
 from functools import partial
 from pathlib import Path
 
@@ -20,41 +18,41 @@ import pytest
 import torch
 from conftest import REPO, popen_script, read_csv, run_script, script_env, wait_until
 from forked import popen_forked, run_forked
+from serl_arrays import (
+    FIXTURES,
+    assert_close,
+    encoder_arrays,
+    fit_torchvision,
+    nchw,
+    set_bottleneck,
+    set_embeddings,
+    small_trunk,
+    tree_of,
+    write_pickle,
+)
 from test_sac_distributed import finish, free_port
+from test_vision import Malicious
 from torch import Tensor, nn
 
 import sac_pixel_sim
+from common import vision
+from common.vision import MobileNetTrunk, ResNetTrunk, SpatialEmbeddings, Standardize
 from sac_pixel_sim import (
     Agent,
     Args,
     Bottleneck,
     Classifier,
-    FiLM,
     FrameBuffer,
     Layout,
-    MobileNetTrunk,
     Observation,
-    ResNetTrunk,
-    SmallTrunk,
-    SpatialEmbeddings,
-    SpatialSoftmax,
-    Standardize,
     allocate_frames,
-    augment,
-    blur,
-    color_jitter,
-    load_trunk,
     make_env,
-    pad_same,
-    random_crop,
-    read_pickle,
     transition,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SCRIPT, CPU = "sac_pixel_sim.py", torch.device("cpu")
 TASKS = {"PYTHONPATH": str(Path(probe_envs.__file__).parent)}
-FIXTURES = Path(__file__).parent / "fixtures"
 SMALL = {"hidden_dims": (16, 16), "batch_size": 8, "demos": 0, "compile": False, "threads": 1, "latent_dim": 12}
 SMALL |= {"small_channels": (4, 6), "proprio_dim": 5, "image_size": 20}
 
@@ -81,94 +79,9 @@ def box(action_dim: int) -> gym.spaces.Box:
     return gym.spaces.Box(-1, 1, (action_dim,), np.float32)
 
 
-def assert_close(ours, theirs, tolerance: float = 1e-5):
-    """|ours - theirs| <= tolerance * (1 + |theirs|)."""
-    ours = ours.detach().numpy() if isinstance(ours, Tensor) else ours
-    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
-
-
-def nchw(maps: np.ndarray) -> Tensor:
-    return torch.from_numpy(maps).permute(0, 3, 1, 2)
-
-
-def nhwc(maps: Tensor) -> np.ndarray:
-    return maps.detach().permute(0, 2, 3, 1).numpy()
-
-
-# --- Networks against SERL's arrays -----------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def encoders() -> dict[str, np.ndarray]:
-    return dict(np.load(FIXTURES / "encoders.npz"))
-
-
-@pytest.fixture(scope="module")
-def resnet() -> dict[str, np.ndarray]:
-    arrays = dict(np.load(FIXTURES / "resnet.npz")) | dict(np.load(FIXTURES / "resnet_block3.npz"))
-    halves = [np.load(FIXTURES / f"resnet_block3_conv1_{i}.npz") for i in range(2)]
-    name = halves[0].files[0]
-    return arrays | {name: np.concatenate([half[name] for half in halves], -1)}
-
-
-def tree_of(arrays: dict[str, np.ndarray], prefix: str) -> dict:
-    """The arrays whose names begin with prefix, as a tree of dictionaries."""
-    tree = {}
-    for name in [name for name in arrays if name.startswith(prefix)]:
-        *folders, leaf = name.removeprefix(prefix).split("/")
-        place = tree
-        for folder in folders:
-            place = place.setdefault(folder, {})
-        place[leaf] = arrays[name]
-    return tree
-
-
-def write_pickle(path: Path, tree: object, protocol: int = 4) -> Path:
-    path.write_bytes(pickle.dumps(tree, protocol))
-    return path
-
-
-def set_linear(linear: nn.Linear, tree: dict) -> None:
-    with torch.no_grad():
-        linear.weight.copy_(torch.from_numpy(tree["kernel"]).T)
-        linear.bias.copy_(torch.from_numpy(tree["bias"]))
-
-
-def set_bottleneck(bottleneck: Bottleneck, tree: dict) -> None:
-    set_linear(bottleneck[0], tree["Dense_0"])
-    with torch.no_grad():
-        bottleneck[1].weight.copy_(torch.from_numpy(tree["LayerNorm_0"]["scale"]))
-        bottleneck[1].bias.copy_(torch.from_numpy(tree["LayerNorm_0"]["bias"]))
-
-
-def set_embeddings(embeddings: SpatialEmbeddings, kernel: np.ndarray) -> None:
-    with torch.no_grad():
-        embeddings.kernel.copy_(torch.from_numpy(kernel).flatten(0, 1))
-
-
-def small_trunk(arrays: dict[str, np.ndarray], prefix: str, strides: tuple[int, ...], padding: int) -> SmallTrunk:
-    kernels = [arrays[f"{prefix}Conv_{i}/kernel"] for i in range(len(strides))]
-    trunk = SmallTrunk(3, tuple(kernel.shape[-1] for kernel in kernels), strides, padding)
-    with torch.no_grad():
-        for i, (conv, kernel) in enumerate(zip(trunk.convs, kernels)):
-            conv.weight.copy_(torch.from_numpy(kernel).permute(3, 2, 0, 1))
-            conv.bias.copy_(torch.from_numpy(arrays[f"{prefix}Conv_{i}/bias"]))
-    return trunk
-
-
-def test_serl_resnet_from_its_pickle(resnet, tmp_path):
-    trunk = ResNetTrunk(3)
-    load_trunk(trunk, str(write_pickle(tmp_path / "resnet10_params.pkl", tree_of(resnet, "resnet/params/"))))
-    images = torch.from_numpy(resnet["resnet/in/images"])
-    x = trunk.conv_init(trunk.standardize(images))
-    assert_close(nhwc(x[..., ::8, ::8]), resnet["resnet/out/conv_init_s8"], 5e-5)
-    x = trunk.norm_init(x)
-    assert_close(nhwc(x[..., ::8, ::8]), resnet["resnet/out/norm_init_s8"], 5e-5)
-    x = torch.nn.functional.max_pool2d(pad_same(x.relu(), 3, 2, -math.inf), 3, 2)
-    for i, block in enumerate(trunk.blocks):
-        x = block(x)
-        name = f"resnet/out/block{i}" if i < 3 else "resnet/out/features"
-        assert_close(nhwc(x), resnet[name], 5e-5)
-    assert torch.equal(trunk(images), x)
-    assert trunk(images).is_contiguous(memory_format=torch.channels_last)
+    return encoder_arrays()
 
 
 def test_serl_pooling(encoders):
@@ -183,31 +96,6 @@ def test_serl_pooling(encoders):
     assert_close(bottleneck(embeddings(features)), encoders["head/bottleneck/out"])
     head = Agent(small_layout(), box(2), small_args(pooling="average"), CPU).critic.encoder.heads[0]
     assert_close(head[0](features), encoders["head/avg/out"])
-
-
-def test_serl_spatial_softmax(encoders):
-    softmax = SpatialSoftmax()
-    maps = nchw(encoders["spatial_softmax/square/in"])
-    assert_close(softmax(maps), encoders["spatial_softmax/square/out"])
-    with torch.no_grad():
-        softmax.temperature.copy_(torch.from_numpy(encoders["spatial_softmax/square_temp/params/softmax_temperature"]))
-    assert_close(softmax(maps), encoders["spatial_softmax/square_temp/out"])
-
-
-def test_spatial_softmax_of_a_map_that_is_not_square():
-    """x of all channels, then y, each from -1 to 1 along its own side."""
-    maps = torch.zeros(1, 2, 3, 5)
-    maps[0, 0, 0, 4] = maps[0, 1, 2, 1] = 100
-    assert_close(SpatialSoftmax()(maps), [[1, -0.5, -1, 1]])
-
-
-def test_serl_film(encoders):
-    film, params = FiLM(6, 9), tree_of(encoders, "film/params/")
-    features, condition = nchw(encoders["film/in/features"]), torch.from_numpy(encoders["film/in/cond"])
-    assert torch.equal(film(features, condition), features)  # at first it changes nothing
-    set_linear(film.scale, params["Dense_0"])
-    set_linear(film.shift, params["Dense_1"])
-    assert_close(nhwc(film(features, condition)), encoders["film/out"])
 
 
 def test_serl_small_encoder(encoders):
@@ -245,7 +133,7 @@ def drq_agent(arrays: dict[str, np.ndarray], monkeypatch, tmp_path) -> Agent:
     """SERL's whole pixel actor and critic: frozen narrow ResNet, a head per camera, states, policy and critics."""
     tree = tree_of(arrays, "drq/params/")
     encoder = tree["actor"]["encoder"]
-    monkeypatch.setattr(sac_pixel_sim, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 16, 32, 64)))
+    monkeypatch.setattr(vision, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 16, 32, 64)))
     path = write_pickle(tmp_path / "trunk.pkl", encoder["encoder_front"]["pretrained_encoder"])
     args = small_args(encoder="resnet10", pretrained=str(path), image_size=64, latent_dim=24, proprio_dim=64)
     args = dataclasses.replace(args, hidden_dims=(32, 32), activation="tanh", num_qs=3, normalize_observations=False)
@@ -303,179 +191,6 @@ def test_serl_pixel_actor_and_critic(encoders, monkeypatch, tmp_path):
     assert_close(agent.act(packed[1].numpy(), deterministic=True), np.tanh(encoders["drq/out/mean"][1]))
 
 
-def test_serl_random_crop():
-    arrays = np.load(FIXTURES / "drq_random_crop.npz")
-    for prefix in ("", "stack/"):
-        images, offsets, out = (
-            torch.from_numpy(arrays[prefix + name]) for name in ("in/images", "in/offsets", "out/images")
-        )
-        shape = images.shape
-        images, offsets = images.reshape(-1, *shape[-3:]), offsets.reshape(-1, 2)
-        assert torch.equal(random_crop(images, offsets, int(arrays["in/padding"])).view(shape), out)
-
-
-# --- Pretrained parameters --------------------------------------------------------------------------------------------
-TREE = {
-    "conv_init": {"kernel": np.arange(24, dtype=np.float32).reshape(2, 3, 1, 4)},
-    "ResNetBlock_0": {
-        "MyGroupNorm_0": {"scale": np.float64([1, 2]), "bias": np.asfortranarray(np.eye(3, dtype=">f4"))}
-    },
-}
-
-
-def arrays_of(path: Path) -> object:
-    return sac_pixel_sim.pickled_arrays(read_pickle(path))
-
-
-@pytest.fixture
-def _jax_and_flax(monkeypatch):
-    """Modules with the names by which jax and flax pickle their arrays and dictionaries."""
-    for name in ("jax", "jax._src", "jax._src.array", "flax", "flax.core", "flax.core.frozen_dict"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-
-    def _reconstruct_array(fun, args, arr_state, aval_state):
-        raise AssertionError("called")
-
-    class FrozenDict(dict):
-        def __reduce__(self):
-            return FrozenDict, (dict(self),)
-
-    _reconstruct_array.__module__, _reconstruct_array.__qualname__ = "jax._src.array", "_reconstruct_array"
-    FrozenDict.__module__, FrozenDict.__qualname__ = "flax.core.frozen_dict", "FrozenDict"
-    sys.modules["jax._src.array"]._reconstruct_array = _reconstruct_array
-    sys.modules["flax.core.frozen_dict"].FrozenDict = FrozenDict
-
-
-class JaxArray:
-    """Pickles as jax.Array does (jax/_src/array.py, __reduce__)."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-
-    def __reduce__(self):
-        fun, args, state = self.array.__reduce__()
-        return sys.modules["jax._src.array"]._reconstruct_array, (fun, args, state, {"weak_type": False})
-
-
-@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
-@pytest.mark.parametrize("kind", ["numpy", "jax"])
-@pytest.mark.usefixtures("_jax_and_flax")
-def test_pickles_of_arrays_are_read(tmp_path, protocol, kind):
-    def convert(tree):
-        if isinstance(tree, np.ndarray):
-            return JaxArray(tree) if kind == "jax" else tree
-        items = {name: convert(value) for name, value in tree.items()}
-        return sys.modules["flax.core.frozen_dict"].FrozenDict(items) if kind == "jax" else items
-
-    read = arrays_of(write_pickle(tmp_path / "p.pkl", convert(TREE), protocol))
-    assert read.keys() == TREE.keys()
-    for array, original in (
-        (read["conv_init"]["kernel"], TREE["conv_init"]["kernel"]),
-        *((read["ResNetBlock_0"]["MyGroupNorm_0"][k], v) for k, v in TREE["ResNetBlock_0"]["MyGroupNorm_0"].items()),
-    ):
-        assert array.dtype == original.dtype and np.array_equal(array, original)
-    # An array that stands in two places is written once, and referred to.
-    kernel = TREE["conv_init"]["kernel"]
-    read = arrays_of(write_pickle(tmp_path / "p.pkl", {"a": kernel, "b": {"c": kernel}}, protocol))
-    assert np.array_equal(read["a"], kernel) and np.array_equal(read["b"]["c"], kernel)
-
-
-class Malicious:
-    def __init__(self, marker: Path):
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch {self.marker}",)
-
-
-@pytest.mark.parametrize("protocol", [0, 1, 2, 3, 4, 5])
-@pytest.mark.parametrize("suffix", ["pkl", "pt"])
-def test_malicious_pickle_is_refused(tmp_path, resnet, protocol, suffix):
-    """Also inside a file that is otherwise right; nothing in it is run."""
-    marker, path = tmp_path / "marker", tmp_path / f"p.{suffix}"
-    for tree in (Malicious(marker), tree_of(resnet, "resnet/params/") | {"output": Malicious(marker)}):
-        write_pickle(path, tree, protocol)
-        with pytest.raises(SystemExit, match=f"--pretrained {path}: refused: .+; give a file"):
-            load_trunk(ResNetTrunk(3), str(path))
-    assert not marker.exists()
-    pickle.loads(path.read_bytes())  # noqa: S301  what the test is about: Python's own unpickler runs it
-    assert marker.exists()
-
-
-def test_pickles_that_are_damaged_or_hold_something_else_are_refused(tmp_path, resnet):
-    data = write_pickle(tmp_path / "whole.pkl", tree_of(resnet, "resnet/params/")).read_bytes()
-    path = tmp_path / "p.pkl"
-    for damaged in (
-        b"",
-        data[:1000],
-        data[:-1],
-        b"." + data,
-        b"0" + data,
-        data.replace(b"kernel", b"kernol"),
-        b"\x80\x04].",
-    ):
-        path.write_bytes(damaged)
-        with pytest.raises(SystemExit, match="refused"):
-            load_trunk(ResNetTrunk(3), str(path))
-    loop = {}
-    loop["self"] = loop
-    for tree in (loop, {"a": "text"}, {"a": [np.ones(2)]}, {"a": np.array(["text"])}, {"a": np.ones(2, complex)}):
-        write_pickle(path, tree)
-        with pytest.raises(SystemExit, match="refused"):
-            load_trunk(ResNetTrunk(3), str(path))
-
-
-def test_pretrained_parameters_of_other_shape_or_name(tmp_path):
-    narrow, path = ResNetTrunk(3, (8, 16, 32, 64)), tmp_path / "resnet.pt"
-    torch.save(narrow.state_dict(), path)
-    with pytest.raises(SystemExit, match=r"conv_init.weight must have shape \(64, 3, 7, 7\), is \(8, 3, 7, 7\)"):
-        load_trunk(ResNetTrunk(3), str(path))
-    with pytest.raises(SystemExit, match=r"features.0.0.weight must have shape .* is not in the file"):
-        load_trunk(MobileNetTrunk(3, True), str(path))
-    with pytest.raises(SystemExit, match=r"nowhere.pt: refused: .*No such file"):
-        load_trunk(ResNetTrunk(3), str(tmp_path / "nowhere.pt"))
-
-
-def test_plain_state_dict(tmp_path):
-    """What the file holds beside the trunk's parameters is left out."""
-    path, one, other = tmp_path / "resnet.pt", ResNetTrunk(3, (8, 8, 8, 8)), ResNetTrunk(3, (8, 8, 8, 8))
-    torch.save(one.state_dict() | {"classifier.weight": torch.ones(2)}, path)
-    load_trunk(other, str(path))
-    for name, value in one.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value), name
-
-
-def test_mobilenet_is_torchvisions(tmp_path):
-    """Names, number of parameters and shapes of mobilenet_v3_small's features, 927,008 parameters in all."""
-    trunk = MobileNetTrunk(3, pretrained=True)
-    assert sum(parameter.numel() for parameter in trunk.parameters()) == 927_008
-    state = trunk.state_dict()
-    for name, shape in (
-        ("features.0.0.weight", (16, 3, 3, 3)),
-        ("features.0.1.running_var", (16,)),
-        ("features.1.block.0.0.weight", (16, 1, 3, 3)),  # expands nothing: depthwise, squeeze and excite, project
-        ("features.1.block.1.fc1.weight", (8, 16, 1, 1)),
-        ("features.1.block.2.0.weight", (16, 16, 1, 1)),
-        ("features.2.block.0.0.weight", (72, 16, 1, 1)),
-        ("features.2.block.2.1.num_batches_tracked", ()),
-        ("features.4.block.2.fc1.bias", (24,)),
-        ("features.4.block.2.fc2.weight", (96, 24, 1, 1)),
-        ("features.5.block.2.fc1.weight", (64, 240, 1, 1)),
-        ("features.9.block.1.0.weight", (288, 1, 5, 5)),
-        ("features.11.block.3.0.weight", (96, 576, 1, 1)),
-        ("features.12.0.weight", (576, 96, 1, 1)),
-        ("features.12.1.bias", (576,)),
-    ):
-        assert state[name].shape == shape, name
-    torch.save(state | {"classifier.0.weight": torch.ones(1024, 576)}, tmp_path / "mobilenet.pth")
-    load_trunk(MobileNetTrunk(3, pretrained=True), str(tmp_path / "mobilenet.pth"))
-    images = torch.randint(256, (2, 64, 64, 3))
-    assert trunk(images).shape == (2, 576, 2, 2)
-    before = trunk(images)
-    assert torch.equal(before[:1], trunk(images[:1])) or torch.allclose(before[:1], trunk(images[:1]), atol=1e-5)
-    assert all(torch.equal(value, state[name]) for name, value in trunk.train().state_dict().items())
-
-
 # --- Images -----------------------------------------------------------------------------------------------------------
 def test_pack_and_unpack_are_each_others_reverse():
     layout = small_layout(stack=3)
@@ -531,48 +246,6 @@ def test_grey_images_of_another_shape_without_states():
     states, frames = env.observation_space.unpack(torch.from_numpy(env.reset(seed=1)[0])[None])
     assert states.shape == (1, 0) and frames.shape == (1, 1, 1, 20, 20, 3)
     assert frames.max() > 200 and torch.equal(frames[..., 0], frames[..., 2])
-
-
-def test_color_jitter():
-    images = torch.randint(256, (4, 6, 6, 3)).float()
-    assert_close(color_jitter(images, 0.5, torch.full((4, 3), 0.5)), images)  # the middle changes nothing
-    brighter = color_jitter(images / 4, 0.5, torch.tensor([[1, 0.5, 0.5]] * 4))
-    assert_close(brighter, images / 4 * 1.5)
-    flat = color_jitter(images, 1.0, torch.tensor([[0.5, 0, 0.5]] * 4))
-    assert flat.flatten(1).std(1).max() < 1e-2  # without contrast
-    grey = color_jitter(images, 1.0, torch.tensor([[0.5, 0.5, 0]] * 4))
-    assert_close(grey[..., 0], grey[..., 2], 1e-4)
-    assert_close(grey[..., 0], images @ torch.tensor([0.299, 0.587, 0.114]), 1e-4)
-
-
-def test_blur():
-    images = torch.zeros(2, 9, 9, 3)
-    images[:, 4, 4] = 100
-    sharp, soft = blur(images, torch.tensor([0.1, 1.0]))
-    assert_close(sharp, images[0], 1e-4)
-    kernel = torch.exp(-0.5 * torch.arange(-2, 3) ** 2)
-    kernel = kernel / kernel.sum()
-    assert_close(soft[2:7, 2:7, 0], 100 * kernel[:, None] * kernel)
-    assert_close(blur(torch.full((2, 9, 9, 3), 7.0), torch.ones(2)), torch.full((2, 9, 9, 3), 7.0))  # edges too
-
-
-def test_augmentation_is_per_frame_and_a_flip_per_sample():
-    generator = torch.Generator().manual_seed(0)
-    frame = torch.randint(256, (20, 20, 3), dtype=torch.uint8)
-    frames = frame.expand(64, 4, 20, 20, 3)  # all the same
-    args = small_args(augment=("crop",), crop_padding=2)
-    cropped = augment(frames, args, generator)
-    assert cropped.dtype == torch.uint8 and cropped.shape == frames.shape
-    assert len({image.numpy().tobytes() for image in cropped.flatten(0, 1)}) == 25  # all offsets
-    assert any(not torch.equal(sample[0], sample[1]) for sample in cropped)
-    flipped = augment(frames, small_args(augment=("flip",)), generator)
-    kinds = [tuple(torch.equal(image, frame.flip(1)) for image in sample) for sample in flipped]
-    assert set(kinds) == {(True,) * 4, (False,) * 4}
-    assert torch.equal(augment(frames, small_args(augment=()), generator), frames)
-    every = augment(frames, small_args(augment=("crop", "jitter", "blur", "flip")), generator)
-    assert every.shape == frames.shape and every.min() >= 0 and every.max() < 255.1 and every.std() > 1
-    again = augment(frames, args, torch.Generator().manual_seed(0))
-    assert torch.equal(again, cropped)  # the generator decides
 
 
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
@@ -909,9 +582,8 @@ def moved(before: dict[str, Tensor], *modules: nn.Module) -> set[str]:
 @pytest.mark.parametrize("pooling", ["embeddings", "softmax", "average"])
 @pytest.mark.parametrize("encoder", ["small", "resnet10", "mobilenet"])
 def test_every_encoder_trains(encoder, pooling, film, monkeypatch):
-    monkeypatch.setattr(sac_pixel_sim, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 8, 16, 16)))
-    first, *_, last = MobileNetTrunk.BLOCKS
-    monkeypatch.setattr(MobileNetTrunk, "BLOCKS", (first, (16, 5, 40, 96, True, nn.Hardswish, 2), last))
+    monkeypatch.setattr(vision, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 8, 16, 16)))
+    fit_torchvision()
     size = 32 if encoder == "small" else 40
     options = {"augment": (), "critic_lr": 3e-3, "actor_ema": 0.5}
     args = small_args(encoder=encoder, pooling=pooling, film=film, image_size=size, **options)
@@ -934,9 +606,10 @@ def test_every_encoder_trains(encoder, pooling, film, monkeypatch):
 @pytest.mark.parametrize("freeze", [True, False])
 @pytest.mark.parametrize("encoder", ["resnet10", "mobilenet"])
 def test_pretrained_trunks_stay_or_train(encoder, freeze, tmp_path, monkeypatch):
-    monkeypatch.setattr(sac_pixel_sim, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 8, 16, 16)))
+    monkeypatch.setattr(vision, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 8, 16, 16)))
+    fit_torchvision()
     path, layout = tmp_path / "trunk.pt", small_layout(40, stack=2)
-    trunk = sac_pixel_sim.ResNetTrunk(3) if encoder == "resnet10" else MobileNetTrunk(3, pretrained=True)
+    trunk = vision.ResNetTrunk(3) if encoder == "resnet10" else MobileNetTrunk(3, pretrained=True)
     torch.save(trunk.state_dict(), path)
     args = small_args(encoder=encoder, pretrained=str(path), freeze=freeze, film="state", image_size=40)
     agent = Agent(layout, box(2), args, CPU)
@@ -1050,7 +723,7 @@ def test_ways_to_compute_the_same_gradients(changes):
 
 def test_cached_features_are_what_the_trunk_makes(tmp_path, monkeypatch):
     """And a buffer with them resumes as one without."""
-    monkeypatch.setattr(sac_pixel_sim, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 8, 16, 16)))
+    monkeypatch.setattr(vision, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 8, 16, 16)))
     torch.save(ResNetTrunk(3, (8, 8, 16, 16)).state_dict(), tmp_path / "trunk.pt")
     options = {"encoder": "resnet10", "pretrained": str(tmp_path / "trunk.pt"), "augment": (), "image_size": 36}
     options |= {"run_dir": str(tmp_path), "frame_stack": 2}
