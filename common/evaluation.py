@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.envs import episode_seed
-from common.setup import first_difference
+from common.envs import differences, episode_seed
 from common.vision import fingerprint, make_pooling, make_trunk, map_shape
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
@@ -246,8 +245,8 @@ class SuccessDetector:
 
     @classmethod
     def load(cls, path: str, expected: dict | None = None, device: torch.device | str = "cpu") -> "SuccessDetector":
-        """From its file. Raises ValueError in one line: no such file, damaged, or of other images than `expected`,
-        a fingerprint, of which both must say the same where both say something."""
+        """From its file. Raises ValueError in one line: no such file, damaged, or of pictures that differ from those of
+        `expected`, the fingerprint of the task here."""
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
             if saved["kind"] != cls.KIND:
@@ -260,9 +259,29 @@ class SuccessDetector:
         except Exception as error:  # a damaged or hostile file raises what it likes
             what = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(f"{path}: no success classifier: {what}; reward_classifier.py trains one") from error
-        for name in saved["fingerprint"].keys() & (expected or {}).keys():
-            difference = first_difference(saved["fingerprint"][name], expected[name], name)
-            if difference:
-                raise ValueError(f"{path}: was trained on other images: {difference}")
+        wrong = differences_of_pictures(saved["fingerprint"], expected or {}, classifier.cameras)
+        if wrong:
+            raise ValueError(f"{path}: was trained on other pictures: {'; '.join(wrong)}")
         classifier.to(device)
         return detector
+
+
+PICTURES_DEPEND_ON = ("task", "name", "env_id", "image_size", "cameras", "observations")  # of a fingerprint
+NOT_SEEN = ("fps", "timeout_s", "warmup_frames")  # of a camera's settings
+
+
+def differences_of_pictures(theirs: dict, ours: dict, cameras: tuple[str, ...]) -> list[str]:
+    """What differs between two fingerprints that these cameras' pictures depend on, where both say something."""
+    common = [name for name in PICTURES_DEPEND_ON if name in theirs and name in ours]
+    a, b = ({name: of_cameras(part[name], cameras) for name in common} for part in (theirs, ours))
+    return list(differences(a, b))
+
+
+def of_cameras(value: object, cameras: tuple[str, ...]) -> object:
+    """A fingerprint's settings of cameras, or shapes of observations, without what these cameras do not see."""
+    if isinstance(value, list):
+        seen = [camera for camera in value if isinstance(camera, dict) and camera["name"] in cameras]
+        return [{key: setting for key, setting in camera.items() if key not in NOT_SEEN} for camera in seen]
+    if isinstance(value, dict):
+        return {key: shape for key, shape in value.items() if key in cameras}
+    return value

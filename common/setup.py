@@ -131,17 +131,6 @@ def usage(name: str, hint: object, default: object) -> str:
     return f"{flag(name)} {value}  ({'none' if default is None else default})"
 
 
-def first_difference(theirs: object, ours: object, name: str) -> str:
-    """Where two plain values differ, at any depth: "cameras[0].crop is None, here [0, 0, 1, 1]"; empty if nowhere."""
-    if isinstance(theirs, dict) and isinstance(ours, dict) and theirs.keys() == ours.keys():
-        parts = [(theirs[key], ours[key], f"{name}.{key}") for key in theirs]
-    elif isinstance(theirs, list | tuple) and isinstance(ours, list | tuple) and len(theirs) == len(ours):
-        parts = [(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(theirs, ours, strict=True))]
-    else:
-        return "" if theirs == ours else f"{name} is {theirs}, here {ours}"
-    return next(filter(None, (first_difference(*part) for part in parts)), "")
-
-
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 def set_up_torch(threads: int, amp: bool) -> torch.device:
     """Precision, threads and memory for speed; the device: a GPU if there is one.
