@@ -36,6 +36,9 @@ def own_modules(folder: Path) -> list[Path]:
     return sorted(file for file in own - installed if folder in file.parents)
 
 
+EVALUATED = ("eval/episodic_return", "eval/success_rate")
+
+
 class Run:
     """The folder of a run and where the run stands: `step`, `episode`, `signals` (Ctrl-C so far), `state`.
 
@@ -287,11 +290,11 @@ class Run:
 
     def end_of_training(self) -> None:
         """A checkpoint. Raises KeyboardInterrupt when the run was asked to end; from now on Ctrl-C ends it at once."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
         self.writer.flush()
         if self.saved_at != self.step or not (self.dir / "checkpoint.pt").exists():
             self.save()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
         if self.signals:
             raise KeyboardInterrupt
 
@@ -309,21 +312,23 @@ class Run:
         self.bar.close()
         self.writer.close()
 
-    def plot(self, x: str = "environment steps") -> None:
-        """Writes curve.png: return and success rate of the evaluations over steps."""
+    def plot(self, name: str = "eval", columns: tuple[str, ...] = EVALUATED, x: str = "environment steps") -> None:
+        """Writes curve.png: columns of NAME.csv over steps, by default return and success of the evaluations."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        table = np.genfromtxt(self.dir / "eval.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-        keys = [k for k in ("eval/episodic_return", "eval/success_rate") if np.isfinite(table[k]).any()]
+        table = np.genfromtxt(self.dir / f"{name}.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+        keys = [key for key in columns if np.isfinite(table[key]).any()]
+        if not keys:
+            return
         figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.5), squeeze=False, layout="constrained")
         for axis, key in zip(axes[0], keys, strict=True):
             axis.plot(table["global_step"], table[key], marker="o", markersize=3)
-            axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
+            axis.set(xlabel=x, ylabel=key.split("/")[1].replace("_", " "))
             axis.grid(alpha=0.3)
-            if key == "eval/success_rate":
+            if "return" not in key:
                 axis.set_ylim(-0.03, 1.03)
         figure.suptitle(f"{self.dir.name}, {table['wall_s'][-1] / 60:.1f} min", fontsize=9)
         figure.savefig(self.dir / "curve.png", dpi=150)

@@ -113,6 +113,19 @@ def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_
             fail(f"{flag(name)} {value}: give a number from 0 to 1")
 
 
+def to_flags(args: object) -> list[str]:
+    """The command line that gives these arguments."""
+    tokens = []
+    for name, value in vars(args).items():
+        if isinstance(value, bool):
+            tokens.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        elif isinstance(value, tuple):
+            tokens += [flag(name), *map(str, value)]
+        elif value is not None:
+            tokens += [flag(name), str(value)]
+    return tokens
+
+
 def help_text(Args: type, doc: str) -> str:  # noqa: N803
     """`doc`, then every flag with type, default and meaning, in the groups that comment lines in the class name."""
     groups: dict[str, list[str]] = {}
