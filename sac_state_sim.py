@@ -26,6 +26,7 @@ import copy
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,17 +41,22 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
-import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, link
 from common.evaluation import evaluate, record_video
 from common.run import Run, ends_well, report
 from common.setup import Graphed, RunArgs, check_memory, fail, flag, parse, set_up_torch
+
+try:
+    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+except ImportError as error:  # its tasks are missing then, others run
+    print(error, file=sys.stderr)
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
 FIXED_STD = 0.1  # of --std-parameterization fixed
 EXPLORE_STEPS = 20  # how long --explore-prob holds a value
 PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
+FIRST_STATISTICS = 32  # observations from which statistics of them start
 ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it waits
 
 
@@ -141,8 +147,8 @@ class Args(RunArgs):
     curve_keys: str | None = None
     """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
 
-    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads total_timesteps "
-    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys"
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads amp total_timesteps "
+    MAY_CHANGE += "eval_every eval_episodes final_eval_episodes address curve_keys"
     SHAPING = "env_id action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
     SHAPING += "std_parameterization"
 
@@ -186,7 +192,9 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
     if not space.is_np_flattenable:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
     envs.check_actions(env, args.env_id)
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if not isinstance(env, envs.Checked):  # wrappers of your own
+        env = envs.Checked(env, args.env_id)
+    env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)
     env = gym.wrappers.FlattenObservation(env)
@@ -196,7 +204,10 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
+    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours.
+
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
+    """
     return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
 
 
@@ -303,16 +314,33 @@ class Critic(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until the first `update`."""
+    """Running mean and variance of observations; the identity until `start`.
+
+    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
+    """
+
+    REACH = 10
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("low", torch.zeros(dim))
+        self.register_buffer("high", torch.zeros(dim))
+
+    def start(self, obs: Tensor) -> None:
+        """The range of the first observations (N, O), without the most extreme hundredth, and at least one, of them."""
+        outer = min(1 + len(obs) // 100, (len(obs) - 1) // 2)
+        self.low.copy_(obs.kthvalue(1 + outer, 0).values)
+        self.high.copy_(obs.kthvalue(len(obs) - outer, 0).values)
 
     def update(self, obs: Tensor) -> None:
         """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
+        reach = self.REACH * (self.high - self.low).clamp(min=1)
+        obs = obs.clamp(self.low - reach, self.high + reach)
+        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
+        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
         total = self.count + len(obs)
         delta = obs.mean(0) - self.mean
         weight = len(obs) / total
@@ -378,7 +406,7 @@ class ReplayBuffer:
     def add(self, step: np.ndarray, actor: str = "") -> int:
         """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
         obs = torch.tensor(step["observation"], device=self.device)
-        if step["first"]:
+        if step["first"] or actor not in self.newest:
             self.newest[actor] = obs
             if self.last_actor == actor:
                 self.last_actor = None
@@ -446,19 +474,19 @@ class ReplayBuffer:
         self.last_actor = state["last_actor"]
 
 
-def load_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
+def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
     """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
-    task = make_env(args)
     episodes = list(envs.demonstrations(args.demos, task, args.seed, args.demo_noise))
     steps = []
     for episode in episodes:
         for action, obs, reward, terminated in envs.replay(episode, task, wrap, args.action_chunk):
             steps.append(pack_step(agent.step_type, action, obs, reward, terminated))
-    task.close()
+    if len(steps) == len(episodes):
+        fail(f"--demos {args.demos}: has no steps")
     demos = agent.make_buffer(len(steps) - len(episodes))
     for step in steps:
         demos.add(step)
-    agent.observe(demos.newest_observations(len(demos)))
+    agent.observe(demos, len(demos))
     verdicts = [success(episode.info) for episode in episodes]
     known = "success unknown" if any(map(math.isnan, verdicts)) else f"{int(sum(verdicts))} successful"
     print(f"{len(episodes)} demonstrations, {len(demos)} steps, {known}", flush=True)
@@ -524,6 +552,8 @@ class Agent:
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         action = mean.tanh()[0].cpu().numpy()
+        if not np.isfinite(action).all():
+            fail(f"the policy's actions are {action}: training has diverged; give a smaller --lr or smaller rewards")
         if self.args.explore_prob and not deterministic:
             self.explore(action)
         return action
@@ -546,10 +576,18 @@ class Agent:
         """The deterministic actions (N, A) that are evaluated."""
         return np.stack([self.act(obs, deterministic=True) for obs in observations])
 
-    def observe(self, observations: Tensor) -> None:
-        """Takes observations (N, O) into the running statistics."""
-        if self.args.normalize_observations:
-            self.normalizer.update(observations)
+    def observe(self, buffer: ReplayBuffer, count: int) -> None:
+        """Takes the newest `count` observations into the running statistics, which start when there are enough."""
+        if not self.args.normalize_observations:
+            return
+        starts = self.normalizer.count == 0
+        if starts and len(buffer) < min(FIRST_STATISTICS, buffer.capacity):
+            return
+        observations = buffer.newest_observations(len(buffer) if starts else count)
+        if starts:
+            self.normalizer.start(observations)
+        for part in observations.split(count):
+            self.normalizer.update(part)
 
     @property
     def alpha(self) -> Tensor:
@@ -682,9 +720,13 @@ class Agent:
             tensor.copy_(values.reshape(tensor.shape))
 
     def acting_tensors(self) -> list[Tensor]:
-        return [*self.actor.state_dict().values(), *self.normalizer.state_dict().values()]
+        statistics = [self.normalizer.mean, self.normalizer.var] if self.args.normalize_observations else []
+        return [*self.actor.state_dict().values(), *statistics]
 
     def state_dict(self) -> dict:
+        """Exits with one line, so that it is not saved, when training has diverged."""
+        if not all(torch.isfinite(parameter).all() for parameter in (*self.critic_parameters, *self.actor_parameters)):
+            fail("the networks' weights are not finite: training has diverged; give a smaller --lr or smaller rewards")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state["raw_alpha"] = self.raw_alpha.detach()
         state["critic_updates"] = self.critic_updates
@@ -729,6 +771,7 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
             ref_max_score=scalars["eval/episodic_return"],
             description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
         )
+    task.close()
     if args.capture_video:
         record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars
@@ -736,29 +779,32 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def start(
-    args: Args, env: gym.Env, wrap: Callable[[gym.Env], gym.Env]
+    args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
     """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
     device = set_up_torch(args.threads, args.amp)
+    env = wrap(task)
     agent = Agent(env.observation_space, env.action_space, args, device)
     buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps))
     demos = None
     if args.demos != "0" and (args.resume or args.eval_only):
         demos = agent.make_buffer(1)  # grows when it is loaded
     elif args.demos != "0":
-        demos = load_demos(args, agent, wrap)
+        demos = load_demos(args, agent, task, wrap)
     return Run(args, args.env_id, __file__, device), agent, buffer, demos
 
 
 def train(args: Args) -> None:
     """One process that acts and learns."""
     wrap = partial(wrap_states, args=args)
-    env = wrap(make_env(args))
-    run, agent, buffer, demos = start(args, env, wrap)
+    task = make_env(args)
+    run, agent, buffer, demos = start(args, task, wrap)
     run.keep(agent=agent, buffer=buffer, demos=demos)
     if args.eval_only:
+        task.close()
         return report("checkpoint", final_evaluation(args, agent, run, wrap))
-    eval_env = wrap(make_env(args))
+    env = wrap(task)
+    eval_env = None  # made when it is needed, for a task that owns a robot or a port
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
@@ -776,7 +822,7 @@ def train(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Store: `terminated` cuts the bootstrap, `truncated` does not.
         buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
-        agent.observe(buffer.newest_observations(1))
+        agent.observe(buffer, 1)
         run.advance()
         # Reset: each episode has a seed of its own, so that a run goes on from here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
@@ -797,6 +843,7 @@ def train(args: Args) -> None:
         # Evaluate.
         if run.due(args.eval_every) and run.step < args.total_timesteps:
             with run.phase("eval"):
+                eval_env = eval_env or wrap(make_env(args))
                 scalars = evaluate(agent.policy, [eval_env], args.eval_episodes, args.seed, success, run.impatient)
                 run.log("eval", scalars)
         # Save, where an episode has ended.
@@ -805,6 +852,9 @@ def train(args: Args) -> None:
             if run.signals:
                 break
 
+    env.close()
+    if eval_env:
+        eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -812,8 +862,10 @@ def train(args: Args) -> None:
 def learner(args: Args) -> None:
     """Receives steps, learns, publishes the policy: SERL's learner."""
     wrap = partial(wrap_states, args=args)
-    env = wrap(make_env(args))  # for its spaces, and to evaluate
-    run, agent, buffer, demos = start(args, env, wrap)
+    task = make_env(args)  # for its spaces, and demonstrations
+    run, agent, buffer, demos = start(args, task, wrap)
+    task.close()
+    eval_env = None
     actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
@@ -826,13 +878,13 @@ def learner(args: Args) -> None:
         count = 0
         with run.phase("env"):
             wait_ms = 100 if args.utd_ratio else 0
-            received = [] if agent.owed(run.step) else actors.receive(wait_ms)
+            most = args.total_timesteps - run.step
+            received = [] if agent.owed(run.step) else actors.receive(wait_ms, most)
         # Store.
         for actor_name, data in received:
-            if run.step + count < args.total_timesteps:
-                count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
+            count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
         if count:
-            agent.observe(buffer.newest_observations(count))
+            agent.observe(buffer, count)
         run.advance(count)
         # Learn.
         if run.step > args.learning_starts:
@@ -848,7 +900,8 @@ def learner(args: Args) -> None:
         # Evaluate.
         if run.due(args.eval_every) and run.step < args.total_timesteps:
             with run.phase("eval"):
-                scalars = evaluate(agent.policy, [env], args.eval_episodes, args.seed, success, run.impatient)
+                eval_env = eval_env or wrap(make_env(args))
+                scalars = evaluate(agent.policy, [eval_env], args.eval_episodes, args.seed, success, run.impatient)
                 run.log("eval", scalars)
         # Save: actors may then forget what they sent.
         if run.should_save(2 * args.eval_every):
@@ -856,6 +909,8 @@ def learner(args: Args) -> None:
             actors.saved()
 
     actors.publish(agent.critic_updates, agent.weights(), done=not run.signals)
+    if eval_env:
+        eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -908,6 +963,8 @@ def actor(args: Args) -> None:
             with run.phase("env"):
                 obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
             learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+            if run.should_save(2 * args.eval_every):
+                run.save()
         # Log.
         if run.due(max(args.eval_every // 2, 1)):
             run.log("train", run.episodes() | run.speed())
@@ -917,8 +974,11 @@ def actor(args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    if args.eval_only and args.role == "actor":
+        fail(f"--eval-only {args.eval_only}: is an actor's run; give its learner's")
+    role = "both" if args.eval_only else args.role
     with ends_well(args):
-        {"both": train, "learner": learner, "actor": actor}[args.role](args)
+        {"both": train, "learner": learner, "actor": actor}[role](args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 
-from common.envs import episode_seed
+from common.envs import episode_seed, say_once
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
 # generators, one an episode, are for noise, so that an episode does not depend on what else runs beside it.
@@ -89,10 +89,14 @@ def evaluate(
     rollouts = roll_out(policy, envs, episodes, seed, stop)
     if not rollouts:
         return {}
+    verdicts = [success(rollout.info) for rollout in rollouts]
+    names = [name for name in rollouts[0].info if "succ" in str(name).lower()]
+    if names and np.isnan(verdicts).all():
+        say_once(f"whether episodes succeed is unknown; the task's info has {names}: read one of them in success()")
     return {
         "eval/episodic_return": float(np.mean([sum(rollout.rewards) for rollout in rollouts])),
         "eval/episodic_length": float(np.mean([len(rollout.rewards) for rollout in rollouts])),
-        "eval/success_rate": float(np.mean([success(rollout.info) for rollout in rollouts])),
+        "eval/success_rate": float(np.mean(verdicts)),
         "eval/episodes": float(episodes),
     }
 

@@ -82,6 +82,7 @@ class Run:
         self.files: dict[str, io.TextIOBase] = {}
         self.bar = None
         self.writer = None
+        self.started = time.perf_counter()
         self.signals = 0
         self.signalled_at = math.inf
         self.unit = "the episode"  # what Ctrl-C waits for
@@ -94,33 +95,36 @@ class Run:
         args.run_dir = str(self.dir)
 
     def create(self) -> None:
-        """Fills the folder; args.json comes last and makes it a run."""
+        """Fills the folder, also one that is mounted; run.json comes first, args.json comes last and makes it a run."""
         try:
-            if self.dir.exists() and any(self.dir.iterdir()):
-                fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
             self.dir.mkdir(parents=True, exist_ok=True)
+            names = {path.name for path in self.dir.iterdir()} - {"lost+found", "run.json.tmp"}
+            if "args.json" in names:
+                fail(f"--run-dir {self.dir}: has a run; --resume it, or give another name")
+            if names and "run.json" not in names:  # with it: a run that was killed in here
+                fail(f"--run-dir {self.dir}: is not empty; give another name")
             root = self.script.parent
+            write_atomically(self.dir / "run.json", json.dumps(self.about(), indent=2).encode())
             for file in {self.script, *own_modules(root)}:
                 target = self.dir / file.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, target)
-            versions = {
-                name: sys.modules[name].__version__
-                for name in ("torch", "numpy", "gymnasium", "mujoco")
-                if name in sys.modules
-            }
-            about = {
-                "command": sys.argv,
-                "git_commit": git_commit(root),
-                "versions": versions | {"python": sys.version.split()[0]},
-                "cpus": os.cpu_count(),
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            }
-            write_atomically(self.dir / "run.json", json.dumps(about, indent=2).encode())
             flags = dataclasses.asdict(self.args) | {"run_dir": None}
             write_atomically(self.dir / "args.json", json.dumps(flags, indent=2).encode())
         except OSError as error:
             fail(f"--run-dir {self.dir}: cannot be written ({error}); give another folder")
+
+    def about(self) -> dict[str, object]:
+        """What beside code and flags a run depends on."""
+        names = [name for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules]
+        versions = {name: sys.modules[name].__version__ for name in names}
+        return {
+            "command": sys.argv,
+            "git_commit": git_commit(self.script.parent),
+            "versions": versions | {"python": sys.version.split()[0]},
+            "cpus": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        }
 
     def load(self, device: torch.device | str) -> dict | None:
         """The newest checkpoint, or None when the run has none yet. Exits when it cannot be read."""
@@ -171,6 +175,8 @@ class Run:
             "finished": finished,
         }
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"run": progress}
+        if self.writer is not None:
+            self.writer.flush()  # what a checkpoint is behind of, is not written again
         data, path = io.BytesIO(), self.dir / "checkpoint.pt"
         torch.save(state, data)
         write_atomically(path.with_suffix(".new"), data.getbuffer())
@@ -180,16 +186,16 @@ class Run:
         self.saved_at = self.step
 
     # --- while it runs ---
-    def open(self, total: int, unit: str = "step") -> None:
+    def open(self, total: int, unit: str = "step", option: str = "--total-timesteps") -> None:
         """CSV files, TensorBoard, wandb, progress bar, signals; what was written after the checkpoint is removed.
 
-        Exits with one line when a finished run is asked for no more than it has.
+        Exits with one line that names `option` when a finished run is asked for no more than it has.
         """
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         if self.state and self.state["finished"] and self.step >= total:
-            fail(f"{self.dir} is finished, at {self.step} of {total}: give a larger number to go on")
+            fail(f"{self.dir} is finished: {option} {total}: it has {self.step}; give a larger number to go on")
         for path in self.dir.glob("*.csv"):
             newest = self.step
             if path.stem == "eval" and self.step >= total:  # the last evaluation comes after the checkpoint
@@ -376,17 +382,20 @@ def report(name: str, scalars: dict[str, float]) -> None:
 
 @contextlib.contextmanager
 def ends_well(args: RunArgs) -> Iterator[None]:
-    """Ctrl-C and a full disk end the program inside with one line that says how to go on."""
+    """Ctrl-C, a task's fault and a full or read-only disk end the program with one line that says how to go on."""
     try:
         yield
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {go_on(args)}") from None
     except Fault as error:
-        fail(str(error))
+        fail(f"{error}; then {go_on(args)}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(f"{error}; make room, then {go_on(args)}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"{error}; make room, then {go_on(args)}")
+        ours = args.run_dir and error.filename and Path(args.run_dir) in Path(error.filename).parents
+        if ours and error.errno in (errno.EROFS, errno.EACCES):
+            fail(f"{error}; make the folder writable, then {go_on(args)}")
+        raise
 
 
 def go_on(args: RunArgs) -> str:
@@ -396,4 +405,4 @@ def go_on(args: RunArgs) -> str:
         return "run the same command again"
     if (Path(run_dir) / "checkpoint.pt").exists() or (Path(run_dir) / "checkpoint.previous").exists():
         return f"go on with --resume {run_dir}"
-    return f"nothing was saved yet: --resume {run_dir} begins it again"
+    return f"begin again with --resume {run_dir}, nothing was saved yet"

@@ -102,7 +102,8 @@ def help_text(Args: type, doc: str) -> str:  # noqa: N803
     groups: dict[str, list[str]] = {}
     for owner in reversed([c for c in Args.__mro__ if dataclasses.is_dataclass(c)]):
         source = textwrap.dedent(inspect.getsource(owner))
-        comments = [(i, line.strip()[2:]) for i, line in enumerate(source.splitlines(), 1) if line.startswith("    # ")]
+        lines = enumerate(source.splitlines(), 1)
+        comments = [(0, "experiment")] + [(i, line.strip()[2:]) for i, line in lines if line.startswith("    # ")]
         body = ast.parse(source).body[0].body
         for field, meaning in zip(body, body[1:], strict=False):
             if not (isinstance(field, ast.AnnAssign) and isinstance(meaning, ast.Expr)):
@@ -122,7 +123,7 @@ def usage(name: str, hint: object, default: object) -> str:
     """A flag with what it takes: `--utd-ratio INT (6)`."""
     if hint is bool:
         return f"{flag(name)} | --no-{flag(name)[2:]}  ({'on' if default else 'off'})"
-    choices = re.findall(r"'(\w+)'", str(hint))
+    choices = typing.get_args(hint) if typing.get_origin(hint) is typing.Literal else ()
     kinds = re.findall(r"\b(int|float|str)\b", str(hint))
     value = "{" + ",".join(choices) + "}" if choices else kinds[0].upper()
     if isinstance(default, tuple):
