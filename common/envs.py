@@ -34,9 +34,7 @@ def make(env_id: str, render: bool = False, **options) -> gym.Env:
     except (gym.error.Error, ModuleNotFoundError) as error:
         fail(f"--env-id {env_id}: {error}")
     if env.spec is None or env.spec.max_episode_steps is None:
-        say_once(
-            f"{env_id} has no registered time limit; an episode is cut after {LONGEST_EPISODE:,} steps at the latest"
-        )
+        say_once(f"{env_id} has no registered time limit; its episodes are cut after {LONGEST_EPISODE:,} steps")
         env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
     return Checked(env, env_id)
 

@@ -130,7 +130,10 @@ class Learner:
         return new
 
     def read(self, frames: list[bytes], most: float) -> tuple[str, list[bytes]]:
-        """The actor and at most `most` of its records that are new. Raises ValueError, or what a hostile header makes Python raise."""
+        """The actor and at most `most` of its records that are new.
+
+        Raises ValueError, or what a hostile header makes Python raise.
+        """
         header = json.loads(frames[0])
         if header["protocol"] != PROTOCOL:
             raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}")
