@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 REPO = Path(__file__).resolve().parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell, and their children, ignore it
 sys.path.insert(0, str(REPO))  # so that tests import from the scripts: `from sac_state_sim import Actor`
@@ -191,3 +193,11 @@ def free_port() -> int:
             with contextlib.suppress(OSError):
                 other.bind(("127.0.0.1", one.getsockname()[1] + 1))
                 return one.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Finished:
+    """A run of sac_state_sim.py to read; tests that change it copy it first."""
+    from state_runs import WITH_DEMOS, run
+
+    return run(*WITH_DEMOS, "--capture-video", "--run-dir", "run", cwd=tmp_path_factory.mktemp("finished"))

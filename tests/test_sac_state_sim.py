@@ -17,9 +17,9 @@ import numpy as np
 import probe_envs
 import pytest
 import torch
-from conftest import REPO, Finished, leaves, one_line, popen_script, read_checkpoint, read_csv, run_script, same, table
-from forked import run_forked
+from conftest import leaves, read_checkpoint, read_csv, run_script, same
 from gymnasium import spaces
+from state_runs import POINT, SCRIPT, TASKS, TINY, run
 from torch import distributions
 
 import sac_state_sim
@@ -40,9 +40,8 @@ from sac_state_sim import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
-SCRIPT, CPU = "sac_state_sim.py", torch.device("cpu")
+CPU = torch.device("cpu")
 STEP = step_type(3, 2)  # of small agents
-TASKS = {"PYTHONPATH": str(Path(probe_envs.__file__).parent)}
 FIXTURES = Path(__file__).parent / "fixtures"
 
 
@@ -788,7 +787,7 @@ def test_statistics_follow_a_feature_that_moves_late():
 
 
 def test_statistics_of_few_or_many_demonstrations_and_of_a_small_buffer():
-    """The first statistics are of 32 observations at least, in demonstrations or live, or of all that there is room for."""
+    """They start with 32 observations, of demonstrations or live ones, or with all that there is room for."""
     agent, demos = small_agent(), filled_buffer(20)
     agent.observe(demos, 20)
     assert agent.normalizer.count == 0
@@ -906,3 +905,314 @@ def test_noise_on_the_expert_is_seeded_and_of_the_given_size():
     assert not torch.equal(actions, demos_of(dataclasses.replace(args, seed=2)).actions)
 
 
+@pytest.mark.parametrize("chunk", [1, 2])
+def test_a_task_that_writes_in_place(chunk):
+    """S1: demonstrations and live steps keep what was seen then; a demonstration held 1 distinct observation of 20."""
+    kept, live = [], []
+    for task in ("Point", "InPlace"):
+        args = point_args(env_id=f"probe_envs:{task}-v0", action_chunk=chunk)
+        kept.append(demos_of(args))
+        env, rows = wrapped(args), []
+        rows.append(env.reset(seed=1)[0])
+        for t in range(8):
+            rows.append(env.step(np.full(3 * chunk, 0.2 - 0.1 * t, np.float32))[0])
+        live.append(np.array(rows))
+    assert torch.equal(kept[0].observations, kept[1].observations)
+    assert torch.equal(kept[0].next_observations, kept[1].next_observations)
+    assert len(np.unique(kept[1].observations[: 20 // chunk].numpy(), axis=0)) == 20 // chunk
+    assert np.array_equal(live[0], live[1]) and len(np.unique(live[1], axis=0)) > 5
+
+
+class Sized(probe_envs.Probe):
+    """A task with the spaces that a test gives."""
+
+    def __init__(self, observation_space: spaces.Space, action_space: spaces.Space = probe_envs.Probe.action_space):
+        self.observation_space, self.action_space = observation_space, action_space
+
+    def observe(self):
+        return self.observation_space.sample()
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        return self.observe(), 0.0, False, False, {}
+
+
+CAMERA = spaces.Box(0, 255, (32, 32, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        CAMERA,
+        spaces.Box(0, 255, (3, 32, 32), np.uint8),
+        spaces.Box(0, 255, (40, 50), np.uint8),
+        spaces.Box(0, 1, (64, 64, 3), np.float32),
+        spaces.Box(0, 1, (3, 64, 64), np.float32),
+        spaces.Dict({"state": box(3), "front": CAMERA}),
+        spaces.Dict({"pixels": spaces.Dict({"front": CAMERA, "wrist": CAMERA}), "agent_pos": box(3)}),
+        spaces.Dict({"state": spaces.Dict({"q": box(3)}), "images": spaces.Tuple([CAMERA])}),
+    ],
+    ids=["uint8", "channels-first", "grey", "float", "float-channels-first", "beside", "nested", "tuple"],
+)
+def test_images_are_for_the_other_script(space):
+    """S2, S3: at any depth, of any layout; no image becomes thousands of states."""
+    with pytest.raises(SystemExit, match=r"--env-id X-v0: .*images; use sac_pixel_sim.py"):
+        wrap_states(Sized(space), small_args(env_id="X-v0"))
+
+
+@pytest.mark.parametrize(
+    ("space", "size"),
+    [
+        (spaces.Box(-1, 1, (1, 12)), 12),
+        (spaces.Box(-1, 1, (12, 1)), 12),
+        (spaces.Box(0, 255, (1, 12), np.uint8), 12),
+        (spaces.Box(-1, 1, (3, 3)), 9),
+        (spaces.Box(-1, 1, (4096,)), 4096),
+        (spaces.Box(-5, 5, (3,), np.int64), 3),
+        (spaces.Box(0, 1, (), np.float64), 1),
+        (spaces.MultiBinary(4), 4),
+        (spaces.Dict({"q": box(3), "mode": spaces.Discrete(3), "arm": spaces.Dict({"p": box(2)})}), 8),
+        (spaces.Tuple([box(3), spaces.Discrete(2)]), 5),
+    ],
+    ids=["row", "column", "bytes", "matrix", "wide", "ints", "scalar", "binary", "nested", "tuple"],
+)
+def test_states_of_every_kind(space, size):
+    """S9: a row vector is a state; numbers of other types, at any depth, become one float vector."""
+    args = small_args(env_id="X-v0")
+    env = wrap_states(Sized(space), args)
+    assert env.observation_space.shape == (size,)
+    agent = Agent(env.observation_space, env.action_space, args, CPU)
+    obs, _ = env.reset(seed=0)
+    step = pack_step(agent.step_type, agent.act(obs, deterministic=True), obs)
+    np.testing.assert_allclose(step["observation"], np.asarray(obs, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("space", "word"),
+    [
+        (spaces.Discrete(3), "Discrete"),
+        (spaces.Box(-1, 1, ()), "shape"),
+        (spaces.Box(-1, 1, (2, 3)), "shape"),
+        (spaces.Box(-1, 1, (0,)), "shape"),
+        (spaces.Box(0, 10, (2,), np.int64), "floats"),
+        (spaces.MultiBinary(3), "MultiBinary"),
+        (spaces.Dict({"arm": box(2)}), "Dict"),
+        (spaces.Box(-np.inf, np.inf, (2,)), "bounds"),
+        (spaces.Box(np.float32([-1, -np.inf]), np.float32([1, 1])), "bounds"),
+        (spaces.Box(-3.4e38, 3.4e38, (2,)), "bounds"),
+        (spaces.Box(-1e20, 0, (2,), np.float64), "bounds"),
+    ],
+)
+def test_actions_that_cannot_be_learned(space, word):
+    """S7, S8: one line; bounds as large as the type allows are none."""
+    with pytest.raises(SystemExit, match=f"--env-id X-v0: actions .*{word}.*make_env"):
+        wrap_states(Sized(box(3), space), small_args(env_id="X-v0"))
+
+
+def test_observations_that_cannot_be_learned():
+    space = spaces.Sequence(box(2))
+    with pytest.raises(SystemExit, match="--env-id X-v0: observations must be"):
+        wrap_states(Sized(space), small_args(env_id="X-v0"))
+
+
+class Broken(gym.ObservationWrapper):
+    """A wrapper of one's own that divides by zero."""
+
+    def observation(self, observation):
+        return {"goal": observation["goal"], "point": observation["point"] / np.zeros(2)}
+
+
+def test_wrappers_of_ones_own_are_checked():
+    """S6: what a wrapper in make_env does wrong is named as what the task does wrong."""
+    env = wrap_states(Broken(make_env(point_args())), point_args())
+    with np.errstate(divide="ignore"), pytest.raises(envs.Fault, match=r"Point-v0: the observation\['point'\]\[0\] is"):
+        env.reset(seed=0)
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"success": True}, 1),
+        ({"is_success": 0.0}, 0),
+        ({"succeed": np.True_}, 1),
+        ({}, math.nan),
+        ({"x": 1}, math.nan),
+    ],
+)
+def test_success_by_its_usual_names(info, expected):
+    assert sac_state_sim.success(info) == pytest.approx(expected, nan_ok=True)
+
+
+def test_divergence_is_named(monkeypatch):
+    """The task is not blamed for the actions of a policy that is NaN, and nothing of it is saved."""
+    agent = small_agent()
+    agent.actor_parameters[0].data.fill_(np.nan)
+    for call in (lambda: agent.act(np.zeros(3), deterministic=False), agent.state_dict):
+        with pytest.raises(SystemExit, match="diverged; give a smaller --lr"):
+            call()
+
+
+# --- Runs: tasks of known value ---------------------------------------------------------------------------------------
+LEARN = "--total-timesteps 450 --utd-ratio 2 --lr 3e-3 --gamma 0.5 --eval-every 1000"
+
+
+def trained_agent(run_dir: Path, obs_dim: int, action_dim: int) -> Agent:
+    args = json.loads((run_dir / "args.json").read_text())
+    agent = Agent(box(obs_dim), box(action_dim), Args(**args | {"hidden_dims": tuple(args["hidden_dims"])}), CPU)
+    agent.load_state_dict(read_checkpoint(run_dir)["agent"])
+    return agent
+
+
+def learn(task: str, cwd: Path, *more: object) -> Agent:
+    flags = ("--env-id", f"probe_envs:{task}-v0", *LEARN.split(), *more, "--run-dir", "run")
+    return trained_agent(run(*flags, cwd=cwd).run_dir, 1, 1)
+
+
+def value(agent: Agent, obs: float, action: float = 0.0) -> float:
+    with torch.no_grad():
+        return agent.critic(agent.normalizer(torch.tensor([[obs]])), torch.tensor([[action]])).mean().item()
+
+
+def test_learns_the_value_of_a_constant_reward(tmp_path):
+    assert value(learn("ConstantReward", tmp_path), 0) == pytest.approx(1, abs=0.05)
+
+
+def test_truncation_does_not_cut_the_bootstrap(tmp_path):
+    assert value(learn("TruncatedReward", tmp_path, "--utd-ratio", 4), 0) == pytest.approx(1 / (1 - 0.5), abs=0.1)
+
+
+def test_learns_values_that_depend_on_the_observation(tmp_path):
+    agent = learn("ObservedReward", tmp_path)
+    assert value(agent, -1) == pytest.approx(-1, abs=0.1) and value(agent, 1) == pytest.approx(1, abs=0.1)
+
+
+def test_discounts_the_second_step(tmp_path):
+    agent = learn("TwoSteps", tmp_path)
+    assert value(agent, 0) == pytest.approx(0.5, abs=0.08) and value(agent, 1) == pytest.approx(1, abs=0.08)
+
+
+def test_learns_the_best_action(tmp_path):
+    agent = learn("ActionReward", tmp_path)
+    assert agent.act(np.zeros(1), deterministic=True) == pytest.approx(0.5, abs=0.15)
+    for action in (-0.5, 0.0, 0.5):
+        assert value(agent, 0, action) == pytest.approx(1 - (action - 0.5) ** 2, abs=0.15)
+
+
+def test_learns_actions_that_follow_the_observation(tmp_path):
+    agent = learn("ObservedAction", tmp_path)
+    for obs in (-1, 1):
+        assert agent.act(np.array([obs]), deterministic=True) == pytest.approx(0.6 * obs, abs=0.2)
+
+
+# --- GPU and compiler -------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("changes", [{}, {"num_qs": 3, "backup_entropy": True, "amp": True}])
+def test_what_a_gpu_compiles_is_whole_and_compiled_before_it_is_captured(changes):
+    """No graph breaks, and nothing is compiled anew after the updates that `replay` runs before it captures one."""
+    agent, buffer = small_agent(demos="1", policy_delay=2, **changes), filled_buffer()
+    for name in ("critic_loss", "actor_loss"):
+        setattr(agent, name, torch.compile(getattr(agent, name), backend="aot_eager", fullgraph=True))
+    agent.update(buffer, buffer, 3 * agent.args.policy_delay)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        metrics = agent.update(buffer, buffer, 4)
+    assert math.isfinite(metrics["losses/actor_loss"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_compiled_losses_are_the_eager_ones():
+    agent, batch, eps = small_agent(num_qs=3, hidden_dims=(32, 32)), random_batch(16), torch.randn(16, 2)
+    for loss, inputs in ((agent.critic_loss, (batch, eps, torch.tensor([2, 0]))), (agent.actor_loss, (batch, eps))):
+        for module in (agent.actor, agent.critic):
+            module.zero_grad()
+        eager, _ = loss(*inputs)
+        eager.backward()
+        gradients = [
+            p.grad.clone() for p in [*agent.critic.parameters(), *agent.actor.parameters()] if p.grad is not None
+        ]
+        for module in (agent.actor, agent.critic):
+            module.zero_grad()
+        compiled, _ = torch.compile(loss)(*inputs)
+        compiled.backward()
+        torch.testing.assert_close(compiled, eager, rtol=1e-5, atol=1e-6)
+        again = [p.grad for p in [*agent.critic.parameters(), *agent.actor.parameters()] if p.grad is not None]
+        for one, other in zip(again, gradients, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def on_gpu(agent_args: Args, batch: Batch) -> tuple[Agent, ReplayBuffer]:
+    device = torch.device("cuda")
+    agent, buffer = Agent(box(3), box(2), agent_args, device), fill(ReplayBuffer(5000, 3, 2, device), batch)
+    agent.observe(buffer, len(buffer))
+    return agent, buffer
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_graphed_updates_on_a_gpu(dropout):
+    """Losses finite, weights move, the graph follows the learning rate and the buffer, and resumes."""
+    batch = random_batch(200)._replace(rewards=torch.zeros(200))
+    args = small_args(compile=True, dropout=dropout, lr_decay=60, hidden_dims=(64, 64), batch_size=64)
+    agent, buffer = on_gpu(args, batch)
+    eager, eager_buffer = on_gpu(dataclasses.replace(args, compile=False), batch)
+    before = {name: parameters_of(getattr(agent, name)) for name in ("actor", "critic", "target_critic")}
+    losses = []
+    for _ in range(50):
+        metrics = agent.update(buffer, None, 1)
+        losses.append({name: float(value) for name, value in metrics.items()})
+        eager_metrics = eager.update(eager_buffer, None, 1)
+        if not dropout:  # whose draws differ
+            assert losses[-1]["losses/critic_loss"] == pytest.approx(
+                float(eager_metrics["losses/critic_loss"]), rel=0.05
+            )
+    captured = {dict(key)["with_actor"] for key in agent.update_once.graphs}
+    assert captured == {False, True} and not hasattr(eager.update_once, "graphs")
+    assert all(math.isfinite(value) for loss in losses for value in loss.values())
+    assert len({loss["losses/critic_loss"] for loss in losses[-20:]}) == 20  # a fresh batch each time
+    for name, old in before.items():
+        moved = (parameters_of(getattr(agent, name)) - old).abs().mean()
+        assert moved > 1e-5, name
+        if not dropout:
+            gap = (parameters_of(getattr(agent, name)) - parameters_of(getattr(eager, name))).abs().mean()
+            assert gap < 0.2 * moved, name
+    # the buffer grows: high rewards, which the graph has not seen
+    for _ in range(10):
+        fill(buffer, batch._replace(rewards=torch.full((200,), 100.0)))
+    assert float(agent.update(buffer, None, 1)["losses/critic_loss"]) > 100 * losses[-1]["losses/critic_loss"]
+    # state: through a file into another agent, which goes on as the first one does
+    file = io.BytesIO()
+    torch.save(agent.state_dict(), file)
+    file.seek(0)
+    other, _ = on_gpu(dataclasses.replace(args, seed=7), batch)
+    other.load_state_dict(torch.load(file, weights_only=True, map_location="cuda"))
+    for name in before:
+        assert torch.equal(parameters_of(getattr(other, name)), parameters_of(getattr(agent, name)))
+    one, two = (float(each.update(buffer, None, 1)["losses/critic_loss"]) for each in (agent, other))
+    if not dropout:
+        assert one == pytest.approx(two, rel=1e-3)
+    other.update(buffer, None, 7)  # its own graphs too
+    agent.update(buffer, None, 7)
+    assert agent.critic_updates == other.critic_updates == 59
+    # the schedule has reached 0: nothing moves any more
+    agent.update(buffer, None, 1)
+    before = [parameters_of(agent.actor), parameters_of(agent.critic)]
+    agent.update(buffer, None, 4)
+    assert torch.equal(before[0], parameters_of(agent.actor)) and torch.equal(before[1], parameters_of(agent.critic))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_run_on_a_gpu(tmp_path):
+    """As a user: trains with graphs, resumes there, and its checkpoint is evaluated on a CPU."""
+    env = TASKS | {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0")}
+    flags = [*TINY.split(), *POINT, "--demos", 2, "--eval-every", 100, "--run-dir", "run"]
+    run_script(SCRIPT, *flags, "--total-timesteps", 200, cwd=tmp_path, env=env, timeout=280)
+    run_script(SCRIPT, "--resume", "run", "--total-timesteps", 300, cwd=tmp_path, env=env, timeout=280)
+    columns = read_csv(tmp_path / "run", "train.csv")
+    assert columns["global_step"] == [50, 100, 150, 200, 250, 300]
+    assert all(math.isfinite(x) for key in columns if "losses" in key for x in columns[key][1:])
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", map_location="cpu")["agent"]["critic_updates"] == 250
+    last = read_csv(tmp_path / "run", "eval.csv")["eval/episodic_return"][-1]
+    result = run_script(SCRIPT, "--eval-only", "run", "--no-capture-video", cwd=tmp_path, env=TASKS)
+    measured = float(re.search(r"eval/episodic_return ([-\d.e+]+)", result.stdout)[1])
+    assert measured == pytest.approx(last, rel=0.02, abs=0.02)
