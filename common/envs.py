@@ -427,5 +427,8 @@ def record(
         if not math.isnan(verdict):  # known at the end only
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
+    spec = copy.deepcopy(env.unwrapped.spec)
+    if callable(spec.entry_point):  # a class, where Minari wants its name
+        spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
     both = {"observation_space": space, "action_space": env.action_space}
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.unwrapped.spec, **both, **about)
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=spec, **both, **about)

@@ -90,6 +90,8 @@ def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
     """The flags in `run_dir`. Exits with one line that names `option` when there are none."""
     try:
         saved = json.loads((Path(run_dir) / "args.json").read_text())
+        if option == "--eval-only" and saved.get("record_dataset"):
+            saved["record_dataset"] = None  # that was the training's last evaluation
         args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         args.check()
     except (OSError, ValueError, TypeError, AttributeError) as error:
