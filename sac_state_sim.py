@@ -43,7 +43,7 @@ from torch import Tensor, nn
 
 from common import envs, link
 from common.evaluation import evaluate, record_video
-from common.run import Run, ends_well, report
+from common.run import Run, ends_well, has_checkpoint, report
 from common.setup import Graphed, RunArgs, check_memory, fail, flag, parse, set_up_torch
 
 try:
@@ -204,11 +204,11 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours.
+    """Whether the episode whose last info this is was a success, NaN where the task does not say.
 
     Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
     """
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -787,7 +787,7 @@ def start(
     agent = Agent(env.observation_space, env.action_space, args, device)
     buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps))
     demos = None
-    if args.demos != "0" and (args.resume or args.eval_only):
+    if args.demos != "0" and has_checkpoint(args.run_dir):
         demos = agent.make_buffer(1)  # grows when it is loaded
     elif args.demos != "0":
         demos = load_demos(args, agent, task, wrap)

@@ -384,7 +384,8 @@ def report(name: str, scalars: dict[str, float]) -> None:
 def ends_well(args: RunArgs) -> Iterator[None]:
     """Ctrl-C, a task's fault and a full or read-only disk end the program with one line that says how to go on."""
     try:
-        yield
+        with bar_closed():
+            yield
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {go_on(args)}") from None
     except Fault as error:
@@ -398,11 +399,28 @@ def ends_well(args: RunArgs) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def bar_closed() -> Iterator[None]:
+    """Ends the progress bar's line, so that what is said next has one of its own."""
+    from tqdm import tqdm
+
+    try:
+        yield
+    finally:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()
+
+
+def has_checkpoint(run_dir: str | Path | None) -> bool:
+    """Whether a run has saved something to go on with."""
+    return run_dir is not None and any((Path(run_dir) / f"checkpoint.{name}").exists() for name in ("pt", "previous"))
+
+
 def go_on(args: RunArgs) -> str:
     """How an ended run is continued."""
     run_dir = args.run_dir
     if run_dir is None or not (Path(run_dir) / "args.json").exists():
         return "run the same command again"
-    if (Path(run_dir) / "checkpoint.pt").exists() or (Path(run_dir) / "checkpoint.previous").exists():
+    if has_checkpoint(run_dir):
         return f"go on with --resume {run_dir}"
     return f"begin again with --resume {run_dir}, nothing was saved yet"

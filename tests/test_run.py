@@ -61,8 +61,8 @@ def line_of(output: str, name: str) -> str:
 # --- What a run leaves behind -----------------------------------------------------------------------------------------
 def test_numbers_stand_in_csv_tensorboard_and_terminal(finished):
     train, evals = read_csv(finished.run_dir, "train.csv"), read_csv(finished.run_dir, "eval.csv")
-    assert list(train) == ["global_step", "wall_s", *TRAIN_KEYS.split()]
-    assert list(evals) == ["global_step", "wall_s", *EVAL_KEYS.split()]
+    assert train.keys() == {"global_step", "wall_s", *TRAIN_KEYS.split()}
+    assert evals.keys() == {"global_step", "wall_s", *EVAL_KEYS.split()}
     assert train["global_step"] == [50, 100, 150, 200, 250, 300] and evals["global_step"] == [100, 200, 300]
     for key in TRAIN_KEYS.split():
         assert all(math.isfinite(x) for x in train[key][1:]), key  # from the first update on
@@ -201,21 +201,16 @@ EDITS = [
     (r"^( *)import franka_sim\b.*# TASK:.*$", r"\1import my_tasks"),
     (r"^    env_id: str = .*# TASK:.*$", '    env_id: str = "Mine-v0"'),
     (r"^    return env  # TASK:.*$", "    return my_tasks.Mirrored(env)"),
-    (r'^(def success.*\n    """.*TASK: yours\.)', r"\1"),
-    (r"^    return float\(info\.get\(.success.*$", '    return float(info["success"])'),
+    (r"^    return float\(info.*# TASK:.*$", '    return float(info["success"])'),
 ]
 
 
 def copy_script(folder: Path) -> None:
-    """my_task.py, edited only at or below the lines that `grep -n TASK:` shows."""
+    """my_task.py, edited only in the lines that `grep -n TASK:` shows."""
     text = (REPO / SCRIPT).read_text()
-    marked = [number for number, line in enumerate(text.splitlines()) if "TASK:" in line]
     for pattern, replacement in EDITS:
-        match = re.search(pattern, text, re.MULTILINE)
-        assert match, pattern
-        number = text[: match.start()].count("\n")
-        assert any(0 <= number - mark <= 4 for mark in marked), pattern
-        text = re.sub(pattern, replacement, text, count=1, flags=re.MULTILINE)
+        assert len(re.findall(pattern, text, re.MULTILINE)) == 1, pattern
+        text = re.sub(pattern, replacement, text, flags=re.MULTILINE)
     assert "import franka_sim" not in text
     (folder / "my_task.py").write_text(text)
     (folder / "my_tasks.py").write_text(MY_TASKS)
@@ -252,21 +247,23 @@ def test_a_copy_with_a_task_of_ones_own(tmp_path):
 
 
 # --- R2: places -------------------------------------------------------------------------------------------------------
-def test_a_run_in_a_folder_that_is_there(finished, tmp_path):
+def test_a_run_in_a_folder_that_is_there(finished, tmp_path, monkeypatch):
     """R2: an empty one, such as a mounted volume, is filled, not replaced; `.` is one; a killed start begins again."""
-    for name in ("volume", "here"):
-        folder = tmp_path / name
+    volume, here = tmp_path / "volume", tmp_path / "here"
+    for folder in (volume, here):
         (folder / "lost+found").mkdir(parents=True)  # as a new file system has it
-        inode = folder.stat().st_ino
-        cwd, run_dir = (folder, ".") if name == "here" else (tmp_path, "volume")
-        run(*POINT, "--total-timesteps", 20, "--run-dir", run_dir, cwd=cwd)
-        assert folder.stat().st_ino == inode
-        assert read_checkpoint(folder)["run"]["step"] == 20
+    inode = volume.stat().st_ino
+    run(*POINT, "--total-timesteps", 20, "--run-dir", "volume", cwd=tmp_path)
+    assert volume.stat().st_ino == inode and read_checkpoint(volume)["run"]["step"] == 20
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["here", "volume"]
     half = copy_run(finished, tmp_path)
     (half / "args.json").unlink()
     run(*POINT, "--total-timesteps", 20, "--run-dir", "run", cwd=tmp_path)
     assert json.loads((half / "args.json").read_text())["total_timesteps"] == 20
+    monkeypatch.chdir(here)
+    args = Args(run_dir=".")
+    Run(args, "name", str(REPO / SCRIPT))
+    assert args.run_dir == "." and (here / "args.json").exists() and (here / SCRIPT).exists()
 
 
 def test_folders_that_cannot_be_one(finished, tmp_path):
@@ -294,9 +291,10 @@ def test_folders_that_cannot_be_one(finished, tmp_path):
 def test_a_folder_that_has_become_read_only(tmp_path, monkeypatch):
     """R2: one line about the folder; the same error of a task keeps its traceback."""
     args = RunArgs(run_dir=str(tmp_path / "run"))
-    with pytest.raises(SystemExit, match="Read-only.*run/train.csv.*make the folder writable, then run"):
-        with run_module.ends_well(args):
-            raise OSError(30, "Read-only file system", f"{args.run_dir}/train.csv")
+    disk = OSError(30, "Read-only file system", f"{args.run_dir}/train.csv")
+    line = pytest.raises(SystemExit, match="Read-only.*run/train.csv.*make the folder writable, then run")
+    with line, run_module.ends_well(args):
+        raise disk
     with pytest.raises(OSError, match="camera"), run_module.ends_well(args):
         raise OSError(13, "Permission denied", "/dev/camera")
 
@@ -339,28 +337,25 @@ def test_ctrl_c_ends_the_episode_and_a_resumed_run_is_the_same(tmp_path, flags, 
 def test_kill_at_twenty_moments(tmp_path):
     """kill -9, twenty times in a row on one run; then it finishes as if nothing had happened."""
     flags = [*TINY.split(), *ALL.split(), "--eval-every", 35, "--total-timesteps", 2500]
-    moments, run_dir, kills, steps = random.Random(0), tmp_path / "run", 0, []
-    killed = True
-    while kills < 20 and killed:
+    begun = time.monotonic()
+    script(*flags, "--run-dir", "whole", cwd=tmp_path)
+    duration = time.monotonic() - begun
+    moments, run_dir, kills, steps, killed = random.Random(0), tmp_path / "run", 0, [], True
+    while killed:
         go_on = ["--resume", "run"] if (run_dir / "args.json").exists() else [*flags, "--run-dir", "run"]
         with start(*go_on, cwd=tmp_path) as process:
-            process.join(moments.uniform(0, 1.5))
-            killed = process.exitcode is None  # a fast machine has finished by now
+            process.join(moments.uniform(0, duration / 2) if kills < 20 else 120)
+            killed = process.exitcode is None
         errors = process.stderr_path.read_text()
         assert "Traceback" not in errors and f"{SCRIPT}: " not in errors, errors
         kills += killed
         if (run_dir / "checkpoint.pt").exists():
             steps.append(read_checkpoint(run_dir)["run"]["step"])
-    assert kills > 5 and steps == sorted(steps)
-    if killed:
-        script("--resume", "run", cwd=tmp_path)
-    script(*flags, "--run-dir", "whole", cwd=tmp_path)
+    assert 5 < kills <= 20 and steps == sorted(steps) and len(set(steps)) > 3
     for name in ("train.csv", "eval.csv"):
         assert table(run_dir, name) == table(tmp_path / "whole", name)
-    assert [name for name in differences(run_dir, tmp_path / "whole") if not name.startswith("/buffer/newest")] in (
-        [],
-        ["/buffer/last_actor"],  # killed in the last evaluation: where a next episode would begin
-    )
+    next_episode = ("/buffer/last_actor", "/buffer/newest")  # begun anew where the last evaluation was killed
+    assert [name for name in differences(run_dir, tmp_path / "whole") if not name.startswith(next_episode)] == []
 
 
 @pytest.mark.parametrize("how", ["Ctrl-C", "kill"])
