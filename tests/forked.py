@@ -43,8 +43,10 @@ def child(name: str, flags: list[str], cwd: str, env: dict[str, str], outputs: l
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     script = importlib.import_module(Path(name).stem)
-    read = script.read_args if hasattr(script, "read_args") else script.parse_args
-    script.main(read())
+    if hasattr(script, "read_args"):
+        script.main(script.read_args())
+    else:
+        script.main(script.parse(script.Args, script.__doc__, script.Args.MAY_CHANGE))
 
 
 def context() -> multiprocessing.context.ForkServerContext:
