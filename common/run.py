@@ -5,14 +5,12 @@ A copy of the code, flags, CSV, TensorBoard, checkpoints, curve; progress bar, t
 
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -24,27 +22,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.setup import Fault, RunArgs, fail
+from common.setup import Fault, RunArgs, fail, git_commit, write_atomically
 
 PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, whenever the program or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def git_commit(folder: Path) -> str:
-    """Commit that `folder` belongs to, with a + when files differ from it."""
-    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return subprocess.run(git, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
 
 
 def own_modules(folder: Path) -> list[Path]:
@@ -378,49 +358,3 @@ def report(name: str, scalars: dict[str, float]) -> None:
     keys = [key for key in ("eval/success_rate", "eval/episodic_return") if key in scalars]
     numbers = ", ".join(f"{key} {scalars[key]:.3g}" for key in keys)
     print(f"{name}: {numbers or 'no evaluation'} over {scalars.get('eval/episodes', 0):.0f} episodes")
-
-
-@contextlib.contextmanager
-def ends_well(args: RunArgs) -> Iterator[None]:
-    """Ctrl-C, a task's fault and a full or read-only disk end the program with one line that says how to go on."""
-    try:
-        with bar_closed():
-            yield
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; {go_on(args)}") from None
-    except Fault as error:
-        fail(f"{error}; then {go_on(args)}")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            fail(f"{error}; make room, then {go_on(args)}")
-        ours = args.run_dir and error.filename and Path(args.run_dir) in Path(error.filename).parents
-        if ours and error.errno in (errno.EROFS, errno.EACCES):
-            fail(f"{error}; make the folder writable, then {go_on(args)}")
-        raise
-
-
-@contextlib.contextmanager
-def bar_closed() -> Iterator[None]:
-    """Ends the progress bar's line, so that what is said next has one of its own."""
-    from tqdm import tqdm
-
-    try:
-        yield
-    finally:
-        for bar in list(getattr(tqdm, "_instances", [])):
-            bar.close()
-
-
-def has_checkpoint(run_dir: str | Path | None) -> bool:
-    """Whether a run has saved something to go on with."""
-    return run_dir is not None and any((Path(run_dir) / f"checkpoint.{name}").exists() for name in ("pt", "previous"))
-
-
-def go_on(args: RunArgs) -> str:
-    """How an ended run is continued."""
-    run_dir = args.run_dir
-    if run_dir is None or not (Path(run_dir) / "args.json").exists():
-        return "run the same command again"
-    if has_checkpoint(run_dir):
-        return f"go on with --resume {run_dir}"
-    return f"begin again with --resume {run_dir}, nothing was saved yet"

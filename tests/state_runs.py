@@ -28,3 +28,9 @@ def script(*flags: object, cwd: Path, **options) -> Finished:
 def refused(*flags: object, cwd: Path, **options) -> str:
     """The error of a run that must end with one line."""
     return one_line(script(*flags, cwd=cwd, check=False, **options), SCRIPT)
+
+
+def stored(state: dict, part: str = "buffer") -> dict:
+    """The columns of a buffer in a checkpoint, by their names."""
+    names = ("observations", "actions", "rewards", "next_observations", "terminations", "continues")
+    return dict(zip(names, state[part]["columns"], strict=True))

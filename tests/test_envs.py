@@ -11,7 +11,7 @@ import probe_envs
 import pytest
 from gymnasium import spaces
 
-from common import envs
+from common import envs, evaluation
 from common.envs import ActionChunk, AnySuccess, Checked, GripperPenalty, Recorder, ScaledActions, episode_seed
 from common.setup import Fault
 
@@ -425,7 +425,7 @@ def test_experts_that_say_no_action(monkeypatch, action):
 def test_recorded_episodes_become_demonstrations(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     recorded = list(envs.demonstrations("3", point(), seed=5, noise=0.1))
-    envs.record("point/expert-v0", recorded, point(), lambda info: info["success"], algorithm_name="expert")
+    evaluation.record("point/expert-v0", recorded, point(), lambda info: info["success"], algorithm_name="expert")
     dataset = minari.load_dataset("point/expert-v0")
     assert isinstance(dataset.recover_environment().unwrapped, probe_envs.Point)
     assert isinstance(dataset.recover_environment(eval_env=True).unwrapped, probe_envs.Point)
@@ -436,9 +436,9 @@ def test_recorded_episodes_become_demonstrations(tmp_path, monkeypatch):
             assert np.array_equal(one["goal"], other["goal"]) and np.array_equal(one["point"], other["point"])
         assert theirs.info["success"] == ours.info["success"]
     with pytest.raises(SystemExit, match="--record-dataset point/expert-v0: exists"):
-        envs.check_new_dataset("point/expert-v0")
+        evaluation.check_new_dataset("point/expert-v0")
     with pytest.raises(SystemExit, match="--record-dataset"):
-        envs.check_new_dataset("no version")
+        evaluation.check_new_dataset("no version")
 
 
 class OtherKeys(probe_envs.Point):
@@ -461,7 +461,9 @@ def test_demonstrations_of_another_task_are_refused(tmp_path, monkeypatch, task)
     name = f"{task.__name__}-v7"
     gym.register(name, task, max_episode_steps=20)  # a class, not the name of one
     other = envs.make(name)
-    envs.record("other/expert-v0", envs.demonstrations("1", other, seed=1, noise=0.0), other, lambda info: math.nan)
+    evaluation.record(
+        "other/expert-v0", envs.demonstrations("1", other, seed=1, noise=0.0), other, lambda info: math.nan
+    )
     with pytest.raises(SystemExit, match="--demos other/expert-v0: is not of this task"):
         next(envs.demonstrations("other/expert-v0", point(), seed=0, noise=0.0))
     with pytest.raises(SystemExit, match="--demos no/such-v0: "):
@@ -472,6 +474,6 @@ def test_demonstrations_with_numbers_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     (episode,) = envs.demonstrations("1", point(), seed=1, noise=0.0)
     episode.rewards[3] = math.nan
-    envs.record("point/nan-v0", [episode], point(), lambda info: math.nan)
+    evaluation.record("point/nan-v0", [episode], point(), lambda info: math.nan)
     with pytest.raises(SystemExit, match="--demos point/nan-v0: rewards of episode 0"):
         list(envs.demonstrations("point/nan-v0", point(), seed=0, noise=0.0))

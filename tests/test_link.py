@@ -446,10 +446,10 @@ def finish(*processes, timeout: float = 120) -> None:
 def assert_each_step_once(site: Site, *actors: str) -> None:
     """Every step that the learner holds stands once in its buffer, in each actor's order; nothing else does."""
     state = read_checkpoint(site.cwd / "learner")
-    buffer, held = state["buffer"], state["actors"]["held"]
+    buffer, held = stored(state), state["actors"]["held"]
     rows = np.concatenate([buffer[name].numpy() for name in ("actions", "next_observations")], 1)
     place = {row.tobytes(): number for number, row in enumerate(rows)}
-    assert len(place) == len(rows) == state["run"]["step"] == buffer["total"]  # none doubled
+    assert len(place) == len(rows) == state["run"]["step"] == state["buffer"]["total"]  # none doubled
     names = {(site.cwd / actor / "actor_name").read_text(): actor for actor in actors}
     assert held.keys() == names.keys()
     count = 0

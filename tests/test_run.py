@@ -31,7 +31,7 @@ from conftest import (
     wait_until,
 )
 from forked import popen_forked
-from state_runs import POINT, SCRIPT, TASKS, TINY, WITH_DEMOS, refused, run, script
+from state_runs import POINT, SCRIPT, TASKS, TINY, WITH_DEMOS, refused, run, script, stored
 
 import sac_state_sim
 from common import run as run_module
@@ -116,7 +116,7 @@ def test_training_changes_every_weight(finished):
             assert not torch.equal(one, other), f"{part}.{name}"
     assert trained.critic_updates == 250 and trained.alpha.item() != pytest.approx(args.alpha_init)
     assert trained.normalizer.count == 360  # 300 steps and 60 of demonstrations
-    assert len(state["buffer"]["rewards"]) == 300 and len(state["demos"]["rewards"]) == 60
+    assert len(stored(state)["rewards"]) == 300 and len(stored(state, "demos")["rewards"]) == 60
 
 
 def test_same_seed_same_numbers_other_seed_other_numbers(finished, tmp_path):
@@ -126,7 +126,7 @@ def test_same_seed_same_numbers_other_seed_other_numbers(finished, tmp_path):
         assert table(finished.run_dir, name) == table(again.run_dir, name)
     other = run(*WITH_DEMOS, "--seed", 2, "--run-dir", "other", cwd=tmp_path)
     different = differences(finished.run_dir, other.run_dir)
-    assert {"/buffer/rewards", "/agent/generator", "/demos/actions", "/agent/raw_alpha"} <= set(different)
+    assert {"/buffer/columns/2", "/agent/generator", "/demos/columns/1", "/agent/raw_alpha"} <= set(different)
     assert table(finished.run_dir, "eval.csv") != table(other.run_dir, "eval.csv")
 
 
@@ -150,7 +150,7 @@ def test_eval_only_repeats_the_last_evaluation(finished, tmp_path, monkeypatch):
     assert scores["ref_max_score"] == pytest.approx(np.mean(returns), rel=1e-5)
     assert math.isfinite(scores["ref_min_score"]) and scores["ref_min_score"] != scores["ref_max_score"]
     run(*POINT, "--demos", "point/mine-v0", "--total-timesteps", 60, "--run-dir", "learned", cwd=tmp_path)
-    assert len(read_checkpoint(tmp_path / "learned")["demos"]["rewards"]) == dataset.total_steps
+    assert len(stored(read_checkpoint(tmp_path / "learned"), "demos")["rewards"]) == dataset.total_steps
 
 
 def test_every_switch_at_once(tmp_path):
@@ -163,7 +163,7 @@ def test_every_switch_at_once(tmp_path):
     columns = read_csv(tmp_path / "run", "train.csv")
     assert all(math.isfinite(x) for key in columns if "losses" in key for x in columns[key][1:])
     state = read_checkpoint(tmp_path / "run")
-    assert state["buffer"]["observations"].shape == (150, 4) and state["buffer"]["actions"].shape == (150, 6)
+    assert stored(state)["observations"].shape == (150, 4) and stored(state)["actions"].shape == (150, 6)
     assert state["agent"]["actor"]["trunk.linears.2.weight"].shape == (1, 24, 32)
 
 
@@ -230,7 +230,7 @@ def test_a_copy_with_a_task_of_ones_own(tmp_path):
     first = run_script(str(tmp_path / "house" / "my_task.py"), *flags, cwd=tmp_path / "house", env=TASKS)
     assert re.fullmatch(r"Mine-v0__my_task__1__\d+", first.run_dir.name)
     assert first.run_dir.parent == tmp_path / "house" / "runs"
-    assert "2 demonstrations, 40 steps, 2 successful" in first.stdout
+    assert "demonstrations: 2 episodes, 40 steps, 2 successful" in first.stdout
     other = tmp_path / "elsewhere"
     run_script(str(other / "my_task.py"), *flags, "--run-dir", "run", cwd=other, env=TASKS)
     assert differences(first.run_dir, other / "run") == []
@@ -354,7 +354,7 @@ def test_kill_at_twenty_moments(tmp_path):
     assert 5 < kills <= 20 and steps == sorted(steps) and len(set(steps)) > 3
     for name in ("train.csv", "eval.csv"):
         assert table(run_dir, name) == table(tmp_path / "whole", name)
-    next_episode = ("/buffer/last_actor", "/buffer/newest")  # begun anew where the last evaluation was killed
+    next_episode = ("/buffer/open", "/buffer/newest")  # begun anew where the last evaluation was killed
     assert [name for name in differences(run_dir, tmp_path / "whole") if not name.startswith(next_episode)] == []
 
 
@@ -421,7 +421,7 @@ def test_ctrl_c_in_an_episode_or_evaluation_without_end(tmp_path, monkeypatch, c
     torch.set_num_threads(threads)
     assert time.monotonic() - begun < 60
     state = read_checkpoint(tmp_path / "run")
-    assert len(state["buffer"]["rewards"]) == state["run"]["step"] > 20
+    assert len(stored(state)["rewards"]) == state["run"]["step"] > 20
     assert state["run"]["episode"] == 1
     assert f"stopping: the {where} ends first, within 1 s, then all is saved" in capfd.readouterr().err
 
@@ -451,8 +451,8 @@ def test_resume_of_a_run_without_a_checkpoint_and_of_a_finished_one(finished, tm
     episodes = read_checkpoint(run_dir)["run"]["episode"]
     script(*GO_ON, 350, cwd=tmp_path)
     state = read_checkpoint(run_dir)
-    assert state["run"]["step"] == len(state["buffer"]["rewards"]) == 350 and state["run"]["episode"] > episodes
-    assert not state["buffer"]["continues"][300] and state["buffer"]["continues"][301]
+    assert state["run"]["step"] == len(stored(state)["rewards"]) == 350 and state["run"]["episode"] > episodes
+    assert not stored(state)["continues"][300] and stored(state)["continues"][301]
     longer = table(run_dir, "train.csv")
     assert {key: column[:6] for key, column in longer.items()} == table(finished.run_dir, "train.csv")
     assert longer["global_step"][-1] == "350.0"
@@ -474,9 +474,9 @@ def test_resume_of_a_task_that_does_not_repeat_itself(tmp_path):
     """As a robot: the steps of before stay, new ones follow."""
     flags = ("--env-id", "probe_envs:NeverTwiceTheSame-v0", "--total-timesteps", 110, "--run-dir", "run")
     run(*flags, cwd=tmp_path)
-    before = read_checkpoint(tmp_path / "run")["buffer"]
+    before = stored(read_checkpoint(tmp_path / "run"))
     script("--resume", "run", "--total-timesteps", 150, cwd=tmp_path)
-    after = read_checkpoint(tmp_path / "run")["buffer"]
+    after = stored(read_checkpoint(tmp_path / "run"))
     for name in ("observations", "actions", "rewards", "next_observations"):
         assert torch.equal(after[name][:110], before[name]) and len(after[name]) == 150
 
@@ -533,13 +533,13 @@ def test_a_fault_of_the_task_in_a_run(tmp_path, task, words, step):
     assert "All is saved: --resume run goes on with the next episode" in error
     state = read_checkpoint(tmp_path / "run")
     assert all(torch.isfinite(leaf).all() for leaf in leaves(state).values() if isinstance(leaf, torch.Tensor))
-    assert len(state["buffer"]["rewards"]) == state["run"]["step"]
+    assert len(stored(state)["rewards"]) == state["run"]["step"]
     assert abs(state["run"]["step"] - step) <= 20
     if task != "NanReset":  # which comes again after as many resets
         script("--resume", "run", "--total-timesteps", step + 50, cwd=tmp_path)
         after = read_checkpoint(tmp_path / "run")
-        assert len(after["buffer"]["rewards"]) == step + 50 and after["run"]["episode"] > state["run"]["episode"]
-        assert not after["buffer"]["continues"][step]
+        assert len(stored(after)["rewards"]) == step + 50 and after["run"]["episode"] > state["run"]["episode"]
+        assert not stored(after)["continues"][step]
 
 
 def test_a_fault_in_the_first_reset(tmp_path):

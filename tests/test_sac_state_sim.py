@@ -660,7 +660,7 @@ def test_buffer_keeps_the_newest_transitions():
         add_numbered(buffer, total, count)
         total += count
         held = list(range(max(0, total - 10), total))
-        assert len(buffer) == len(held) and sorted(buffer.rewards[: len(held)].tolist()) == held
+        assert len(buffer) == len(held) and sorted(buffer.rows.rewards[: len(held)].tolist()) == held
         assert buffer.newest_observations(len(held))[:, 0].tolist() == held
         assert len(buffer.newest_observations(0)) == 0
         batch = buffer.sample((400,), torch.Generator().manual_seed(total))
@@ -672,7 +672,7 @@ def test_buffer_keeps_the_newest_transitions():
         for one in (other, copy.deepcopy(buffer)):  # goes on in the same places
             add_numbered(one, total, 4)
             assert one.newest_observations(min(10, len(held) + 4))[:, 0].tolist() == list(range(total + 4))[-10:]
-            assert torch.equal(one.rewards[: len(one)], other.rewards[: len(other)])
+            assert torch.equal(one.rows.rewards[: len(one)], other.rows.rewards[: len(other)])
 
 
 def test_buffer_samples_uniformly():
@@ -791,9 +791,9 @@ def test_statistics_of_few_or_many_demonstrations_and_of_a_small_buffer():
     agent.observe(demos, 20)
     assert agent.normalizer.count == 0
     demos = filled_buffer(200, capacity=200)
-    demos.observations[17, 1] = 1e9
+    demos.rows.observations[17, 1] = 1e9
     agent.observe(demos, 200)
-    rest = np.delete(demos.observations[:, 1].numpy(), 17)
+    rest = np.delete(demos.rows.observations[:, 1].numpy(), 17)
     assert agent.normalizer.count == 200
     assert agent.normalizer.var[1].sqrt().item() < 5 * rest.std()
     buffer = ReplayBuffer(1, 3, 2, CPU)
@@ -817,8 +817,8 @@ def test_normalized_agent_sees_normalized_observations():
     agent.actor_gradient, agent.step_critic, agent.step_actor = (lambda *_: {}, *[lambda: None] * 2)
     agent.update(buffer, None, 1)
     for sampled, raw in (
-        (seen[0].observations, buffer.observations),
-        (seen[0].next_observations, buffer.next_observations),
+        (seen[0].observations, buffer.rows.observations),
+        (seen[0].next_observations, buffer.rows.next_observations),
     ):
         known = {tuple(row) for row in agent.normalizer(raw[: buffer.total]).tolist()}
         assert {tuple(row) for row in sampled.tolist()} <= known
@@ -853,7 +853,7 @@ def test_make_env_flattens_and_rescales():
 
 @pytest.mark.parametrize("changes", [{}, {"gripper_penalty": 0.3}, {"action_chunk": 4}, {"action_chunk": 3}])
 def test_demonstrations_are_the_transitions_that_live_steps_would_store(changes):
-    actions = demos_of(point_args()).actions.numpy().reshape(3, 20, 3)  # the expert's; its episodes last 20 steps
+    actions = demos_of(point_args()).rows.actions.numpy().reshape(3, 20, 3)  # the expert's; its episodes last 20 steps
     args = point_args(**changes)
     env, chunk = wrapped(args), args.action_chunk
     dtype, count = step_type(4, 3 * chunk), 3 * math.ceil(20 / chunk)
@@ -868,8 +868,9 @@ def test_demonstrations_are_the_transitions_that_live_steps_would_store(changes)
         assert truncated
     demos = demos_of(args)
     assert demos.total == demos.capacity == count
-    for name in ReplayBuffer.FIELDS:
-        torch.testing.assert_close(getattr(demos, name), getattr(expected, name), rtol=0, atol=1e-5)
+    assert torch.equal(demos.continues, expected.continues)
+    for ours, theirs in zip(demos.rows, expected.rows):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
@@ -885,23 +886,23 @@ def test_a_demonstration_that_terminates(monkeypatch, chunk):
         steps += 1
     assert steps % 4  # so that the last chunk is cut short
     assert len(demos) == math.ceil(steps / chunk)
-    assert demos.terminations.tolist() == [0] * (len(demos) - 1) + [1]
-    assert demos.rewards[-1] < -1  # the reward of the termination is there
+    assert demos.rows.terminations.tolist() == [0] * (len(demos) - 1) + [1]
+    assert demos.rows.rewards[-1] < -1  # the reward of the termination is there
 
 
 def test_what_is_said_about_demonstrations(capsys):
     demos_of(point_args())
-    assert capsys.readouterr().out == "3 demonstrations, 60 steps, 3 successful\n"
+    assert capsys.readouterr().out == "demonstrations: 3 episodes, 60 steps, 3 successful\n"
     demos_of(point_args(env_id="probe_envs:IdleExpert-v0"))
-    assert capsys.readouterr().out == "3 demonstrations, 60 steps, 0 successful\n"
+    assert capsys.readouterr().out == "demonstrations: 3 episodes, 60 steps, 0 successful\n"
 
 
 def test_noise_on_the_expert_is_seeded_and_of_the_given_size():
     args = point_args(env_id="probe_envs:IdleExpert-v0", demos="20", demo_noise=0.2)
-    actions = demos_of(args).actions  # its expert always says 0
-    assert torch.equal(actions, demos_of(args).actions)
+    actions = demos_of(args).rows.actions  # its expert always says 0
+    assert torch.equal(actions, demos_of(args).rows.actions)
     assert actions.std(0).tolist() == pytest.approx([0.2] * 3, rel=0.15) and actions.mean(0).abs().max() < 0.05
-    assert not torch.equal(actions, demos_of(dataclasses.replace(args, seed=2)).actions)
+    assert not torch.equal(actions, demos_of(dataclasses.replace(args, seed=2)).rows.actions)
 
 
 @pytest.mark.parametrize("chunk", [1, 2])
@@ -916,9 +917,9 @@ def test_a_task_that_writes_in_place(chunk):
         for t in range(8):
             rows.append(env.step(np.full(3 * chunk, 0.2 - 0.1 * t, np.float32))[0])
         live.append(np.array(rows))
-    assert torch.equal(kept[0].observations, kept[1].observations)
-    assert torch.equal(kept[0].next_observations, kept[1].next_observations)
-    assert len(np.unique(kept[1].observations[: 20 // chunk].numpy(), axis=0)) == 20 // chunk
+    assert torch.equal(kept[0].rows.observations, kept[1].rows.observations)
+    assert torch.equal(kept[0].rows.next_observations, kept[1].rows.next_observations)
+    assert len(np.unique(kept[1].rows.observations[: 20 // chunk].numpy(), axis=0)) == 20 // chunk
     assert np.array_equal(live[0], live[1]) and len(np.unique(live[1], axis=0)) > 5
 
 
