@@ -414,11 +414,9 @@ def new_renderer(model: mujoco.MjModel, height: int, width: int) -> "mujoco.Rend
     """Load OpenGL, through EGL or OSMesa where MUJOCO_GL is unset and there is no display, and start a renderer."""
     if sys.platform == "linux" and not any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))):
         os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
-    try:  # mujoco itself goes on without OpenGL: 4.0 fails when a context is made, 3.8 leaves these modules out
-        from mujoco.rendering.classic import gl_context, renderer
-
-        importlib.reload(gl_context)  # it looked at MUJOCO_GL when mujoco was imported
-        return renderer.Renderer(model, height, width)
+    try:  # gl_context looked at MUJOCO_GL when mujoco was imported; where that failed, mujoco 3.8 has no Renderer
+        importlib.reload(importlib.import_module("mujoco.rendering.classic.gl_context"))
+        return importlib.import_module("mujoco.rendering.classic.renderer").Renderer(model, height, width)
     except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as error:
         backend = os.environ.get("MUJOCO_GL", "glfw")
         raise RuntimeError(f"Images need OpenGL, and MUJOCO_GL={backend} does not load. {OPENGL_HELP}") from error
