@@ -24,10 +24,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import difflib
-import errno
 import hashlib
-import http.client
 import io
 import json
 import math
@@ -36,23 +33,18 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
 
@@ -68,6 +60,22 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 import franka_sim  # registers the Franka tasks  # TASK: import the module that registers yours
+from common.datasets import (
+    D4RL_URL,
+    ROBOMIMIC,
+    StoredImages,
+    d4rl_files,
+    each,
+    episode_rewards,
+    fail,
+    find_dataset,
+    image_spaces,
+    is_image,
+    make_task,
+    read_episodes,
+    reference_scores,
+    store,
+)
 
 MAY_BE_ZERO = {"seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers"}  # whole numbers
 MAY_CHANGE = "run_dir resume eval_only capture_video track cuda compile threads offline_steps eval_episodes eval_envs "
@@ -114,7 +122,7 @@ class Args:
     id of a task with a scripted expert, whose demonstrations are collected; RECIPES has other defaults for some"""
     dataset_path: str | None = None
     """HDF5 file of D4RL's or robomimic's layout to read instead of downloading it"""
-    d4rl_url: str = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
+    d4rl_url: str = D4RL_URL
     """where D4RL's files are"""
     dataset_proportion: float = 1.0
     """use only this first part of the data"""
@@ -204,11 +212,6 @@ RECIPES: dict[str, dict[str, Any]] = {  # TASK: defaults of your task where they
 }
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 1."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
-
-
 def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
@@ -283,11 +286,6 @@ def rank() -> int:
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
-def each(function: Callable, *xs):
-    """`function` of arrays, or, of dicts of arrays, entry by entry."""
-    return {k: each(function, *(x[k] for x in xs)) for k in xs[0]} if isinstance(xs[0], dict) else function(*xs)
-
-
 def arrange(space: spaces.Space, observations):
     """Observations with a leading time axis as the policy takes them: states (T, O) float32, everything flat, in the
     order of sorted names; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose entries here."""
@@ -310,10 +308,6 @@ def arrange(space: spaces.Space, observations):
 def image_name(path: str) -> str:
     """observations/front/rgb -> front_rgb, observations -> image."""
     return re.sub(r"\W", "_", path.partition("/")[2]) or "image"
-
-
-def is_image(space: spaces.Space) -> bool:
-    return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
 
 
 class PolicyInput(gym.Wrapper):
@@ -340,71 +334,10 @@ class PolicyInput(gym.Wrapper):
         return each(lambda x: x[0], arrange(self.raw_space, each(lambda x: np.asarray(x)[None], obs)))
 
 
-class RobosuiteTask(gym.Env):
-    """A robosuite task as a robomimic file describes it: low-dimensional observations, success ends the episode."""
-
-    HORIZON = {"lift": 300, "can": 300, "square": 400, "transport": 800, "tool_hang": 1000}  # qc robomimic_utils.py:34
-
-    def __init__(self, task: str, env_args: dict, keys: list[str], render_mode: str | None = None):
-        import robosuite
-
-        off = dict.fromkeys(("has_renderer", "has_offscreen_renderer", "use_camera_obs"), False) | {"ignore_done": True}
-        self.sim, self.keys = robosuite.make(env_args["env_name"], **env_args["env_kwargs"] | off), keys
-        self.horizon, self.render_mode, self.metadata = self.HORIZON[task], render_mode, {"render_fps": 20}
-        low, high = self.sim.action_spec
-        self.action_space = spaces.Box(np.float32(low), np.float32(high))
-        self.observation_space = spaces.Box(-np.inf, np.inf, self.observe(self.sim.reset()).shape, np.float32)
-
-    def observe(self, raw: dict) -> np.ndarray:
-        names = {"object": "object-state"}  # robomimic's name: robosuite's
-        return np.concatenate([np.float32(raw[names.get(key, key)]).ravel() for key in self.keys])
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            np.random.seed(seed)  # noqa: NPY002  robosuite before 1.5 places objects with numpy's global generator
-            self.sim.rng = np.random.default_rng(seed)
-        self.steps, self.renderer = 0, None
-        return self.observe(self.sim.reset()), {"success": False}
-
-    def step(self, action):
-        raw, reward, *_ = self.sim.step(action)
-        self.steps, success = self.steps + 1, bool(self.sim._check_success())
-        return self.observe(raw), float(reward), success, self.steps >= self.horizon, {"success": success}
-
-    def render(self):
-        model, data = self.sim.sim.model._model, self.sim.sim.data._data
-        self.renderer = self.renderer or franka_sim.new_renderer(model, 256, 256)
-        self.renderer.update_scene(data, "agentview")
-        return self.renderer.render()
-
-
 def make_env(dataset, args: Args, render: bool = False) -> gym.Env | None:
     """The task that a Minari dataset is of, as the policy sees it; None, with a line, where there is none to run."""
-    about, options = dataset.storage.metadata, {"render_mode": "rgb_array"} if render else {}
-    try:
-        if "robomimic" in about:
-            env = RobosuiteTask(**json.loads(about["robomimic"]), **options)
-        elif "ogbench" in about:
-            import ogbench
-
-            env = ogbench.make_env_and_datasets(about["ogbench"], env_only=True, **options)
-        else:
-            with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
-                env = dataset.recover_environment(eval_env=True, **options)
-    except (gym.error.Error, ImportError, KeyError, ValueError) as error:
-        remedy = f"; pip install {error.name}" if isinstance(error, ImportError) and error.name else ""
-        print(f"no evaluation: the task of {dataset.id} does not run here ({error}{remedy})", file=sys.stderr)
-        return None
-    theirs, ours = dataset.observation_space, env.observation_space
-    if layout(theirs) != layout(ours) or dataset.action_space.shape != env.action_space.shape:
-        print(f"no evaluation: {dataset.id} has observations {theirs}, the task here {ours}", file=sys.stderr)
-        return None
-    return PolicyInput(env, dataset.action_space, args.frame_stack)
-
-
-def layout(space: spaces.Space) -> object:
-    return {k: layout(v) for k, v in space.items()} if isinstance(space, spaces.Dict) else space.shape
+    env = make_task(dataset, render)
+    return env and PolicyInput(env, dataset.action_space, args.frame_stack)
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:
@@ -649,147 +582,13 @@ class Policy(nn.Module):
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
-# Whatever the name, the data becomes a local Minari dataset first, and that is what is trained from.
-D4RL_TASKS = {  # family: task of today, steps per episode, returns of a random policy and an expert (d4rl/infos.py:106)
-    "halfcheetah": ("HalfCheetah-v5", 1000, -280.178953, 12135.0),
-    "hopper": ("Hopper-v5", 1000, -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v5", 1000, 1.629008, 4592.3),
-    "ant": ("Ant-v5", 1000, -325.6, 3879.7),
-    "antmaze": (None, 1000, 0.0, 1.0),
-    "kitchen": (None, 280, 0.0, 4.0),
-    "pen": ("gymnasium_robotics:AdroitHandPen-v1", 100, 96.262799, 3076.8331),
-    "hammer": ("gymnasium_robotics:AdroitHandHammer-v1", 200, -274.856578, 12794.1348),
-    "relocate": ("gymnasium_robotics:AdroitHandRelocate-v1", 200, -6.425911, 4233.8778),
-    "door": ("gymnasium_robotics:AdroitHandDoor-v1", 200, -56.512833, 2880.5693),
-    "maze2d-umaze": (None, 300, 23.85, 161.86),
-    "maze2d-medium": (None, 600, 13.13, 277.39),
-    "maze2d-large": (None, 800, 6.7, 273.99),
-    "maze2d-umaze-dense": (None, 300, 68.537689, 193.662856),
-    "maze2d-medium-dense": (None, 600, 44.264742, 297.455274),
-    "maze2d-large-dense": (None, 800, 30.569041, 303.485738),
-}
-ROBOMIMIC = re.compile(r"(lift|can|square|transport|tool_hang)-(mh|ph|mg)-low_dim")
-ROBOMIMIC_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # of each arm, then object; qc robomimic_utils.py:27
-WAYS_ON = (
-    "three ways on: {}; "
-    "name a dataset that is here (`minari list local`); leave --env-name out, the default makes its own data"
-)
-FETCH = "fetch the file on another machine and give it with --dataset-path FILE"
-
-
-def d4rl_files() -> dict[str, str]:
-    """D4RL's names and the paths of their files on its server; Farama-Foundation/D4RL d4rl/infos.py."""
-    files = {}
-    for env in ("halfcheetah", "hopper", "walker2d", "ant"):
-        for kind in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
-            file = f"{env}_{kind.replace('-', '_')}"
-            files |= {f"{env}-{kind}-{v}": f"gym_mujoco_{v}/{file}-{v}.hdf5" for v in ("v1", "v2")}
-    for env in ("pen", "hammer", "relocate", "door"):
-        files |= {f"{env}-{kind}-v1": f"hand_dapg_v1/{env}-{kind}-v1.hdf5" for kind in ("human", "cloned", "expert")}
-    kinds = {"umaze": "u-maze_noisy_multistart_False_multigoal_False"}
-    kinds["umaze-diverse"] = "u-maze_noisy_multistart_True_multigoal_True"
-    for maze, word in (("medium", "big"), ("large", "hardest")):
-        kinds[f"{maze}-play"] = f"{word}-maze_noisy_multistart_True_multigoal_False"
-        kinds[f"{maze}-diverse"] = f"{word}-maze_noisy_multistart_True_multigoal_True"
-    files |= {f"antmaze-{kind}-v2": f"ant_maze_v2/Ant_maze_{file}_sparse_fixed.hdf5" for kind, file in kinds.items()}
-    for maze in ("umaze", "medium", "large"):
-        files[f"maze2d-{maze}-v1"] = f"maze2d/maze2d-{maze}-sparse-v1.hdf5"
-        files[f"maze2d-{maze}-dense-v1"] = f"maze2d/maze2d-{maze}-dense-v1.hdf5"
-    kinds = {
-        "complete": "mini_kitchen_microwave_kettle_light_slider",
-        "partial": "kitchen_microwave_kettle_light_slider",
-    }
-    kinds["mixed"] = "kitchen_microwave_kettle_bottomburner_light"
-    return files | {f"kitchen-{kind}-v0": f"kitchen/{file}-v0.hdf5" for kind, file in kinds.items()}
-
-
-def find_dataset(args: Args) -> tuple[str, str | None]:
-    """Ids of the local Minari datasets, for training and for validation, that `env_name` means. Collects, converts or
-    downloads what is not there yet; exits with one line when that cannot be done."""
+def dataset_ids(args: Args) -> tuple[str, str | None]:
+    """Ids of the local Minari datasets, for training and for validation, that `env_name` means."""
     import minari
 
-    name, path, files = args.env_name, args.dataset_path, d4rl_files()
-    if name in files:
-        return convert_hdf5(args, Path(path) if path else download_d4rl(args, files[name])), None
-    if robomimic := ROBOMIMIC.fullmatch(name):
-        task, kind = robomimic.groups()
-        file = f"{task}/{kind}/low_dim_{'sparse_' * (kind == 'mg')}v15.hdf5"
-        path = Path(path or Path.home() / ".robomimic" / file)
-        if not path.exists():
-            way = f"python -m robomimic.scripts.download_datasets --tasks {task} --dataset_types {kind}"
-            way += " --hdf5_types low_dim --download_dir ~/.robomimic"
-            fail(f"--env-name {name}: there is no {path}; `{way}` (robomimic 0.5), or give --dataset-path FILE")
-        return convert_hdf5(args, path), None
-    if path:
-        fail(f"--dataset-path {path}: goes with a D4RL or robomimic name, {name} is none")
-    if name in minari.list_local_datasets():
-        return name, None
-    if name in gym.registry:
+    if args.env_name in gym.registry and args.env_name not in minari.list_local_datasets() and not args.dataset_path:
         return collect_demos(args), None
-    if "singletask" in name:
-        return convert_ogbench(args)
-    if re.fullmatch(r"[-_\w]+(/[-_\w]+)+-v\d+", name):
-        return download_minari(args), None
-    fail(f"--env-name {name}: no dataset of that name is known{nearest(name)}")
-
-
-def nearest(name: str) -> str:
-    """What the user may have meant, as the end of a message."""
-    import minari
-
-    known = [*minari.list_local_datasets(), *d4rl_files(), *RECIPES]
-    known += [f"{task}-{kind}-low_dim" for task in RobosuiteTask.HORIZON for kind in ("mh", "ph")]
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
-    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
-    dataset, in a hidden folder that is then renamed: all of it is there, or nothing. An id that exists is left."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    root, before = get_dataset_path(), os.environ.get("MINARI_DATASETS_PATH")
-    for left in root.glob(".storing-*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)
-    if dataset_id in minari.list_local_datasets():
-        return dataset_id
-    temporary = root / f".storing-{os.getpid()}-{time.time_ns()}"
-    os.environ["MINARI_DATASETS_PATH"] = str(temporary)
-    try:
-        buffers = (
-            EpisodeBuffer(i, None, None, *checked(f"episode {i}", *episode)) for i, episode in enumerate(episodes)
-        )
-        with warnings.catch_warnings(action="ignore"):  # about author and permalink
-            minari.create_dataset_from_buffers(dataset_id, buffers, **about).storage.update_metadata(metadata or {})
-        (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
-        for file in temporary.rglob("namespace_metadata.json"):
-            if not (target := root / file.relative_to(temporary)).exists():
-                shutil.copy(file, target)
-        try:
-            (temporary / dataset_id).rename(root / dataset_id)
-        except OSError:
-            if not (root / dataset_id).exists():  # else another process was faster
-                raise
-    finally:
-        os.environ.pop("MINARI_DATASETS_PATH")
-        os.environ |= {"MINARI_DATASETS_PATH": before} if before else {}
-        shutil.rmtree(temporary, ignore_errors=True)
-    return dataset_id
-
-
-def checked(where: str, observations, actions, rewards, *ends) -> tuple:
-    """An episode's parts. Exits with one line when they hold numbers that are not finite."""
-    for what, x in (("observations", observations), ("actions", actions), ("rewards", rewards)):
-        finite = []
-        each(lambda x, finite=finite: finite.append(x.dtype.kind != "f" or np.isfinite(x).all()), x)
-        if not all(finite):
-            fail(
-                f"{where} of the data: {what} hold numbers that are not finite (NaN); repair or leave out that episode"
-            )
-    return observations, actions, rewards, *ends
+    return find_dataset(args.env_name, args.dataset_path, args.d4rl_url, RECIPES)
 
 
 def collect_demos(args: Args) -> str:
@@ -835,245 +634,6 @@ def collect_demos(args: Args) -> str:
         fail(f"--demo-noise {args.demo_noise}: the scripted expert fails too often; lower it")
 
     return store(dataset_id, demonstrations(), env=env.spec, algorithm_name="scripted expert", description=settings)
-
-
-def convert_hdf5(args: Args, path: Path) -> str:
-    """A file of D4RL's or robomimic's layout as a local Minari dataset, named by the file's contents."""
-    import h5py
-    import minari
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    kind = "robomimic" if ROBOMIMIC.fullmatch(args.env_name) else "d4rl"
-    name, version = (args.env_name, "v15") if kind == "robomimic" else args.env_name.rsplit("-", 1)
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
-        dataset_id = f"{kind}/{name}-{digest}-{version}"
-        if dataset_id in minari.list_local_datasets():
-            return dataset_id
-        check_space(get_dataset_path(), 1.5 * path.stat().st_size, dataset_id)
-        print(f"converting {path} to the Minari dataset {dataset_id}", flush=True)
-        with h5py.File(path) as file:
-            return (store_robomimic if kind == "robomimic" else store_d4rl)(dataset_id, args.env_name, file)
-    except FileNotFoundError:
-        fail(f"--dataset-path {path}: there is no such file")
-    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:  # h5py's for missing or damaged parts
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        fail(f"{path}: is cut off, damaged or not of {kind}'s layout ({error}); delete it and fetch it again")
-
-
-def store_d4rl(dataset_id: str, name: str, file) -> str:
-    """Rows (N, ...) of D4RL cut into episodes, d4rl/__init__.py:69-140 and qc d4rl_utils.py:16-58."""
-    keys = ("observations", "actions", "rewards", "terminals")
-    if missing := [key for key in keys if key not in file]:
-        raise KeyError(f"there is no {', '.join(missing)}")
-    observations, actions, rewards, terminals = (file[key][:] for key in keys)
-    rewards, terminals = rewards.reshape(-1), terminals.reshape(-1).astype(bool)
-    if len({len(x) for x in (observations, actions, rewards, terminals)}) > 1 or not len(rewards):
-        raise ValueError(f"{', '.join(keys)} are not of one length above 0")
-    task, steps, worst, best = D4RL_TASKS[
-        name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]
-    ]
-    following = file["next_observations"][:] if "next_observations" in file else None
-    ends = np.zeros_like(terminals) if name.startswith("antmaze") else terminals.copy()  # a goal does not end antmaze
-    if "timeouts" in file:
-        ends |= file["timeouts"][:].reshape(-1).astype(bool)
-    if following is not None:
-        ends[:-1] |= np.abs(observations[1:] - following[:-1]).max(-1) > 1e-6
-    ends[-1], first = True, 0
-    for row in range(len(ends)) if "timeouts" not in file else ():  # cut where the time limit must have been
-        ends[row] |= row - first + 1 == steps
-        first = row + 1 if ends[row] else first
-
-    def episodes() -> Iterator[tuple]:
-        first = 0
-        for last in np.flatnonzero(ends):
-            # Nothing follows the last row. A terminated episode does not need it; another one loses its last action,
-            # as in D4RL, unless the file has next_observations.
-            known = following is not None or terminals[last]
-            rows = slice(first, last + known)
-            after = following[last] if following is not None else observations[last]
-            truncations = np.arange(first, last + known) == last - (not known)
-            if len(truncations):
-                obs = np.concatenate([observations[first : last + known], after[None]])
-                yield obs, actions[rows], rewards[rows], terminals[rows], truncations & ~terminals[rows]
-            first = last + 1
-
-    spec, low = None, -np.ones(actions.shape[1:], np.float32)
-    with contextlib.suppress(gym.error.Error, ImportError):  # no gymnasium-robotics: no evaluation
-        spec = dataclasses.replace(gym.spec(task), max_episode_steps=steps) if task else None
-    box = spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype)
-    options = {"env": spec, "observation_space": box, "action_space": spaces.Box(low, -low)}
-    return store(
-        dataset_id, episodes(), {"ref_min_score": worst, "ref_max_score": best, "reference": "D4RL"}, **options
-    )
-
-
-def store_robomimic(dataset_id: str, name: str, file) -> str:
-    """data/demo_I of robomimic: low-dimensional observations in one vector, qc robomimic_utils.py:111-137. With the
-    environment's settings, and the numbers of the validation episodes where the file names some."""
-    names = sorted(file["data"], key=lambda demo: int(demo.removeprefix("demo_")))
-    if not names:
-        raise ValueError("it has no demonstrations")
-    first = file["data"][names[0]]
-    arms = [arm for arm in ("robot0", "robot1") if f"{arm}_eef_pos" in first["obs"]]
-    keys = [f"{arm}_{key}" for arm in arms for key in ROBOMIMIC_KEYS] + ["object"]
-    env_args = json.loads(file["data"].attrs["env_args"])
-    settings = {"env_args": {key: env_args[key] for key in ("env_name", "env_kwargs")}, "keys": keys}
-    about = {"robomimic": json.dumps(settings | {"task": name.partition("-")[0]})}
-    if "mask/valid" in file:
-        about["validation"] = [names.index(demo.decode()) for demo in file["mask/valid"][:]]
-
-    def episodes() -> Iterator[tuple]:
-        for demo in (file["data"][demo] for demo in names):
-            obs = np.concatenate([demo["obs"][key][:] for key in keys], -1)  # (T, O)
-            last = demo["next_obs"] if "next_obs" in demo else demo["obs"]
-            obs = np.concatenate([obs, np.concatenate([last[key][-1:] for key in keys], -1)])
-            terminations = demo["dones"][:].astype(bool)
-            truncations = np.arange(1, len(terminations) + 1) == len(terminations)
-            yield obs, demo["actions"][:], demo["rewards"][:], terminations, truncations & ~terminations
-
-    box = spaces.Box(-np.inf, np.inf, (sum(first["obs"][key].shape[-1] for key in keys),), np.float64)
-    low = -np.ones(first["actions"].shape[1:], np.float32)
-    return store(dataset_id, episodes(), about, observation_space=box, action_space=spaces.Box(low, -low))
-
-
-def convert_ogbench(args: Args) -> tuple[str, str]:
-    """Training and validation part of an OGBench dataset, through its own package, as local Minari datasets."""
-    import minari
-
-    name, version = args.env_name.rsplit("-", 1)
-    ids = f"ogbench/{name}-{version}", f"ogbench/{name}-val-{version}"
-    if set(ids) <= set(minari.list_local_datasets()):
-        return ids
-    try:
-        import ogbench
-
-        env, *parts = ogbench.make_env_and_datasets(args.env_name)
-    except ImportError:
-        fail(f"--env-name {args.env_name}: pip install ogbench")
-    except (OSError, ValueError, KeyError, gym.error.Error) as error:
-        ways_on = WAYS_ON.format("load it on another machine, and copy ~/.ogbench/data from there")
-        fail(f"--env-name {args.env_name}: ogbench says {error}; {ways_on}")
-
-    def episodes(part: dict) -> Iterator[tuple]:
-        first = 0
-        for last in np.flatnonzero(part["terminals"]):
-            rows, first = slice(first, last + 1), last + 1
-            obs = np.concatenate([part["observations"][rows], part["next_observations"][last : last + 1]])
-            terminations = part["masks"][rows] == 0
-            truncations = (np.arange(1, len(terminations) + 1) == len(terminations)) & ~terminations
-            yield obs, part["actions"][rows], part["rewards"][rows], terminations, truncations
-
-    box = {"observation_space": env.observation_space, "action_space": env.action_space}
-    for dataset_id, part in zip(ids, parts, strict=True):
-        store(dataset_id, episodes(part), {"ogbench": args.env_name}, **box)
-    return ids
-
-
-def check_space(folder: Path, size: float, what: str) -> None:
-    """Exits with one line when `size` bytes are not free: HDF5 does not survive a full disk."""
-    if (free := shutil.disk_usage(folder).free) < size:
-        fail(f"{folder}: {free / 1e6:.0f} MB are free, {what} needs {size / 1e6:.0f}; make room")
-
-
-def reachable(url: str, timeout_s: float = 4.0) -> bool:
-    """Whether the server of this address takes connections; True without a try where a proxy is set."""
-    parts, answers = urllib.parse.urlsplit(url), []
-
-    def connect() -> None:
-        with contextlib.suppress(OSError):
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            answers.append(socket.create_connection((parts.hostname, port), timeout_s))
-
-    if urllib.request.getproxies().get(parts.scheme):
-        return True
-    thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no time limit of its own
-    thread.start()
-    thread.join(timeout_s)
-    for connection in answers:
-        connection.close()
-    return bool(answers)
-
-
-def download_d4rl(args: Args, path: str) -> Path:
-    """The file of a D4RL dataset, in the folder where the d4rl package keeps it too; downloaded once."""
-    from tqdm import tqdm
-
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
-    url, target = f"{args.d4rl_url}/{path}", folder / Path(path).name
-    if target.exists():
-        return target
-    if not reachable(url):
-        fail(f"--env-name {args.env_name}: {url} cannot be reached; {WAYS_ON.format(FETCH)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    part, written = target.with_name(f"{target.name}.{os.getpid()}.part"), 0
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response, part.open("wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            check_space(folder, 2.5 * size, f"{target.name}, with its conversion,")
-            with tqdm(total=size or None, desc=target.name, unit="B", unit_scale=True) as bar:
-                while block := response.read(1 << 20):
-                    written += file.write(block)
-                    bar.update(len(block))
-        if written != size != 0:
-            fail(f"{url}: the connection ended after {written} of {size} bytes; run the command again")
-        part.replace(target)
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        fail(f"--env-name {args.env_name}: {url}: {' '.join(str(error).split())}; {WAYS_ON.format(FETCH)}")
-    finally:
-        part.unlink(missing_ok=True)
-    return target
-
-
-def download_minari(args: Args) -> str:
-    """A dataset of Minari's public collection, or of the one that MINARI_REMOTE names."""
-    import minari
-
-    name, hub = args.env_name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    ways_on = f"`minari download {name}` on another machine, and copy ~/.minari/datasets/{name} from there"
-    ways_on = WAYS_ON.format(ways_on)
-    if not os.environ.get("MINARI_REMOTE") and not reachable(hub):
-        fail(f"--env-name {name}: is not here, and {hub} cannot be reached{nearest(name)}; {ways_on}")
-    try:
-        minari.load_dataset(name, download=True)
-    except ImportError:
-        fail(f"--env-name {name}: pip install huggingface_hub, Minari downloads with it")
-    except Exception as error:  # noqa: BLE001  the hub's client raises errors of several libraries
-        fail(f"--env-name {name}: {' '.join(str(error).split())[:200]}{nearest(name)}; {ways_on}")
-    return name
-
-
-class StoredImages:
-    """Images (N, H, W, C) that stay in a Minari dataset's HDF5 file; indexed like an array, in any worker process."""
-
-    def __init__(self, dataset, key: str, space: spaces.Box, lengths: dict[int, int]):
-        self.path, self.key, self.shape = hdf5_file(dataset), key, (sum(lengths.values()), *space.shape)
-        self.jpeg = dataset.storage.jpeg_encoding and min(space.shape[:2]) >= 32  # as Minari decides
-        self.episodes, self.firsts = list(lengths), np.cumsum([0, *lengths.values()])
-        self.pid, self.file = 0, None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"pid": 0, "file": None}
-
-    def __getitem__(self, rows) -> np.ndarray:
-        import h5py
-        from imageio.v3 import imread
-
-        if self.pid != os.getpid():  # a handle must not be used in two processes
-            self.pid, self.file = os.getpid(), h5py.File(self.path)
-        rows = np.asarray(rows)
-        images = np.empty((rows.size, *self.shape[1:]), np.uint8)
-        for out, row in zip(images, rows.flat, strict=True):
-            number = np.searchsorted(self.firsts, row, "right") - 1
-            data = self.file[f"episode_{self.episodes[number]}/{self.key}"][row - self.firsts[number]]
-            out[:] = imread(data.tobytes(), extension=".jpg") if self.jpeg else data
-        return images.reshape(*rows.shape, *self.shape[1:])
-
-
-def hdf5_file(dataset) -> Path:
-    return Path(dataset.storage.data_path) / "main_data.hdf5"
 
 
 class Dataset(dict):
@@ -1139,37 +699,6 @@ class Dataset(dict):
         return batch
 
 
-def image_spaces(space: spaces.Space, path: str = "observations") -> dict[str, spaces.Box]:
-    """Paths of the images in an episode, with their spaces."""
-    if isinstance(space, spaces.Dict):
-        return {k: v for key, part in space.items() for k, v in image_spaces(part, f"{path}/{key}").items()}
-    return {path: space} if is_image(space) else {}
-
-
-def stored_episodes(dataset, numbers: Iterable[int], on_disk: bool) -> Iterator[tuple]:
-    """(space, observations, actions, rewards, terminations) of episodes; `on_disk`: without their images."""
-    if not on_disk:
-        for episode in dataset.iterate_episodes(numbers):
-            parts = (episode.observations, episode.actions, episode.rewards, episode.terminations)
-            yield dataset.observation_space, *checked(f"{dataset.id}, episode {episode.id}", *parts)
-        return
-    import h5py
-
-    def without_images(space: spaces.Space) -> spaces.Dict:
-        parts = {k: without_images(v) if isinstance(v, spaces.Dict) else v for k, v in getattr(space, "items", dict)()}
-        return spaces.Dict({k: v for k, v in parts.items() if not is_image(v)})
-
-    def read(space: spaces.Space, group):
-        return {k: read(v, group[k]) for k, v in space.items()} if isinstance(space, spaces.Dict) else group[:]
-
-    space = without_images(dataset.observation_space)
-    with h5py.File(hdf5_file(dataset)) as file:
-        for number in numbers:
-            group = file[f"episode_{number}"]
-            parts = (group[key][:] for key in ("actions", "rewards", "terminations"))
-            yield space, *checked(f"{dataset.id}, episode {number}", read(space, group["observations"]), *parts)
-
-
 def load_rows(dataset, lengths: dict[int, int], args: Args, on_disk: bool) -> Dataset:
     """Episodes {number: length} of a Minari dataset as rows, actions in [-1, 1]. Exits when they break the bounds."""
     space, fields, row, total = dataset.action_space, {}, 0, sum(lengths.values())
@@ -1178,7 +707,7 @@ def load_rows(dataset, lengths: dict[int, int], args: Args, on_disk: bool) -> Da
     def put(field: np.ndarray, x: np.ndarray) -> None:
         field[row : row + len(x)] = x
 
-    parts = stored_episodes(dataset, lengths, on_disk)
+    parts = read_episodes(dataset, lengths, images=not on_disk)
     for number, (space, observations, actions, rewards, terminations) in zip(lengths, parts, strict=True):
         actions = (2 * (actions - low) / (high - low) - 1).reshape(len(rewards), -1)  # (T, A)
         if (reach := np.abs(actions).max()) > 1.001 and not args.clip_actions:
@@ -1203,16 +732,6 @@ def load_rows(dataset, lengths: dict[int, int], args: Args, on_disk: bool) -> Da
     return rows
 
 
-def episode_rewards(dataset) -> dict[int, np.ndarray]:
-    """The rewards (T,) of every episode, where possible without reading the rest."""
-    if dataset.storage.FORMAT != "hdf5":
-        return {int(episode.id): np.asarray(episode.rewards) for episode in dataset.iterate_episodes()}
-    import h5py
-
-    with h5py.File(hdf5_file(dataset)) as file:
-        return {int(i): file[f"episode_{i}/rewards"][:] for i in dataset.episode_indices}
-
-
 def images_stay_on_disk(dataset, args: Args) -> bool:
     """By --data-loading; auto: when the images would take more than half of the free memory."""
     pixels = sum(math.prod(space.shape) for space in image_spaces(dataset.observation_space).values())
@@ -1228,7 +747,7 @@ def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows of what `env_name` means; prints what the data is."""
     import minari
 
-    dataset, validation = (minari.load_dataset(name) if name else None for name in find_dataset(args))
+    dataset, validation = (minari.load_dataset(name) if name else None for name in dataset_ids(args))
     space = dataset.action_space
     if not isinstance(space, spaces.Box) or not space.is_bounded():
         fail(f"--env-name {args.env_name}: actions must be a bounded Box, {dataset.id} has {space}")
@@ -1259,17 +778,6 @@ def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
         print(f"data: {dataset.id}, {size}, {len(used)} of {len(returns)} episodes, {train.size:,} steps")
         print(f"data: mean return {np.mean(used):.6g}, best {max(used):.6g}; {scores}", flush=True)
     return train, val
-
-
-def reference_scores(dataset) -> tuple[tuple[float, float], str]:
-    """Returns that count as 0 and 100, and whose they are: the dataset's own, or D4RL's for the same robot."""
-    about, task = dataset.storage.metadata, dataset.env_spec.id if dataset.env_spec else ""
-    if about.get("ref_max_score") is not None and about.get("ref_min_score") is not None:
-        return (about["ref_min_score"], about["ref_max_score"]), about.get("reference", "Minari")
-    for name, _, worst, best in D4RL_TASKS.values():
-        if name and task and name.rpartition("-")[0] == task.rpartition("-")[0]:
-            return (worst, best), "D4RL"
-    return (math.nan, math.nan), ""
 
 
 def make_env_and_datasets(env_name: str, args: Args | None = None):

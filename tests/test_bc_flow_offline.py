@@ -37,8 +37,8 @@ from bc_flow_offline import (
     Dataset,
     FourierFeatures,
     LoggingHelper,
+    dataset_ids,
     evaluate,
-    find_dataset,
     make_env_and_datasets,
     pad_same,
     process_train_dataset,
@@ -1614,7 +1614,7 @@ def refused(*flags: object, cwd: Path, **options) -> str:
 def test_bad_flags(flags, words, monkeypatch):
     monkeypatch.setattr("sys.argv", [SCRIPT])
     with pytest.raises(SystemExit) as error:
-        find_dataset(read_args(flags.split()))
+        dataset_ids(read_args(flags.split()))
     message = str(error.value.code)
     assert message.startswith("bc_flow_offline.py: ") and "\n" not in message
     for word in words.split():

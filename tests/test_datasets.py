@@ -1,4 +1,4 @@
-"""Data of bc_flow_offline.py: each format read from small files of its layout, and what happens when it cannot be."""
+"""common/datasets.py, through bc_flow_offline.py: formats from small files of their layout, and what goes wrong."""
 
 import contextlib
 import shutil
@@ -22,6 +22,7 @@ from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, w
 
 import bc_flow_offline
 from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
+from common import datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 SCRIPT, CPU = "bc_flow_offline.py", torch.device("cpu")
@@ -459,7 +460,7 @@ def d4rl_server(tmp_path) -> Iterator[offline_data.FileServer]:
 )
 def test_addresses_of_d4rl_files(name, path):
     """D4RL infos.py:297-330."""
-    assert bc_flow_offline.d4rl_files()[name] == path
+    assert datasets.d4rl_files()[name] == path
 
 
 def test_a_d4rl_file_is_downloaded_once(tmp_path, d4rl_server, capsys):
@@ -763,7 +764,7 @@ def test_two_processes_that_store_the_same_data(tmp_path):
     box = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
     parts = np.zeros((3, 2)), np.zeros((2, 1), np.float32), np.zeros(2), *np.array([[False] * 2, [False, True]])
     root = tmp_path / "minari" / "own"
-    bc_flow_offline.store("own/data-v0", [parts], **box)
+    datasets.store("own/data-v0", [parts], **box)
     root.rename(tmp_path / "theirs")
 
     def episodes():
@@ -771,7 +772,7 @@ def test_two_processes_that_store_the_same_data(tmp_path):
         shutil.copytree(tmp_path / "theirs", root)
         yield parts
 
-    assert bc_flow_offline.store("own/data-v0", episodes(), **box) == "own/data-v0"
+    assert datasets.store("own/data-v0", episodes(), **box) == "own/data-v0"
     assert train_rows("own/data-v0").size == 2 and not list((tmp_path / "minari").glob(".*"))
 
 
