@@ -5,7 +5,7 @@
     python sac_state_sim.py --resume RUN_DIR                        # go on after Ctrl-C or a crash
     python sac_state_sim.py --eval-only RUN_DIR --record-dataset franka/pick-v0
     python sac_state_sim.py --role learner                          # needs an actor; SERL's two processes
-    python sac_state_sim.py --role actor --learner 127.0.0.1        # needs a learner; as many as you like
+    python sac_state_sim.py --role actor --address 127.0.0.1:5588   # needs a learner; as many as you like
 
 Expect: mean eval/success_rate >= 0.95 over five seeds [benchmarks/results/sac_pick_default.csv]
 Expect: wall_s <= 180, peak_mb <= 1000 (2 CPU cores) [benchmarks/results/sac_pick_default.csv]
@@ -17,32 +17,19 @@ several steps: Rainbow arXiv:1710.02298; actor and learner: SERL arXiv:2401.1601
 Differs from SERL (serl_launcher, commit cd5f7e7): an optimizer steps only when its network is updated (SERL feeds zero
 gradients through Adam, so that an actor updated every N-th tick moves about sqrt(N) times further per gradient); the
 entropy for the temperature is that of the actor's own batch, not of next_observations; subsets are drawn without
-replacement; the ratio of updates to steps is kept exactly, also with two processes, unless --no-paced; the policy that
-is evaluated is an average of the learned ones.
-New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit.
+replacement; the ratio of updates to steps is kept exactly, also with two processes; the policy that is evaluated is an
+average of the learned ones.
+New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit. common/ holds what is not learning.
 """
 
-import contextlib
 import copy
-import ctypes
-import dataclasses
-import io
 import json
 import math
 import os
-import shutil
-import signal
-import subprocess
-import sys
-import time
-import uuid
-import warnings
-from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from functools import partial
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
 
@@ -50,50 +37,32 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from gymnasium import spaces
 from torch import Tensor, nn
 
-import franka_sim  # registers the Franka tasks  # TASK: import the module that registers yours
+import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+from common import envs, link
+from common.evaluation import evaluate, record_video
+from common.run import Run, ends_well, report
+from common.setup import Graphed, RunArgs, check_memory, fail, flag, parse, set_up_torch
 
-PROTOCOL = "sac-rows-1"  # of the messages between actor and learner
+TAU = 0.005  # the target critic's step towards the critic after each critic update
+STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
+FIXED_STD = 0.1  # of --std-parameterization fixed
+EXPLORE_STEPS = 20  # how long --explore-prob holds a value
+PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
+ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it waits
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
 @dataclass
-class Args:
-    # experiment
-    exp_name: str = "sac_state_sim"
-    """name of this experiment, part of the run directory's name"""
-    seed: int = 1
-    """seed of everything: networks, sampling, exploration, training and evaluation episodes"""
-    run_dir: str | None = None
-    """directory to write to (default: runs/ENV__EXP__SEED__TIME)"""
-    resume: str | None = None
-    """run directory to continue; its own flags are used, only a few (such as total_timesteps) may change"""
-    eval_only: str | None = None
-    """run directory to evaluate: final_eval_episodes episodes and a video, no training"""
+class Args(RunArgs):
     record_dataset: str | None = None
     """store the last evaluation's episodes as this local Minari dataset, e.g. franka/pick-v0"""
-    capture_video: bool = True
-    """write an mp4 of the policy at the end (needs OpenGL: EGL or OSMesa)"""
-    track: bool = False
-    """mirror the TensorBoard scalars to Weights & Biases"""
-    wandb_project_name: str = "robot-learning"
-    """Weights & Biases project"""
-    cuda: bool = True
-    """use a GPU when there is one"""
-    compile: bool = True
-    """on a GPU: compile the losses and replay each update as one CUDA graph (a CPU is faster without)"""
-    threads: int = 2
-    """CPU threads for PyTorch: half of them for the critics, half for the actor, whose updates then run side by side"""
-    amp: bool = False
-    """bfloat16 matrix products: faster on a GPU, and on CPUs with AVX512-BF16 or AMX"""
     # environment
     env_id: str = "FrankaPickCube-v0"  # TASK: your task
-    """gymnasium id, also module:Env-v0, with Box or flattenable Dict observations and bounded Box actions"""
-    frame_stack: int = 1
-    """observations of this many steps are concatenated"""
+    """gymnasium id, also module:Env-v0 or module:namespace/Env-v0, with Box or flattenable Dict observations and
+    bounded Box actions"""
     action_chunk: int = 1
     """actions chosen at once and executed one after the other; rewards are summed"""
     gripper_penalty: float = 0.0
@@ -108,34 +77,26 @@ class Args:
     batch_size: int = 128
     """transitions per critic update, demonstrations included"""
     utd_ratio: int = 6
-    """critic updates per environment step"""
+    """critic updates per environment step; 0, for a learner only: as many as time allows"""
     policy_delay: int = 2
     """critic updates per update of actor and temperature"""
-    demos: int = 20
-    """demonstrations collected from the task's scripted expert before training (0: none)"""
-    demo_dataset: str | None = None
-    """Minari dataset with demonstrations, instead of the scripted expert"""
+    demos: str = "20"
+    """demonstrations to collect from the task's scripted expert (0: none), or the Minari dataset that has them"""
     demo_ratio: float = 0.5
     """fraction of each batch that is drawn from the demonstrations (RLPD: 0.5)"""
     demo_noise: float = 0.1
     """standard deviation of noise on the scripted expert's actions, in [-1, 1]: shows how to recover"""
     eval_every: int = 1_000
-    """environment steps between evaluations"""
+    """environment steps between evaluations; twice as often a row of train.csv, half as often a checkpoint"""
     eval_episodes: int = 10
     """episodes per evaluation during training"""
     final_eval_episodes: int = 50
     """episodes of the last evaluation"""
-    log_every: int = 500
-    """environment steps between rows of train.csv"""
-    save_every: int = 2_000
-    """environment steps between checkpoints"""
     # algorithm
     gamma: float = 0.97
     """discount factor per environment step"""
     n_step: int = 1
     """steps whose rewards a critic's target sums before it bootstraps (SAC: 1)"""
-    tau: float = 0.005
-    """target critic's step towards the critic after each critic update"""
     hidden_dims: tuple[int, ...] = (256, 256)
     """units of the hidden layers"""
     activation: Literal["relu", "tanh", "silu", "gelu"] = "relu"
@@ -147,43 +108,25 @@ class Args:
     normalize_observations: bool = True
     """scale observations by their running mean and standard deviation"""
     num_qs: int = 2
-    """critics"""
+    """critics; the actor maximises their mean"""
     num_min_qs: int = 2
     """critics in a random subset whose minimum is the target (REDQ)"""
-    actor_q: Literal["mean", "min"] = "mean"
-    """what the actor maximises: mean (SERL, REDQ) or minimum (SAC) over all critics"""
     backup_entropy: bool = False
     """add the policy's entropy to the target (SAC: yes, SERL: no)"""
     std_parameterization: Literal["exp", "softplus", "uniform", "fixed"] = "exp"
     """the policy's standard deviation: of the network by exp or softplus, one learned vector, or a constant"""
-    fixed_std: float = 0.1
-    """standard deviation before tanh for std_parameterization fixed"""
-    std_min: float = 1e-5
-    """smallest standard deviation"""
-    std_max: float = 5.0
-    """largest standard deviation"""
     explore_prob: float = 0.0
-    """probability per step, for each dimension of the action, to hold a random value for explore_steps steps"""
-    explore_steps: int = 20
-    """how long it is held"""
+    """probability per step, for each dimension of the action, to hold a random value for a while"""
     actor_ema: float = 0.9995
     """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
-    autotune: bool = True
-    """adjust the temperature so that the entropy stays at its target"""
     alpha_init: float = 0.01
-    """temperature at the start, or always with --no-autotune"""
+    """temperature at the start"""
     target_entropy_per_dim: float = -0.5
-    """target entropy divided by the number of action dimensions (SERL, RLPD: -0.5; SAC: -1)"""
+    """the temperature is adjusted to this entropy, times the action's dimensions (SERL, RLPD: -0.5; SAC: -1)"""
     bc_weight: float = 50.0
     """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
-    reward_scale: float = 1.0
-    """factor on the reward that the critics learn"""
-    actor_lr: float = 3e-4
-    """learning rate of the actor"""
-    critic_lr: float = 3e-4
-    """learning rate of the critics"""
-    alpha_lr: float = 3e-4
-    """learning rate of the temperature"""
+    lr: float = 3e-4
+    """learning rate of actor, critics and temperature"""
     lr_warmup: int = 0
     """updates over which actor's and critics' learning rates rise from 0 (SERL: 2,000)"""
     lr_decay: int = 0
@@ -193,271 +136,68 @@ class Args:
     # actor and learner
     role: Literal["both", "learner", "actor"] = "both"
     """one process, or one of SERL's two"""
-    learner: str = "127.0.0.1"
-    """actor: host of the learner"""
-    port: int = 5588
-    """port for transitions; weights are published on the next one"""
-    bind: str = "127.0.0.1"
-    """learner: address to listen on; other than loop-back needs curve_keys or insecure_lan"""
+    address: str = "127.0.0.1:5588"
+    """HOST:PORT of the learner; its policy is published on the next port"""
     curve_keys: str | None = None
-    """directory with CURVE keys, the same on all machines; made when the learner finds none there"""
-    insecure_lan: bool = False
-    """learner: listen on a network without encryption and authentication"""
-    paced: bool = True
-    """learner: utd_ratio updates per received step; otherwise it updates without a pause"""
-    actor_ahead: int = 100
-    """actor: steps that it may be ahead of a paced learner before it waits"""
-    publish_every: int = 50
-    """learner: updates between two publications of the weights"""
-    learner_timeout_s: float = 60.0
-    """actor: gives up when no learner has answered for this long (s)"""
+    """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
 
-    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track cuda compile threads total_timesteps "
-    MAY_CHANGE += "eval_episodes final_eval_episodes learner port bind curve_keys insecure_lan learner_timeout_s"
-    SHAPING = (
-        "env_id frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
-    )
-    SHAPING += "std_parameterization fixed_std std_min std_max"
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads total_timesteps "
+    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys"
+    SHAPING = "env_id action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
+    SHAPING += "std_parameterization"
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
         for name, value in vars(self).items():
-            least = 0 if name in ("seed", "demos", "lr_warmup", "lr_decay") else 1
+            least = 0 if name in ("seed", "lr_warmup", "lr_decay", "utd_ratio") else 1
             if type(value) is int and value < least:
                 fail(f"{flag(name)} {value}: give at least {least}")
             if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
                 fail(f"{flag(name)} {value}: give a number that is not negative")
-            if name in ("gamma", "tau") and value > 1 or name in ("demo_ratio", "dropout", "actor_ema") and value >= 1:
+            if (name == "gamma" and value > 1) or (name in ("demo_ratio", "dropout", "actor_ema") and value >= 1):
                 fail(f"{flag(name)} {value}: give a number from 0 to 1")
         if self.num_min_qs > self.num_qs:
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
-        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or not self.fixed_std:
-            fail("--hidden-dims, --alpha-init and --fixed-std must be above 0")
+        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init:
+            fail("--hidden-dims and --alpha-init must be above 0")
+        if self.utd_ratio == 0 and self.role == "both":
+            fail("--utd-ratio 0: is for --role learner, which learns while an actor acts")
+        if self.record_dataset:
+            envs.check_new_dataset(self.record_dataset)
 
     def shared(self) -> dict[str, object]:
         """What shapes task and policy, and so must be the same in actor and learner."""
-        return json.loads(json.dumps({name: getattr(self, name) for name in Args.SHAPING.split()}))
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 1."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
-
-
-def parse_args(argv: list[str] | None = None) -> Args:
-    """The command line; with --resume or --eval-only the run's own flags are the defaults.
-
-    Exits with one line when flags contradict each other or the run.
-    """
-    args = tyro.cli(Args, args=argv, description=__doc__)
-    if run_dir := args.resume or args.eval_only:
-        try:
-            saved = json.loads((Path(run_dir) / "args.json").read_text())
-            saved = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
-            saved.check()
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            fail(f"--{'resume' if args.resume else 'eval-only'} {run_dir}: no run of this script there ({error})")
-        args = tyro.cli(Args, args=argv, description=__doc__, default=saved)
-        for name in vars(saved).keys() - set(Args.MAY_CHANGE.split()):
-            if getattr(args, name) != (theirs := getattr(saved, name)):
-                fail(f"{flag(name)}: {run_dir} has {theirs}; leave the flag out, or start a new run")
-        args.run_dir = run_dir
-    args.check()
-    if args.record_dataset:
-        check_new_dataset(args.record_dataset)
-    return args
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def check_new_dataset(dataset_id: str) -> None:
-    """Exits with one line when Minari would refuse this name after the training."""
-    import minari
-    from minari.dataset.minari_dataset import parse_dataset_id
-
-    try:
-        parse_dataset_id(dataset_id)
-    except ValueError as error:
-        fail(f"--record-dataset: {error}")
-    if dataset_id in minari.list_local_datasets():
-        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
+        return json.loads(json.dumps({flag(name): getattr(self, name) for name in Args.SHAPING.split()}))
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
-class GripperPenalty(gym.Wrapper):
-    """Subtracts a penalty when the gripper command, the last action, switches between opening and closing."""
-
-    def __init__(self, env: gym.Env, penalty: float):
-        super().__init__(env)
-        self.penalty, self.command = penalty, 0.0
-
-    def reset(self, **kwargs):
-        self.command = 0.0
-        return self.env.reset(**kwargs)
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        if abs(action[-1]) > 0.5:
-            reward -= self.penalty * (action[-1] * self.command < 0)
-            self.command = action[-1]
-        return obs, reward, terminated, truncated, info
+def make_env(args: Args, render: bool = False) -> gym.Env:
+    """The task, as it is demonstrated and recorded."""
+    env = envs.make(args.env_id, render)  # TASK: keyword options of your task
+    return env  # TASK: wrappers of your own; one that changes actions has its own expert_action()
 
 
-class ActionChunk(gym.Wrapper):
-    """Executes several actions, given as one vector (length * A,), one after the other; rewards are summed."""
-
-    def __init__(self, env: gym.Env, length: int):
-        super().__init__(env)
-        self.length = length
-        low, high = (np.tile(bound, length) for bound in (env.action_space.low, env.action_space.high))
-        self.action_space = spaces.Box(low, high, dtype=env.action_space.dtype)
-
-    def step(self, actions):
-        rewards = 0.0
-        for action in np.split(np.asarray(actions), self.length):
-            obs, reward, terminated, truncated, info = self.env.step(action)
-            rewards += reward
-            if terminated or truncated:
-                break
-        return obs, rewards, terminated, truncated, info
-
-
-class Recorder(gym.Wrapper):
-    """Keeps every episode: its observations, and its steps (action, reward, terminated, truncated)."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.episodes = []
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        self.episodes.append(([obs], []))
-        return obs, info
-
-    def step(self, action):
-        obs, *ends, info = self.env.step(action)
-        self.episodes[-1][0].append(obs)
-        self.episodes[-1][1].append((action, *ends))
-        return obs, *ends, info
-
-
-class Playback(gym.Env):
-    """A recorded episode as an environment, so that demonstrations pass through the same wrappers as live steps."""
-
-    def __init__(self, env: gym.Env, observations: list, rewards: np.ndarray, terminations: np.ndarray):
-        self.observation_space, self.action_space = env.observation_space, env.action_space
-        self.observations, self.rewards, self.terminations = observations, rewards, terminations
-
-    def reset(self, **kwargs):
-        self.t = 0
-        return self.observations[0], {}
-
-    def step(self, action):
-        reward, terminated = float(self.rewards[self.t]), bool(self.terminations[self.t])
-        self.t += 1
-        return self.observations[self.t], reward, terminated, self.t == len(self.rewards), {}
-
-
-def make_env(args: Args, render: bool = False, base: gym.Env | None = None, wrap: bool = True) -> gym.Env:
-    """The task, or `base`, with flat observations (O,) and actions in [-1, 1] (A,), or as it is without `wrap`.
-
-    Exits with one line when this script cannot learn it.
-    """
-    try:
-        options = {"render_mode": "rgb_array"} if render else {}  # TASK: keyword options of your task
-        env = base or gym.make(args.env_id, **options)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"--env-id {args.env_id}: {error}")
-    boxes = env.observation_space.spaces.values() if isinstance(env.observation_space, spaces.Dict) else ()
-    for box in (env.observation_space, *boxes):
-        if isinstance(box, spaces.Box) and len(box.shape) >= 2:
+def wrap_states(env: gym.Env, args: Args) -> gym.Env:
+    """The task with flat observations (O,) and actions (A,) in [-1, 1]. Exits when this script cannot learn it."""
+    space = env.observation_space
+    for box in envs.leaves(space):
+        if envs.looks_like_image(box):
             fail(f"--env-id {args.env_id}: observations of shape {box.shape} look like images; use sac_pixel_sim.py")
-    if not env.observation_space.is_np_flattenable:
-        fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {env.observation_space}")
-    if not isinstance(env.action_space, spaces.Box) or not env.action_space.is_bounded():
-        fail(f"--env-id {args.env_id}: actions must be a bounded Box, not {env.action_space}")
-    if not wrap:
-        return env
+    if not space.is_np_flattenable:
+        fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
+    envs.check_actions(env, args.env_id)
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if args.gripper_penalty:
-        env = GripperPenalty(env, args.gripper_penalty)
-    env = gym.wrappers.FlattenObservation(env)  # TASK: wrappers of your own
-    if args.frame_stack > 1:
-        env = gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, args.frame_stack))
+        env = envs.GripperPenalty(env, args.gripper_penalty)
+    env = gym.wrappers.FlattenObservation(env)
     if args.action_chunk > 1:
-        env = ActionChunk(env, args.action_chunk)
-    return env
+        env = envs.ActionChunk(env, args.action_chunk)
+    return gym.wrappers.RecordEpisodeStatistics(env)
 
 
-def episode_seed(seed: int, stream: int, episode: int) -> int:
-    """The seed of an episode's reset; streams keep training (0), evaluation (1), demonstrations (2) apart."""
-    return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
-
-
-def expert_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
-    """The task's scripted expert: T+1 observations, actions (T, A), rewards (T,), terminations (T,) of each episode.
-
-    Exits when the task has none, which would be a method `expert_action() -> action` of the unwrapped environment.
-    """
-    if not hasattr(env.unwrapped, "expert_action"):
-        fail(f"--demos {args.demos}: {args.env_id} has no expert_action(); use --demo-dataset ID or --demos 0")
-    recorder, rng, space = Recorder(env), np.random.default_rng(args.seed), env.action_space
-    for episode in range(args.demos):
-        recorder.reset(seed=episode_seed(args.seed, 2, episode))
-        done = False
-        while not done:
-            noise = args.demo_noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
-            action = np.clip(env.unwrapped.expert_action() + noise, space.low, space.high).astype(space.dtype)
-            _, _, terminated, truncated, _ = recorder.step(action)
-            done = terminated or truncated
-        observations, steps = recorder.episodes[-1]
-        actions, rewards, terminations, _ = (np.array(values) for values in zip(*steps, strict=True))
-        yield observations, actions, rewards, terminations
-
-
-def minari_episodes(args: Args, env: gym.Env) -> Iterator[tuple]:
-    """The episodes of a local Minari dataset, as `expert_episodes` gives them. Exits when they do not fit the task."""
-    import minari
-
-    def layout(space: spaces.Space) -> object:
-        return {k: layout(v) for k, v in space.items()} if isinstance(space, spaces.Dict) else space.shape
-
-    try:
-        dataset = minari.load_dataset(args.demo_dataset)
-    except (FileNotFoundError, ValueError) as error:
-        fail(f"--demo-dataset {args.demo_dataset}: {error}; `minari list local` shows what is there")
-    ours, theirs = env.action_space, dataset.action_space
-    same_actions = ours.shape == theirs.shape and np.allclose([ours.low, ours.high], [theirs.low, theirs.high])
-    if not same_actions or layout(env.observation_space) != layout(dataset.observation_space):
-        spaces_of = f"{dataset.observation_space}, {theirs}; the task's are {env.observation_space}, {ours}"
-        fail(f"--demo-dataset {args.demo_dataset}: does not fit {args.env_id}; its spaces are {spaces_of}")
-    for episode in dataset.iterate_episodes():
-        observations = episode.observations
-        if isinstance(observations, dict):
-            observations = [{k: v[t] for k, v in observations.items()} for t in range(len(episode) + 1)]
-        yield observations, episode.actions, episode.rewards, episode.terminations
-
-
-def load_demos(args: Args) -> np.ndarray:
-    """Demonstrations as rows (N, W) of the replay buffer, from a Minari dataset or the task's scripted expert."""
-    env, rows = make_env(args, wrap=False), []
-    low, high, length = env.action_space.low, env.action_space.high, args.action_chunk
-    for observations, actions, *ends in (minari_episodes if args.demo_dataset else expert_episodes)(args, env):
-        playback = make_env(args, base=Playback(env, observations, *ends))
-        actions = np.clip(2 * (actions - low) / (high - low) - 1, -1, 1)  # (T, A) in [-1, 1]
-        padding = np.repeat(actions[-1:], -len(actions) % length, 0)  # the last chunk's, not executed
-        obs, _ = playback.reset()
-        for action in np.concatenate([actions, padding]).reshape(-1, length * actions.shape[1]):
-            next_obs, reward, terminated, truncated, _ = playback.step(action)
-            rows.append(transition(obs, action, reward, next_obs, terminated))
-            obs = next_obs
-            if terminated or truncated:
-                break
-    if not np.isfinite(rows).all():
-        fail(f"--demo-dataset {args.demo_dataset}: holds numbers that are not finite")
-    return np.stack(rows)
+def success(info: dict) -> float:
+    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -479,7 +219,8 @@ class EnsembleLayerNorm(nn.Module):
 
     def __init__(self, num: int, dim: int):
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(num, 1, dim)), nn.Parameter(torch.zeros(num, 1, dim))
+        self.weight = nn.Parameter(torch.ones(num, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(num, 1, dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), self.weight)  # flax's eps
@@ -510,7 +251,7 @@ class Actor(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.std_parameterization, self.std_min, self.std_max = args.std_parameterization, args.std_min, args.std_max
+        self.std_parameterization = args.std_parameterization
         self.trunk = MLP(1, obs_dim, args.hidden_dims, args.activation, args.layer_norm)
         self.mean = EnsembleLinear(1, args.hidden_dims[-1], action_dim)
         if args.std_parameterization in ("exp", "softplus"):
@@ -518,15 +259,18 @@ class Actor(nn.Module):
         elif args.std_parameterization == "uniform":
             self.log_std = nn.Parameter(torch.zeros(action_dim))
         else:
-            self.register_buffer("log_std", torch.full((action_dim,), math.log(args.fixed_std)))
+            self.register_buffer("log_std", torch.full((action_dim,), math.log(FIXED_STD)))
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation before tanh, (B, A) each, of observations (B, O)."""
         features = self.trunk(obs.unsqueeze(0))  # (1, B, H)
         mean = self.mean(features).squeeze(0)
-        raw = self.log_std(features).squeeze(0) if isinstance(self.log_std, nn.Module) else self.log_std.expand_as(mean)
+        if isinstance(self.log_std, nn.Module):
+            raw = self.log_std(features).squeeze(0)
+        else:
+            raw = self.log_std.expand_as(mean)
         std = F.softplus(raw) if self.std_parameterization == "softplus" else raw.exp()
-        return mean, std.clamp(self.std_min, self.std_max)
+        return mean, std.clamp(STD_MIN, STD_MAX)
 
     def sample(self, obs: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Actions (B, A) with noise eps (B, A), and their log density (B,)."""
@@ -546,8 +290,8 @@ class Critic(nn.Module):
 
     def __init__(self, obs_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.num = args.num_qs
         dims = args.hidden_dims
+        self.num = args.num_qs
         self.trunk = MLP(self.num, obs_dim + action_dim, dims, args.activation, args.layer_norm, args.dropout)
         self.q = EnsembleLinear(self.num, dims[-1], 1)
 
@@ -570,7 +314,8 @@ class Normalizer(nn.Module):
     def update(self, obs: Tensor) -> None:
         """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
         total = self.count + len(obs)
-        delta, weight = obs.mean(0) - self.mean, len(obs) / total
+        delta = obs.mean(0) - self.mean
+        weight = len(obs) / total
         self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
         self.mean += weight * delta
         self.count.copy_(total)
@@ -588,74 +333,136 @@ class Batch(NamedTuple):
     terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
 
 
-def transition(obs: np.ndarray, action: np.ndarray, reward: float, next_obs: np.ndarray, terminated: bool):
-    """One transition as a float32 row (O + A + 1 + O + 1,): the unit of the buffer, the journal and the wire."""
-    return np.concatenate([obs, action, [reward], next_obs, [terminated]], dtype=np.float32, casting="same_kind")
+def step_type(obs_dim: int, action_dim: int) -> np.dtype:
+    """One step as it is journalled and sent: an action and what followed; `first`: a reset, without an action."""
+    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
+    return np.dtype([*fields, ("observation", "f4", (obs_dim,))])
 
 
-def split_rows(rows: Tensor, splits: tuple[int, ...]) -> Batch:
-    """Rows (B, W) by their meaning."""
-    observations, actions, rewards, next_observations, terminations = rows.split(splits, -1)
-    return Batch(observations, actions, rewards.squeeze(-1), next_observations, terminations.squeeze(-1))
+def pack_step(dtype: np.dtype, action: np.ndarray | None, obs: np.ndarray, reward=0.0, terminated=False) -> np.ndarray:
+    """A step of type `step_type` (); without an action a reset."""
+    step = np.zeros((), dtype)
+    step["observation"] = obs
+    step["first"] = action is None
+    if action is not None:
+        step["action"] = action
+        step["reward"] = reward
+        step["terminated"] = terminated
+    return step
 
 
 class ReplayBuffer:
-    """Uniform ring buffer of rows; lives on the device, so that sampling is one gather per step."""
+    """Uniform ring buffer of transitions; lives on the device, so that sampling is one gather per field."""
 
-    n_step, gamma = 1, 1.0  # of what is sampled
+    FIELDS = (*Batch._fields, "continues")
 
-    def __init__(self, capacity: int, splits: tuple[int, ...], device: torch.device):
-        self.rows, self.splits = torch.empty(capacity, sum(splits), device=device), splits
-        self.total = 0  # rows ever added
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, n_step=1, gamma=1.0):
+        """Batches are of `n_step` steps, whose rewards are discounted by `gamma`."""
+        self.capacity = capacity
+        self.device = device
+        self.n_step = n_step
+        self.gamma = gamma
+        self.observations = torch.empty(capacity, obs_dim, device=device)
+        self.actions = torch.empty(capacity, action_dim, device=device)
+        self.rewards = torch.empty(capacity, device=device)
+        self.next_observations = torch.empty(capacity, obs_dim, device=device)
+        self.terminations = torch.empty(capacity, device=device)
+        self.continues = torch.empty(capacity, dtype=torch.bool, device=device)  # the episode of the slot before
+        self.total = 0  # transitions ever added
+        self.newest: dict[str, Tensor] = {}  # each actor's newest observation (O,)
+        self.last_actor: str | None = None  # whose episode the newest transition belongs to, until it ends
 
     def __len__(self) -> int:
-        return min(self.total, len(self.rows))
+        return min(self.total, self.capacity)
 
-    def add(self, rows: Tensor) -> None:
-        """Appends rows (N, W), oldest first."""
-        capacity = len(self.rows)
-        self.total += len(rows)
-        rows = rows[-capacity:]
-        start = (self.total - len(rows)) % capacity
-        head = min(len(rows), capacity - start)
-        self.rows[start : start + head] = rows[:head]
-        self.rows[: len(rows) - head] = rows[head:]
+    def add(self, step: np.ndarray, actor: str = "") -> int:
+        """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
+        obs = torch.tensor(step["observation"], device=self.device)
+        if step["first"]:
+            self.newest[actor] = obs
+            if self.last_actor == actor:
+                self.last_actor = None
+            return 0
+        slot = self.total % self.capacity
+        self.observations[slot] = self.newest[actor]
+        self.actions[slot] = torch.tensor(step["action"], device=self.device)
+        self.rewards[slot] = float(step["reward"])
+        self.next_observations[slot] = obs
+        self.terminations[slot] = float(step["terminated"])
+        self.continues[slot] = self.last_actor == actor
+        self.total += 1
+        self.newest[actor] = obs
+        self.last_actor = actor
+        return 1
 
-    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Rows (*shape, W) of n_step steps, uniformly with replacement."""
-        return self.follow_up(torch.randint(len(self), shape, generator=generator, device=self.rows.device))[0]
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
+        """Transitions (*shape, ...) of n_step steps, uniformly with replacement."""
+        slots = torch.randint(len(self), shape, generator=generator, device=self.device)
+        return self.follow_up(slots)
 
-    def follow_up(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows in `slots` (...), each n_step steps long (..., W), and the slots (...) of their last steps.
+    def follow_up(self, slots: Tensor) -> Batch:
+        """The transitions in `slots` (...), each n_step steps long.
 
-        Rewards are summed with their discounts; `terminated` becomes the part of the next observation's value that the
-        target loses. Rows are shorter where the episode or the buffer ends, or another actor's rows come between.
+        Rewards are summed with their discounts; `terminations` becomes the part of the next observation's value that
+        the target loses. They are shorter where the episode or the buffer ends, or another actor's steps come between.
         """
-        rows, last, reward = self.rows[slots], slots, sum(self.splits[:2])
+        batch = Batch(*(getattr(self, name)[slots] for name in Batch._fields))
+        newest = (self.total - 1) % self.capacity
+        last = slots
         for _ in range(1, self.n_step):
-            after, discount = (last + 1) % len(self.rows), self.gamma * (1 - rows[..., -1:])
-            goes_on = self.joined(last, after) & (last != (self.total - 1) % len(self.rows))  # (...)
-            _, rewards, next_obs, end = self.rows[after].split([reward, 1, self.splits[3], 1], -1)
-            sums = rows[..., reward : reward + 1] + discount * rewards
-            longer = torch.cat([rows[..., :reward], sums, next_obs, 1 - discount * (1 - end)], -1)
-            rows, last = torch.where(goes_on[..., None], longer, rows), torch.where(goes_on, after, last)
-        return rows, last
+            after = (last + 1) % self.capacity
+            goes_on = self.continues[after] & (last != newest)  # (...)
+            discounts = self.gamma * (1 - batch.terminations)
+            rewards = batch.rewards + discounts * self.rewards[after]
+            terminations = 1 - discounts * (1 - self.terminations[after])
+            batch = batch._replace(
+                rewards=torch.where(goes_on, rewards, batch.rewards),
+                next_observations=torch.where(
+                    goes_on[..., None], self.next_observations[after], batch.next_observations
+                ),
+                terminations=torch.where(goes_on, terminations, batch.terminations),
+            )
+            last = torch.where(goes_on, after, last)
+        return batch
 
-    def joined(self, before: Tensor, after: Tensor) -> Tensor:
-        """Whether the rows in slots `after` begin with what those in slots `before` end with (...)."""
-        obs_dim = self.splits[0]
-        return (self.rows[after][..., :obs_dim] == self.rows[before][..., -obs_dim - 1 : -1]).all(-1)
-
-    def last(self, count: int) -> Tensor:
-        """The newest `count` rows, oldest first."""
-        return self.rows[torch.arange(self.total - count, self.total, device=self.rows.device) % len(self.rows)]
+    def newest_observations(self, count: int) -> Tensor:
+        """Observations (count, O) of the newest transitions, oldest first."""
+        return self.observations[torch.arange(self.total - count, self.total, device=self.device) % self.capacity]
 
     def state_dict(self) -> dict:
-        return {"rows": self.rows[: len(self)].clone(), "total": self.total}
+        state = {name: getattr(self, name)[: len(self)].clone() for name in self.FIELDS}
+        return state | {"total": self.total, "newest": dict(self.newest), "last_actor": self.last_actor}
 
     def load_state_dict(self, state: dict) -> None:
-        self.rows[: len(state["rows"])] = state["rows"]
+        count = len(state["rewards"])
+        for name in self.FIELDS:
+            if count > self.capacity:
+                setattr(self, name, state[name])
+            else:
+                getattr(self, name)[:count] = state[name]
+        self.capacity = max(self.capacity, count)
         self.total = state["total"]
+        self.newest = dict(state["newest"])
+        self.last_actor = state["last_actor"]
+
+
+def load_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
+    """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
+    task = make_env(args)
+    episodes = list(envs.demonstrations(args.demos, task, args.seed, args.demo_noise))
+    steps = []
+    for episode in episodes:
+        for action, obs, reward, terminated in envs.replay(episode, task, wrap, args.action_chunk):
+            steps.append(pack_step(agent.step_type, action, obs, reward, terminated))
+    task.close()
+    demos = agent.make_buffer(len(steps) - len(episodes))
+    for step in steps:
+        demos.add(step)
+    agent.observe(demos.newest_observations(len(demos)))
+    verdicts = [success(episode.info) for episode in episodes]
+    known = "success unknown" if any(map(math.isnan, verdicts)) else f"{int(sum(verdicts))} successful"
+    print(f"{len(episodes)} demonstrations, {len(demos)} steps, {known}", flush=True)
+    return demos
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
@@ -664,48 +471,50 @@ class Agent:
 
     PARTS = ("normalizer", "actor", "mean_actor", "critic", "target_critic")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer")
-    LOSSES = ("critic_loss", "q_values", "actor_loss", "entropy", "alpha")  # columns of train.csv
+    METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
 
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Box, args: Args, device: torch.device):
-        obs_dim, action_dim = observation_space.shape[0], action_space.shape[0]
-        self.args, self.device, self.action_dim = args, device, action_dim
+        self.args = args
+        self.device = device
+        self.obs_dim, self.action_dim = observation_space.shape[0], action_space.shape[0]
+        self.step_type = step_type(self.obs_dim, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
-        self.normalizer = (Normalizer(obs_dim) if args.normalize_observations else nn.Identity()).to(device)
-        self.actor = Actor(obs_dim, action_dim, args).to(device)
+        self.normalizer = (Normalizer(self.obs_dim) if args.normalize_observations else nn.Identity()).to(device)
+        self.actor = Actor(self.obs_dim, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = Critic(obs_dim, action_dim, args).to(device)
+        self.critic = Critic(self.obs_dim, self.action_dim, args).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
         self.raw_alpha = nn.Parameter(torch.tensor(math.log(math.expm1(args.alpha_init)), device=device))
-        self.target_entropy = args.target_entropy_per_dim * action_dim
-        self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.actor_lr, args.weight_decay)
-        self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.critic_lr, args.weight_decay)
-        self.alpha_optimizer = self.make_optimizer([self.raw_alpha], args.alpha_lr, 0.0)
-        networks = (self.actor, self.mean_actor, self.critic, self.target_critic)
-        self.actor_parameters, self.mean_parameters, *others = (list(network.parameters()) for network in networks)
-        self.critic_parameters, self.target_parameters = others
-        self.splits = (obs_dim, action_dim, 1, obs_dim, 1)
-        self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos or args.demo_dataset else 0  # per batch
+        self.target_entropy = args.target_entropy_per_dim * self.action_dim
+        self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.weight_decay)
+        self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.weight_decay)
+        self.alpha_optimizer = self.make_optimizer([self.raw_alpha], 0.0)
+        self.actor_parameters = list(self.actor.parameters())
+        self.mean_parameters = list(self.mean_actor.parameters())
+        self.critic_parameters = list(self.critic.parameters())
+        self.target_parameters = list(self.target_critic.parameters())
+        self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos != "0" else 0  # per batch
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
         # Of `explore`: steps to go and value of each dimension.
-        self.held_steps, self.held = np.zeros((2, action_dim // args.action_chunk), np.float32)
-        self.critic_updates, self.eager_updates, self.graphs, self.pool = 0, 0, {}, None
-        if args.threads > 1 and device.type == "cpu":
-            self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
+        self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
+        self.critic_updates = 0
         if args.compile and device.type == "cuda":
-            self.critic_loss, self.actor_loss = torch.compile(self.critic_loss), torch.compile(self.actor_loss)
+            self.critic_loss = torch.compile(self.critic_loss)
+            self.actor_loss = torch.compile(self.actor_loss)
+            self.update_once = Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
-    def make_buffer(self, capacity: int, folder: Path) -> ReplayBuffer:
-        """A buffer for this agent's rows; `folder` is for one that is larger than memory."""
-        buffer = ReplayBuffer(capacity, self.splits, self.device)
-        buffer.n_step, buffer.gamma = self.args.n_step, self.args.gamma
-        return buffer
+    def make_buffer(self, capacity: int) -> ReplayBuffer:
+        """A buffer of this agent's transitions. Exits with one line when the memory is not there."""
+        needed = 4 * capacity * (2 * self.obs_dim + self.action_dim + 2)
+        check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
+        return ReplayBuffer(capacity, self.obs_dim, self.action_dim, self.device, self.args.n_step, self.args.gamma)
 
-    def make_optimizer(self, parameters, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        lr_tensor = torch.tensor(lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
+    def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
+        lr = torch.tensor(self.args.lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
         capturable = self.device.type == "cuda"
-        return torch.optim.AdamW(parameters, lr_tensor, weight_decay=weight_decay, fused=True, capturable=capturable)
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable)
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, deterministic: bool) -> np.ndarray:
@@ -715,26 +524,32 @@ class Agent:
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         action = mean.tanh()[0].cpu().numpy()
-        return action if deterministic or not self.args.explore_prob else self.explore(action)
+        if self.args.explore_prob and not deterministic:
+            self.explore(action)
+        return action
 
-    def explore(self, action: np.ndarray) -> np.ndarray:
+    def explore(self, action: np.ndarray) -> None:
         """Now and then a dimension is held at a random value for a while, each on its own; after arXiv:2006.01782."""
         start, value = torch.rand(2, len(self.held), generator=self.generator, device=self.device).cpu().numpy()
         starts = (self.held_steps == 0) & (start < self.args.explore_prob)
-        self.held_steps[starts], self.held[starts] = self.args.explore_steps, 2 * value[starts] - 1
+        self.held_steps[starts] = EXPLORE_STEPS
+        self.held[starts] = 2 * value[starts] - 1
         holds = self.held_steps > 0
         self.held_steps[holds] -= 1
         action.reshape(self.args.action_chunk, -1)[:, holds] = self.held[holds]
-        return action
-
-    def observe(self, rows: Tensor) -> None:
-        """Takes the observations of rows (N, W) into the running statistics."""
-        if self.args.normalize_observations:
-            self.normalizer.update(rows[:, : self.splits[0]])
 
     def random_action(self) -> np.ndarray:
         """Action (A,) uniform in [-1, 1]."""
         return (torch.rand(self.action_dim, generator=self.generator, device=self.device) * 2 - 1).cpu().numpy()
+
+    def policy(self, observations: list, rngs: list) -> np.ndarray:
+        """The deterministic actions (N, A) that are evaluated."""
+        return np.stack([self.act(obs, deterministic=True) for obs in observations])
+
+    def observe(self, observations: Tensor) -> None:
+        """Takes observations (N, O) into the running statistics."""
+        if self.args.normalize_observations:
+            self.normalizer.update(observations)
 
     @property
     def alpha(self) -> Tensor:
@@ -749,8 +564,7 @@ class Agent:
             next_q = next_q_values[subset].amin(0)  # (B,)
             if self.args.backup_entropy:
                 next_q = next_q - self.alpha * next_log_pi
-            rewards = self.args.reward_scale * batch.rewards
-            target_q = rewards + self.args.gamma * (1 - batch.terminations) * next_q  # (B,)
+            target_q = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_q  # (B,)
         q_values = self.critic(batch.observations, batch.actions, generator)  # (E, B)
         loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
@@ -759,8 +573,7 @@ class Agent:
         """Soft policy improvement, and imitation of the demonstrations, which are the batch's last rows."""
         mean, std = self.actor(batch.observations)  # (B, A)
         actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
-        q_values = self.critic(batch.observations, actions)  # (E, B)
-        q = q_values.mean(0) if self.args.actor_q == "mean" else q_values.amin(0)
+        q = self.critic(batch.observations, actions).mean(0)  # (B,)
         loss = (self.alpha.detach() * log_pi - q).mean()
         if self.num_demos and self.args.bc_weight:  # arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3
             error = mean[-self.num_demos :].tanh() - batch.actions[-self.num_demos :]  # (D, A)
@@ -774,85 +587,64 @@ class Agent:
         loss.backward()
         return metrics
 
-    def step_critic(self) -> None:
-        self.critic_optimizer.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, self.args.tau)
-
     def actor_gradient(self, batch: Batch, eps: Tensor) -> dict[str, Tensor]:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
             loss, metrics = self.actor_loss(batch, eps)
         self.actor_optimizer.zero_grad()
         loss.backward(inputs=self.actor_parameters)  # spares the critics' weight gradients
-        if self.args.autotune:
-            self.alpha_optimizer.zero_grad()
-            (self.alpha * (metrics["losses/entropy"] - self.target_entropy)).backward()
+        self.alpha_optimizer.zero_grad()
+        (self.alpha * (metrics["losses/entropy"] - self.target_entropy)).backward()
         return metrics | {"losses/alpha": self.alpha.detach()}
+
+    def step_critic(self) -> None:
+        self.critic_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, TAU)
 
     def step_actor(self) -> None:
         self.actor_optimizer.step()
-        if self.args.autotune:
-            self.alpha_optimizer.step()
+        self.alpha_optimizer.step()
         with torch.no_grad():
             for mean, parameter in zip(self.mean_parameters, self.actor_parameters, strict=True):
                 mean.lerp_(parameter, self.mean_weight)
 
-    def update_once(self, rows: Tensor, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """One critic step on rows (B, W) of the buffer and, `with_actor`, one step of actor and temperature.
+    def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
+        """One critic step on a batch and, `with_actor`, one step of actor and temperature.
 
-        `eps` (2, B, A) is noise for the two steps, `subset` (M,) chooses critics for the target. Both gradients are of
-        the same parameters, as SERL takes them (agents/continuous/sac.py:276), so that two threads share the work.
+        `inputs`: the batch's fields (B, ...), noise for the two steps (2, B, A), critics for the target (M,).
+        Both gradients are of the same parameters, as SERL takes them (agents/continuous/sac.py:276).
         """
-        batch = split_rows(rows, self.splits)
-        observations, next_observations = map(self.normalizer, (batch.observations, batch.next_observations))
-        batch = batch._replace(observations=observations, next_observations=next_observations)
-        actor = self.pool.submit(self.actor_gradient, batch, eps[1]) if self.pool and with_actor else None
+        *fields, eps, subset = inputs
+        batch = Batch(*fields)
+        batch = batch._replace(
+            observations=self.normalizer(batch.observations),
+            next_observations=self.normalizer(batch.next_observations),
+        )
         metrics = self.critic_gradient(batch, eps[0], subset)
         if with_actor:
-            metrics |= actor.result() if actor else self.actor_gradient(batch, eps[1])
+            metrics |= self.actor_gradient(batch, eps[1])
             self.step_actor()
         self.step_critic()
         return metrics
 
     def update(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, count: int) -> dict[str, Tensor]:
         """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
-        metrics, rows = {}, buffer.sample((count, self.args.batch_size - self.num_demos), self.generator)
+        batches = buffer.sample((count, self.args.batch_size - self.num_demos), self.generator)
         if self.num_demos:
-            rows = torch.cat([rows, demos.sample((count, self.num_demos), self.generator)], 1)  # (count, B, W)
+            demo_batches = demos.sample((count, self.num_demos), self.generator)
+            batches = Batch(*(torch.cat(pair, 1) for pair in zip(batches, demo_batches)))  # (count, B, ...)
         eps = torch.randn(count, 2, self.args.batch_size, self.action_dim, generator=self.generator, device=self.device)
         draws = torch.rand(count, self.args.num_qs, generator=self.generator, device=self.device)
-        for inputs in zip(rows, eps, draws.topk(self.args.num_min_qs).indices, strict=True):
+        subsets = draws.topk(self.args.num_min_qs).indices  # (count, M), distinct
+        metrics = {}
+        for i in range(count):
             self.critic_updates += 1
             self.schedule_lr()
             # A plain mean of all actors at first, so that the random one it began with does not stay in it.
             self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
-            update = self.replay if self.args.compile and self.device.type == "cuda" else self.update_once
-            metrics |= update(*inputs, with_actor=self.critic_updates % self.args.policy_delay == 0)
-        return metrics
-
-    def replay(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """`update_once` as one CUDA graph: losses, gradients, optimizers and targets are launched together.
-
-        The first updates run as usual on a side stream (they compile, and fill the optimizers), then one is captured.
-        """
-        if self.eager_updates < 3 * self.args.policy_delay:
-            self.eager_updates += 1
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                metrics = self.update_once(*inputs, with_actor)
-            torch.cuda.current_stream().wait_stream(stream)
-            return metrics
-        if with_actor not in self.graphs:
-            graph, static_inputs = torch.cuda.CUDAGraph(), [tensor.clone() for tensor in inputs]
-            graph.register_generator_state(self.generator)  # for dropout
-            with torch.cuda.graph(graph):
-                metrics = self.update_once(*static_inputs, with_actor)
-            self.graphs[with_actor] = graph, static_inputs, metrics
-        graph, static_inputs, metrics = self.graphs[with_actor]
-        for static, tensor in zip(static_inputs, inputs, strict=True):
-            static.copy_(tensor)
-        graph.replay()
+            with_actor = self.critic_updates % self.args.policy_delay == 0
+            batch = [field[i] for field in batches]
+            metrics |= self.update_once(*batch, eps[i], subsets[i], with_actor=with_actor)
         return metrics
 
     def schedule_lr(self) -> None:
@@ -861,17 +653,44 @@ class Agent:
         if warmup or decay:
             factor = min(1.0, (self.critic_updates - 1) / warmup) if warmup else 1.0
             factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay))) if decay else 1.0
-            self.actor_optimizer.param_groups[0]["lr"].fill_(self.args.actor_lr * factor)
-            self.critic_optimizer.param_groups[0]["lr"].fill_(self.args.critic_lr * factor)
+            self.actor_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
+            self.critic_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
 
-    def policy_tensors(self) -> list[Tensor]:
-        """What acting needs: the actor's parameters and the normalizer's statistics."""
+    def owed(self, step: int) -> int:
+        """Critic updates that the ratio to the environment's steps still asks for."""
+        return max(self.args.utd_ratio * (step - self.args.learning_starts) - self.critic_updates, 0)
+
+    def check_steps(self, data: bytes) -> None:
+        """Raises ValueError when packed steps hold numbers that are not finite."""
+        steps = np.frombuffer(data, self.step_type)
+        for name in ("action", "reward", "observation"):
+            if not np.isfinite(steps[name]).all():
+                raise ValueError(f"{name}: numbers are not finite")
+
+    def weights(self) -> bytes:
+        """What acting needs, as float32: the actor's parameters and the normalizer's statistics."""
+        return torch.cat([tensor.flatten() for tensor in self.acting_tensors()]).cpu().numpy().tobytes()
+
+    def load_weights(self, weights: bytes) -> None:
+        """Exits with one line when they are of another policy."""
+        vector = torch.frombuffer(bytearray(weights), dtype=torch.float32)
+        tensors = self.acting_tensors()
+        sizes = [tensor.numel() for tensor in tensors]
+        if len(vector) != sum(sizes):
+            fail("the learner's policy has another size; give actor and learner the same flags")
+        for tensor, values in zip(tensors, vector.split(sizes), strict=True):
+            tensor.copy_(values.reshape(tensor.shape))
+
+    def acting_tensors(self) -> list[Tensor]:
         return [*self.actor.state_dict().values(), *self.normalizer.state_dict().values()]
 
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
-        state |= {"raw_alpha": self.raw_alpha.detach(), "critic_updates": self.critic_updates}
-        return state | {"generator": self.generator.get_state(), "held": (self.held_steps.tolist(), self.held.tolist())}
+        state["raw_alpha"] = self.raw_alpha.detach()
+        state["critic_updates"] = self.critic_updates
+        state["generator"] = self.generator.get_state()
+        state["held"] = (self.held_steps.tolist(), self.held.tolist())
+        return state
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError, ValueError or RuntimeError when the state is of other networks."""
@@ -890,604 +709,217 @@ class Agent:
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
-def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", math.nan)))
-
-
-def evaluate_agent(agent: Agent, env: gym.Env, episodes: int, seed: int, video=None) -> dict[str, float]:
-    """Means over seeded episodes of the deterministic policy; `video` takes the rendered frames."""
-    results = []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=episode_seed(seed, 1, episode))
-        episodic_return, length, done = 0.0, 0, False
-        while not done:
-            if video is not None:
-                video.append_data(env.render())
-            obs, reward, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
-            episodic_return, length, done = episodic_return + float(reward), length + 1, terminated or truncated
-        results.append((episodic_return, length, success(info), episodes))
-    names = ("eval/episodic_return", "eval/episodic_length", "eval/success_rate", "eval/episodes")
-    return dict(zip(names, np.mean(results, 0, dtype=float).tolist(), strict=True))
-
-
-def record_video(agent: Agent, args: Args, path: Path, episodes: int = 4) -> None:
-    """Writes the first evaluation episodes as an mp4; without OpenGL it says what is missing."""
-    import imageio.v2 as imageio
-
-    try:
-        env = make_env(args, render=True)
-        with imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), macro_block_size=1) as video:
-            evaluate_agent(agent, env, episodes, args.seed, video)
-        env.close()
-    except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained and saved all the same
-        print(f"no video: {error}; afterwards --eval-only {path.parent} writes it", file=sys.stderr)
-
-
-def record_dataset(agent: Agent, args: Args) -> dict[str, float]:
-    """`evaluate_agent`, with the episodes stored as a Minari dataset that knows its task and its reference scores."""
-    import minari
-    from gymnasium.vector.utils import concatenate, create_empty_array
-    from minari.data_collector import EpisodeBuffer
-
-    recorder, random, random_env = Recorder(make_env(args, wrap=False)), copy.copy(agent), make_env(args)
-    scalars = evaluate_agent(agent, make_env(args, base=recorder), args.final_eval_episodes, args.seed)
-    random_env.action_space.seed(args.seed)
-    random.act = lambda obs, deterministic: random_env.action_space.sample()
-    space, buffers = recorder.observation_space, []
-    for observations, steps in recorder.episodes:
-        stacked = concatenate(space, observations, create_empty_array(space, len(observations)))
-        steps = [np.array(values) for values in zip(*steps, strict=True)]
-        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *steps))
-    minari.create_dataset_from_buffers(
-        args.record_dataset,
-        buffers,
-        env=recorder.env.spec,
-        algorithm_name=args.exp_name,
-        ref_min_score=evaluate_agent(random, random_env, 10, args.seed)["eval/episodic_return"],
-        ref_max_score=scalars["eval/episodic_return"],
-        description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
-    )
+def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
+    """The last evaluation, with its dataset and its video."""
+    task = make_env(args)
+    if args.record_dataset:
+        task = envs.Recorder(task)
+    env = wrap(task)
+    scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
+    if args.record_dataset:
+        episodes = list(task.episodes)
+        random = evaluate(lambda _, rngs: rngs[0].uniform(-1, 1, agent.action_dim), [env], 10, args.seed, success)
+        envs.record(
+            args.record_dataset,
+            episodes,
+            task,
+            success,
+            algorithm_name="SAC",
+            ref_min_score=random["eval/episodic_return"],
+            ref_max_score=scalars["eval/episodic_return"],
+            description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
+        )
+    if args.capture_video:
+        record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars
-
-
-# --- Run directory ----------------------------------------------------------------------------------------------------
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, whenever the program or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def git_commit() -> str:
-    """Commit that this script belongs to, with a + when files differ from it."""
-    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        here = Path(__file__).resolve().parent
-        return subprocess.run(git, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
-
-
-class Run:
-    """A directory that can be read, resumed and run again: scripts, flags, CSV, TensorBoard, checkpoints, pictures."""
-
-    bar = None  # the progress bar
-
-    def __init__(self, args: Args):
-        suffix = f"__{args.role}-{uuid.uuid4().hex[:6]}" if args.role != "both" else ""
-        name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}{suffix}"
-        self.dir = Path(args.run_dir or f"runs/{name.replace('/', '-').replace(':', '-')}")
-        if not (args.resume or args.eval_only):
-            self.create(args)
-        args.run_dir = str(self.dir)
-        self.seconds, self.steps, self.csv_files, self.signals = defaultdict(float), 0, {}, 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def create(self, args: Args) -> None:
-        """Fills the directory under another name and renames it, so that every run directory can be resumed."""
-        if self.dir.exists() and any(self.dir.iterdir()):
-            fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
-        temporary = self.dir.with_name(self.dir.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for source in (__file__, franka_sim.__file__):
-            shutil.copy(source, temporary)
-        versions = {m.__name__: m.__version__ for m in (torch, np, gym)} | {"python": sys.version.split()[0]}
-        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        about = {"command": sys.argv, "git_commit": git_commit(), "versions": versions}
-        about |= {"cpus": os.cpu_count(), "gpu": gpu}
-        (temporary / "run.json").write_text(json.dumps(about, indent=2))
-        (temporary / "args.json").write_text(json.dumps(dataclasses.asdict(args) | {"run_dir": None}, indent=2))
-        temporary.replace(self.dir)
-
-    def stop(self, *_) -> None:
-        """Ctrl-C and SIGTERM end the loop after the current step; a second one ends the program at once."""
-        self.signals += 1
-        if self.signals > 1:
-            raise KeyboardInterrupt
-
-    def open_logs(self, args: Args, progress: "Progress") -> None:
-        """Opens TensorBoard, wandb and the progress bar; CSV rows from after the checkpoint are removed."""
-        from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
-
-        if args.track:
-            import wandb  # WANDB_MODE=offline keeps the files here, for `wandb sync`
-
-            options = {"project": args.wandb_project_name, "name": self.dir.name, "config": dataclasses.asdict(args)}
-            wandb.init(dir=self.dir, sync_tensorboard=True, **options)
-        self.writer = SummaryWriter(self.dir, purge_step=progress.global_step + 1)
-        last = progress.global_step >= args.total_timesteps  # the last evaluation comes after the checkpoint
-        for path in self.dir.glob("*.csv"):
-            header, *rows = [*path.read_text().split("\n")[:-1], ""]  # without what follows the last newline: cut off
-            newest = progress.global_step - (last and path.stem == "eval")
-            rows = [row for row in rows if row and int(row.split(",")[0]) <= newest]
-            write_atomically(path, "".join(row + "\n" for row in (header, *rows) if row).encode())
-        self.started, self.logged = time.perf_counter() - progress.elapsed, time.perf_counter()
-        interval = 0.2 if sys.stderr.isatty() else 30.0
-        Run.bar = tqdm(total=args.total_timesteps, initial=progress.global_step, unit="step", mininterval=interval)
-
-    def elapsed(self) -> float:
-        """Seconds spent on this run, its resumed parts together."""
-        return time.perf_counter() - self.started
-
-    @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Adds the time spent inside to this phase."""
-        start = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - start
-
-    def read_timer(self) -> dict[str, float]:
-        """Steps per second, and milliseconds per step of each phase, since the last call, apart from evaluating."""
-        seconds, steps, now = self.seconds, max(self.steps, 1), time.perf_counter()
-        scalars = {"charts/SPS": self.steps / (now - self.logged - seconds["eval"])}
-        scalars |= {f"time/{name}_ms": 1e3 * seconds[name] / steps for name in ("act", "env", "update")}
-        self.seconds, self.steps, self.logged = defaultdict(float), 0, now
-        return scalars
-
-    def due(self, every: int, before: int, progress: "Progress") -> bool:
-        """Whether a multiple of `every` lies in (before, global_step]."""
-        return progress.global_step // every > before // every
-
-    def log_training(self, progress: "Progress", metrics: dict[str, Tensor]) -> None:
-        """A row of train.csv. Exits when the losses are not finite any more."""
-        means = np.mean(progress.episodes or [(math.nan,) * 3], 0, dtype=float).tolist()
-        names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
-        scalars = dict(zip(names, means, strict=True)) | self.read_timer()
-        losses = {f"losses/{name}": float(metrics.get(f"losses/{name}", math.nan)) for name in Agent.LOSSES}
-        self.log("train", progress.global_step, scalars | losses)
-        progress.episodes.clear()
-        if metrics and not math.isfinite(losses["losses/critic_loss"]):
-            fail(f"the critic's loss is {losses['losses/critic_loss']}; lower --critic-lr or --reward-scale")
-
-    def log_evaluation(self, progress: "Progress", scalars: dict[str, float]) -> None:
-        """A row of eval.csv; keeps the best."""
-        self.log("eval", progress.global_step, scalars)
-        if scalars["eval/episodic_return"] >= progress.best.get("eval/episodic_return", -math.inf):
-            progress.best = scalars
-        shown = ("eval/episodic_return", "eval/success_rate")
-        self.bar.set_postfix({k.split("/")[1]: f"{scalars[k]:.2f}" for k in shown if math.isfinite(scalars[k])})
-
-    def log(self, name: str, step: int, scalars: dict[str, float]) -> None:
-        """Writes a row of NAME.csv, and the same numbers to TensorBoard."""
-        row = {"global_step": step, "wall_s": self.elapsed()} | scalars
-        if name not in self.csv_files:
-            self.csv_files[name] = (self.dir / f"{name}.csv").open("a")
-            if self.csv_files[name].tell() == 0:
-                self.csv_files[name].write(",".join(row) + "\n")
-        self.csv_files[name].write(",".join(f"{value:.9g}" for value in row.values()) + "\n")
-        self.csv_files[name].flush()
-        for key, value in scalars.items():
-            self.writer.add_scalar(key, value, step)
-
-    def save(self, state: dict) -> None:
-        """Writes checkpoint.pt, and keeps the one before as checkpoint.previous."""
-        data, path = io.BytesIO(), self.dir / "checkpoint.pt"
-        torch.save(state, data)
-        write_atomically(path.with_suffix(".new"), data.getbuffer())
-        if path.exists():
-            path.replace(path.with_suffix(".previous"))
-        path.with_suffix(".new").replace(path)
-
-    def load(self, device: torch.device) -> dict | None:
-        """The newest checkpoint, or None when the run has none yet. Exits when it cannot be read."""
-        path, previous = self.dir / "checkpoint.pt", self.dir / "checkpoint.previous"
-        path = path if path.exists() or not previous.exists() else previous  # killed between `save`'s two renames
-        try:
-            with warnings.catch_warnings(action="ignore"):  # it advises to load without weights_only
-                return torch.load(path, map_location=device, weights_only=True) if path.exists() else None
-        except Exception as error:  # noqa: BLE001  a damaged file raises what it likes
-            remedy = f"delete it to go on from {previous}" if previous.exists() else "start a new run"
-            fail(f"{path}: damaged, cannot be read ({type(error).__name__}); {remedy}")
-
-    def plot(self) -> None:
-        """Writes curve.png: return and success rate of the evaluations over environment steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        table = np.genfromtxt(self.dir / "eval.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-        keys = [k for k in ("eval/episodic_return", "eval/success_rate") if np.isfinite(table[k]).any()]
-        figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.5), squeeze=False, layout="constrained")
-        for axis, key in zip(axes[0], keys, strict=True):
-            axis.plot(table["global_step"], table[key], marker="o", markersize=3)
-            axis.set(xlabel="environment steps", ylabel=key.removeprefix("eval/").replace("_", " "))
-            axis.grid(alpha=0.3)
-            axis.set_ylim(*((-0.03, 1.03) if key == "eval/success_rate" else (None, None)))
-        figure.suptitle(f"{self.dir.name}, {table['wall_s'][-1] / 60:.1f} min", fontsize=9)
-        figure.savefig(self.dir / "curve.png", dpi=150)
-        plt.close(figure)
-
-
-# --- Actor and learner ------------------------------------------------------------------------------------------------
-# A message is a JSON header {protocol, flags, actor, first, count} and `count` rows of float32, the actor's rows from
-# number `first` on; the reply is JSON, the number of this actor's rows that the learner holds. An actor keeps its rows
-# in a file. A learner that lost some in a crash answers with a smaller number and the actor goes back to there; rows
-# that arrive twice are known by their number. So each row is learned from exactly once, whichever side is killed.
-def make_socket(kind: int, args: Args):
-    """A ZeroMQ socket, encrypted and authenticated with CURVE when there are keys."""
-    import zmq.auth
-
-    socket = zmq.Context.instance().socket(kind)
-    socket.linger, socket.maxmsgsize, socket.conflate = 1000, 1 << 26, kind == zmq.SUB  # conflate: newest weights only
-    if args.curve_keys:
-        keys = Path(args.curve_keys)
-        try:
-            certificate = zmq.auth.load_certificate(keys / f"{args.role}.key_secret")
-            socket.curve_publickey, socket.curve_secretkey = certificate
-            if args.role == "learner":
-                socket.curve_server = True
-            else:
-                socket.curve_serverkey = zmq.auth.load_certificate(keys / "learner.key")[0]
-        except OSError as error:
-            fail(f"--curve-keys {keys}: {error}; the learner makes the keys, copy its folder to every actor")
-    return socket
-
-
-class LearnerServer:
-    """The learner's end: receives rows, publishes the policy."""
-
-    def __init__(self, args: Args, row_width: int, held: dict[str, int]):
-        import zmq.auth
-        from zmq.auth.thread import ThreadAuthenticator
-
-        self.row_width, self.held, self.published = row_width, held, 0
-        self.no_rows, self.flags = np.empty((0, row_width), np.float32), args.shared()
-        if args.bind not in ("127.0.0.1", "localhost") and not args.curve_keys and not args.insecure_lan:
-            fail(f"--bind {args.bind}: a network needs --curve-keys DIR (encrypted), or --insecure-lan")
-        if args.curve_keys:
-            keys = Path(args.curve_keys)
-            if not (keys / "learner.key").exists():
-                keys.mkdir(parents=True, exist_ok=True, mode=0o700)
-                for name in ("learner", "actor"):
-                    zmq.auth.create_certificates(keys, name)
-                    (keys / f"{name}.key_secret").chmod(0o600)
-            self.authenticator = ThreadAuthenticator(zmq.Context.instance())
-            self.authenticator.start()
-            self.authenticator.configure_curve(domain="*", location=str(keys))
-        self.router, self.publisher = make_socket(zmq.ROUTER, args), make_socket(zmq.PUB, args)
-        try:
-            self.router.bind(f"tcp://{args.bind}:{args.port}")
-            self.publisher.bind(f"tcp://{args.bind}:{args.port + 1}")
-        except zmq.ZMQError as error:
-            fail(f"--bind {args.bind} --port {args.port}: {error}")
-
-    def receive(self, timeout_ms: int) -> np.ndarray:
-        """New rows (N, W) of all actors, N may be 0; waits at most `timeout_ms` for the first message."""
-        new = [self.no_rows]
-        for _ in range(100):  # then learning has its turn
-            if not self.router.poll(timeout_ms):
-                break
-            identity, *frames = self.router.recv_multipart()
-            try:
-                header = json.loads(frames[0])
-                actor, first, count = str(header["actor"]), int(header["first"]), int(header["count"])
-                if first < 0 or count < 0:
-                    raise ValueError("negative numbers")
-                rows = np.frombuffer(frames[1], np.float32).reshape(count, self.row_width)
-                if header["protocol"] != PROTOCOL or not np.isfinite(rows).all():
-                    raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}, or numbers are not finite")
-                if differ := [flag(k) for k, v in self.flags.items() if header["flags"].get(k) != v]:
-                    raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
-            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-                reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
-            else:
-                held = self.held.get(actor, 0)
-                if first <= held < first + count:
-                    new.append(rows[held - first :])
-                    self.held[actor] = first + count
-                reply = {"held": self.held.get(actor, 0)}
-            self.router.send_multipart([identity, json.dumps(reply).encode()])
-            timeout_ms = 0
-        return np.concatenate(new)
-
-    def publish(self, agent: Agent, done: bool = False) -> None:
-        header = {"protocol": PROTOCOL, "version": agent.critic_updates, "done": done}
-        vector = torch.cat([tensor.flatten() for tensor in agent.policy_tensors()]).cpu().numpy()
-        self.publisher.send(json.dumps(header).encode() + b"\n" + vector.tobytes())
-        self.published = agent.critic_updates
-
-
-class ActorLink:
-    """The actor's end: a file with all its rows, sent in order, and the newest policy."""
-
-    def __init__(self, args: Args, run: Run, row_width: int):
-        import zmq
-
-        self.args, self.run, self.row_bytes, self.version, self.done = args, run, 4 * row_width, 0, False
-        name_file = run.dir / "actor_name"
-        if not name_file.exists():
-            write_atomically(name_file, uuid.uuid4().hex.encode())
-        self.name = name_file.read_text()
-        self.number = int(self.name[:8], 16)
-        self.file = (run.dir / "transitions.f32").open("a+b")
-        self.written = self.file.seek(0, os.SEEK_END) // self.row_bytes
-        self.file.truncate(self.written * self.row_bytes)  # a row that a crash cut off
-        self.held, self.waiting, self.answered, self.sent, self.zmq = 0, False, time.monotonic(), 0.0, zmq
-        self.dealer, self.subscriber = make_socket(zmq.DEALER, args), make_socket(zmq.SUB, args)
-        self.dealer.connect(f"tcp://{args.learner}:{args.port}")
-        self.subscriber.connect(f"tcp://{args.learner}:{args.port + 1}")
-        self.subscriber.subscribe(b"")
-
-    def write(self, rows: np.ndarray) -> None:
-        """Appends rows; they survive this process from here on."""
-        self.file.write(rows.tobytes())
-        self.file.flush()
-        self.written += len(rows)
-
-    def exchange(self, agent: Agent) -> None:
-        """`exchange_once`, and waits while a paced learner is more than `actor_ahead` steps behind."""
-        self.exchange_once(agent, 0)
-        ahead = self.args.actor_ahead if self.args.paced else math.inf
-        while self.written - self.held > ahead and not (self.done or self.run.signals):
-            self.exchange_once(agent, 100)
-            if not self.waiting:  # nothing could be sent
-                time.sleep(0.1)
-
-    def exchange_once(self, agent: Agent, wait_ms: int) -> None:
-        """Takes the learner's answer and policy if they are there, and sends rows. Exits when it is silent too long."""
-        if self.waiting and self.dealer.poll(wait_ms):
-            reply = json.loads(self.dealer.recv())
-            if "error" in reply:
-                fail(f"the learner says: {reply['error']}")
-            self.held, self.waiting, self.answered = reply["held"], False, time.monotonic()
-        if (silence := time.monotonic() - self.answered) > self.args.learner_timeout_s:
-            address = f"{self.args.learner}:{self.args.port}"
-            fail(f"no learner at {address} for {silence:.0f} s; start one there with --role learner, or give --learner")
-        if not self.waiting or time.monotonic() - self.sent > 2:  # a message to a learner that was killed is lost
-            count = min(self.written - self.held, 4096, max(1, (1 << 25) // self.row_bytes))  # at most 32 MB
-            self.file.seek(self.held * self.row_bytes)
-            header = {"protocol": PROTOCOL, "flags": self.args.shared(), "actor": self.name}
-            header |= {"first": self.held, "count": count}
-            message = [json.dumps(header).encode(), self.file.read(count * self.row_bytes)]
-            with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
-                self.dealer.send_multipart(message, self.zmq.NOBLOCK)
-                self.waiting, self.sent = True, time.monotonic()
-        if self.subscriber.poll(0):
-            header, _, data = self.subscriber.recv().partition(b"\n")
-            vector, tensors = torch.frombuffer(bytearray(data), dtype=torch.float32), agent.policy_tensors()
-            if len(vector) != sum(tensor.numel() for tensor in tensors):
-                fail("the learner's policy has another size; give actor and learner the same flags")
-            for tensor, values in zip(tensors, vector.split([t.numel() for t in tensors]), strict=True):
-                tensor.copy_(values.reshape(tensor.shape))
-            header = json.loads(header)
-            self.version, self.done = header["version"], header["done"]
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-@dataclass
-class Progress:
-    """Where a run stands; part of its checkpoint."""
-
-    global_step: int = 0
-    episode: int = 0
-    episode_length: int = 0  # steps of the unfinished episode
-    episodes: list = dataclasses.field(default_factory=list)  # (return, length, success) since the last train.csv row
-    best: dict[str, float] = dataclasses.field(default_factory=dict)  # evaluation with the highest return
-    held: dict[str, int] = dataclasses.field(default_factory=dict)  # learner: rows of each actor
-    elapsed: float = 0.0  # s
-    finished: bool = False  # with the last evaluation
-
-
-def set_up_torch(args: Args) -> torch.device:
-    """Precision, threads and memory for speed; the device."""
-    torch.set_num_threads(max(1, args.threads // 2))
-    torch.set_float32_matmul_precision("medium")  # a GPU's TF32; on a CPU oneDNN, on AMD twice as fast as MKL
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations, rather than have the
-        libc.mallopt(-3, 1 << 25)  # system map them anew in every update
-    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-
-
-def start(args: Args, env: gym.Env) -> tuple[Run, Progress, Agent, ReplayBuffer, ReplayBuffer | None]:
-    """A new run, or one that stands where its newest checkpoint does."""
-    device, run, progress = set_up_torch(args), Run(args), Progress()
-    agent, demos = Agent(env.observation_space, env.action_space, args, device), None
-    buffer = agent.make_buffer(args.buffer_size, run.dir / "replay")
-    state = run.load(device) if args.resume or args.eval_only else None
-    if state:
-        try:
-            agent.load_state_dict(state["agent"])
-            buffer.load_state_dict(state["buffer"])
-            if state["demos"]:
-                demos = agent.make_buffer(state["demos"]["total"], run.dir / "demos")
-                demos.load_state_dict(state["demos"])
-            progress = Progress(**state["progress"])
-        except (KeyError, RuntimeError, TypeError) as error:
-            fail(f"{run.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
-    elif args.eval_only:
-        fail(f"--eval-only {run.dir}: stopped before its first checkpoint; --resume it")
-    elif (args.demos or args.demo_dataset) and args.role != "actor":
-        rows = torch.from_numpy(load_demos(args)).to(device)
-        agent.observe(rows)
-        demos = agent.make_buffer(len(rows), run.dir / "demos")
-        demos.add(rows)
-    return run, progress, agent, buffer, demos
-
-
-def resume_episode(env: gym.Env, progress: Progress, agent: Agent, buffer: ReplayBuffer) -> tuple[np.ndarray, float]:
-    """Repeats the unfinished episode's actions, which leads to where it was: its observation (O,) and return so far."""
-    obs, _ = env.reset(seed=episode_seed(agent.args.seed, 0, progress.episode))
-    episodic_return, batch = 0.0, split_rows(buffer.last(progress.episode_length).cpu(), agent.splits)
-    for action, stored_obs in zip(batch.actions.numpy(), batch.next_observations.numpy(), strict=True):
-        obs, reward, *_ = env.step(action)
-        episodic_return += float(reward)
-        if not np.array_equal(np.float32(obs), stored_obs):
-            print("this task does not repeat itself: the unfinished episode is given up", file=sys.stderr)
-            progress.episode, progress.episode_length = progress.episode + 1, 0
-            return env.reset(seed=episode_seed(agent.args.seed, 0, progress.episode))[0], 0.0
-    return obs, episodic_return
-
-
-def final_evaluation(args: Args, agent: Agent, run: Run) -> dict[str, float]:
-    """The last evaluation, with its dataset and its video."""
-    if args.record_dataset:
-        scalars = record_dataset(agent, args)
-    else:
-        scalars = evaluate_agent(agent, make_env(args), args.final_eval_episodes, args.seed)
-    if args.capture_video:
-        record_video(agent, args, run.dir / "video.mp4")
-    return scalars
-
-
-def report(name: str, scalars: dict[str, float]) -> None:
-    """One line for the terminal about an evaluation."""
-    numbers = ", ".join(f"{key} {scalars[key]:.3g}" for key in ("eval/success_rate", "eval/episodic_return"))
-    print(f"{name}: {numbers} over {scalars['eval/episodes']:.0f} episodes")
-
-
-def save(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
-    progress.elapsed = run.elapsed()
-    state = {"agent": agent.state_dict(), "buffer": buffer.state_dict(), "progress": dataclasses.asdict(progress)}
-    run.save(state | {"demos": demos.state_dict() if demos else None})
-
-
-def finish(run: Run, progress: Progress, agent: Agent, buffer: ReplayBuffer, demos: ReplayBuffer | None) -> None:
-    """A checkpoint; then, unless the run was stopped, the last evaluation, curve, video and checkpoint."""
-    args = agent.args
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # from here on they end the program at once
-    run.writer.flush()
-    if args.role != "actor":
-        save(run, progress, agent, buffer, demos)
-    if run.signals:
-        raise KeyboardInterrupt
-    if args.role != "actor":
-        scalars = final_evaluation(args, agent, run)
-        run.log_evaluation(progress, scalars)
-        run.plot()
-        progress.finished = True
-        save(run, progress, agent, buffer, demos)
-        report("last", scalars)
-        report("best", progress.best)
-    run.writer.close()
-    print(f"{run.elapsed():.0f} s in all; see {run.dir}")
+def start(
+    args: Args, env: gym.Env, wrap: Callable[[gym.Env], gym.Env]
+) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
+    """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
+    device = set_up_torch(args.threads, args.amp)
+    agent = Agent(env.observation_space, env.action_space, args, device)
+    buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps))
+    demos = None
+    if args.demos != "0" and (args.resume or args.eval_only):
+        demos = agent.make_buffer(1)  # grows when it is loaded
+    elif args.demos != "0":
+        demos = load_demos(args, agent, wrap)
+    return Run(args, args.env_id, __file__, device), agent, buffer, demos
 
 
 def train(args: Args) -> None:
-    """The loop of all roles: an actor leaves out learning, a learner receives instead of acting."""
-    env, eval_env, acts, learns = make_env(args), make_env(args), args.role != "learner", args.role != "actor"
-    run, progress, agent, buffer, demos = start(args, env)
+    """One process that acts and learns."""
+    wrap = partial(wrap_states, args=args)
+    env = wrap(make_env(args))
+    run, agent, buffer, demos = start(args, env, wrap)
+    run.keep(agent=agent, buffer=buffer, demos=demos)
     if args.eval_only:
-        return report("checkpoint", final_evaluation(args, agent, run))
-    if progress.finished and progress.global_step >= args.total_timesteps:
-        fail(f"--total-timesteps {args.total_timesteps}: {run.dir} is at {progress.global_step}; give a larger number")
-    progress.finished = False
-    run.open_logs(args, progress)
-    print(f"run directory {run.dir}", flush=True)
-    server = None if acts else LearnerServer(args, sum(agent.splits), progress.held)
-    link = None if learns else ActorLink(args, run, sum(agent.splits))
-    if link:  # what it wrote before gives an actor its seeds, so that no two episodes are the same
-        args.seed, progress.global_step, progress.episode = args.seed + link.number, link.written, link.written
-        agent.generator.manual_seed(episode_seed(args.seed, 0, link.written))
-    if acts:
-        obs, episodic_return = resume_episode(env, progress, agent, buffer)
+        return report("checkpoint", final_evaluation(args, agent, run, wrap))
+    eval_env = wrap(make_env(args))
+    run.open(args.total_timesteps)
+    metrics = dict.fromkeys(Agent.METRICS, math.nan)
+    obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
+    buffer.add(pack_step(agent.step_type, None, obs))
 
-    def owed() -> int:
-        """Critic updates that the ratio to the environment's steps still asks for."""
-        steps = progress.global_step - args.learning_starts
-        return max(args.utd_ratio * steps - agent.critic_updates, 0) if learns and args.paced else 0
-
-    metrics = {}
-    while not (run.signals or (link.done if link else progress.global_step >= args.total_timesteps and not owed())):
-        before = progress.global_step
-        if acts:
-            # Act: uniformly at random until something is learned.
-            with run.phase("act"):
-                learned = link.version if link else before >= args.learning_starts
-                action = agent.act(obs, deterministic=False) if learned else agent.random_action()
-            # Step the environment.
+    while run.step < args.total_timesteps:
+        # Act: uniformly at random until something is learned.
+        with run.phase("act"):
+            if run.step < args.learning_starts:
+                action = agent.random_action()
+            else:
+                action = agent.act(obs, deterministic=False)
+        # Step the environment.
+        with run.phase("env"):
+            obs, reward, terminated, truncated, info = env.step(action)
+        # Store: `terminated` cuts the bootstrap, `truncated` does not.
+        buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
+        agent.observe(buffer.newest_observations(1))
+        run.advance()
+        # Reset: each episode has a seed of its own, so that a run goes on from here as if it had not ended.
+        episode_over = terminated or truncated or run.impatient()
+        if episode_over:
+            run.end_episode(info, success(info))
             with run.phase("env"):
-                next_obs, reward, terminated, truncated, info = env.step(action)
-            # Store: `terminated` cuts the bootstrap, `truncated` does not.
-            rows = transition(obs, action, reward, next_obs, terminated)[None]  # (1, W)
-            if not np.isfinite(rows).all():
-                save(run, progress, agent, buffer, demos)
-                what = "reward" if np.isfinite([obs, next_obs]).all() else "observation"
-                fail(f"{args.env_id}: the {what} of step {before} is not finite; saved, --resume {run.dir} goes on")
-            obs, episodic_return = next_obs, episodic_return + float(reward)
-            progress.episode_length += 1
-            # Reset: each episode has a seed of its own, so that a resumed run can repeat the unfinished one.
-            if terminated or truncated:
-                progress.episodes.append((episodic_return, progress.episode_length, success(info)))
-                progress.episode, progress.episode_length, episodic_return = progress.episode + 1, 0, 0.0
-                obs, _ = env.reset(seed=episode_seed(args.seed, 0, progress.episode))
-        else:
-            # Receive: a paced learner first does what the rows that it has ask for; another never waits.
-            with run.phase("env"):
-                rows = server.no_rows if owed() else server.receive(100 if args.paced else 0)
-        progress.global_step += len(rows)
-        if link:
-            link.write(rows)
-            link.exchange(agent)
-        elif len(rows):
-            rows = torch.from_numpy(rows).to(agent.device)
-            agent.observe(rows)
-            buffer.add(rows)
+                obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
+            buffer.add(pack_step(agent.step_type, None, obs))
         # Learn: several critic updates, and actor updates, per step.
-        if learns and progress.global_step > args.learning_starts:
-            if not metrics:
-                run.read_timer()  # keeps the warm-up out of charts/SPS
+        if run.step == args.learning_starts + 1:
+            run.restart_timer()
+        if run.step > args.learning_starts:
             with run.phase("update"):
-                count = min(owed(), args.publish_every) if server and args.paced else args.utd_ratio
-                metrics |= agent.update(buffer, demos, count)
-            if server and agent.critic_updates - server.published >= args.publish_every:
-                server.publish(agent)
+                metrics |= agent.update(buffer, demos, args.utd_ratio)
         # Log.
-        run.steps += len(rows)
-        run.bar.update(len(rows))
-        if run.due(args.log_every, before, progress):
-            run.log_training(progress, metrics)
-        # Evaluate and save.
-        if learns and run.due(args.eval_every, before, progress) and progress.global_step < args.total_timesteps:
+        if run.due(max(args.eval_every // 2, 1)):
+            run.log("train", run.episodes() | run.speed() | metrics)
+        # Evaluate.
+        if run.due(args.eval_every) and run.step < args.total_timesteps:
             with run.phase("eval"):
-                run.log_evaluation(progress, evaluate_agent(agent, eval_env, args.eval_episodes, args.seed))
-        if learns and run.due(args.save_every, before, progress):
-            with run.phase("eval"):
-                save(run, progress, agent, buffer, demos)
+                scalars = evaluate(agent.policy, [eval_env], args.eval_episodes, args.seed, success, run.impatient)
+                run.log("eval", scalars)
+        # Save, where an episode has ended.
+        if episode_over and run.should_save(2 * args.eval_every):
+            run.save()
+            if run.signals:
+                break
 
-    if server:
-        server.publish(agent, done=not run.signals)
-    finish(run, progress, agent, buffer, demos)
+    run.end_of_training()
+    run.finish(final_evaluation(args, agent, run, wrap))
+
+
+def learner(args: Args) -> None:
+    """Receives steps, learns, publishes the policy: SERL's learner."""
+    wrap = partial(wrap_states, args=args)
+    env = wrap(make_env(args))  # for its spaces, and to evaluate
+    run, agent, buffer, demos = start(args, env, wrap)
+    actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
+    run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
+    run.unit = "the update"
+    run.open(args.total_timesteps)
+    metrics = dict.fromkeys(Agent.METRICS, math.nan)
+    published = -math.inf
+
+    while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
+        # Receive: a paced learner first does what the steps that it has ask for; another never waits.
+        count = 0
+        with run.phase("env"):
+            wait_ms = 100 if args.utd_ratio else 0
+            received = [] if agent.owed(run.step) else actors.receive(wait_ms)
+        # Store.
+        for actor_name, data in received:
+            if run.step + count < args.total_timesteps:
+                count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
+        if count:
+            agent.observe(buffer.newest_observations(count))
+        run.advance(count)
+        # Learn.
+        if run.step > args.learning_starts:
+            updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY
+            with run.phase("update"):
+                metrics |= agent.update(buffer, demos, updates)
+        if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
+            actors.publish(agent.critic_updates, agent.weights())
+            published = agent.critic_updates
+        # Log.
+        if run.due(max(args.eval_every // 2, 1)):
+            run.log("train", run.episodes() | run.speed() | metrics)
+        # Evaluate.
+        if run.due(args.eval_every) and run.step < args.total_timesteps:
+            with run.phase("eval"):
+                scalars = evaluate(agent.policy, [env], args.eval_episodes, args.seed, success, run.impatient)
+                run.log("eval", scalars)
+        # Save: actors may then forget what they sent.
+        if run.should_save(2 * args.eval_every):
+            run.save()
+            actors.saved()
+
+    actors.publish(agent.critic_updates, agent.weights(), done=not run.signals)
+    run.end_of_training()
+    run.finish(final_evaluation(args, agent, run, wrap))
+
+
+def actor(args: Args) -> None:
+    """Acts with the learner's newest policy and sends every step: SERL's actor."""
+    env = wrap_states(make_env(args), args)
+    device = set_up_torch(args.threads, args.amp)
+    agent = Agent(env.observation_space, env.action_space, args, device)
+    run = Run(args, args.env_id, __file__, device)
+    run.keep()
+    learner_end = link.Actor(
+        args.address,
+        args.curve_keys,
+        args.shared(),
+        agent.step_type.itemsize,
+        run.dir,
+        ahead=ACTOR_AHEAD if args.utd_ratio else math.inf,
+        stop=lambda: run.signals > 0,
+    )
+    run.open(args.total_timesteps)
+    # What it wrote before gives an actor its seeds, so that no two episodes are the same.
+    written, seed = learner_end.journal.written, args.seed + learner_end.number
+    agent.generator.manual_seed(envs.episode_seed(seed, 0, written))
+    run.episode = max(run.episode, written)
+    version = 0
+    obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
+    learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+
+    while not learner_end.done:
+        # Act: uniformly at random until something is learned.
+        with run.phase("act"):
+            newer = learner_end.weights()
+            if newer:
+                version, weights = newer
+                agent.load_weights(weights)
+            action = agent.act(obs, deterministic=False) if version else agent.random_action()
+        # Step the environment.
+        with run.phase("env"):
+            obs, reward, terminated, truncated, info = env.step(action)
+        # Send.
+        with run.phase("update"):
+            learner_end.send(pack_step(agent.step_type, action, obs, reward, terminated).tobytes())
+        run.advance()
+        # Reset.
+        if terminated or truncated or run.impatient():
+            run.end_episode(info, success(info))
+            if run.signals:
+                break
+            with run.phase("env"):
+                obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
+            learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+        # Log.
+        if run.due(max(args.eval_every // 2, 1)):
+            run.log("train", run.episodes() | run.speed())
+
+    run.end_of_training()
+    run.close()
 
 
 def main(args: Args) -> None:
-    try:
-        train(args)
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; go on with --resume {args.run_dir}") from None
-    except OSError as error:  # a full disk, above all; the newest checkpoint is whole
-        fail(f"{error}; make room, then go on with --resume {args.run_dir}")
-    finally:
-        if Run.bar:
-            Run.bar.close()
+    with ends_well(args):
+        {"both": train, "learner": learner, "actor": actor}[args.role](args)
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    main(parse(Args, __doc__, Args.MAY_CHANGE))

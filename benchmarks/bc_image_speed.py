@@ -8,20 +8,16 @@ losses must be the same. Each measurement is a process of its own on the same co
 and first updates are outside. `others_cores` in the file says how many cores other processes used.
 """
 
-import csv
 import os
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import tyro
-from bc_speed import version
-from run import REPO, RESULTS, commit, hardware
-from sac_state_speed import record, run_contender
+from run import REPO, RESULTS
+from speed import bind, cloning_log, cloning_timing, run_contender, take_turns, versions
 
 FLAGS = "--env-name franka/images-v0 --run-dir run --offline-steps {total} --log-interval {warmup} --eval-episodes 1"
 FLAGS += " --no-capture-video --encoder small --batch-size {batch_size} --threads {threads}"
@@ -83,43 +79,37 @@ def measure(flags: list[str], args: Args, folder: Path) -> tuple[dict[str, objec
         command = [sys.executable, str(REPO / "bc_flow_offline.py"), *flags]
         env = {"MINARI_DATASETS_PATH": str(folder)}
         _, others = run_contender(command, Path(temporary), args.threads, args.gpu, **env)
-        with (Path(temporary) / "run" / "offline_agent.csv").open(newline="") as file:
-            rows = list(csv.DictReader(file))[1:]  # the first holds the warm-up
-    updates, seconds = args.warmup * len(rows), sum(args.warmup / float(row["SPS"]) for row in rows)
-    line = {"steps": updates, "seconds": round(seconds, 3), "steps_per_second": round(updates / seconds, 1)}
-    return line | {"others_cores": others}, [row["actor/actor_loss"] for row in rows]
+        log = cloning_log(Path(temporary) / "run")
+    line = cloning_timing(log, args.warmup) | {"others_cores": others}
+    return line, [row["actor/actor_loss"] for row in log]
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     if args.updates % args.warmup:
         raise SystemExit("--updates: give a multiple of --warmup, the logs' interval")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    bind(args.threads)
     values = {"total": args.warmup + args.updates, "warmup": args.warmup}
     flags = FLAGS.format(**values, batch_size=args.batch_size, threads=args.threads).split()
     contenders = {"memory": [*flags, "--data-loading", "memory"]}
     for count in args.workers:
         contenders[f"workers_{count}"] = [*flags, "--data-loading", "workers", "--num-workers", str(count)]
-    facts = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "hardware": hardware()}
-    facts |= {"command": f"python benchmarks/bc_image_speed.py, {args.updates} updates"}
-    facts |= {"version": version([sys.executable])}
-    speeds: dict[str, list[float]] = {contender: [] for contender in contenders}
+    torch_version = versions(sys.executable, "torch")
     with tempfile.TemporaryDirectory() as folder:
         os.environ["MINARI_DATASETS_PATH"] = folder
         store_demonstrations(args)
-        expected = None
-        for number in range(1, args.rounds + 1):
-            for contender, command in contenders.items():
-                line, losses = measure(command, args, Path(folder))
-                expected = expected or losses
-                if losses != expected:
-                    raise SystemExit(f"{contender}: its losses are not those of images in memory")
-                record(args.output, facts | line | {"contender": contender, "round": number})
-                speeds[contender].append(line["steps_per_second"])
-                busy = f" (others used {line['others_cores']} cores)" if line["others_cores"] > 0.1 else ""
-                print(f"round {number}: {contender:12} {line['steps_per_second']:7.1f} updates/s{busy}", flush=True)
-    for contender, values in speeds.items():
-        print(f"{contender:12} median {statistics.median(values):.1f} (min {min(values):.1f}, max {max(values):.1f})")
+        expected: list[str] = []
+
+        def measured(contender: str, number: int) -> dict[str, object]:
+            line, losses = measure(contenders[contender], args, Path(folder))
+            if not expected:
+                expected.extend(losses)
+            if losses != expected:
+                raise SystemExit(f"{contender}: its losses are not those of images in memory")
+            return line | {"version": torch_version}
+
+        command = f"python benchmarks/bc_image_speed.py, {args.updates} updates"
+        take_turns(contenders, args.rounds, measured, args.output, command, unit="updates/s")
 
 
 if __name__ == "__main__":

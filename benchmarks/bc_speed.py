@@ -12,22 +12,17 @@ give a checkout (https://github.com/ColinQiyangLi/qc) and an interpreter that ca
 ml_collections. Run it on a quiet machine; `others_cores` in the file says how many cores other processes used.
 """
 
-import csv
 import json
-import os
-import statistics
-import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import h5py
 import numpy as np
 import tyro
-from run import REPO, RESULTS, commit, hardware
-from sac_state_speed import interpreter, record, run_contender
+from run import REPO, RESULTS
+from speed import bind, cloning_log, cloning_timing, interpreter, run_contender, take_turns, timing, versions
 
 ROWS, OBS_DIM, ACTION_DIM = 100_000, 17, 6
 OURS = "--env-name halfcheetah-medium-v2 --dataset-path {data} --run-dir run --offline-steps {total}"
@@ -130,13 +125,6 @@ def commands(args: Args, data: Path) -> dict[str, list[str]]:
     return found
 
 
-def version(command: list[str]) -> str:
-    names = ["torch"] if command[0] == sys.executable else ["jax", "flax", "optax"]
-    code = "import sys, importlib.metadata as m; print(*(n + ' ' + m.version(n) for n in sys.argv[1:]), sep=', ')"
-    found = subprocess.run([command[0], "-c", code, *names], capture_output=True, text=True, check=True)
-    return found.stdout.strip()
-
-
 # --- Measuring --------------------------------------------------------------------------------------------------------
 def measure(contender: str, command: list[str], args: Args, folder: Path) -> dict[str, object]:
     """Runs one contender once: timed updates, their time (s), and the cores that other processes used meanwhile."""
@@ -144,13 +132,10 @@ def measure(contender: str, command: list[str], args: Args, folder: Path) -> dic
         env = {"MINARI_DATASETS_PATH": str(folder)}
         stdout, others = run_contender(command, Path(temporary), args.threads, args.gpu, **env)
         if contender.startswith("ours"):
-            with (Path(temporary) / "run" / "offline_agent.csv").open(newline="") as file:
-                rows = list(csv.DictReader(file))[1:]  # the first holds the warm-up
-            updates, seconds = args.warmup * len(rows), sum(args.warmup / float(row["SPS"]) for row in rows)
+            line = cloning_timing(cloning_log(Path(temporary) / "run"), args.warmup)
         else:
             updates = args.updates if contender.startswith("qc_actor") else args.updates // 4
-            seconds = json.loads(stdout.splitlines()[-1])
-    line = {"steps": updates, "seconds": round(seconds, 3), "steps_per_second": round(updates / seconds, 1)}
+            line = timing(updates, json.loads(stdout.splitlines()[-1]))
     return line | {"others_cores": others}
 
 
@@ -158,28 +143,23 @@ def measure(contender: str, command: list[str], args: Args, folder: Path) -> dic
 def main(args: Args) -> None:
     if args.updates % args.warmup:
         raise SystemExit("--updates: give a multiple of --warmup, the logs' interval")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    bind(args.threads)
     if not args.qc_path:
         print("Q-chunking is left out: --qc-path is not given")
-    facts = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "hardware": hardware()}
-    facts["command"] = f"python benchmarks/bc_speed.py, {args.updates} updates"
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_data(folder / "halfcheetah.hdf5")
         runs = commands(args, folder / "halfcheetah.hdf5")
-        versions = {contender: version(command) for contender, command in runs.items()}
-        speeds: dict[str, list[float]] = {contender: [] for contender in runs}
-        for number in range(1, args.rounds + 1):
-            for contender, command in runs.items():
-                line = measure(contender, command, args, folder)
-                line |= {"contender": contender, "version": versions[contender], "round": number}
-                record(args.output, facts | line)
-                speeds[contender].append(line["steps_per_second"])
-                busy = f" (others used {line['others_cores']} cores)" if line["others_cores"] > 0.1 else ""
-                print(f"round {number}: {contender:12} {line['steps_per_second']:7.1f} updates/s{busy}", flush=True)
-    for contender, values in speeds.items():
-        median = statistics.median(values)
-        print(f"{contender:12} median {median:.1f} (min {min(values):.1f}, max {max(values):.1f})")
+        names = {}
+        for contender, command in runs.items():
+            packages = ["torch"] if contender.startswith("ours") else ["jax", "flax", "optax"]
+            names[contender] = versions(command[0], *packages)
+
+        def measured(contender: str, number: int) -> dict[str, object]:
+            return measure(contender, runs[contender], args, folder) | {"version": names[contender]}
+
+        command = f"python benchmarks/bc_speed.py, {args.updates} updates"
+        take_turns(runs, args.rounds, measured, args.output, command, unit="updates/s")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ software OpenGL unless there is a GPU), peg_states (50 physics steps per action)
 physics step of 1 ms per call). steps_per_second and ms_per_step are by the wall clock, cpu_seconds is this process's.
 """
 
-import csv
 import os
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import gymnasium as gym
 import numpy as np
 import tyro
 from run import REPO, RESULTS, hardware
+from speed import write_anew
 
 sys.path.insert(0, str(REPO))
 import franka_sim
@@ -127,17 +127,6 @@ def git(*words: str) -> str:
     return subprocess.run(["git", *words], cwd=REPO, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def write(path: Path, lines: list[dict[str, object]]) -> None:
-    """Replace the file: old numbers of another version say nothing beside new ones."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    temporary.replace(path)
-    print(f"wrote {path}")
-
-
 # --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     cores = sorted(os.sched_getaffinity(0))
@@ -155,10 +144,11 @@ def main(args: Args) -> None:
         for name, steps in running.items():
             lines.append({"contender": name, "round": number, **measure(steps, args.seconds), **facts})
             print(f"{name:18} {lines[-1]['steps_per_second']:9.1f} steps/s {lines[-1]['ms_per_step']:8.3f} ms")
-    write(args.output / "franka_sim_speed.csv", lines)
+    write_anew(args.output / "franka_sim_speed.csv", lines)
     if args.expert:
         tasks = ("FrankaPickCube-v0", "FrankaPegInsert-v0")
-        write(args.output / "franka_sim_expert.csv", [measure_expert(t, args.expert_episodes) | facts for t in tasks])
+        experts = [measure_expert(task, args.expert_episodes) | facts for task in tasks]
+        write_anew(args.output / "franka_sim_expert.csv", experts)
 
 
 if __name__ == "__main__":

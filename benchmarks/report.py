@@ -1,10 +1,13 @@
-"""Write the results tables of README.md and benchmarks/README.md from the files in benchmarks/results/.
+"""Write the tables of README.md, benchmarks/README.md and benchmarks/exploration.md from the files in benchmarks/.
 
     python benchmarks/report.py            # after benchmarks/run.py
     python benchmarks/report.py --check    # exit with 1 if the tables are not those of the files
 
 results/ROW.csv holds one line per seed (see run.py). A file with the column contender is a comparison, one line per
 repetition, shown as the medians of each contender. Files of other forms are left alone.
+
+exploration.csv holds the evaluations of the runs in exploration.md. Whoever adds a run writes `| `name` | settings |`
+there; the other cells of the line are filled in.
 """
 
 import csv
@@ -16,8 +19,22 @@ from pathlib import Path
 import tyro
 from run import REPO, RESULTS, ROWS
 
+EXPLORATION = REPO / "benchmarks" / "exploration.csv"
+NEWCOMERS = (  # the rows of README's table, ten at most; benchmarks/README.md has all
+    "sac_pick_default",
+    "sac_pick_scratch",
+    "sac_peg_default",
+    "sac_halfcheetah_100k",
+    "pixel_pick_default",
+    "pixel_peg_default",
+    "pixel_pick_vice",
+    "pixel_pick_scratch",
+    "bc_pick_default",
+    "bc_halfcheetah_chunks",
+)
 MEASURED = re.compile(r"\w+(_per_second|_ms|_mb|_of_a_core|_ticks)")  # columns of comparisons that are shown
 BETWEEN = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.S)
+RUN_LINE = re.compile(r"^(\| `(\w+)` \| [^|\n]+ \|).*$", re.M)  # of exploration.md: the name and settings of a run
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -98,16 +115,38 @@ def speed_table(lines: list[dict[str, str]]) -> str:
     )
 
 
-def summary(folder: Path, with_speed: bool = False) -> str:
-    """The block between the markers of README.md; `with_speed` also the tables of speed."""
+def hardware_line(lines: list[dict[str, str]]) -> str:
+    return f"Hardware: {unique(lines, 'hardware')}.\n" if unique(lines, "hardware") else ""
+
+
+def summary(folder: Path) -> str:
+    """The block between the markers of README.md: the rows that a newcomer needs."""
+    rows, _ = results_in(folder)
+    shown_rows = {name: lines for name, lines in rows.items() if name in NEWCOMERS}
+    if not shown_rows:
+        return "Nothing has been measured yet.\n"
+    measured = [line for lines in shown_rows.values() for line in lines]
+    return rows_table(shown_rows) + "\n" + hardware_line(measured)
+
+
+def results_tables(folder: Path) -> str:
+    """The rows of README.md, all others, and the comparisons of speed."""
     rows, speeds = results_in(folder)
     if not rows and not speeds:
         return "Nothing has been measured yet: `benchmarks/results/` is empty.\n"
-    text = rows_table(rows) + "\n" if rows else ""
-    for name, lines in speeds.items() if with_speed else ():
+    groups = {
+        "Each script's main tasks": {name: lines for name, lines in rows.items() if name in NEWCOMERS},
+        "Ablations, and settings of others": {name: lines for name, lines in rows.items() if name not in NEWCOMERS},
+    }
+    text = ""
+    for title, group in groups.items():
+        if group:
+            text += f"### {title}\n\n{rows_table(group)}\n"
+    text += "### Speed\n\n" if speeds else ""
+    for name, lines in speeds.items():
         text += f"`benchmarks/results/{name}.csv`:\n\n{speed_table(lines)}\n"
     measured = [line for lines in (*rows.values(), *speeds.values()) for line in lines]
-    return text + (f"Hardware: {unique(measured, 'hardware')}.\n" if unique(measured, "hardware") else "")
+    return text + hardware_line(measured)
 
 
 def full_report(folder: Path) -> str:
@@ -120,7 +159,8 @@ def full_report(folder: Path) -> str:
     text += (
         "The value of a run is the last line of its `eval.csv`, kept in `results/ROW/seedN_eval.csv`. Time and memory\n"
     )
-    text += "are those of the whole process.\n\n## Results\n\n" + summary(folder, with_speed=True)
+    text += "are those of the whole process. [exploration.md](exploration.md) tells how the defaults were found.\n\n"
+    text += "## Results\n\n" + results_tables(folder)
     text += "\n## Rows\n\nEach command also gets `--seed N`.\n"
     for name, row in ROWS.items():
         text += f"\n**{name}**: {row.what}\n\n```bash\npython {row.command}\n```\n\n"
@@ -137,6 +177,53 @@ def full_report(folder: Path) -> str:
     return text
 
 
+# --- Exploration ------------------------------------------------------------------------------------------------------
+def exploration_runs(path: Path) -> dict[str, dict[int, list[dict[str, str]]]]:
+    """Run -> seed -> its evaluations, in the order of the file."""
+    runs: dict[str, dict[int, list[dict[str, str]]]] = {}
+    for line in read(path):
+        seeds = runs.setdefault(line["run"], {})
+        seeds.setdefault(int(line["seed"]), []).append(line)
+    return runs
+
+
+def thousands(step: str) -> str:
+    return f"{int(step) / 1000:.3g}"
+
+
+def half_at(evaluations: list[dict[str, str]]) -> str:
+    """The first step (in thousands) at which half of the episodes succeeded, or never."""
+    for line in evaluations:
+        if float(line["success"]) >= 0.5:
+            return thousands(line["global_step"])
+    return "never"
+
+
+def run_cells(seeds: dict[int, list[dict[str, str]]]) -> list[str]:
+    """What exploration.csv says of a run: a value for each seed in every cell."""
+    ends = [evaluations[-1] for evaluations in seeds.values()]
+    cells = [
+        [str(seed) for seed in seeds],
+        list(dict.fromkeys(thousands(end["global_step"]) for end in ends)),
+        [half_at(evaluations) for evaluations in seeds.values()],
+        [shown(float(end["success"])) for end in ends],
+        [f"{float(end['return']):.0f}" for end in ends],
+        [f"{float(end['wall_s']) / 60:.1f}" for end in ends if end["wall_s"]],
+    ]
+    return [", ".join(values) for values in cells]
+
+
+def filled_exploration(page: str, runs: dict[str, dict[int, list[dict[str, str]]]]) -> str:
+    """The page with the numbers of every run's line."""
+
+    def filled(line: re.Match) -> str:
+        if line[2] not in runs:
+            raise SystemExit(f"exploration.md names the run {line[2]}, which is not in exploration.csv")
+        return " ".join([line[1], " | ".join(run_cells(runs[line[2]])), "|"])
+
+    return RUN_LINE.sub(filled, page)
+
+
 # --- Main -------------------------------------------------------------------------------------------------------------
 def pages() -> dict[Path, str]:
     """File -> the text that it should have."""
@@ -144,7 +231,12 @@ def pages() -> dict[Path, str]:
     if not BETWEEN.search(readme):
         raise SystemExit("README.md has no lines `<!-- results -->` and `<!-- /results -->`")
     filled = BETWEEN.sub(lambda _: summary(RESULTS), readme)
-    return {REPO / "README.md": filled, REPO / "benchmarks" / "README.md": full_report(RESULTS)}
+    exploration = EXPLORATION.with_suffix(".md")
+    return {
+        REPO / "README.md": filled,
+        REPO / "benchmarks" / "README.md": full_report(RESULTS),
+        exploration: filled_exploration(exploration.read_text(), exploration_runs(EXPLORATION)),
+    }
 
 
 def main(args: Args) -> None:

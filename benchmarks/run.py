@@ -216,11 +216,10 @@ def hardware() -> str:
 
 
 def commit() -> str:
-    """Short hash; -dirty if a script differs from that commit."""
+    """Short hash; -dirty if a script or a module in common/ differs from that commit."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPO, capture_output=True, text=True, check=True)
-    changes = subprocess.run(
-        ["git", "status", "--porcelain", "--", ":(glob)*.py"], cwd=REPO, capture_output=True, text=True, check=True
-    )
+    status = ["git", "status", "--porcelain", "--", ":(glob)*.py", ":(glob)common/*.py"]
+    changes = subprocess.run(status, cwd=REPO, capture_output=True, text=True, check=True)
     return head.stdout.strip() + ("-dirty" if changes.stdout else "")
 
 

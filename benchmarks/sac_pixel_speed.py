@@ -18,18 +18,14 @@ stand-in for tensorflow, of which only a type's name is used, saves its installa
 
 import csv
 import json
-import os
-import statistics
 import sys
 import tempfile
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import tyro
-from bc_speed import version
-from run import REPO, RESULTS, commit, hardware
-from sac_state_speed import interpreter, record, run_contender
+from run import REPO, RESULTS
+from speed import bind, interpreter, run_contender, take_turns, timing, versions
 
 RANDOM_STEPS = 300
 OURS = """--demos 0 --learning-starts {random} --total-timesteps {total} --image-size {size} --crop-padding 4
@@ -129,33 +125,28 @@ def measure(contender: str, command: list[str], updates: int, args: Args) -> dic
             seconds = sum(float(row["time/update_ms"]) for row in rows) / 1e3
         else:
             seconds = json.loads(stdout.splitlines()[-1])
-    line = {"steps": updates, "seconds": round(seconds, 3), "steps_per_second": round(updates / seconds, 3)}
-    return line | {"others_cores": others}
+    return timing(updates, seconds) | {"others_cores": others}
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     if args.updates % 4 or args.updates < 4 or not set(args.encoders) <= set(ENCODERS):
         raise SystemExit("--updates: a multiple of 4; --encoders: " + " ".join(ENCODERS))
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    bind(args.threads)
     if not args.serl_path:
         print("SERL is left out: --serl-path is not given")
-    facts = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "hardware": hardware()}
-    facts["command"] = f"python benchmarks/sac_pixel_speed.py, {args.updates} updates"
     runs = commands(args)
-    versions = {contender: version(command) for contender, (command, _) in runs.items()}
-    speeds: dict[str, list[float]] = {contender: [] for contender in runs}
-    for number in range(1, args.rounds + 1):
-        for contender, (command, updates) in runs.items():
-            line = measure(contender, command, updates, args)
-            line |= {"contender": contender, "version": versions[contender], "round": number}
-            record(args.output, facts | line)
-            speeds[contender].append(line["steps_per_second"])
-            busy = f" (others used {line['others_cores']} cores)" if line["others_cores"] > 0.1 else ""
-            print(f"round {number}: {contender:20} {line['steps_per_second']:8.3f} updates/s{busy}", flush=True)
-    for contender, values in speeds.items():
-        median = statistics.median(values)
-        print(f"{contender:20} median {median:.3f} (min {min(values):.3f}, max {max(values):.3f})")
+    names = {}
+    for contender, (command, _) in runs.items():
+        packages = ["torch"] if contender.startswith("ours") else ["jax", "flax", "optax"]
+        names[contender] = versions(command[0], *packages)
+
+    def measured(contender: str, number: int) -> dict[str, object]:
+        command, updates = runs[contender]
+        return measure(contender, command, updates, args) | {"version": names[contender]}
+
+    command = f"python benchmarks/sac_pixel_speed.py, {args.updates} updates"
+    take_turns(runs, args.rounds, measured, args.output, command, unit="updates/s")
 
 
 if __name__ == "__main__":

@@ -15,27 +15,16 @@ Run it on a quiet machine. `others_cores` in the file says how many cores other 
 OpenMP's two threads wait for each other, so that one foreign process slows a PyTorch contender many times over.
 """
 
-import csv
 import hashlib
 import json
-import os
-import resource
-import shlex
-import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import tyro
-from run import REPO, RESULTS, commit, hardware
-
-COLUMNS = ["contender", "version", "round", "steps", "seconds", "steps_per_second", "others_cores", "date", "commit"]
-COLUMNS += ["hardware", "command"]
+from run import REPO, RESULTS
+from speed import bind, interpreter, run_contender, take_turns, timing, versions
 
 # The flags of sac_state_sim.py that make it the others' SAC; {total} and {learning_starts} are filled in.
 OURS = """--env-id {env_id} --total-timesteps {total} --learning-starts {learning_starts} --demos 0 --batch-size 256
@@ -97,13 +86,6 @@ class Args:
 
 
 # --- Contenders -------------------------------------------------------------------------------------------------------
-def interpreter(python: str) -> str:
-    """Absolute path of an interpreter, symbolic links kept: a virtual environment is known by them."""
-    if found := shutil.which(python):
-        return os.path.abspath(found)
-    raise SystemExit(f"{python}: there is no such interpreter")
-
-
 def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
     """Contender -> command; writes the SB3 and SBX scripts into `folder`."""
     values = {"env_id": args.env_id, "learning_starts": args.learning_starts, "seed": seed}
@@ -126,16 +108,14 @@ def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
 
 def version(contender: str, command: list[str]) -> str:
     """The versions that matter, as the contender's interpreter finds them; CleanRL's is the hash of its script."""
-    names = {
-        "ours": "torch",
-        "ours_bf16": "torch",
-        "cleanrl": "torch",
-        "sb3": "stable_baselines3 torch",
-        "sbx": "sbx-rl jax",
-    }[contender]
-    code = "import sys, importlib.metadata as m; print(*(n + ' ' + m.version(n) for n in sys.argv[1:]), sep=', ')"
-    query = [command[0], "-c", code, *names.split(), "gymnasium", "mujoco"]
-    found = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
+    packages = {
+        "ours": ["torch"],
+        "ours_bf16": ["torch"],
+        "cleanrl": ["torch"],
+        "sb3": ["stable_baselines3", "torch"],
+        "sbx": ["sbx-rl", "jax"],
+    }
+    found = versions(command[0], *packages[contender], "gymnasium", "mujoco")
     if contender == "cleanrl":
         return f"sha256 {hashlib.sha256(Path(command[1]).read_bytes()).hexdigest()[:8]}, {found}"
     return found
@@ -153,29 +133,6 @@ def marks(contender: str, folder: Path, stdout: str) -> list[tuple[int, float]]:
 
 
 # --- Measuring --------------------------------------------------------------------------------------------------------
-def busy_seconds() -> float:
-    """CPU seconds that all processes of the machine have used (Linux)."""
-    user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split()[1:8])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
-
-
-def run_contender(command: list[str], folder: Path, threads: int, gpu: bool, **env: str) -> tuple[str, float]:
-    """Runs a command in a folder: what it prints, and the cores that other processes used meanwhile.
-
-    Raises SystemExit with the end of its output if it fails.
-    """
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "WANDB_MODE": "disabled"} | env
-    if not gpu:
-        env |= {"CUDA_VISIBLE_DEVICES": "", "JAX_PLATFORMS": "cpu"}
-    clock, busy, own = time.time(), busy_seconds(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
-    if result.returncode != 0:
-        raise SystemExit(f"`{shlex.join(command)[:300]}` failed:\n{result.stdout[-1000:]}{result.stderr[-3000:]}")
-    now = resource.getrusage(resource.RUSAGE_CHILDREN)
-    others = busy_seconds() - busy - (now.ru_utime + now.ru_stime - own.ru_utime - own.ru_stime)
-    return result.stdout, round(others / (time.time() - clock), 2)
-
-
 def measure(contender: str, args: Args, seed: int) -> dict[str, object]:
     """Runs one contender once: timed steps, their time (s), and the cores that other processes used meanwhile."""
     env = {"PYTHONPATH": str(args.cleanrl_path.resolve())} if contender == "cleanrl" else {}
@@ -184,53 +141,31 @@ def measure(contender: str, args: Args, seed: int) -> dict[str, object]:
         command = commands(args, seed, folder)[contender]
         stdout, others = run_contender(command, folder, args.threads, args.gpu, **env)
         noted = marks(contender, folder, stdout)
-    (first, start) = next(mark for mark in noted if mark[0] >= args.learning_starts + args.warmup)
-    (last, end) = noted[-1]
-    return {
-        "steps": last - first,
-        "seconds": round(end - start, 3),
-        "steps_per_second": round((last - first) / (end - start), 1),
-        "others_cores": others,
-    }
-
-
-def record(path: Path, line: dict[str, object]) -> None:
-    """Appends a line, below a header if the file is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(line)
+    first, start = next(mark for mark in noted if mark[0] >= args.learning_starts + args.warmup)
+    last, end = noted[-1]
+    return timing(last - first, end - start) | {"others_cores": others}
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     if args.steps % 500 or (args.learning_starts + args.warmup) % 500:
         raise SystemExit("--steps and --learning-starts + --warmup: give multiples of 500, the logs' interval")
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])
+    bind(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         runs = commands(args, 0, Path(temporary))
     for contender, flag in (("cleanrl", "--cleanrl-path"), ("sb3", "--sb3-python"), ("sbx", "--sbx-python")):
         if contender not in runs:
             print(f"{contender} is left out: {flag} is not given")
-    facts = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "hardware": hardware()}
-    facts["command"] = f"python benchmarks/sac_state_speed.py, {args.steps} steps of {args.env_id}"
-    versions = {contender: version(contender, command) for contender, command in runs.items()}
-    speeds: dict[str, list[float]] = {contender: [] for contender in runs}
-    for number in range(1, args.rounds + 1):
-        for contender in runs:
-            line = measure(contender, args, seed=number)
-            line |= {"contender": contender, "version": versions[contender], "round": number}
-            record(args.output, facts | line)
-            speeds[contender].append(line["steps_per_second"])
-            busy = f" (others used {line['others_cores']} cores)" if line["others_cores"] > 0.1 else ""
-            print(f"round {number}: {contender:8} {line['steps_per_second']:7.1f} steps/s{busy}", flush=True)
-    medians = {contender: statistics.median(values) for contender, values in speeds.items()}
-    for contender, values in speeds.items():
-        ratio = f", ours is {medians['ours'] / medians[contender]:.2f} x" if "ours" in medians else ""
-        print(f"{contender:8} median {medians[contender]:.1f} (min {min(values):.1f}, max {max(values):.1f}){ratio}")
+    names = {contender: version(contender, command) for contender, command in runs.items()}
+
+    def measured(contender: str, number: int) -> dict[str, object]:
+        return measure(contender, args, seed=number) | {"version": names[contender]}
+
+    command = f"python benchmarks/sac_state_speed.py, {args.steps} steps of {args.env_id}"
+    medians = take_turns(runs, args.rounds, measured, args.output, command)
+    for contender, median in medians.items():
+        if "ours" in medians and contender != "ours":
+            print(f"ours is {medians['ours'] / median:.2f} x {contender}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """benchmarks/run.py measures what it says, benchmarks/report.py shows what the files hold."""
 
 import csv
+import importlib.metadata
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from test_repo import Command, args_of, command_faults
 sys.path.insert(0, str(REPO / "benchmarks"))
 import report
 import run
+import speed
 
 LINE = {"row": "sac_pick_default", "env_id": "FrankaPickCube-v0", "global_step": 12000, "metric": "eval/success_rate"}
 LINE |= {"wall_s": 90, "peak_mb": 700, "date": "2026-01-02", "commit": "abc1234", "hardware": "a CPU, 2 cores"}
@@ -55,6 +58,20 @@ print(*run.measure([sys.executable, "-c", grow], Path()), *run.measure([sys.exec
         run.measure([sys.executable, "-c", "raise SystemExit(3)"], tmp_path)
 
 
+@pytest.mark.parametrize("name", ["script.py", "common/module.py"])
+def test_commit_of_changed_code_is_dirty(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(run, "REPO", tmp_path)
+    (tmp_path / "common").mkdir()
+    (tmp_path / name).write_text("x = 1\n")
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    for words in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    (tmp_path / "notes.txt").write_text("x\n")
+    assert re.fullmatch(r"[0-9a-f]{7,}", run.commit())
+    (tmp_path / name).write_text("x = 2\n")
+    assert re.fullmatch(r"[0-9a-f]{7,}-dirty", run.commit())
+
+
 def test_run_seed_records_a_line_and_the_curve(tmp_path, monkeypatch):
     fake = tmp_path / "fake.py"
     fake.write_text(
@@ -84,17 +101,129 @@ def test_run_seed_records_a_line_and_the_curve(tmp_path, monkeypatch):
     assert json.loads(next(tmp_path.glob("runs/benchmark__fake__1__*/args.json")).read_text())
 
 
-def test_summary(tmp_path):
+def test_tables_of_rows_and_of_speed(tmp_path):
     assert "Nothing has been measured" in report.summary(tmp_path)
+    assert "Nothing has been measured" in report.results_tables(tmp_path)
     for seed, value in [(1, 0.9), (2, 1.0)]:
-        run.record(tmp_path / "sac_pick_default.csv", LINE | {"seed": seed, "value": value, "command": "python x.py"})
+        line = LINE | {"seed": seed, "value": value, "command": "python x.py"}
+        run.record(tmp_path / "sac_pick_default.csv", line)
+        run.record(tmp_path / "rlpd_settings.csv", line | {"row": "rlpd_settings"})
     (tmp_path / "sac_state_speed.csv").write_text(
         "contender,steps_per_second\nslow,100\nours,300\nours,290\nours,1000\n"
     )
     (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
-    summary = report.summary(tmp_path, with_speed=True)
+    summary, tables = report.summary(tmp_path), report.results_tables(tmp_path)
     line = next(line for line in summary.splitlines() if "sac_pick_default" in line)
     assert "| **0.95** (0.9, 1) |" in line and "| 12,000 |" in line and "| 1.5 min |" in line and "| 700 MB |" in line
-    assert summary.index("| ours | 300 | 3 |") < summary.index("| slow | 100 | 1 |")
-    assert "notes" not in summary
+    assert line in tables
+    assert "rlpd_settings" not in summary and "ours" not in summary
+    assert tables.index("sac_pick_default") < tables.index("### Ablations") < tables.index("rlpd_settings")
+    assert tables.index("| ours | 300 | 3 |") < tables.index("| slow | 100 | 1 |")
+    assert "notes" not in tables
     assert "Measured with another command: `python x.py`" in report.full_report(tmp_path)
+
+
+def test_readme_shows_ten_rows_at_most():
+    shown = report.BETWEEN.search((REPO / "README.md").read_text())[0]
+    names = re.findall(r"\(`(\w+)`\) \|", shown)
+    assert 0 < len(names) <= 10
+    assert set(names) <= set(report.NEWCOMERS) <= set(run.ROWS)
+
+
+# --- Speed ------------------------------------------------------------------------------------------------------------
+def test_contenders_take_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "commit", lambda: "abc1234")
+    monkeypatch.setattr(speed, "hardware", lambda: "a CPU")
+    seconds = {("ours", 1): 2.0, ("slow", 1): 30.0, ("ours", 2): 4.0, ("slow", 2): 10.0}
+    calls = []
+
+    def measure(contender, number):
+        calls.append((contender, number))
+        others = 0.5 if contender == "slow" else 0.0
+        return speed.timing(1000, seconds[contender, number]) | {"version": "x 1.0", "others_cores": others}
+
+    medians = speed.take_turns(["ours", "slow"], 2, measure, tmp_path / "new" / "out.csv", "python x.py")
+    assert calls == list(seconds)
+    assert medians == {"ours": 375.0, "slow": pytest.approx((1000 / 30 + 100) / 2, abs=1e-3)}
+    with (tmp_path / "new" / "out.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert list(lines[0]) == speed.COLUMNS
+    assert [(line["contender"], line["round"]) for line in lines] == [(name, str(number)) for name, number in calls]
+    assert [line["steps_per_second"] for line in lines] == ["500.0", "33.333", "250.0", "100.0"]
+    assert {(line["commit"], line["hardware"], line["command"]) for line in lines} == {
+        ("abc1234", "a CPU", "python x.py")
+    }
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1] == "round 1: slow    33.3 steps/s (others used 0.5 cores)"
+    assert printed[4] == "ours median 375 steps/s (min 250, max 500)"
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path):
+    path = tmp_path / "out.csv"
+    speed.record(path, {"contender": "ours", "round": 1})
+    speed.record(path, {"contender": "ours", "round": 2})
+    with pytest.raises(SystemExit, match=r"has the columns contender, round, not contender, steps: give --output"):
+        speed.record(path, {"contender": "ours", "steps": 5})
+    assert path.read_text() == "contender,round\nours,1\nours,2\n"
+
+
+def test_run_contender(tmp_path):
+    program = "import os; print(os.getcwd(), os.environ['OMP_NUM_THREADS'], os.environ['CUDA_VISIBLE_DEVICES'] == '', "
+    program += "os.environ['EXTRA'])"
+    stdout, others = speed.run_contender([sys.executable, "-c", program], tmp_path, threads=3, gpu=False, EXTRA="yes")
+    assert stdout.split() == [str(tmp_path), "3", "True", "yes"]
+    assert isinstance(others, float)
+    with pytest.raises(SystemExit, match=r"failed:\nseen\n"):
+        speed.run_contender([sys.executable, "-c", "print('seen'); raise SystemExit(3)"], tmp_path, 1, gpu=False)
+
+
+def test_cloning_timing(tmp_path):
+    (tmp_path / "offline_agent.csv").write_text("step,SPS\n50,1\n100,25\n150,100\n")
+    log = speed.cloning_log(tmp_path)
+    assert speed.cloning_timing(log, 50) == {"steps": 100, "seconds": 2.5, "steps_per_second": 40.0}
+
+
+def test_interpreter_and_versions(tmp_path):
+    link = tmp_path / "python"
+    link.symlink_to(sys.executable)
+    assert speed.interpreter(str(link)) == str(link)  # not what it leads to
+    with pytest.raises(SystemExit, match="nowhere: there is no such interpreter"):
+        speed.interpreter("nowhere")
+    assert speed.versions(sys.executable, "tyro") == f"tyro {importlib.metadata.version('tyro')}"
+
+
+# --- Exploration ------------------------------------------------------------------------------------------------------
+def prose_numbers(page: str) -> list[str]:
+    """Numbers outside tables and `code`, where no file shows them."""
+    prose = "\n".join(line for line in page.splitlines() if not line.startswith("|"))
+    return re.findall(r"(?<![\w.])\d[\d.,]*\d?%?", re.sub(r"`[^`]*`", "", prose))
+
+
+def test_every_run_of_exploration_has_one_line():
+    page = report.EXPLORATION.with_suffix(".md").read_text()
+    lines = [name for _, name in report.RUN_LINE.findall(page)]
+    assert sorted(lines) == sorted(report.exploration_runs(report.EXPLORATION))
+    assert prose_numbers(page) == []
+    assert report.EXPLORATION.stat().st_size < 1_000_000
+
+
+def test_numbers_in_prose_are_seen():
+    assert prose_numbers("It lifts 95% at 12,000 steps,\n0.5 of them.\n") == ["95%", "12,000", "0.5"]
+    assert prose_numbers("SimbaV2 with `--lr 0.1`\n| `run` | 0.5 |\n") == []
+
+
+def test_lines_of_exploration(tmp_path):
+    (tmp_path / "runs.csv").write_text(
+        "run,seed,global_step,episodes,success,return,wall_s\n"
+        "lifts,1,1000,10,0.2,9.1,60.0\nlifts,1,2500,10,0.5,20.2,90.0\nlifts,1,4000,50,0.98,61.6,120.0\n"
+        "lifts,2,4000,50,0.06,12.4,150.0\nchance,1,17956,80,0.075,8.0,\n"
+    )
+    runs = report.exploration_runs(tmp_path / "runs.csv")
+    page = "Words.\n\n| run | settings |\n| --- | --- |\n| `lifts` | `--x 1` |\n| `chance` | none | stale | 1 |\n"
+    assert report.filled_exploration(page, runs) == (
+        "Words.\n\n| run | settings |\n| --- | --- |\n"
+        "| `lifts` | `--x 1` | 1, 2 | 4 | 2.5, never | 0.98, 0.06 | 62, 12 | 2.0, 2.5 |\n"
+        "| `chance` | none | 1 | 18 | never | 0.075 | 8 |  |\n"
+    )
+    with pytest.raises(SystemExit, match="names the run unknown"):
+        report.filled_exploration("| `unknown` | none |\n", runs)

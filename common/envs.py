@@ -1,0 +1,375 @@
+"""Tasks: made with one-line errors, checked at every step, wrapped, demonstrated, recorded."""
+
+import copy
+import math
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from common.setup import Fault, fail
+
+LONGEST_EPISODE = 10_000  # steps, of a task without a time limit
+HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32
+
+
+# --- Making -----------------------------------------------------------------------------------------------------------
+def make(env_id: str, render: bool = False, **options) -> gym.Env:
+    """gym.make, also of `module:Env-v0` with the module in the current folder; steps are `Checked`.
+
+    Exits with one line when gymnasium does not know the task. A task without a time limit gets one, with a warning.
+    """
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    if render:
+        options["render_mode"] = "rgb_array"
+    try:
+        env = gym.make(env_id, disable_env_checker=True, **options)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        fail(f"--env-id {env_id}: {error}")
+    env = Checked(env, env_id)
+    if env.spec is not None and env.spec.max_episode_steps is None:
+        print(f"{env_id} has no time limit: episodes are cut after {LONGEST_EPISODE:,} steps", file=sys.stderr)
+        env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
+    return env
+
+
+class Checked(gym.Wrapper):
+    """Passes on what a task says, and raises Fault, which names the culprit, where it breaks gymnasium's rules.
+
+    Observations are copies, so that a task may write into the same array in each step. Rewards are floats.
+    """
+
+    def __init__(self, env: gym.Env, name: str):
+        super().__init__(env)
+        self.name = name
+        self.steps = 0  # of this episode
+
+    def reset(self, **kwargs):
+        self.steps = 0
+        result = self.env.reset(**kwargs)
+        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+            raise Fault(f"{self.name}: reset must return (observation, info); is it written for gym before 0.26?")
+        obs, info = result
+        return self.checked(obs), info
+
+    def step(self, action):
+        result = self.env.step(action)
+        self.steps += 1
+        if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
+            raise Fault(
+                f"{self.name}: step must return (observation, reward, terminated, truncated, info); "
+                "is it written for gym before 0.26?"
+            )
+        obs, reward, terminated, truncated, info = result
+        obs = self.checked(obs)
+        if np.size(reward) != 1 or np.asarray(reward).dtype.kind not in "fiub":
+            raise Fault(f"{self.name}: the reward of step {self.steps} is {reward!r}, not a number")
+        reward = float(np.asarray(reward).item())
+        self.check_number("the reward", reward)
+        for name, value in (("terminated", terminated), ("truncated", truncated)):
+            if np.size(value) != 1 or np.asarray(value).dtype.kind not in "biu":
+                raise Fault(f"{self.name}: {name} of step {self.steps} is {value!r}, not True or False")
+        return obs, reward, bool(terminated), bool(truncated), info
+
+    def checked(self, obs):
+        """A copy of the observation. Raises Fault when it does not fit its space."""
+        return self.checked_part(self.env.observation_space, obs, "the observation")
+
+    def checked_part(self, space: spaces.Space, value, name: str):
+        if isinstance(space, spaces.Dict):
+            if not isinstance(value, dict) or value.keys() != space.keys():
+                given = sorted(value) if isinstance(value, dict) else type(value).__name__
+                raise Fault(f"{self.name}: {name} is {given}, its space has {sorted(space)}")
+            return {key: self.checked_part(part, value[key], f"{name}[{key!r}]") for key, part in space.items()}
+        if not isinstance(space, spaces.Box):
+            return copy.deepcopy(value)
+        array = np.array(value)  # a copy
+        if array.dtype.kind not in "fiub":
+            raise Fault(f"{self.name}: {name} is {value!r}, not numbers")
+        if array.shape != space.shape:
+            raise Fault(f"{self.name}: {name} has shape {array.shape}, its space has {space.shape}")
+        if array.dtype.kind == "f":
+            wrong = ~(np.abs(array) <= HUGE)  # NaN as well
+            if wrong.any():
+                where = np.argwhere(wrong)[0].tolist()
+                self.check_number(f"{name}{where if where else ''}", float(array[tuple(where)]))
+        return array
+
+    def check_number(self, name: str, value: float) -> None:
+        if not abs(value) <= HUGE:
+            raise Fault(
+                f"{self.name}: {name} is {value:.4g} at step {self.steps} of an episode; "
+                "give a number in its place in a wrapper (make_env)"
+            )
+
+
+def check_actions(env: gym.Env, env_id: str) -> None:
+    """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1]."""
+    space = env.action_space
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
+        fail(
+            f"--env-id {env_id}: actions must be a Box of shape (A,), not {space}; reshape them in a wrapper (make_env)"
+        )
+    low, high = np.float64(space.low), np.float64(space.high)
+    if not (np.isfinite(high - low) & (high - low < HUGE)).all():
+        fail(f"--env-id {env_id}: actions need bounds, not {space}; set them in a wrapper (make_env)")
+
+
+def leaves(space: spaces.Space) -> Iterator[spaces.Space]:
+    """The spaces inside Dicts and Tuples at any depth."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        for part in space.values() if isinstance(space, spaces.Dict) else space:
+            yield from leaves(part)
+    else:
+        yield space
+
+
+def looks_like_image(space: spaces.Space) -> bool:
+    """Whether a Box has rows and columns of its own: a matrix (not one row or column) of bytes, or large."""
+    if not isinstance(space, spaces.Box):
+        return False
+    sides = [side for side in space.shape if side > 1]
+    return len(sides) >= 2 and (space.dtype == np.uint8 or int(np.prod(sides)) > 256)
+
+
+def episode_seed(seed: int, stream: int, episode: int) -> int:
+    """The seed of an episode's reset; streams keep training (0), evaluation (1), demonstrations (2) apart."""
+    return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
+
+
+# --- Wrappers ---------------------------------------------------------------------------------------------------------
+class GripperPenalty(gym.Wrapper):
+    """Subtracts a penalty when the gripper command, the last action, switches between opening and closing."""
+
+    def __init__(self, env: gym.Env, penalty: float):
+        super().__init__(env)
+        self.penalty = penalty
+        self.command = 0.0
+
+    def reset(self, **kwargs):
+        self.command = 0.0
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if abs(action[-1]) > 0.5:
+            reward -= self.penalty * (action[-1] * self.command < 0)
+            self.command = action[-1]
+        return obs, reward, terminated, truncated, info
+
+
+class ActionChunk(gym.Wrapper):
+    """Executes several actions, given as one vector (length * A,), one after the other; rewards are summed."""
+
+    def __init__(self, env: gym.Env, length: int):
+        super().__init__(env)
+        self.length = length
+        low, high = (np.tile(bound, length) for bound in (env.action_space.low, env.action_space.high))
+        self.action_space = spaces.Box(low, high, dtype=env.action_space.dtype)
+
+    def step(self, actions):
+        rewards = 0.0
+        for action in np.split(np.asarray(actions), self.length):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            rewards += reward
+            if terminated or truncated:
+                break
+        return obs, rewards, terminated, truncated, info
+
+
+class Episode(NamedTuple):
+    """A recorded episode of T steps, in the task's own observations and actions."""
+
+    observations: list  # T + 1
+    actions: np.ndarray  # (T, A)
+    rewards: np.ndarray  # (T,)
+    terminations: np.ndarray  # (T,) bool
+    truncations: np.ndarray  # (T,) bool
+    info: dict  # of the last step
+
+
+class Recorder(gym.Wrapper):
+    """Keeps every episode that ends, in `episodes`."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.episodes: list[Episode] = []
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.observations = [copy.deepcopy(obs)]
+        self.steps = []
+        return obs, info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.observations.append(copy.deepcopy(obs))
+        self.steps.append((np.array(action), float(reward), bool(terminated), bool(truncated)))
+        if terminated or truncated:
+            columns = [np.array(column) for column in zip(*self.steps)]
+            self.episodes.append(Episode(self.observations, *columns, info))
+        return obs, reward, terminated, truncated, info
+
+
+class Playback(gym.Env):
+    """A recorded episode as an environment, so that demonstrations pass through the same wrappers as live steps."""
+
+    def __init__(self, env: gym.Env, episode: Episode):
+        self.observation_space = env.observation_space
+        self.action_space = env.action_space
+        self.spec = env.spec
+        self.episode = episode
+
+    def reset(self, **kwargs):
+        self.t = 0
+        return self.episode.observations[0], {}
+
+    def step(self, action):
+        reward = float(self.episode.rewards[self.t])
+        terminated = bool(self.episode.terminations[self.t])
+        self.t += 1
+        return self.episode.observations[self.t], reward, terminated, self.t == len(self.episode.rewards), {}
+
+
+# --- Demonstrations ---------------------------------------------------------------------------------------------------
+def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterator[Episode]:
+    """Episodes for the task `env`: `source` of them by its scripted expert, or those of the Minari dataset `source`.
+
+    `noise` is the standard deviation on the expert's actions, relative to their range [-1, 1]. Exits with one line when
+    the task has no expert, or the dataset is not of this task.
+    """
+    if source.isdigit():
+        return expert_episodes(int(source), env, seed, noise)
+    return minari_episodes(source, env)
+
+
+def expert_of(env: gym.Env, option: str) -> Callable[[], np.ndarray]:
+    """The method expert_action() of the task or of a wrapper of one's own. Exits with one line when there is none.
+
+    A wrapper that changes actions must have one of its own: the task's are not what the wrapper takes.
+    """
+    layer = env
+    while True:
+        if "expert_action" in dir(type(layer)):
+            return layer.expert_action
+        changes = isinstance(layer, gym.ActionWrapper) or (
+            isinstance(layer, gym.Wrapper) and layer.action_space != layer.env.action_space
+        )
+        if changes:
+            name = type(layer).__name__
+            fail(f"{option}: {name} changes actions, so it needs an expert_action() of its own; or give --demos 0")
+        if not isinstance(layer, gym.Wrapper):
+            name = layer.spec.id if layer.spec else layer
+            fail(f"{option}: {name} has no expert_action(); give a dataset, or --demos 0")
+        layer = layer.env
+
+
+def expert_episodes(count: int, env: gym.Env, seed: int, noise: float) -> Iterator[Episode]:
+    expert = expert_of(env, f"--demos {count}")
+    recorder, space = Recorder(env), env.action_space
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        recorder.reset(seed=episode_seed(seed, 2, number))
+        done = False
+        while not done:
+            eps = noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
+            action = np.clip(expert() + eps, space.low, space.high).astype(space.dtype)
+            _, _, terminated, truncated, _ = recorder.step(action)
+            done = terminated or truncated
+        yield recorder.episodes.pop()
+
+
+def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
+    import minari
+
+    try:
+        dataset = minari.load_dataset(dataset_id)
+    except (FileNotFoundError, ValueError) as error:
+        fail(f"--demos {dataset_id}: {error}; `minari list local` shows what is there")
+    ours, theirs = env.action_space, dataset.action_space
+    same_actions = ours.shape == theirs.shape and np.allclose([ours.low, ours.high], [theirs.low, theirs.high])
+    if not same_actions:
+        fail(f"--demos {dataset_id}: is not of this task; its actions are {theirs}, the task's {ours}")
+    if layout(env.observation_space) != layout(dataset.observation_space):
+        spaces_of = f"{dataset.observation_space}, the task's {env.observation_space}"
+        fail(f"--demos {dataset_id}: is not of this task; its observations are {spaces_of}")
+    for episode in dataset.iterate_episodes():
+        observations = [step_of(episode.observations, t) for t in range(len(episode) + 1)]
+        infos = episode.infos or {}
+        info = {key: values[-1] for key, values in infos.items() if not isinstance(values, dict) and len(values)}
+        ends = (episode.terminations, episode.truncations)
+        for name, values in (("actions", episode.actions), ("rewards", episode.rewards)):
+            if not np.isfinite(values).all():
+                fail(f"--demos {dataset_id}: {name} of episode {episode.id} hold numbers that are not finite")
+        yield Episode(observations, episode.actions, episode.rewards, *ends, info)
+
+
+def layout(space: spaces.Space) -> object:
+    """The shapes of a space's parts, to compare two spaces by."""
+    return {key: layout(part) for key, part in space.items()} if isinstance(space, spaces.Dict) else space.shape
+
+
+def step_of(observations, t: int):
+    """Step t of observations with a leading time axis, at any depth."""
+    return (
+        {key: step_of(part, t) for key, part in observations.items()}
+        if isinstance(observations, dict)
+        else observations[t]
+    )
+
+
+def replay(episode: Episode, env: gym.Env, wrap: Callable[[gym.Env], gym.Env], chunk: int = 1) -> Iterator[tuple]:
+    """An episode of the task `env` as the wrapped task would give it: (action, obs, reward, terminated), from the reset
+    on, whose action is None. Actions are in [-1, 1]; with `chunk` > 1 the last chunk is filled up by its last action.
+    """
+    playback = wrap(Checked(Playback(env, episode), "a demonstration"))
+    low, high = env.action_space.low, env.action_space.high
+    width = np.where(high > low, high - low, 1)
+    actions = np.clip(2 * (episode.actions - low) / width - 1, -1, 1)  # (T, A)
+    padding = np.repeat(actions[-1:], -len(actions) % chunk, 0)
+    obs, _ = playback.reset()
+    yield None, obs, 0.0, False
+    for action in np.concatenate([actions, padding]).reshape(-1, chunk * actions.shape[1]):
+        obs, reward, terminated, truncated, _ = playback.step(action)
+        yield action, obs, reward, terminated
+        if terminated or truncated:
+            return
+
+
+# --- Recording --------------------------------------------------------------------------------------------------------
+def check_new_dataset(dataset_id: str) -> None:
+    """Exits with one line when Minari would refuse this name, which it would do after the training."""
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except ValueError as error:
+        fail(f"--record-dataset: {error}")
+    if dataset_id in minari.list_local_datasets():
+        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
+
+
+def record(
+    dataset_id: str, episodes: Iterable[Episode], env: gym.Env, success: Callable[[dict], float], **about
+) -> None:
+    """Stores episodes of the task `env` as a local Minari dataset that knows its task; `about` as Minari names it."""
+    import minari
+    from gymnasium.vector.utils import concatenate, create_empty_array
+    from minari.data_collector import EpisodeBuffer
+
+    space, buffers = env.observation_space, []
+    for episode in episodes:
+        stacked = concatenate(space, episode.observations, create_empty_array(space, len(episode.observations)))
+        columns = (episode.actions, episode.rewards, episode.terminations, episode.truncations)
+        verdict = success(episode.info)
+        infos = None
+        if not math.isnan(verdict):  # known at the end only
+            infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
+        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about)

@@ -1,0 +1,310 @@
+"""Actor and learner over ZeroMQ: records of bytes one way, weights the other.
+
+A message is a JSON header {protocol, hello, actor, first, count} and `count` records of one size, the actor's from
+number `first` on; the reply is JSON: how many of this actor's records the learner has, and how many of them are saved.
+An actor journals each record before it sends it, and drops what is saved. A learner that lost some in a crash answers
+with a smaller number and the actor goes back to there; what arrives twice is known by its number. So each record is
+learned from exactly once, whichever side is killed.
+"""
+
+import contextlib
+import ipaddress
+import json
+import math
+import socket
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from common.run import write_atomically
+from common.setup import fail
+
+PROTOCOL = "records-2"
+DEFAULT_PORT = 5588
+MESSAGE_BYTES = 1 << 25  # records in one message, at most
+RECORDS_PER_FILE = 1024  # of the journal
+TIMEOUT_S = 60.0  # an actor gives up when no learner has answered for so long
+
+
+def parse_address(address: str) -> tuple[str, int]:
+    """IP address and port of HOST, HOST:PORT, tcp://HOST:PORT, ::1 or [::1]:PORT; weights take the port after it.
+
+    Exits with one line when it is none, or the host is unknown.
+    """
+    host, port = address.removeprefix("tcp://"), str(DEFAULT_PORT)
+    if host.startswith("["):
+        host, _, rest = host[1:].partition("]")
+        port = rest.removeprefix(":") or port
+    elif host.count(":") == 1:
+        host, port = host.split(":")
+    if not port.isdigit() or not 0 < int(port) < 65535:
+        fail(f"--address {address}: {port!r} is no port; give HOST:PORT, such as 127.0.0.1:{DEFAULT_PORT}")
+    try:
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        fail(f"--address {address}: no host {host!r} ({error}); give HOST:PORT, such as 127.0.0.1:{DEFAULT_PORT}")
+    return found[0][4][0], int(port)
+
+
+def endpoint(ip: str, port: int) -> str:
+    return f"tcp://[{ip}]:{port}" if ":" in ip else f"tcp://{ip}:{port}"
+
+
+def make_socket(kind: int, ip: str, role: str, keys: str | None):
+    """A ZeroMQ socket, encrypted and authenticated with CURVE when there are keys."""
+    import zmq.auth
+
+    sock = zmq.Context.instance().socket(kind)
+    sock.linger = 1000
+    sock.ipv6 = ":" in ip
+    sock.maxmsgsize = 1 << 30
+    if kind == zmq.SUB:
+        sock.conflate = True  # the newest weights only
+    if keys is None:
+        return sock
+    try:
+        sock.curve_publickey, sock.curve_secretkey = zmq.auth.load_certificate(Path(keys) / f"{role}.key_secret")
+        if role == "learner":
+            sock.curve_server = True
+        else:
+            sock.curve_serverkey = zmq.auth.load_certificate(Path(keys) / "learner.key")[0]
+    except (OSError, ValueError, TypeError, zmq.ZMQError) as error:
+        fail(f"--curve-keys {keys}: {error}; the learner makes the keys, copy its folder to every actor")
+    return sock
+
+
+class Learner:
+    """The learner's end: receives records, publishes weights. Its state says what it has of each actor."""
+
+    def __init__(
+        self,
+        address: str,
+        keys: str | None,
+        hello: dict,
+        record_bytes: int,
+        check: Callable[[bytes], None] = lambda records: None,
+    ):
+        """Listens at `address`; `hello` must be the actors' too; `check` raises ValueError for records not to be taken.
+
+        Exits with one line when the address is taken, or is on a network and there are no `keys`. Keys are made when
+        there are none in the folder.
+        """
+        import zmq.auth
+        from zmq.auth.thread import ThreadAuthenticator
+
+        ip, port = parse_address(address)
+        if not ipaddress.ip_address(ip).is_loopback and not keys:
+            fail(f"--address {address}: a network needs --curve-keys DIR, which encrypts and authenticates")
+        self.hello, self.record_bytes, self.check = hello, record_bytes, check
+        self.held: dict[str, int] = {}
+        self.in_checkpoint: dict[str, int] = {}
+        if keys:
+            make_keys(Path(keys))
+            self.authenticator = ThreadAuthenticator(zmq.Context.instance())
+            self.authenticator.start()
+            self.authenticator.configure_curve(domain="*", location=keys)
+        self.router = make_socket(zmq.ROUTER, ip, "learner", keys)
+        self.publisher = make_socket(zmq.PUB, ip, "learner", keys)
+        try:
+            self.router.bind(endpoint(ip, port))
+            self.publisher.bind(endpoint(ip, port + 1))
+        except zmq.ZMQError as error:
+            fail(f"--address {address}: {error}; give another port, of which the next one is free too")
+
+    def receive(self, timeout_ms: int) -> list[tuple[str, bytes]]:
+        """New records as (actor, record), each actor's in order; waits at most `timeout_ms` for the first message."""
+        new = []
+        for _ in range(100):  # then learning has its turn
+            if not self.router.poll(timeout_ms):
+                break
+            timeout_ms = 0
+            identity, *frames = self.router.recv_multipart()
+            try:
+                actor, records = self.read(frames)
+                reply = {"held": self.held.get(actor, 0), "saved": self.in_checkpoint.get(actor, 0)}
+                new += [(actor, record) for record in records]
+            except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+                reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
+            self.router.send_multipart([identity, json.dumps(reply).encode()])
+        return new
+
+    def read(self, frames: list[bytes]) -> tuple[str, list[bytes]]:
+        """The actor and its records that are new. Raises ValueError, or what a hostile header makes Python raise."""
+        header = json.loads(frames[0])
+        if header["protocol"] != PROTOCOL:
+            raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}")
+        differ = [name for name, value in self.hello.items() if header["hello"].get(name) != value]
+        if differ:
+            raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
+        actor, first, count = str(header["actor"]), int(header["first"]), int(header["count"])
+        payload = frames[1]
+        if first < 0 or count < 0 or len(payload) != count * self.record_bytes:
+            raise ValueError(f"{len(payload)} bytes are not {count} records of {self.record_bytes}")
+        self.check(payload)
+        held = self.held.get(actor, 0)
+        if not first <= held < first + count:
+            return actor, []
+        self.held[actor] = first + count
+        start = (held - first) * self.record_bytes
+        return actor, [payload[i : i + self.record_bytes] for i in range(start, len(payload), self.record_bytes)]
+
+    def saved(self) -> None:
+        """All that was received is in a checkpoint: actors may drop it."""
+        self.in_checkpoint = dict(self.held)
+
+    def publish(self, version: int, weights: bytes, done: bool = False) -> None:
+        """Sends the weights to all actors; `done` ends them."""
+        header = {"protocol": PROTOCOL, "version": version, "done": done}
+        self.publisher.send(json.dumps(header).encode() + b"\n" + weights)
+
+    def state_dict(self) -> dict:
+        return {"held": dict(self.held)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.held = dict(state["held"])
+        self.saved()
+
+
+def make_keys(folder: Path) -> None:
+    """Key pairs for a learner and its actors, unless the folder has some."""
+    import zmq.auth
+
+    if (folder / "learner.key").exists():
+        return
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for name in ("learner", "actor"):
+        zmq.auth.create_certificates(folder, name)
+        (folder / f"{name}.key_secret").chmod(0o600)
+
+
+class Journal:
+    """Records of one size, numbered from 0, in files of a folder; those that are saved elsewhere can be dropped."""
+
+    def __init__(self, folder: Path, record_bytes: int):
+        self.folder, self.record_bytes = folder, record_bytes
+        folder.mkdir(exist_ok=True)
+        files = self.files() or [0]
+        self.first = files[0]  # older ones were dropped
+        first = files[-1]
+        self.file = self.path(first).open("ab")
+        self.written = first + self.file.tell() // record_bytes
+        self.file.truncate((self.written - first) * record_bytes)  # without what a crash cut off
+
+    def path(self, first: int) -> Path:
+        return self.folder / f"{first:012d}.records"
+
+    def files(self) -> list[int]:
+        """The first record's number of every file."""
+        return sorted(int(path.stem) for path in self.folder.glob("*.records"))
+
+    def append(self, record: bytes) -> None:
+        """The record survives this process from here on."""
+        if self.written % RECORDS_PER_FILE == 0:
+            self.file.close()
+            self.file = self.path(self.written).open("ab")
+        self.file.write(record)
+        self.file.flush()
+        self.written += 1
+
+    def read(self, first: int, count: int) -> bytes:
+        """Records from `first` on, at most `count` and not beyond the end of a file."""
+        start = first - first % RECORDS_PER_FILE
+        with self.path(start).open("rb") as file:
+            file.seek((first - start) * self.record_bytes)
+            return file.read(count * self.record_bytes)
+
+    def drop(self, before: int) -> None:
+        """Deletes the files that hold only records before this number; the newest stays, it knows the count."""
+        while self.first + RECORDS_PER_FILE <= min(before, self.written - 1):
+            self.path(self.first).unlink(missing_ok=True)
+            self.first += RECORDS_PER_FILE
+
+
+class Actor:
+    """The actor's end: `send` journals a record and passes it on; `done`: the learner has ended."""
+
+    def __init__(
+        self,
+        address: str,
+        keys: str | None,
+        hello: dict,
+        record_bytes: int,
+        folder: Path,
+        ahead: float = math.inf,
+        stop: Callable[[], bool] = lambda: False,
+        timeout_s: float = TIMEOUT_S,
+    ):
+        """Talks to the learner at `address`; the journal is in `folder`. `send` waits while the learner is more than
+        `ahead` records behind, until `stop` says so; it exits with one line when no learner answers for `timeout_s`."""
+        import zmq
+
+        self.zmq = zmq
+        self.address, self.hello, self.ahead, self.stop, self.timeout_s = address, hello, ahead, stop, timeout_s
+        name_file = folder / "actor_name"
+        if not name_file.exists():
+            write_atomically(name_file, uuid.uuid4().hex.encode())
+        self.name = name_file.read_text()
+        self.number = int(self.name[:8], 16)  # for seeds that no other actor has
+        self.journal = Journal(folder / "journal", record_bytes)
+        self.held = self.journal.first  # what came before was saved
+        self.done = False
+        self.waiting = False  # for a reply
+        self.answered = time.monotonic()
+        self.sent = 0.0
+        ip, port = parse_address(address)
+        self.dealer = make_socket(zmq.DEALER, ip, "actor", keys)
+        self.subscriber = make_socket(zmq.SUB, ip, "actor", keys)
+        self.dealer.connect(endpoint(ip, port))
+        self.subscriber.connect(endpoint(ip, port + 1))
+        self.subscriber.subscribe(b"")
+
+    def send(self, record: bytes) -> None:
+        """Journals a record, and passes on what the learner does not have; never waits for more than the pace asks."""
+        self.journal.append(record)
+        self.exchange(0)
+        while self.journal.written - self.held > self.ahead and not (self.done or self.stop()):
+            self.exchange(100)
+            if not self.waiting:  # nothing could be sent
+                time.sleep(0.1)
+
+    def exchange(self, wait_ms: int) -> None:
+        """Takes the learner's answer if it is there, and sends records. Exits when it is silent for too long."""
+        if self.waiting and self.dealer.poll(wait_ms):
+            reply = json.loads(self.dealer.recv())
+            if "error" in reply:
+                fail(f"the learner says: {reply['error']}")
+            self.held = reply["held"]
+            self.journal.drop(reply["saved"])
+            self.waiting = False
+            self.answered = time.monotonic()
+        silence = time.monotonic() - self.answered
+        if silence > self.timeout_s:
+            where = f"no learner at {self.address} for {silence:.0f} s"
+            fail(f"{where}; start one there with --role learner, or give --address HOST:PORT")
+        if self.waiting and time.monotonic() - self.sent < 2:  # a message to a learner that was killed is lost
+            return
+        if self.held < self.journal.first:
+            fail(f"the learner has {self.held} of this actor's records and the journal begins later: start a new actor")
+        count = max(1, MESSAGE_BYTES // self.journal.record_bytes)
+        records = self.journal.read(self.held, count) if self.held < self.journal.written else b""
+        header = {
+            "protocol": PROTOCOL,
+            "hello": self.hello,
+            "actor": self.name,
+            "first": self.held,
+            "count": len(records) // self.journal.record_bytes,
+        }
+        with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
+            self.dealer.send_multipart([json.dumps(header).encode(), records], self.zmq.NOBLOCK)
+            self.waiting = True
+            self.sent = time.monotonic()
+
+    def weights(self) -> tuple[int, bytes] | None:
+        """Version and weights, if newer ones have come. `done` is set when the learner has ended."""
+        if not self.subscriber.poll(0):
+            return None
+        header, _, weights = self.subscriber.recv().partition(b"\n")
+        header = json.loads(header)
+        self.done = header["done"]
+        return header["version"], weights

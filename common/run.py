@@ -1,0 +1,399 @@
+"""A run: a folder that can be read, resumed and run again.
+
+A copy of the code, flags, CSV, TensorBoard, checkpoints, curve; progress bar, times, Ctrl-C.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.setup import Fault, RunArgs, fail
+
+PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, whenever the program or the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def git_commit(folder: Path) -> str:
+    """Commit that `folder` belongs to, with a + when files differ from it."""
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return subprocess.run(git, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
+
+
+def own_modules(folder: Path) -> list[Path]:
+    """Files in `folder` that this program has imported: common/, tasks of one's own; not what pip installed there."""
+    files = [Path(getattr(module, "__file__", None) or "") for module in list(sys.modules.values())]
+    own = {file.resolve() for file in files if file.is_absolute() and file.suffix == ".py"}
+    prefix = Path(sys.prefix).resolve()
+    installed = {file for file in own if "site-packages" in file.parts or (prefix != folder and prefix in file.parents)}
+    return sorted(file for file in own - installed if folder in file.parents)
+
+
+class Run:
+    """The folder of a run and where the run stands: `step`, `episode`, `signals` (Ctrl-C so far), `state`.
+
+    `state` is the newest checkpoint, or None. Use: make it; `keep` what a checkpoint holds; `open`; then in the loop
+    `phase`, `advance`, `end_episode`, `due`, `log`, `save`; at the end `finish`.
+    """
+
+    def __init__(self, args: RunArgs, name: str, script: str, device: torch.device | str = "cpu"):
+        """A new folder runs/NAME__SCRIPT__SEED__TIME or --run-dir, or the one of --resume or --eval-only.
+
+        Exits with one line when it cannot be written or read, or is not empty. Sets args.run_dir.
+        """
+        self.args, self.script = args, Path(script).resolve()
+        name = f"{name}__{self.script.stem}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
+        self.dir = Path(args.run_dir or f"runs/{name}")
+        self.step = 0
+        self.before = 0  # `step` before the newest `advance`
+        self.episode = 0
+        self.recent: list[tuple[float, float, float]] = []  # return, length, success since the last row of train.csv
+        self.best: dict[str, float] = {}
+        self.elapsed_before = 0.0  # s, until the checkpoint
+        self.saved_at = 0  # step of the newest checkpoint
+        self.parts: dict[str, object] = {}
+        self.files: dict[str, io.TextIOBase] = {}
+        self.bar = None
+        self.writer = None
+        self.signals = 0
+        self.signalled_at = math.inf
+        self.unit = "the episode"  # what Ctrl-C waits for
+        self.doing = self.unit
+        self.state = None
+        if args.resume or args.eval_only:
+            self.state = self.load(device)
+        else:
+            self.create()
+        args.run_dir = str(self.dir)
+
+    def create(self) -> None:
+        """Fills the folder; args.json comes last and makes it a run."""
+        try:
+            if self.dir.exists() and any(self.dir.iterdir()):
+                fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
+            self.dir.mkdir(parents=True, exist_ok=True)
+            root = self.script.parent
+            for file in {self.script, *own_modules(root)}:
+                target = self.dir / file.relative_to(root)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, target)
+            versions = {
+                name: sys.modules[name].__version__
+                for name in ("torch", "numpy", "gymnasium", "mujoco")
+                if name in sys.modules
+            }
+            about = {
+                "command": sys.argv,
+                "git_commit": git_commit(root),
+                "versions": versions | {"python": sys.version.split()[0]},
+                "cpus": os.cpu_count(),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            }
+            write_atomically(self.dir / "run.json", json.dumps(about, indent=2).encode())
+            flags = dataclasses.asdict(self.args) | {"run_dir": None}
+            write_atomically(self.dir / "args.json", json.dumps(flags, indent=2).encode())
+        except OSError as error:
+            fail(f"--run-dir {self.dir}: cannot be written ({error}); give another folder")
+
+    def load(self, device: torch.device | str) -> dict | None:
+        """The newest checkpoint, or None when the run has none yet. Exits when it cannot be read."""
+        path, previous = self.dir / "checkpoint.pt", self.dir / "checkpoint.previous"
+        if previous.exists() and not path.exists():  # killed between `save`'s two renames
+            path = previous
+        if not path.exists():
+            if self.args.eval_only:
+                fail(f"--eval-only {self.dir}: stopped before its first checkpoint; --resume it")
+            return None
+        try:
+            with warnings.catch_warnings(action="ignore"):  # it advises to load without weights_only
+                return torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # noqa: BLE001  a damaged file raises what it likes
+            remedy = f"delete it to go on from {previous}" if previous.exists() else "start a new run"
+            fail(f"{path}: damaged, cannot be read ({type(error).__name__}); {remedy}")
+
+    def keep(self, **parts: object) -> None:
+        """What a checkpoint holds, beside where the run stands: objects with state_dict and load_state_dict, or None.
+
+        They are loaded now if there is a checkpoint. Exits with one line when it is of another script or other flags.
+        """
+        self.parts = {name: part for name, part in parts.items() if part is not None}
+        if self.state is None:
+            return
+        try:
+            for name, part in self.parts.items():
+                part.load_state_dict(self.state[name])
+            progress = self.state["run"]
+            self.step = self.before = self.saved_at = progress["step"]
+            self.episode = progress["episode"]
+            self.recent = [tuple(row) for row in progress["recent"]]
+            self.best = progress["best"]
+            self.elapsed_before = progress["elapsed"]
+            finished = progress["finished"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            fail(f"{self.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
+        self.state = {"finished": finished}  # the rest is loaded, and its memory can go
+
+    def save(self, finished: bool = False) -> None:
+        """Writes checkpoint.pt, and keeps the one before as checkpoint.previous."""
+        progress = {
+            "step": self.step,
+            "episode": self.episode,
+            "recent": self.recent,
+            "best": self.best,
+            "elapsed": self.elapsed(),
+            "finished": finished,
+        }
+        state = {name: part.state_dict() for name, part in self.parts.items()} | {"run": progress}
+        data, path = io.BytesIO(), self.dir / "checkpoint.pt"
+        torch.save(state, data)
+        write_atomically(path.with_suffix(".new"), data.getbuffer())
+        if path.exists():
+            path.replace(path.with_suffix(".previous"))
+        path.with_suffix(".new").replace(path)
+        self.saved_at = self.step
+
+    # --- while it runs ---
+    def open(self, total: int, unit: str = "step") -> None:
+        """CSV files, TensorBoard, wandb, progress bar, signals; what was written after the checkpoint is removed.
+
+        Exits with one line when a finished run is asked for no more than it has.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        if self.state and self.state["finished"] and self.step >= total:
+            fail(f"{self.dir} is finished, at {self.step} of {total}: give a larger number to go on")
+        for path in self.dir.glob("*.csv"):
+            newest = self.step
+            if path.stem == "eval" and self.step >= total:  # the last evaluation comes after the checkpoint
+                newest = self.step - 1
+            drop_rows_after(path, newest)
+        if self.args.track:
+            import wandb
+
+            config = dataclasses.asdict(self.args)
+            wandb.init(project="robot-learning", name=self.dir.name, config=config, dir=self.dir, sync_tensorboard=True)
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        interval = 0.2 if sys.stderr.isatty() else 30.0
+        self.bar = tqdm(total=total, initial=self.step, unit=unit, mininterval=interval)
+        self.started = time.perf_counter()
+        self.restart_timer()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+        print(f"run directory {self.dir}", flush=True)
+
+    def on_signal(self, *_) -> None:
+        """Ctrl-C and SIGTERM: the loop ends where it can go on from; a second one ends the program at once."""
+        self.signals += 1
+        if self.signals > 1:
+            raise KeyboardInterrupt
+        self.signalled_at = time.monotonic()
+        wait = f"{self.doing} ends first, within {PATIENCE_S:.0f} s"
+        os.write(2, f"\nstopping: {wait}, then all is saved; Ctrl-C again stops at once\n".encode())
+
+    def impatient(self) -> bool:
+        """Whether Ctrl-C was so long ago that what is going on is given up."""
+        return time.monotonic() - self.signalled_at > PATIENCE_S
+
+    def elapsed(self) -> float:
+        """Seconds spent on this run, its resumed parts together."""
+        return self.elapsed_before + time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to this phase; "eval" does not count as training."""
+        start = time.perf_counter()
+        self.doing = "the evaluation" if name == "eval" else self.unit
+        try:
+            yield
+        except Fault as error:
+            self.episode += 1
+            self.save()
+            fail(f"{error}. All is saved: --resume {self.dir} goes on with the next episode")
+        self.seconds[name] += time.perf_counter() - start
+
+    def restart_timer(self) -> None:
+        """Forgets the times until now: what comes before learning would flatter charts/SPS."""
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.timed_from = (self.step, time.perf_counter())
+
+    def speed(self) -> dict[str, float]:
+        """Steps per second, and milliseconds per step of each phase, since the last call, apart from evaluating."""
+        step, since = self.timed_from
+        count = max(self.step - step, 1)
+        scalars = {"charts/SPS": (self.step - step) / (time.perf_counter() - since - self.seconds["eval"])}
+        for name in ("act", "env", "update"):
+            scalars[f"time/{name}_ms"] = 1e3 * self.seconds[name] / count
+        self.restart_timer()
+        return scalars
+
+    def advance(self, count: int = 1) -> None:
+        self.before = self.step
+        self.step += count
+        self.bar.update(count)
+
+    def due(self, every: int) -> bool:
+        """Whether the newest `advance` reached or passed a multiple of `every`."""
+        return self.step // every > self.before // every
+
+    def should_save(self, every: int) -> bool:
+        """Whether a multiple of `every` has passed since the newest checkpoint, or the program was asked to end."""
+        return self.signals > 0 or self.step // every > self.saved_at // every
+
+    def end_episode(self, info: dict, success: float) -> None:
+        """Counts an episode, which has statistics in its last info unless it was given up."""
+        if "episode" in info:
+            self.recent.append((float(info["episode"]["r"]), float(info["episode"]["l"]), float(success)))
+        self.episode += 1
+
+    def episodes(self) -> dict[str, float]:
+        """Means over the episodes that ended since the last call, NaN where there are none."""
+        means = np.mean(self.recent or [(math.nan,) * 3], 0, dtype=float).tolist()
+        self.recent = []
+        names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
+        return dict(zip(names, means, strict=True))
+
+    def log(self, table: str, scalars: dict[str, float | Tensor]) -> None:
+        """A row of TABLE.csv, and the same numbers to TensorBoard; the best row of "eval" is kept.
+
+        The first row fixes the columns. An empty `scalars` (an evaluation that was given up) is no row.
+        """
+        if not scalars:
+            return
+        scalars = {key: float(value) for key, value in scalars.items()}
+        row = {"global_step": self.step, "wall_s": self.elapsed()} | scalars
+        if table not in self.files:
+            self.files[table] = (self.dir / f"{table}.csv").open("a")
+            if self.files[table].tell() == 0:
+                self.files[table].write(",".join(row) + "\n")
+        self.files[table].write(",".join(f"{value:.9g}" for value in row.values()) + "\n")
+        self.files[table].flush()
+        for key, value in scalars.items():
+            self.writer.add_scalar(key, value, self.step)
+        if table == "eval":
+            if quality(scalars) >= quality(self.best):
+                self.best = scalars
+            shown = ("eval/episodic_return", "eval/success_rate")
+            self.bar.set_postfix(
+                {k.split("/")[1]: f"{scalars[k]:.2f}" for k in shown if scalars.get(k) == scalars.get(k)}
+            )
+
+    def end_of_training(self) -> None:
+        """A checkpoint. Raises KeyboardInterrupt when the run was asked to end; from now on Ctrl-C ends it at once."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        self.writer.flush()
+        if self.saved_at != self.step or not (self.dir / "checkpoint.pt").exists():
+            self.save()
+        if self.signals:
+            raise KeyboardInterrupt
+
+    def finish(self, last: dict[str, float]) -> None:
+        """After the last evaluation: its row, the curve, a checkpoint, and a summary on the terminal."""
+        self.log("eval", last)
+        self.plot()
+        self.save(finished=True)
+        self.close()
+        report("last", last)
+        report("best", self.best)
+        print(f"{self.elapsed():.0f} s in all; see {self.dir}")
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+
+    def plot(self, x: str = "environment steps") -> None:
+        """Writes curve.png: return and success rate of the evaluations over steps."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        table = np.genfromtxt(self.dir / "eval.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+        keys = [k for k in ("eval/episodic_return", "eval/success_rate") if np.isfinite(table[k]).any()]
+        figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.5), squeeze=False, layout="constrained")
+        for axis, key in zip(axes[0], keys, strict=True):
+            axis.plot(table["global_step"], table[key], marker="o", markersize=3)
+            axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
+            axis.grid(alpha=0.3)
+            if key == "eval/success_rate":
+                axis.set_ylim(-0.03, 1.03)
+        figure.suptitle(f"{self.dir.name}, {table['wall_s'][-1] / 60:.1f} min", fontsize=9)
+        figure.savefig(self.dir / "curve.png", dpi=150)
+        plt.close(figure)
+
+
+def drop_rows_after(path: Path, newest: int) -> None:
+    """Keeps a CSV file's rows up to step `newest`, without a row that a crash cut off."""
+    lines = path.read_text().split("\n")[:-1]  # what follows the last newline was cut off
+    if not lines:
+        write_atomically(path, b"")
+        return
+    header, *rows = lines
+    kept = [row for row in rows if row and int(row.split(",")[0]) <= newest]
+    write_atomically(path, "".join(line + "\n" for line in [header, *kept]).encode())
+
+
+def quality(scalars: dict[str, float]) -> tuple[float, float]:
+    """What makes an evaluation better than another: success, then return; unknown is worst."""
+    values = [scalars.get(key, math.nan) for key in ("eval/success_rate", "eval/episodic_return")]
+    return tuple(-math.inf if math.isnan(value) else value for value in values)
+
+
+def report(name: str, scalars: dict[str, float]) -> None:
+    """One line for the terminal about an evaluation."""
+    keys = [key for key in ("eval/success_rate", "eval/episodic_return") if key in scalars]
+    numbers = ", ".join(f"{key} {scalars[key]:.3g}" for key in keys)
+    print(f"{name}: {numbers or 'no evaluation'} over {scalars.get('eval/episodes', 0):.0f} episodes")
+
+
+@contextlib.contextmanager
+def ends_well(args: RunArgs) -> Iterator[None]:
+    """Ctrl-C and a full disk end the program inside with one line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; {go_on(args)}") from None
+    except Fault as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"{error}; make room, then {go_on(args)}")
+
+
+def go_on(args: RunArgs) -> str:
+    """How an ended run is continued."""
+    run_dir = args.run_dir
+    if run_dir is None or not (Path(run_dir) / "args.json").exists():
+        return "run the same command again"
+    if (Path(run_dir) / "checkpoint.pt").exists() or (Path(run_dir) / "checkpoint.previous").exists():
+        return f"go on with --resume {run_dir}"
+    return f"nothing was saved yet: --resume {run_dir} begins it again"

@@ -1,0 +1,208 @@
+"""What a script starts with: flags and --help, how it says no, PyTorch on this machine."""
+
+import ast
+import contextlib
+import ctypes
+import dataclasses
+import inspect
+import json
+import re
+import sys
+import textwrap
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import tyro
+from torch import Tensor
+
+T = TypeVar("T")
+INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
+
+
+class Fault(Exception):  # noqa: N818  it is the task's, not the program's
+    """A task broke its rules, in one line that names the culprit. The run is saved, then it ends."""
+
+
+@dataclass
+class RunArgs:
+    # experiment
+    seed: int = 1
+    """seed of everything: networks, sampling, exploration, training and evaluation episodes"""
+    run_dir: str | None = None
+    """directory to write to (default: a new one under runs/)"""
+    resume: str | None = None
+    """run directory to continue; its own flags are used, only a few (such as the number of steps) may change"""
+    eval_only: str | None = None
+    """run directory to evaluate: the last evaluation's episodes and a video, no training"""
+    capture_video: bool = True
+    """write an mp4 of the policy at the end (needs OpenGL: EGL or OSMesa)"""
+    track: bool = False
+    """mirror the TensorBoard scalars to Weights & Biases (WANDB_MODE=offline keeps them here)"""
+    compile: bool = True
+    """on a GPU: compile the losses and replay each update as one CUDA graph (a CPU is faster without)"""
+    threads: int = 2
+    """CPU threads for PyTorch"""
+    amp: bool = False
+    """bfloat16 matrix products: faster on a GPU, and on CPUs with AVX512-BF16 or AMX"""
+
+    def check(self) -> None:
+        """Exits with one line when a value is out of its range or contradicts another."""
+
+
+def fail(message: str) -> NoReturn:
+    """Ends the program with one line on stderr and exit code 1."""
+    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
+
+
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = None) -> T:  # noqa: N803
+    """The command line; with --resume or --eval-only the run's own flags are the defaults.
+
+    `may_change` names, separated by spaces, the flags that may differ from the run's. Exits with one line when flags
+    contradict each other or the run. --help shows `doc`, then the flags in groups.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(help_text(Args, doc))
+        raise SystemExit(0)
+    args = tyro.cli(Args, args=argv)
+    run_dir = args.resume or args.eval_only
+    if run_dir:
+        saved = read_flags(Args, run_dir, "--resume" if args.resume else "--eval-only")
+        args = tyro.cli(Args, args=argv, default=saved)
+        for name in vars(saved).keys() - set(may_change.split()):
+            theirs = getattr(saved, name)
+            if getattr(args, name) != theirs:
+                fail(f"{flag(name)}: {run_dir} has {theirs}; leave the flag out, or start a new run")
+        args.run_dir = run_dir
+    args.check()
+    return args
+
+
+def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
+    """The flags in `run_dir`. Exits with one line that names `option` when there are none."""
+    try:
+        saved = json.loads((Path(run_dir) / "args.json").read_text())
+        args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
+        args.check()
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        fail(f"{option} {run_dir}: no run of this script there ({error})")
+    return args
+
+
+def help_text(Args: type, doc: str) -> str:  # noqa: N803
+    """`doc`, then every flag with type, default and meaning, in the groups that comment lines in the class name."""
+    groups: dict[str, list[str]] = {}
+    for owner in reversed([c for c in Args.__mro__ if dataclasses.is_dataclass(c)]):
+        source = textwrap.dedent(inspect.getsource(owner))
+        comments = [(i, line.strip()[2:]) for i, line in enumerate(source.splitlines(), 1) if line.startswith("    # ")]
+        body = ast.parse(source).body[0].body
+        for field, meaning in zip(body, body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(meaning, ast.Expr)):
+                continue
+            group = [name for line, name in comments if line < field.lineno][-1]
+            name = field.target.id
+            entry = usage(name, typing.get_type_hints(Args)[name], getattr(Args, name))
+            text = textwrap.fill(" ".join(ast.literal_eval(meaning.value).split()), 100, **INDENT)
+            groups.setdefault(group, []).append(f"  {entry}\n{text}")
+    parts = [doc.strip()]
+    for group, entries in groups.items():
+        parts.append(f"{group}:\n" + "\n".join(entries))
+    return "\n\n".join(parts)
+
+
+def usage(name: str, hint: object, default: object) -> str:
+    """A flag with what it takes: `--utd-ratio INT (6)`."""
+    if hint is bool:
+        return f"{flag(name)} | --no-{flag(name)[2:]}  ({'on' if default else 'off'})"
+    choices = re.findall(r"'(\w+)'", str(hint))
+    kinds = re.findall(r"\b(int|float|str)\b", str(hint))
+    value = "{" + ",".join(choices) + "}" if choices else kinds[0].upper()
+    if isinstance(default, tuple):
+        return f"{flag(name)} [{value} ...]  ({' '.join(map(str, default)) or 'none'})"
+    return f"{flag(name)} {value}  ({'none' if default is None else default})"
+
+
+# --- PyTorch ----------------------------------------------------------------------------------------------------------
+def set_up_torch(threads: int, amp: bool) -> torch.device:
+    """Precision, threads and memory for speed; the device: a GPU if there is one.
+
+    Exits with one line when `amp` asks for bfloat16 of a CPU that would have to emulate it.
+    """
+    torch.set_num_threads(max(1, threads))
+    torch.set_float32_matmul_precision("medium")  # a GPU's TF32; on a CPU oneDNN, on AMD twice as fast as MKL
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations, rather than have the
+        libc.mallopt(-3, 1 << 25)  # system map them anew in every update
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if amp and device.type == "cpu" and not cpu_has_bfloat16():
+        fail("--amp: this CPU has no bfloat16 units (AVX512-BF16, AMX), which makes it 14 times slower; leave it out")
+    return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself; Linux, elsewhere no."""
+    with contextlib.suppress(OSError):
+        return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()))
+    return False
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Says what takes more than 1 GB (bytes) before it is taken. Exits with one line when there is not enough."""
+    if needed < 1 << 30:
+        return
+    print(f"{what}: {needed / 1e9:.1f} GB", flush=True)
+    free = free_memory()
+    if needed > free:
+        fail(f"{what} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; {remedy}")
+
+
+def free_memory() -> float:
+    """Bytes that can still be taken, swap and other programs apart; infinite where the system does not say."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return 1024.0 * int(found[1])
+    return float("inf")
+
+
+class Graphed:
+    """A function of tensors on a GPU as one CUDA graph: everything that it launches is launched together.
+
+    Its first `eager` calls run as usual on a side stream (they compile, and fill the optimizers), then one is captured
+    for each value of the keyword arguments. The results are the same tensors in every call.
+    """
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]], generator: torch.Generator, eager: int):
+        self.function, self.generator, self.eager = function, generator, eager
+        self.calls = 0
+        self.graphs: dict[tuple, tuple] = {}
+
+    def __call__(self, *inputs: Tensor, **options: bool) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= self.eager:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results = self.function(*inputs, **options)
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        key = tuple(options.items())
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            static_inputs = [tensor.clone() for tensor in inputs]
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                results = self.function(*static_inputs, **options)
+            self.graphs[key] = graph, static_inputs, results
+        graph, static_inputs, results = self.graphs[key]
+        for static, tensor in zip(static_inputs, inputs, strict=True):
+            static.copy_(tensor)
+        graph.replay()
+        return results
