@@ -18,10 +18,11 @@ HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32
 
 
 # --- Making -----------------------------------------------------------------------------------------------------------
-def make(env_id: str, render: bool = False, **options) -> gym.Env:
+def make(env_id: str, render: bool = False, option: str = "--env-id", **options) -> gym.Env:
     """gym.make, also of `module:Env-v0` with the module in the current folder; steps are `Checked`.
 
-    Exits with one line when gymnasium does not know the task. A task without a time limit gets one, with a warning.
+    Exits with one line that names `option` when gymnasium does not know the task. A task without a time limit gets one,
+    with a warning.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -30,7 +31,7 @@ def make(env_id: str, render: bool = False, **options) -> gym.Env:
     try:
         env = gym.make(env_id, disable_env_checker=True, **options)
     except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"--env-id {env_id}: {error}")
+        fail(f"{option} {env_id}: {error}")
     env = Checked(env, env_id)
     if env.spec is not None and env.spec.max_episode_steps is None:
         print(f"{env_id} has no time limit: episodes are cut after {LONGEST_EPISODE:,} steps", file=sys.stderr)

@@ -1,7 +1,8 @@
 """Seeded roll-outs of a policy, side by side, and their video."""
 
+import math
 import sys
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -108,3 +109,61 @@ def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: 
         env.close()
     except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained and saved all the same
         print(f"no video: {error}; afterwards --eval-only {path.parent} writes it", file=sys.stderr)
+
+
+class Watched(gym.Wrapper):
+    """Keeps what happens in the episodes that end: `trajectories`; with `frame_skip` also pictures, `renders`."""
+
+    def __init__(self, env: gym.Env, frame_skip: int = 0):
+        super().__init__(env)
+        self.frame_skip = frame_skip  # steps per picture
+        self.trajectories: list[dict[str, list]] = []
+        self.renders: list[np.ndarray] = []
+
+    def reset(self, **kwargs):
+        self.obs, info = self.env.reset(**kwargs)
+        self.trajectory = defaultdict(list)
+        self.frames = []
+        return self.obs, info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        done = terminated or truncated
+        step = {"observation": self.obs, "next_observation": obs, "action": action, "reward": float(reward)}
+        for key, value in (step | {"done": float(done), "info": info}).items():
+            self.trajectory[key].append(value)
+        self.obs = obs
+        if self.frame_skip and (done or len(self.trajectory["done"]) % self.frame_skip == 0):
+            self.frames.append(self.env.render())
+        if done:
+            self.trajectories.append(dict(self.trajectory))
+            self.renders.append(np.stack(self.frames) if self.frames else None)
+        return obs, reward, terminated, truncated, info
+
+
+def film(policy: Policy, env: gym.Env, episodes: int, frame_skip: int, seed: int) -> list[np.ndarray]:
+    """Pictures (T, H, W, 3), one of `frame_skip` steps, of the first evaluation episodes."""
+    camera = Watched(env, frame_skip)
+    roll_out(policy, [camera], episodes, seed)
+    return camera.renders
+
+
+def video_grid(renders: list[np.ndarray]) -> np.ndarray:
+    """Videos (T, H, W, 3) side by side as one; shorter ones end in their last frame, darker. qc log_utils.py:101."""
+    length = max(map(len, renders))
+    columns = math.ceil(math.sqrt(len(renders)))
+    padded = []
+    for render in renders:
+        rest = np.repeat(render[-1:] // 2, length - len(render), 0)
+        padded.append(np.pad(np.concatenate([render, rest]), ((0, 0), (1, 1), (1, 1), (0, 0))))
+    padded += [np.zeros_like(padded[0])] * (-len(padded) % columns)
+    rows = [np.concatenate(padded[i : i + columns], 2) for i in range(0, len(padded), columns)]
+    return np.concatenate(rows, 1)
+
+
+def write_video(renders: list[np.ndarray], path: Path, fps: int) -> None:
+    import imageio.v2 as imageio
+
+    with imageio.get_writer(path, fps=fps, macro_block_size=1) as video:
+        for frame in video_grid(renders):
+            video.append_data(frame)

@@ -96,8 +96,7 @@ class Run:
     def create(self) -> None:
         """Fills the folder; args.json comes last and makes it a run."""
         try:
-            if self.dir.exists() and any(self.dir.iterdir()):
-                fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
+            check_new_folder(self.dir)
             self.dir.mkdir(parents=True, exist_ok=True)
             root = self.script.parent
             for file in {self.script, *own_modules(root)}:
@@ -331,23 +330,46 @@ class Run:
 
     def plot(self, x: str = "environment steps") -> None:
         """Writes curve.png: return and success rate of the evaluations over steps."""
-        import matplotlib
+        plot_curves(self.dir, {"eval": ("eval/episodic_return", "eval/success_rate")}, x, self.elapsed())
 
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
 
-        table = np.genfromtxt(self.dir / "eval.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-        keys = [k for k in ("eval/episodic_return", "eval/success_rate") if np.isfinite(table[k]).any()]
-        figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.5), squeeze=False, layout="constrained")
-        for axis, key in zip(axes[0], keys, strict=True):
-            axis.plot(table["global_step"], table[key], marker="o", markersize=3)
-            axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
-            axis.grid(alpha=0.3)
-            if key == "eval/success_rate":
-                axis.set_ylim(-0.03, 1.03)
-        figure.suptitle(f"{self.dir.name}, {table['wall_s'][-1] / 60:.1f} min", fontsize=9)
-        figure.savefig(self.dir / "curve.png", dpi=150)
-        plt.close(figure)
+def plot_curves(folder: Path, tables: dict[str, tuple[str, ...]], x: str, seconds: float) -> None:
+    """Writes curve.png: the columns of `tables` (files NAME.csv) that hold numbers, over their first column, `x`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = []
+    for name, columns in tables.items():
+        path = folder / f"{name}.csv"
+        if path.exists() and path.stat().st_size:
+            table = np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
+            known = [key for key in columns if key in table.dtype.names and np.isfinite(table[key]).any()]
+            curves += [(key, table[table.dtype.names[0]], table[key]) for key in known]
+    width = max(len(curves), 1)
+    figure, axes = plt.subplots(1, width, figsize=(5 * width, 3.5), squeeze=False, layout="constrained")
+    for axis, (key, steps, values) in zip(axes[0], curves, strict=False):
+        axis.plot(steps, values, marker="o", markersize=3)
+        axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
+        axis.grid(alpha=0.3)
+        if key.endswith("success_rate"):
+            axis.set_ylim(-0.03, 1.03)
+    figure.suptitle(f"{folder.name}, {seconds / 60:.1f} min", fontsize=9)
+    figure.savefig(folder / "curve.png", dpi=150)
+    plt.close(figure)
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Exits with one line when a run cannot be written there; makes nothing."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        fail(f"--run-dir {folder}: is a file; give another name")
+    if folder.exists() and any(folder.iterdir()):
+        fail(f"--run-dir {folder}: is not empty; --resume it, or give another name")
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fail(f"--run-dir {folder}: cannot be written, for {parent} takes no files; give another folder")
 
 
 def drop_rows_after(path: Path, newest: int) -> None:
@@ -384,7 +406,7 @@ def ends_well(args: RunArgs) -> Iterator[None]:
     except Fault as error:
         fail(str(error))
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         fail(f"{error}; make room, then {go_on(args)}")
 

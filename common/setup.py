@@ -62,8 +62,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = None) -> T:  # noqa: N803
-    """The command line; with --resume or --eval-only the run's own flags are the defaults.
+def parse(
+    Args: type[T],  # noqa: N803
+    doc: str,
+    may_change: str,
+    argv: list[str] | None = None,
+    default: T | None = None,
+) -> T:
+    """The command line over `default`; with --resume or --eval-only the run's own flags are the defaults.
 
     `may_change` names, separated by spaces, the flags that may differ from the run's. Exits with one line when flags
     contradict each other or the run. --help shows `doc`, then the flags in groups.
@@ -72,7 +78,7 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
     if {"-h", "--help"} & set(argv):
         print(help_text(Args, doc))
         raise SystemExit(0)
-    args = tyro.cli(Args, args=argv)
+    args = tyro.cli(Args, args=argv, default=default)
     run_dir = args.resume or args.eval_only
     if run_dir:
         saved = read_flags(Args, run_dir, "--resume" if args.resume else "--eval-only")
@@ -84,6 +90,26 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
         args.run_dir = run_dir
     args.check()
     return args
+
+
+def absl_flags(Args: type, argv: list[str]) -> list[str]:  # noqa: N803
+    """`--x_y=v` as `--x-y v`; switches `--x=True`, `--x=1` as tyro's `--x`, and `--x=False`, `--x=0`, `--nox` as `--no-x`."""
+    switches = {flag(field.name) for field in dataclasses.fields(Args) if field.type is bool}
+    tokens: list[str] = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if re.fullmatch(r"--[A-Za-z][\w-]*", name):
+            name = flag(name[2:])
+            if name.startswith("--no") and "--" + name[4:] in switches:
+                name = "--no-" + name[4:]
+            tokens += [name, value] if equals else [name]
+        else:
+            tokens.append(token)
+        if len(tokens) > 1 and tokens[-2] in switches and tokens[-1].lower() in ("true", "1", "false", "0"):
+            value = tokens.pop().lower()
+            if value in ("false", "0"):
+                tokens[-1] = f"--no-{tokens[-1][2:]}"
+    return tokens
 
 
 def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
@@ -198,7 +224,7 @@ class Graphed:
             graph = torch.cuda.CUDAGraph()
             static_inputs = [tensor.clone() for tensor in inputs]
             graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader pins memory meanwhile
                 results = self.function(*static_inputs, **options)
             self.graphs[key] = graph, static_inputs, results
         graph, static_inputs, results = self.graphs[key]
