@@ -50,6 +50,7 @@ import torch.distributed as dist
 import torch.distributed.nn  # now: later its default arguments would keep a process group, and that aborts at exit
 import torch.nn.functional as F
 import torch.utils.checkpoint
+from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 from gymnasium import spaces
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -57,10 +58,21 @@ from tqdm import tqdm
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import datasets, envs
 from common.datasets import StoredImages, each
-from common.evaluation import Watched, film, roll_out, write_video
-from common.run import Run, check_new_folder, ends_well, go_on, plot_curves, write_atomically
-from common.setup import Fault, Graphed, RunArgs, absl_flags, fail, flag, parse, set_up_torch
-from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
+from common.evaluation import Watched, film, plot_curves, roll_out, write_video
+from common.run import Run, write_atomically
+from common.setup import (
+    Fault,
+    Graphed,
+    RunArgs,
+    absl_flags,
+    check_new_folder,
+    ends_well,
+    fail,
+    flag,
+    go_on,
+    parse,
+    set_up_torch,
+)
 
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150
 CROP_PADDING = 4  # training images are shifted by up to this many pixels

@@ -1,15 +1,16 @@
-"""Seeded roll-outs of a policy, side by side, and their video."""
+"""Seeded roll-outs of a policy, side by side; their curve and video, and their recording as a Minari dataset."""
 
 import math
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 
-from common.envs import episode_seed
+from common.envs import Episode, Recorder, episode_seed
+from common.setup import fail
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
 # generators, one an episode, are for noise, so that an episode does not depend on what else runs beside it.
@@ -98,6 +99,57 @@ def evaluate(
     }
 
 
+def check_new_dataset(dataset_id: str) -> None:
+    """Exits with one line when Minari would refuse this name, which it would do after the training."""
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except ValueError as error:
+        fail(f"--record-dataset: {error}")
+    if dataset_id in minari.list_local_datasets():
+        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
+
+
+def record(
+    dataset_id: str, episodes: Iterable[Episode], env: gym.Env, success: Callable[[dict], float], **about
+) -> None:
+    """Stores episodes of the task `env` as a local Minari dataset that knows its task; `about` as Minari names it."""
+    import minari
+    from gymnasium.vector.utils import concatenate, create_empty_array
+    from minari.data_collector import EpisodeBuffer
+
+    space, buffers = env.observation_space, []
+    for episode in episodes:
+        stacked = concatenate(space, episode.observations, create_empty_array(space, len(episode.observations)))
+        columns = (episode.actions, episode.rewards, episode.terminations, episode.truncations)
+        verdict = success(episode.info)
+        infos = None
+        if not math.isnan(verdict):  # known at the end only
+            infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
+        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about)
+
+
+def store_evaluation(
+    dataset_id: str, recorder: Recorder, env: gym.Env, seed: int, success: Callable[[dict], float]
+) -> None:
+    """Stores what `recorder` kept as a Minari dataset; random actions in `env`, which wraps it, are its lower score."""
+    episodes = list(recorder.episodes)
+    random = evaluate(lambda _, rngs: rngs[0].uniform(-1, 1, env.action_space.shape), [env], 10, seed, success)
+    record(
+        dataset_id,
+        episodes,
+        recorder,
+        success,
+        algorithm_name="SAC",
+        ref_min_score=random["eval/episodic_return"],
+        ref_max_score=float(np.mean([episode.rewards.sum() for episode in episodes])),
+        description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
+    )
+
+
 def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: int, episodes: int = 4) -> None:
     """Writes the first evaluation episodes as an mp4, of the task that `make` makes; without OpenGL it says so."""
     import imageio.v2 as imageio
@@ -167,3 +219,30 @@ def write_video(renders: list[np.ndarray], path: Path, fps: int) -> None:
     with imageio.get_writer(path, fps=fps, macro_block_size=1) as video:
         for frame in video_grid(renders):
             video.append_data(frame)
+
+
+def plot_curves(folder: Path, tables: dict[str, tuple[str, ...]], x: str, seconds: float) -> None:
+    """Writes curve.png: the columns of `tables` (files NAME.csv) that hold numbers, over their first column, `x`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = []
+    for name, columns in tables.items():
+        path = folder / f"{name}.csv"
+        if path.exists() and path.stat().st_size:
+            table = np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
+            known = [key for key in columns if key in table.dtype.names and np.isfinite(table[key]).any()]
+            curves += [(key, table[table.dtype.names[0]], table[key]) for key in known]
+    width = max(len(curves), 1)
+    figure, axes = plt.subplots(1, width, figsize=(5 * width, 3.5), squeeze=False, layout="constrained")
+    for axis, (key, steps, values) in zip(axes[0], curves, strict=False):
+        axis.plot(steps, values, marker="o", markersize=3)
+        axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
+        axis.grid(alpha=0.3)
+        if key.endswith("success_rate"):
+            axis.set_ylim(-0.03, 1.03)
+    figure.suptitle(f"{folder.name}, {seconds / 60:.1f} min", fontsize=9)
+    figure.savefig(folder / "curve.png", dpi=150)
+    plt.close(figure)

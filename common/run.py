@@ -5,14 +5,12 @@ A copy of the code, flags, CSV, TensorBoard, checkpoints, curve; progress bar, t
 
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -24,27 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.setup import Fault, RunArgs, fail
+from common.evaluation import plot_curves
+from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, write_atomically
 
 PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, whenever the program or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def git_commit(folder: Path) -> str:
-    """Commit that `folder` belongs to, with a + when files differ from it."""
-    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return subprocess.run(git, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
 
 
 def own_modules(folder: Path) -> list[Path]:
@@ -333,45 +314,6 @@ class Run:
         plot_curves(self.dir, {"eval": ("eval/episodic_return", "eval/success_rate")}, x, self.elapsed())
 
 
-def plot_curves(folder: Path, tables: dict[str, tuple[str, ...]], x: str, seconds: float) -> None:
-    """Writes curve.png: the columns of `tables` (files NAME.csv) that hold numbers, over their first column, `x`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    curves = []
-    for name, columns in tables.items():
-        path = folder / f"{name}.csv"
-        if path.exists() and path.stat().st_size:
-            table = np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
-            known = [key for key in columns if key in table.dtype.names and np.isfinite(table[key]).any()]
-            curves += [(key, table[table.dtype.names[0]], table[key]) for key in known]
-    width = max(len(curves), 1)
-    figure, axes = plt.subplots(1, width, figsize=(5 * width, 3.5), squeeze=False, layout="constrained")
-    for axis, (key, steps, values) in zip(axes[0], curves, strict=False):
-        axis.plot(steps, values, marker="o", markersize=3)
-        axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
-        axis.grid(alpha=0.3)
-        if key.endswith("success_rate"):
-            axis.set_ylim(-0.03, 1.03)
-    figure.suptitle(f"{folder.name}, {seconds / 60:.1f} min", fontsize=9)
-    figure.savefig(folder / "curve.png", dpi=150)
-    plt.close(figure)
-
-
-def check_new_folder(folder: str | Path) -> None:
-    """Exits with one line when a run cannot be written there; makes nothing."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        fail(f"--run-dir {folder}: is a file; give another name")
-    if folder.exists() and any(folder.iterdir()):
-        fail(f"--run-dir {folder}: is not empty; --resume it, or give another name")
-    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        fail(f"--run-dir {folder}: cannot be written, for {parent} takes no files; give another folder")
-
-
 def drop_rows_after(path: Path, newest: int) -> None:
     """Keeps a CSV file's rows up to step `newest`, without a row that a crash cut off."""
     lines = path.read_text().split("\n")[:-1]  # what follows the last newline was cut off
@@ -394,28 +336,3 @@ def report(name: str, scalars: dict[str, float]) -> None:
     keys = [key for key in ("eval/success_rate", "eval/episodic_return") if key in scalars]
     numbers = ", ".join(f"{key} {scalars[key]:.3g}" for key in keys)
     print(f"{name}: {numbers or 'no evaluation'} over {scalars.get('eval/episodes', 0):.0f} episodes")
-
-
-@contextlib.contextmanager
-def ends_well(args: RunArgs) -> Iterator[None]:
-    """Ctrl-C and a full disk end the program inside with one line that says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; {go_on(args)}") from None
-    except Fault as error:
-        fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        fail(f"{error}; make room, then {go_on(args)}")
-
-
-def go_on(args: RunArgs) -> str:
-    """How an ended run is continued."""
-    run_dir = args.run_dir
-    if run_dir is None or not (Path(run_dir) / "args.json").exists():
-        return "run the same command again"
-    if (Path(run_dir) / "checkpoint.pt").exists() or (Path(run_dir) / "checkpoint.previous").exists():
-        return f"go on with --resume {run_dir}"
-    return f"nothing was saved yet: --resume {run_dir} begins it again"
