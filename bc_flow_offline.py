@@ -30,7 +30,6 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import warnings
 from collections import deque
@@ -50,15 +49,23 @@ import torch.distributed as dist
 import torch.distributed.nn  # now: later its default arguments would keep a process group, and that aborts at exit
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 from gymnasium import spaces
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
-from common import datasets, envs
-from common.datasets import StoredImages, each
-from common.evaluation import Watched, film, plot_curves, roll_out, write_video
+from common import datasets, envs, stored
+from common.evaluation import (
+    CsvLogger,
+    LoggingHelper,
+    Watched,
+    film,
+    get_wandb_video,
+    means,
+    plot_curves,
+    roll_out,
+    write_video,
+)
 from common.run import Run, write_atomically
 from common.setup import (
     Fault,
@@ -73,6 +80,8 @@ from common.setup import (
     parse,
     set_up_torch,
 )
+from common.stored import StoredImages, each
+from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150
 CROP_PADDING = 4  # training images are shifted by up to this many pixels
@@ -248,9 +257,9 @@ def arrange(space: spaces.Space, observations):
     order of sorted names; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose entries here."""
     states = []
     images = {}
-    for path, box, x in datasets.entries(space, observations):
+    for path, box, x in stored.entries(space, observations):
         if envs.looks_like_image(box):
-            images[datasets.image_name(path)] = datasets.as_images(path, box, x)
+            images[stored.image_name(path)] = stored.as_images(path, box, x)
         else:
             states.append(np.asarray(x, np.float32).reshape(len(x), -1))
     if not images:
@@ -530,8 +539,8 @@ class Dataset(dict):
 def collect_demos(args: Args) -> str:
     """Demonstrations of the task's scripted expert, successes only, as a local Minari dataset; its id."""
     settings = f"{args.env_name}, {args.demos} successes, noise 0.0, seed {args.seed}"
-    dataset_id = datasets.id_for("scripted", args.env_name, settings)
-    if datasets.is_local(dataset_id):
+    dataset_id = stored.id_for("scripted", args.env_name, settings)
+    if stored.is_local(dataset_id):
         return dataset_id
     env = envs.make(args.env_name, option="--env-name")
     if not hasattr(env.unwrapped, "expert_action"):
@@ -542,20 +551,20 @@ def collect_demos(args: Args) -> str:
         with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
             for episode in envs.expert_episodes(attempts, env, args.seed, noise=0.0):
                 if success(episode.info) != 0:
-                    yield datasets.as_stored(episode)
+                    yield stored.as_stored(episode)
                     bar.update()
                 if bar.n == args.demos:
                     return
         fail(f"--env-name {args.env_name}: its scripted expert succeeds in {bar.n} of {attempts} episodes only")
 
     about = {"env": gym.spec(args.env_name), "algorithm_name": "scripted expert", "description": settings}
-    return datasets.store(dataset_id, demonstrations(), **about)
+    return stored.store(dataset_id, demonstrations(), **about)
 
 
 def dataset_ids(args: Args) -> tuple[str, str | None]:
     """Ids of the local Minari datasets, for training and for validation, that `env_name` means."""
     is_task = args.env_name in gym.registry and not args.dataset_path
-    if is_task and not datasets.is_local(args.env_name):
+    if is_task and not stored.is_local(args.env_name):
         return collect_demos(args), None
     return datasets.find_dataset(args.env_name, args.dataset_path, also_known=RECIPES)
 
@@ -577,10 +586,10 @@ def choose_episodes(dataset, returns: dict[int, float], held_out_too: bool, args
 def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args: Args) -> Dataset:
     """Episodes of a Minari dataset as rows, actions in [-1, 1]. Exits when they break the bounds."""
     lengths = {number: len(rewards[number]) for number in numbers}
-    box = datasets.action_box(dataset, own_bounds=args.action_bounds == "data")
-    on_disk = datasets.images_stay_on_disk(dataset, args.data_loading)
+    box = stored.action_box(dataset, own_bounds=args.action_bounds == "data")
+    on_disk = stored.images_stay_on_disk(dataset, args.data_loading)
     clip = args.action_bounds == "clip"
-    rows = Dataset.create(**datasets.read_rows(dataset, lengths, arrange, box, clip, on_disk, ACTION_CLIP_EPS))
+    rows = Dataset.create(**stored.read_rows(dataset, lengths, arrange, box, clip, on_disk, ACTION_CLIP_EPS))
     rows.source = dataset
     rows.box = box
     rows.args = args
@@ -590,21 +599,21 @@ def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args:
 def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows of what `env_name` means; prints what the data is."""
     train_id, validation_id = dataset_ids(args)
-    dataset = datasets.open_dataset(train_id)
-    rewards = datasets.episode_rewards(dataset)
+    dataset = stored.open_dataset(train_id)
+    rewards = stored.episode_rewards(dataset)
     returns = {number: float(values.sum()) for number, values in rewards.items()}
     kept, held_out = choose_episodes(dataset, returns, validation_id is None, args)
     train = load_rows(dataset, rewards, kept, args)
     val = None
     if validation_id is not None:
-        other = datasets.open_dataset(validation_id)
-        other_rewards = datasets.episode_rewards(other)
+        other = stored.open_dataset(validation_id)
+        other_rewards = stored.episode_rewards(other)
         val = load_rows(other, other_rewards, list(other_rewards), args)
     elif held_out:
         val = load_rows(dataset, rewards, held_out, args)
     if rank() == 0:
         where = "in memory"
-        if datasets.images_stay_on_disk(dataset, args.data_loading):
+        if stored.images_stay_on_disk(dataset, args.data_loading):
             short = ", for memory is short" if args.data_loading == "auto" else ""
             where = f"images read by {args.num_workers} workers{short}"
         datasets.describe(dataset, [returns[number] for number in kept], len(returns), train.size, where)
@@ -648,11 +657,11 @@ class Batches(torch.utils.data.Dataset):
         self.count = dataset.size - args.horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
         if self.count < 1:
             fail(f"--horizon-length {args.horizon}: the data has only {dataset.size} steps")
-        stored = [dataset["actions"], *datasets.arrays(dataset["observations"])]
-        self.on_disk = any(isinstance(x, StoredImages) for x in stored)
+        arrays = [dataset["actions"], *stored.arrays(dataset["observations"])]
+        self.on_disk = any(isinstance(x, StoredImages) for x in arrays)
         fits = False
         if device.type == "cuda" and not self.on_disk:
-            fits = sum(x.nbytes for x in stored) < torch.cuda.mem_get_info()[0] / 2
+            fits = sum(x.nbytes for x in arrays) < torch.cuda.mem_get_info()[0] / 2
         self.device = device if fits else torch.device("cpu")
         self.observations = each(self.tensor, dataset["observations"])
         self.actions = self.tensor(dataset["actions"])
@@ -831,7 +840,7 @@ class BCAgent:
         """K updates from `Batches.take`; their mean loss, and the size of the last gradient, as detached tensors."""
         observations, chunks, valid = samples
         whole = len(chunks) == UPDATES_PER_LAUNCH
-        return (self.learn_launch if whole else self.learn_eagerly)(*datasets.arrays(observations), chunks, valid)
+        return (self.learn_launch if whole else self.learn_eagerly)(*stored.arrays(observations), chunks, valid)
 
     def learn_eagerly(self, *tensors: Tensor) -> dict[str, Tensor]:
         """`tensors`: observations (K, B, ...), by name where they are several; chunks (K, B, hA); valid (K, B, h)."""
@@ -880,7 +889,7 @@ class BCAgent:
     def sample_actions(self, observations, rng: torch.Generator | None = None, noise=None) -> np.ndarray:
         """Chunks (..., h * A) in [-1, 1] for one observation or a batch. A flow starts at `noise`, drawn if None."""
         x = self.tensors(observations)
-        single = len(datasets.arrays(x)[0].shape) == len(datasets.arrays(self.shape)[0])
+        single = len(stored.arrays(x)[0].shape) == len(stored.arrays(self.shape)[0])
         if single:
             x = each(lambda x: x.unsqueeze(0), x)
         features = self.mean_actor.encoder(x)  # (B, F)
@@ -1012,33 +1021,7 @@ def evaluate(
         if environments[0].render_mode != "rgb_array":
             raise ValueError("num_video_episodes needs an environment made with render_mode='rgb_array'")
         renders = film(agent.act, environments[0], num_video_episodes, video_frame_skip, seed)
-    return means(rollouts), trajectories, renders
-
-
-def means(rollouts: list) -> dict[str, float]:
-    """Return, length, success, and the numbers of the last info, as qc evaluation.py:120."""
-    scalars = []
-    for rollout in rollouts:
-        known = {
-            "episodic_return": sum(rollout.rewards),
-            "episodic_length": len(rollout.rewards),
-            "success_rate": success(rollout.info),
-        }
-        for key, value in rollout.info.items():
-            if isinstance(value, int | float | np.number | np.bool_):
-                known[key] = float(value)
-        scalars.append(known)
-    stats = {key: float(np.mean([x.get(key, math.nan) for x in scalars])) for key in (scalars or [{}])[0]}
-    return stats | {"episodes": float(len(rollouts))}
-
-
-def get_wandb_video(renders: list[np.ndarray], fps: int = 15, path: Path | None = None):
-    """A grid of videos for Weights & Biases, written to `path`, or to a temporary file."""
-    import wandb
-
-    path = path or Path(tempfile.mkdtemp(), "video.mp4")
-    write_video(renders, path, fps)
-    return wandb.Video(str(path), format="mp4")
+    return means(rollouts, success), trajectories, renders
 
 
 class Evaluation:
@@ -1064,7 +1047,7 @@ class Evaluation:
             rollouts = []
         if not rollouts:
             return {}
-        stats = means(rollouts) | {"seconds": time.perf_counter() - started}
+        stats = means(rollouts, success) | {"seconds": time.perf_counter() - started}
         if self.reference:  # the name says whose scores 0 and 100 are
             score = 100 * (stats["episodic_return"] - self.worst) / (self.best - self.worst)
             stats[f"normalized_score_{self.reference.lower()}"] = score
@@ -1082,56 +1065,6 @@ class Evaluation:
     @property
     def fps(self) -> int:
         return max(int(30 / self.args.video_frame_skip), 1)
-
-
-# --- Logs -------------------------------------------------------------------------------------------------------------
-class CsvLogger:
-    """Rows of numbers; the first row fixes the columns. Goes on with a file that is there."""
-
-    def __init__(self, path: str | Path):
-        self.file = Path(path).open("a+")  # noqa: SIM115  closed by close()
-        self.file.seek(0)
-        header = self.file.readline().strip()
-        self.columns = header.split(",") if header else []
-
-    def log(self, row: dict, step: int) -> None:
-        numbers = {"step": step} | only_numbers(row)
-        if not self.columns:
-            self.columns = list(numbers)
-            self.file.write(",".join(self.columns) + "\n")
-        cells = [f"{numbers[key]:.9g}" if key in numbers else "" for key in self.columns]
-        self.file.write(",".join(cells) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-def only_numbers(row: dict) -> dict[str, float]:
-    return {key: float(x) for key, x in row.items() if isinstance(x, int | float | np.number | Tensor)}
-
-
-@dataclass
-class LoggingHelper:
-    """A CSV file for each prefix, and the same numbers as PREFIX/NAME to Weights & Biases and TensorBoard."""
-
-    csv_loggers: dict[str, CsvLogger]
-    wandb_logger: Any = None  # the module, or a run
-    writer: Any = None  # TensorBoard's SummaryWriter
-
-    def log(self, data: dict, prefix: str, step: int) -> None:
-        self.csv_loggers[prefix].log(data, step)
-        if self.wandb_logger is not None:
-            self.wandb_logger.log({f"{prefix}/{key}": value for key, value in data.items()}, step=step)
-        if self.writer is not None:
-            for key, value in only_numbers(data).items():
-                self.writer.add_scalar(f"{prefix}/{key}", value, step)
-
-
-def get_exp_name(seed: int) -> str:
-    """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; with milliseconds, so that no two runs share it."""
-    job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
-    return f"sd{seed:03d}{job}{datetime.now():%Y%m%d_%H%M%S_%f}"[:-3]
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -1291,6 +1224,12 @@ def open_logs(args: Args, run: Run) -> LoggingHelper:
     (run.dir / "token.tk").unlink(missing_ok=True)
     csv_loggers = {name: CsvLogger(run.dir / f"{name}.csv") for name in ("eval", "offline_agent")}
     return LoggingHelper(csv_loggers, writer=run.writer)
+
+
+def get_exp_name(seed: int) -> str:
+    """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; with milliseconds, so that no two runs share it."""
+    job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
+    return f"sd{seed:03d}{job}{datetime.now():%Y%m%d_%H%M%S_%f}"[:-3]
 
 
 def learn_offline(args: Args) -> None:

@@ -2,12 +2,16 @@
 
 import math
 import sys
+import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from torch import Tensor
 
 from common.envs import Episode, Recorder, episode_seed
 from common.setup import fail
@@ -163,6 +167,23 @@ def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: 
         print(f"no video: {error}; afterwards --eval-only {path.parent} writes it", file=sys.stderr)
 
 
+def means(rollouts: list[Rollout], success: Callable[[dict], float]) -> dict[str, float]:
+    """Return, length, success, and the numbers of the last info, as qc evaluation.py:120."""
+    scalars = []
+    for rollout in rollouts:
+        known = {
+            "episodic_return": sum(rollout.rewards),
+            "episodic_length": len(rollout.rewards),
+            "success_rate": success(rollout.info),
+        }
+        for key, value in rollout.info.items():
+            if isinstance(value, int | float | np.number | np.bool_):
+                known[key] = float(value)
+        scalars.append(known)
+    stats = {key: float(np.mean([x.get(key, math.nan) for x in scalars])) for key in (scalars or [{}])[0]}
+    return stats | {"episodes": float(len(rollouts))}
+
+
 class Watched(gym.Wrapper):
     """Keeps what happens in the episodes that end: `trajectories`; with `frame_skip` also pictures, `renders`."""
 
@@ -221,6 +242,15 @@ def write_video(renders: list[np.ndarray], path: Path, fps: int) -> None:
             video.append_data(frame)
 
 
+def get_wandb_video(renders: list[np.ndarray], fps: int = 15, path: Path | None = None):
+    """A grid of videos for Weights & Biases, written to `path`, or to a temporary file."""
+    import wandb
+
+    path = path or Path(tempfile.mkdtemp(), "video.mp4")
+    write_video(renders, path, fps)
+    return wandb.Video(str(path), format="mp4")
+
+
 def plot_curves(folder: Path, tables: dict[str, tuple[str, ...]], x: str, seconds: float) -> None:
     """Writes curve.png: the columns of `tables` (files NAME.csv) that hold numbers, over their first column, `x`."""
     import matplotlib
@@ -246,3 +276,47 @@ def plot_curves(folder: Path, tables: dict[str, tuple[str, ...]], x: str, second
     figure.suptitle(f"{folder.name}, {seconds / 60:.1f} min", fontsize=9)
     figure.savefig(folder / "curve.png", dpi=150)
     plt.close(figure)
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+class CsvLogger:
+    """Rows of numbers; the first row fixes the columns. Goes on with a file that is there."""
+
+    def __init__(self, path: str | Path):
+        self.file = Path(path).open("a+")  # noqa: SIM115  closed by close()
+        self.file.seek(0)
+        header = self.file.readline().strip()
+        self.columns = header.split(",") if header else []
+
+    def log(self, row: dict, step: int) -> None:
+        numbers = {"step": step} | only_numbers(row)
+        if not self.columns:
+            self.columns = list(numbers)
+            self.file.write(",".join(self.columns) + "\n")
+        cells = [f"{numbers[key]:.9g}" if key in numbers else "" for key in self.columns]
+        self.file.write(",".join(cells) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def only_numbers(row: dict) -> dict[str, float]:
+    return {key: float(x) for key, x in row.items() if isinstance(x, int | float | np.number | Tensor)}
+
+
+@dataclass
+class LoggingHelper:
+    """A CSV file for each prefix, and the same numbers as PREFIX/NAME to Weights & Biases and TensorBoard."""
+
+    csv_loggers: dict[str, CsvLogger]
+    wandb_logger: Any = None  # the module, or a run
+    writer: Any = None  # TensorBoard's SummaryWriter
+
+    def log(self, data: dict, prefix: str, step: int) -> None:
+        self.csv_loggers[prefix].log(data, step)
+        if self.wandb_logger is not None:
+            self.wandb_logger.log({f"{prefix}/{key}": value for key, value in data.items()}, step=step)
+        if self.writer is not None:
+            for key, value in only_numbers(data).items():
+                self.writer.add_scalar(f"{prefix}/{key}", value, step)

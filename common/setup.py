@@ -96,7 +96,7 @@ def parse(
 
 
 def absl_flags(Args: type, argv: list[str]) -> list[str]:  # noqa: N803
-    """`--x_y=v` as `--x-y v`; of switches `--x=True`, `--x=1` as `--x`, and `--x=False`, `--x=0`, `--nox` as `--no-x`."""
+    """`--x_y=v` as `--x-y v`; for switches `--x=True` or `=1` as `--x`, `--x=False` or `=0` or `--nox` as `--no-x`."""
     switches = {flag(field.name) for field in dataclasses.fields(Args) if field.type is bool}
     tokens: list[str] = []
     for token in argv:
