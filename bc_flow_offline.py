@@ -639,7 +639,8 @@ def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
             fail(f"--dataset-proportion {args.dataset_proportion}: leaves nothing of {ds.size} steps")
         for key, value in ds.items():
             ds[key] = each(lambda x: x if isinstance(x, StoredImages) else x[:size], value)
-    if datasets.ROBOMIMIC.fullmatch(args.env_name) or args.env_name in datasets.antmaze_names():
+    is_antmaze = args.env_name.startswith("antmaze") and datasets.is_d4rl(args.env_name)
+    if datasets.ROBOMIMIC.fullmatch(args.env_name) or is_antmaze:
         ds["rewards"] = ds["rewards"] - 1
     if args.sparse:
         if len(np.unique(ds["rewards"][:1000])) > 2:

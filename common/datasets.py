@@ -44,15 +44,16 @@ class Family(NamedTuple):
     steps: int  # per episode
     worst: float
     best: float
-    task: str | None = None  # today's environment of the same robot
-    options: dict = {}  # for it
+    task: str | None = None  # today's environment with the same robot, to be made D4RL's by `make_d4rl_task`
 
 
+# Compared body by body with D4RL's own models. Not v5: Hopper and Walker2d lack the alive bonus of the step that falls,
+# Walker2d has another foot, Ant observes other forces. No environment of today has D4RL's mazes and kitchen.
 D4RL_FAMILIES = {
-    "halfcheetah": Family((17, 6), 1000, -280.178953, 12135.0, "HalfCheetah-v5"),
-    "hopper": Family((11, 3), 1000, -20.272305, 3234.3, "Hopper-v5"),
-    "walker2d": Family((17, 6), 1000, 1.629008, 4592.3, "Walker2d-v5"),
-    "ant": Family((111, 8), 1000, -325.6, 3879.7, "Ant-v5"),
+    "halfcheetah": Family((17, 6), 1000, -280.178953, 12135.0, "HalfCheetah-v4"),
+    "hopper": Family((11, 3), 1000, -20.272305, 3234.3, "Hopper-v4"),
+    "walker2d": Family((17, 6), 1000, 1.629008, 4592.3, "Walker2d-v4"),
+    "ant": Family((111, 8), 1000, -325.6, 3879.7, "Ant-v4"),
     "antmaze": Family((29, 8), 1000, 0.0, 1.0),
     "kitchen": Family((60, 9), 280, 0.0, 4.0),
     "pen": Family((45, 24), 100, 96.262799, 3076.8331, "gymnasium_robotics:AdroitHandPen-v1"),
@@ -191,11 +192,11 @@ def convert_hdf5(env_name: str, path: Path) -> str:
         fail(f"{path}: is cut off, damaged or not of a known layout ({one_line(error)}); fetch or make it again")
 
 
-def d4rl_family(name: str) -> Family | None:
-    """hopper-medium-v2 -> hopper's; maze2d-umaze-dense-v1 -> maze2d-umaze-dense's; None where D4RL has no such name."""
+def d4rl_kind(name: str) -> str | None:
+    """hopper-medium-v2 -> hopper; maze2d-umaze-dense-v1 -> maze2d-umaze-dense; None where D4RL has no such name."""
     if not is_d4rl(name):
         return None
-    return D4RL_FAMILIES[name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]]
+    return name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]
 
 
 def column(file, key: str) -> np.ndarray:
@@ -218,7 +219,8 @@ def store_d4rl(dataset_id: str, name: str, file) -> str:
     following = as_rows("next_observations", column(file, "next_observations")) if "next_observations" in file else None
     if following is not None and following.shape != observations.shape:
         raise Misfit(f"next_observations have shape {following.shape}, observations {observations.shape}")
-    family = d4rl_family(name)
+    kind = d4rl_kind(name)
+    family = D4RL_FAMILIES.get(kind)
     dims = (math.prod(observations.shape[1:]), math.prod(actions.shape[1:]))
     if family and dims != family.dims:
         theirs = "{} numbers per observation and {} per action".format(*family.dims)
@@ -241,11 +243,14 @@ def store_d4rl(dataset_id: str, name: str, file) -> str:
             first = last + 1
 
     about = {"env": gym.spec(name)} if name in gym.registry else {}
-    scores = {"ref_min_score": family.worst, "ref_max_score": family.best, "reference": "D4RL", "d4rl": name}
+    metadata = {}
+    if family:
+        metadata = {"ref_min_score": family.worst, "ref_max_score": family.best, "reference": "D4RL", "d4rl": kind}
+        metadata["contact_forces"] = kind == "ant" and bool(observations[:, 27:].any())
     low, high = (0, 255) if observations.dtype == np.uint8 else (-np.inf, np.inf)
     about["observation_space"] = spaces.Box(low, high, observations.shape[1:], observations.dtype)
     about["action_space"] = spaces.Box(-1, 1, actions.shape[1:], np.float32)
-    return store(dataset_id, episodes(), scores if family else {}, **about)
+    return store(dataset_id, episodes(), metadata, **about)
 
 
 def as_rows(key: str, x: np.ndarray) -> np.ndarray:
@@ -552,20 +557,81 @@ def recover(dataset, options: dict) -> gym.Env:
         return ogbench.make_env_and_datasets(about["ogbench"], env_only=True, **options)
     with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
         if about.get("reference") == "D4RL":
-            return make_d4rl_task(about.get("d4rl", dataset.id.removeprefix("d4rl/")), options)
+            kind = about.get("d4rl") or d4rl_kind(re.sub("^d4rl/|-[0-9a-f]{8}(?=-v)", "", dataset.id))
+            return make_d4rl_task(kind, bool(about.get("contact_forces")), options)
         return dataset.recover_environment(eval_env=True, **options)
 
 
-def make_d4rl_task(name: str, options: dict) -> gym.Env:
-    """The robot of a D4RL name in today's simulator. Raises Misfit where there is none."""
-    kind = next(kind for kind in sorted(D4RL_FAMILIES, key=len, reverse=True) if name.startswith(kind))
+def make_d4rl_task(kind: str, contact_forces: bool, options: dict) -> gym.Env:
+    """The task of a D4RL family in today's simulator; `contact_forces`: Ant's are not 0 in the data.
+
+    Raises Misfit where there is none.
+    """
     family = D4RL_FAMILIES[kind]
     if family.task is None:
         raise Misfit(f"no environment of today is that of D4RL's {kind}")
     module, _, _ = family.task.rpartition(":")
     if module:
         importlib.import_module(module)
-    return gym.make(family.task, max_episode_steps=family.steps, **family.options, **options)
+    if contact_forces:
+        options = options | {"use_contact_forces": True}
+    env = gym.make(family.task, max_episode_steps=family.steps, **options)
+    if not module:
+        weigh_as_mujoco_2_0(env)
+    return AsD4RL(env, "" if contact_forces else kind)
+
+
+def weigh_as_mujoco_2_0(env: gym.Env) -> None:
+    """Masses and inertias of before MuJoCo 2.1.2 (its changelog: "Computed capsule inertias are now exact"): a capsule
+    was a cylinder with half a radius more at each end. D4RL's data is from 2.0; today's limbs weigh up to 8% more."""
+    import mujoco
+
+    spec = mujoco.MjSpec.from_file(env.unwrapped.fullpath)
+    for geom in spec.geoms:
+        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:
+            geom.type = mujoco.mjtGeom.mjGEOM_CYLINDER
+            radius = geom.size[0]
+            start, end = geom.fromto[:3], geom.fromto[3:]
+            if np.isfinite(start).all():
+                longer = radius / 2 * (end - start) / np.linalg.norm(end - start)
+                geom.fromto = np.concatenate([start - longer, end + longer])
+            else:
+                geom.size = geom.size + [0, radius / 2, 0]
+    old = spec.compile()
+    model = env.unwrapped.model
+    for name in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
+        getattr(model, name)[:] = getattr(old, name)
+    mujoco.mj_setConst(model, env.unwrapped.data)
+
+
+class AsD4RL(gym.Wrapper):
+    """What D4RL's tasks do otherwise: Ant's observations end in 84 contact forces, all 0; Adroit's rewards take off a
+    tenth of the hand's distance, where gymnasium-robotics adds it (its PR 220); a pen that falls ends the episode."""
+
+    def __init__(self, env: gym.Env, kind: str):
+        super().__init__(env)
+        self.kind = kind
+        if kind == "ant":
+            self.observation_space = spaces.Box(-np.inf, np.inf, (111,), np.float64)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.observed(obs), info
+
+    def observed(self, obs: np.ndarray) -> np.ndarray:
+        return np.concatenate([obs, np.zeros(84)]) if self.kind == "ant" else obs
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        hand = {
+            "door": lambda: obs[35:38],
+            "hammer": lambda: obs[33:36] - obs[36:39],
+            "relocate": lambda: obs[30:33],
+        }
+        if self.kind in hand:
+            reward -= 0.2 * np.linalg.norm(hand[self.kind]())
+        terminated = terminated or (self.kind == "pen" and obs[26] < 0.075)
+        return self.observed(obs), reward, terminated, truncated, info
 
 
 def where_raised(error: Exception) -> str:
@@ -575,29 +641,22 @@ def where_raised(error: Exception) -> str:
 
 
 def reference_scores(dataset) -> tuple[tuple[float, float], str]:
-    """Returns that count as 0 and 100, and whose they are: the dataset's own, or D4RL's for the same robot."""
+    """Returns that count as 0 and 100, and whose they are: the dataset's own, or those of D4RL's like robot."""
     about = dataset.storage.metadata
     if about.get("ref_max_score") is not None and about.get("ref_min_score") is not None:
         return (about["ref_min_score"], about["ref_max_score"]), about.get("reference", "Minari")
-    task = dataset.env_spec.id if dataset.env_spec else ""
+    robot = dataset.env_spec.id.rpartition("-")[0] if dataset.env_spec else ""
     for family in D4RL_FAMILIES.values():
-        if family.task and task and family.task.rpartition("-")[0] == task.rpartition("-")[0]:
-            return (family.worst, family.best), "D4RL"
+        if robot and family.task and family.task.rpartition("-")[0] == robot:
+            return (family.worst, family.best), "D4RL_scale"  # another version of the robot: not D4RL's score
     return (math.nan, math.nan), ""
-
-
-# --- Rows -------------------------------------------------------------------------------------------------------------
-
-
-def antmaze_names() -> set[str]:
-    """D4RL's names of tasks whose reward becomes 0 at the goal and -1 elsewhere, qc d4rl_utils.py:16."""
-    return {name for name in d4rl_files() if name.startswith("antmaze")}
 
 
 def describe(dataset, returns: list[float], episodes: int, steps: int, where: str) -> None:
     """Says what the data is; `returns` of the episodes that are used. Numbers are comparable only on the same data."""
     (worst, best), source = reference_scores(dataset)
-    scores = f"{source}'s references: score 0 is {worst:.6g}, 100 is {best:.6g}" if source else "no reference scores"
+    owner = {"D4RL_scale": "D4RL's scale, another version of its robot"}.get(source, f"{source}'s references")
+    scores = f"{owner}: score 0 is {worst:.6g}, 100 is {best:.6g}" if source else "no reference scores"
     size = f"{dataset.storage.get_size():.0f} MB, {where}"
     print(f"data: {dataset.id}, {size}, {len(returns)} of {episodes} episodes, {steps:,} steps")
     print(f"data: mean return {np.mean(returns):.6g}, best {max(returns):.6g}; {scores}", flush=True)

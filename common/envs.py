@@ -30,7 +30,7 @@ def make(env_id: str, render: bool = False, option: str = "--env-id", **options)
         options["render_mode"] = "rgb_array"
     try:
         env = gym.make(env_id, disable_env_checker=True, **options)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         fail(f"{option} {env_id}: {error}")
     env = Checked(env, env_id)
     if env.spec is not None and env.spec.max_episode_steps is None:

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from conftest import REPO, Finished, find_run_dir, script_env
 
+from common.setup import parse
+
 SLOW_IMPORTS = [
     "sac_state_sim",
     "sac_pixel_sim",
@@ -43,8 +45,13 @@ def child(name: str, flags: list[str], cwd: str, env: dict[str, str], outputs: l
     if max_file_bytes:
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     script = importlib.import_module(Path(name).stem)
-    read = script.read_args if hasattr(script, "read_args") else script.parse_args
-    script.main(read())
+    if hasattr(script, "read_args"):
+        args = script.read_args()
+    elif hasattr(script, "parse_args"):
+        args = script.parse_args()
+    else:
+        args = parse(script.Args, script.__doc__, script.Args.MAY_CHANGE)
+    script.main(args)
 
 
 def context() -> multiprocessing.context.ForkServerContext:
