@@ -20,6 +20,7 @@ Numbers are comparable only with numbers from the same data: Minari's medium is 
 New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit. common/ holds what is not learning.
 """
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -1028,44 +1029,80 @@ def evaluate(
 class Evaluation:
     """A run's evaluations. The environments are made when first needed; where they fail, learning goes on without."""
 
-    def __init__(self, args: Args, dataset: Dataset, env: gym.Env | None):
+    def __init__(self, args: Args, dataset: Dataset, env: gym.Env | None, validation: tuple | None):
         self.args = args
         self.dataset = dataset
         self.envs = [env] if env else []  # the first can render
+        self.validation = validation  # samples
         (self.worst, self.best), self.reference = datasets.reference_scores(dataset.source)
 
     def scores(self, agent: BCAgent, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """Means over eval_episodes by name; nothing where the task cannot run here, or `stop` gave it up."""
+        """Means over eval_episodes by name, unless the task cannot run here or `stop` gives it up; validation_loss."""
         started = time.perf_counter()
-        args = self.args
+        count = min(EVAL_ENVS, self.args.eval_episodes)
+        rollouts = []
         try:
-            while self.envs and len(self.envs) < min(EVAL_ENVS, args.eval_episodes):
-                self.envs.append(make_env(self.dataset, args))
-            rollouts = roll_out(agent.act, self.envs, args.eval_episodes, args.seed, stop) if self.envs else []
+            while self.envs and len(self.envs) < count:
+                self.envs.append(make_env(self.dataset, self.args))
+            if self.envs:
+                rollouts = roll_out(agent.act, self.envs, self.args.eval_episodes, self.args.seed, stop)
         except Fault as error:
             print(f"no evaluation: {error}", file=sys.stderr)
             self.envs = []
-            rollouts = []
-        if not rollouts:
-            return {}
-        stats = means(rollouts, success) | {"seconds": time.perf_counter() - started}
-        if self.reference:  # the name says whose scores 0 and 100 are
-            score = 100 * (stats["episodic_return"] - self.worst) / (self.best - self.worst)
-            stats[f"normalized_score_{self.reference.lower()}"] = score
+        if self.envs and not rollouts:
+            return {}  # given up
+        stats = {}
+        if rollouts:
+            stats = means(rollouts, success) | {"seconds": time.perf_counter() - started}
+            if self.reference:  # the name says whose scores 0 and 100 are
+                score = 100 * (stats["episodic_return"] - self.worst) / (self.best - self.worst)
+                stats[f"normalized_score_{self.reference.lower()}"] = score
+        if self.validation:
+            stats["validation_loss"] = agent.validation_loss(self.validation)
         return stats
 
-    def renders(self, agent: BCAgent, episodes: int) -> list[np.ndarray]:
-        """Videos (T, H, W, 3); none, with a line, where that fails."""
+    def video(self, agent: BCAgent, episodes: int, path: Path) -> None:
+        """Writes a video of the first evaluation episodes; a line says so where that fails."""
+        args = self.args
         try:
             if self.envs and episodes:
-                return film(agent.act, self.envs[0], episodes, self.args.video_frame_skip, self.args.seed)
-        except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
-            print(f"no video: {error}; afterwards --eval-only {self.args.run_dir} writes it", file=sys.stderr)
-        return []
+                renders = film(agent.act, self.envs[0], episodes, args.video_frame_skip, args.seed)
+                fps = max(int(30 / args.video_frame_skip), 1)
+                if args.track and not args.eval_only:
+                    import wandb
 
-    @property
-    def fps(self) -> int:
-        return max(int(30 / self.args.video_frame_skip), 1)
+                    wandb.log({"eval/video": get_wandb_video(renders, fps, path)})
+                else:
+                    write_video(renders, path, fps)
+        except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
+            print(f"no video: {error}; afterwards --eval-only {args.run_dir} writes it", file=sys.stderr)
+
+    def log(self, agent: BCAgent, run: Run, logger: LoggingHelper) -> dict[str, float]:
+        """A row of eval.csv, with video_episodes a video beside it."""
+        stats = self.scores(agent, run.impatient)
+        if not stats:
+            return stats
+        if rating(stats) >= rating(run.best):
+            run.best = stats
+        known = [key for key in ("success_rate", "episodic_return") if math.isfinite(stats.get(key, math.nan))]
+        run.bar.set_postfix({key: f"{stats[key]:.3g}" for key in known})
+        logger.log(stats, "eval", run.step)
+        self.video(agent, self.args.video_episodes, run.dir / f"video_{run.step}.mp4")
+        return stats
+
+
+def rating(stats: dict[str, float]) -> tuple[float, float]:
+    """What makes an evaluation better than another: success, then return; unknown is worst."""
+    values = (stats.get(key, math.nan) for key in ("success_rate", "episodic_return"))
+    return tuple(-math.inf if math.isnan(value) else value for value in values)
+
+
+def summarize(name: str, stats: dict[str, float]) -> None:
+    """One line for the terminal about an evaluation."""
+    known = ("success_rate", "episodic_return", "validation_loss")
+    shown = [key for key in stats if (key in known or key.startswith("normalized")) and math.isfinite(stats[key])]
+    numbers = ", ".join(f"{key} {stats[key]:.4g}" for key in shown)
+    print(f"{name}: {numbers or 'no evaluation'} over {stats.get('episodes', 0):.0f} episodes")
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
@@ -1099,8 +1136,8 @@ def prepare_torch(args: Args) -> torch.device:
     return device
 
 
-def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluation, tuple | None]:
-    """The agent before its first update, its batches, evaluation, and validation samples if the data has some."""
+def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluation]:
+    """The agent before its first update, its batches, and its evaluation."""
     if rank() > 0:
         dist.barrier()  # rank 0 collects, converts or downloads
     _, eval_env, train_dataset, val_dataset = make_env_and_datasets(args.env_name, args)
@@ -1119,12 +1156,12 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
     if args.normalize_observations and states is not None:
         agent.observe(torch.from_numpy(states))
     validation = Batches(val_dataset, args, device).fixed(10, device) if val_dataset is not None else None
-    return agent, batches, Evaluation(args, train_dataset, eval_env), validation
+    return agent, batches, Evaluation(args, train_dataset, eval_env, validation)
 
 
 def until_event(step: int, args: Args) -> int:
-    """Updates from `step` until something is logged, evaluated or saved, a launch or training ends."""
-    intervals = (args.log_interval, args.eval_interval, args.save_interval, UPDATES_PER_LAUNCH)
+    """Updates from `step` until something is logged, evaluated or saved, or training ends."""
+    intervals = (args.log_interval, args.eval_interval, args.save_interval)
     return min(args.offline_steps - step, *(every - step % every for every in intervals if every > 0))
 
 
@@ -1137,12 +1174,10 @@ def stopped(run: Run, device: torch.device) -> bool:
     return bool(signals > 0)
 
 
-def summarize(name: str, stats: dict[str, float]) -> None:
-    """One line for the terminal about an evaluation."""
-    known = ("success_rate", "episodic_return", "validation_loss")
-    shown = [key for key in stats if (key in known or key.startswith("normalized")) and math.isfinite(stats[key])]
-    numbers = ", ".join(f"{key} {stats[key]:.4g}" for key in shown)
-    print(f"{name}: {numbers or 'no evaluation'} over {stats.get('episodes', 0):.0f} episodes")
+def get_exp_name(seed: int) -> str:
+    """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; with milliseconds, so that no two runs share it."""
+    job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
+    return f"sd{seed:03d}{job}{datetime.now():%Y%m%d_%H%M%S_%f}"[:-3]
 
 
 def evaluate_only(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation) -> None:
@@ -1154,56 +1189,44 @@ def evaluate_only(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation) 
         except (OSError, ValueError) as error:
             fail(str(error))
     stats = evaluation.scores(agent)
-    renders = evaluation.renders(agent, (args.video_episodes or 4) * args.capture_video)
-    if renders:
-        write_video(renders, run.dir / "video.mp4", evaluation.fps)
+    evaluation.video(agent, (args.video_episodes or 4) * args.capture_video, run.dir / "video.mp4")
     summarize(f"{path.name}, update {int(agent.updates)}", stats)
 
 
-def log_evaluation(
-    args: Args, run: Run, agent: BCAgent, evaluation: Evaluation, validation: tuple | None, logger: LoggingHelper
-) -> dict[str, float]:
-    """A row of eval.csv, with video_episodes a video beside it."""
-    stats = evaluation.scores(agent, run.impatient)
-    if validation:
-        stats["validation_loss"] = agent.validation_loss(validation)
-    if not stats:
-        return stats
-    if rating(stats) >= rating(run.best):
-        run.best = stats
-    known = [key for key in ("success_rate", "episodic_return") if math.isfinite(stats.get(key, math.nan))]
-    shown = {key: f"{stats[key]:.3g}" for key in known}
-    run.bar.set_postfix(shown)
-    logger.log(stats, "eval", run.step)
-    renders = evaluation.renders(agent, args.video_episodes)
-    if renders:
-        path = run.dir / f"video_{run.step}.mp4"
-        if args.track:
-            import wandb
-
-            wandb.log({"eval/video": get_wandb_video(renders, evaluation.fps, path)})
-        else:
-            write_video(renders, path, evaluation.fps)
-    return stats
-
-
-def rating(stats: dict[str, float]) -> tuple[float, float]:
-    """What makes an evaluation better than another: success, then return; unknown is worst."""
-    values = (stats.get(key, math.nan) for key in ("success_rate", "episodic_return"))
-    return tuple(-math.inf if math.isnan(value) else value for value in values)
-
-
-def complete(
-    args: Args, run: Run, agent: BCAgent, evaluation: Evaluation, validation: tuple | None, logger: LoggingHelper
+def train(
+    args: Args, run: Run, agent: BCAgent, batches: Batches, evaluation: Evaluation, logger: LoggingHelper | None
 ) -> None:
+    """The loop. Only the first process has a logger."""
+    while run.step < args.offline_steps and not stopped(run, agent.device):
+        # Learn: as many updates as until the next event, at most one launch's.
+        to_event = until_event(run.step, args)
+        count = min(to_event, UPDATES_PER_LAUNCH - run.step % UPDATES_PER_LAUNCH)
+        offline_info = agent.learn(batches.take(run.step, count, agent.device))
+        run.advance(count)
+        # Log.
+        if count == to_event and not math.isfinite(loss := float(offline_info["actor/actor_loss"])):
+            fail(f"the loss is {loss} after {run.step} updates; lower --lr ({run.dir} has the checkpoint before)")
+        if logger and run.due(args.log_interval):
+            logger.log(offline_info | {"SPS": run.speed()["charts/SPS"]}, "offline_agent", run.step)
+        # Evaluate.
+        if logger and args.eval_interval and run.due(args.eval_interval) and run.step < args.offline_steps:
+            with run.phase("eval"):
+                evaluation.log(agent, run, logger)
+        # Save.
+        if logger and args.save_interval > 0 and run.due(args.save_interval):
+            agent.save(run.dir / f"checkpoint_{run.step}.pt")
+        if run.due(args.log_interval):
+            run.save()
+    batches.close()
+
+
+def complete(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation, logger: LoggingHelper) -> None:
     """The last evaluation, final_model.pt, curve, video, token.tk."""
-    last = log_evaluation(args, run, agent, evaluation, validation, logger)
+    last = evaluation.log(agent, run, logger)
     agent.save(run.dir / "final_model.pt")
     tables = {"eval": ("success_rate", "episodic_return", "validation_loss"), "offline_agent": ("actor/actor_loss",)}
     plot_curves(run.dir, tables, "updates", run.elapsed())
-    renders = evaluation.renders(agent, (args.video_episodes or 4) * args.capture_video)
-    if renders:
-        write_video(renders, run.dir / "video.mp4", evaluation.fps)
+    evaluation.video(agent, (args.video_episodes or 4) * args.capture_video, run.dir / "video.mp4")
     for csv_logger in logger.csv_loggers.values():
         csv_logger.close()
     url = None
@@ -1219,20 +1242,6 @@ def complete(
     print(f"{run.elapsed():.0f} s in all; see {run.dir}")
 
 
-def open_logs(args: Args, run: Run) -> LoggingHelper:
-    """CSV files and TensorBoard, which wandb mirrors; flags under the note's name."""
-    shutil.copy(run.dir / "args.json", run.dir / "flags.json")
-    (run.dir / "token.tk").unlink(missing_ok=True)
-    csv_loggers = {name: CsvLogger(run.dir / f"{name}.csv") for name in ("eval", "offline_agent")}
-    return LoggingHelper(csv_loggers, writer=run.writer)
-
-
-def get_exp_name(seed: int) -> str:
-    """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; with milliseconds, so that no two runs share it."""
-    job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
-    return f"sd{seed:03d}{job}{datetime.now():%Y%m%d_%H%M%S_%f}"[:-3]
-
-
 def learn_offline(args: Args) -> None:
     begun = time.perf_counter()
     if args.run_dir is None:
@@ -1241,45 +1250,31 @@ def learn_offline(args: Args) -> None:
     if not (args.resume or args.eval_only):
         check_new_folder(args.run_dir)
     device = prepare_torch(args)
-    agent, batches, evaluation, validation = prepare(args, device)
+    agent, batches, evaluation = prepare(args, device)
     run = (Run if rank() == 0 else Follower)(args, args.env_name, __file__, device)
     run.keep(agent=agent)
     if args.eval_only:
         return evaluate_only(args, run, agent, evaluation)
+    if run.state and run.state["finished"] and run.step >= args.offline_steps:
+        fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {run.step}; give a larger number")
     run.unit = "the update"
+    os.environ.setdefault("WANDB_RUN_GROUP", args.run_group)
+    os.environ.setdefault("WANDB_TAGS", args.run_group)
     run.open(args.offline_steps, unit="update")
-    run.started = begun
-    logger = open_logs(args, run) if rank() == 0 else None
+    run.started = begun  # collecting and converting data counts, too
     batches.open(run.step, args.offline_steps, device.type == "cuda")
-
-    while run.step < args.offline_steps and not stopped(run, device):
-        # Learn: as many updates as until the next event, at most one launch's.
-        count = until_event(run.step, args)
-        offline_info = agent.learn(batches.take(run.step, count, device))
-        run.advance(count)
-        # Log.
-        if run.step % UPDATES_PER_LAUNCH or until_event(run.step, args) != UPDATES_PER_LAUNCH:
-            loss = float(offline_info["actor/actor_loss"])
-            if not math.isfinite(loss):
-                fail(f"the loss is {loss} after {run.step} updates; lower --lr ({run.dir} has the checkpoint before)")
-        if logger and run.due(args.log_interval):
-            logger.log(offline_info | {"SPS": run.speed()["charts/SPS"]}, "offline_agent", run.step)
-        # Evaluate.
-        if logger and args.eval_interval and run.due(args.eval_interval) and run.step < args.offline_steps:
-            with run.phase("eval"):
-                log_evaluation(args, run, agent, evaluation, validation, logger)
-        # Save.
-        if logger and args.save_interval > 0 and run.due(args.save_interval):
-            agent.save(run.dir / f"checkpoint_{run.step}.pt")
-        if run.due(args.log_interval):
-            run.save()
-
-    batches.close()
-    if logger:
+    with contextlib.closing(run.bar):
+        if rank() > 0:
+            return train(args, run, agent, batches, evaluation, None)
+        shutil.copy(run.dir / "args.json", run.dir / "flags.json")  # the note's name
+        (run.dir / "token.tk").unlink(missing_ok=True)
+        csv_loggers = {name: CsvLogger(run.dir / f"{name}.csv") for name in ("eval", "offline_agent")}
+        logger = LoggingHelper(csv_loggers, writer=run.writer)  # wandb mirrors the writer
+        train(args, run, agent, batches, evaluation, logger)
         run.end_of_training()
         if run.step < args.offline_steps:
             raise KeyboardInterrupt  # another process was asked to stop
-        complete(args, run, agent, evaluation, validation, logger)
+        complete(args, run, agent, evaluation, logger)
 
 
 def main(args: Args) -> None:
