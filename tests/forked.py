@@ -17,8 +17,6 @@ from pathlib import Path
 
 from conftest import REPO, Finished, find_run_dir, script_env
 
-from common.setup import parse
-
 SLOW_IMPORTS = [
     "sac_state_sim",
     "sac_pixel_sim",
@@ -46,12 +44,9 @@ def child(name: str, flags: list[str], cwd: str, env: dict[str, str], outputs: l
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes))
     script = importlib.import_module(Path(name).stem)
     if hasattr(script, "read_args"):
-        args = script.read_args()
-    elif hasattr(script, "parse_args"):
-        args = script.parse_args()
+        script.main(script.read_args())
     else:
-        args = parse(script.Args, script.__doc__, script.Args.MAY_CHANGE)
-    script.main(args)
+        script.main(script.parse(script.Args, script.__doc__, script.Args.MAY_CHANGE))
 
 
 def context() -> multiprocessing.context.ForkServerContext:
