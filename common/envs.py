@@ -20,10 +20,11 @@ HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32
 
 
 # --- Making -----------------------------------------------------------------------------------------------------------
-def make(env_id: str, render: bool = False, **options) -> gym.Env:
+def make(env_id: str, render: bool = False, option: str = "--env-id", **options) -> gym.Env:
     """gym.make, also of `module:Env-v0` with the module in the current folder; steps are `Checked`.
 
-    Exits with one line when gymnasium does not know the task. One without a registered time limit gets a long one.
+    Exits with one line that names `option` when gymnasium does not know the task. One without a registered time limit
+    gets a long one.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -31,8 +32,8 @@ def make(env_id: str, render: bool = False, **options) -> gym.Env:
         options["render_mode"] = "rgb_array"
     try:
         env = gym.make(env_id, disable_env_checker=True, **options)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"--env-id {env_id}: {error}")
+    except (gym.error.Error, ImportError) as error:
+        fail(f"{option} {env_id}: {error}")
     if env.spec is None or env.spec.max_episode_steps is None:
         say_once(f"{env_id} has no registered time limit; its episodes are cut after {LONGEST_EPISODE:,} steps")
         env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
