@@ -178,7 +178,7 @@ def check_new_folder(folder: str | Path) -> None:
     """Exits with one line when a run cannot be written there; makes nothing."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        fail(f"--run-dir {folder}: is a file; give another name")
+        fail(f"--run-dir {folder}: cannot be written, it is a file; give another name")
     names = {path.name for path in folder.iterdir()} if folder.exists() else set()
     if "args.json" in names:
         fail(f"--run-dir {folder}: has a run; --resume it, or give another name")
