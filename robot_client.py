@@ -1105,14 +1105,16 @@ class FrankaEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """`options`: {"keep_scene": True} leaves a simulated scene as it is."""
         super().reset(seed=seed)
-        keep_scene = bool(options and options.get("keep_scene"))
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
             raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
+        scene_seed = int(self.np_random.integers(2**31))
+        x, y, yaw = self.np_random.uniform(-1, 1, 3) * self.config.random_reset
+        start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
         for attempt in range(3):
             self.connect()
             try:
-                self.prepare(keep_scene)
+                self.prepare(start_pose, None if options and options.get("keep_scene") else scene_seed)
                 break
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
                 if attempt == 2 or not self.config.recover_at_reset:
@@ -1162,7 +1164,7 @@ class FrankaEnv(gym.Env):
             camera.start(config.wait_s)
         self.client.acquire()
 
-    def prepare(self, keep_scene: bool) -> None:
+    def prepare(self, start_pose: np.ndarray, scene_seed: int | None) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
         state = client.state()
@@ -1174,12 +1176,10 @@ class FrankaEnv(gym.Env):
             client.stop()
         if state["gripper_fault"] and config.gripper != "fixed":
             raise RobotError(f"{state['gripper_fault']}; then call client.gripper('activate')")
-        if self.hello["robot"]["task"] and not keep_scene:
-            client.reset_task(int(self.np_random.integers(2**31)))
+        if self.hello["robot"]["task"] and scene_seed is not None:
+            client.reset_task(scene_seed)
         if config.gripper_at_reset != "keep":
             client.gripper(config.gripper_at_reset)
-        x, y, yaw = self.np_random.uniform(-1, 1, 3) * config.random_reset
-        start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
         client.start(**asdict(config.precision))
         lifted = client.state()["reference"]
         lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
@@ -1437,26 +1437,16 @@ class Doctor:
     def examine(self) -> None:
         packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
         self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
-        try:
-            self.examine_server()
-        except RobotError as error:
-            self.say(False, "server", str(error))
-        try:
-            self.examine_realsense()
-        except CameraError as error:
-            self.say(False, "realsense", f"{error} (only for such cameras)", wrong="warn")
-        for camera in list(self.cameras):
+        for name, wrong, check in (
+            ("server", "FAIL", self.examine_server),
+            ("realsense", "warn", self.examine_realsense),
+            ("teleop", "FAIL", self.open_teleop),
+        ):
             try:
-                camera.start()
-            except CameraError as error:
-                self.say(False, "cameras", str(error))
-                self.cameras.remove(camera)
-        try:
-            if self.args.teleop != "none":
-                self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
-                self.say(True, "teleop", self.args.teleop)
-        except RobotError as error:
-            self.say(False, "teleop", str(error))
+                check()
+            except RobotError as error:
+                self.say(False, name, str(error), wrong=wrong)
+        self.start_cameras()
 
     def examine_server(self) -> None:
         """What the server says about itself."""
@@ -1500,6 +1490,19 @@ class Doctor:
             name, usb = (device.get_info(key) for key in (rs.camera_info.name, rs.camera_info.usb_type_descriptor))
             self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
+
+    def start_cameras(self) -> None:
+        for camera in list(self.cameras):
+            try:
+                camera.start()
+            except CameraError as error:
+                self.say(False, "cameras", str(error))
+                self.cameras.remove(camera)
+
+    def open_teleop(self) -> None:
+        if self.args.teleop != "none":
+            self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
+            self.say(True, "teleop", self.args.teleop)
 
     def look(self) -> None:
         """Put the simulated cameras where the simulated robot is."""
