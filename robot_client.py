@@ -1057,8 +1057,8 @@ class FrankaEnv(gym.Env):
     Action in [-1, 1]: translation, rotation (as a rotation vector), gripper (+ closes, as in franka_sim).
     `info`: "success"; "fault", why the episode ended early, if it did; "reflexes", how many since the environment was
     made; "asked_action" and "executed_action", what the box left of it; "limited" by the server; "grasp_penalty";
-    "period_s" since the last step and "late_s" after its beat, both by the robot's clock and as they really were;
-    "overruns", steps of this episode for which no time was left.
+    "robot_time" of the observation, s; "period_s" since the last step and "late_s" after its beat, both by the robot's
+    clock and as they really were; "overruns", steps of this episode for which no time was left.
     A reflex terminates; a lost server, lease or camera, any other fault, and the time limit truncate. `reset` then
     waits for what is missing, and raises RobotError with the remedy when it does not come back.
     """
@@ -1134,7 +1134,8 @@ class FrankaEnv(gym.Env):
         if fault:
             raise CameraError(fault)
         self.pace = self.client.pace(self.config.hz)
-        return obs, {"success": False, "fault": None, "reflexes": self.reflexes}
+        info = {"success": False, "fault": None, "reflexes": self.reflexes}
+        return obs, info | {"robot_time": self.state["robot_time"]}
 
     def connect(self) -> None:
         """Find the server and the cameras, check that the task fits, become the robot's commander."""
@@ -1245,7 +1246,7 @@ class FrankaEnv(gym.Env):
         success = not fault and self.is_success(obs)
         truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
         info |= {"success": success, "fault": fault or None}
-        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns}
+        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns, "robot_time": self.state["robot_time"]}
         return obs, float(success), success or reflex, truncated and not (success or reflex), info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
