@@ -1029,6 +1029,7 @@ class TaskConfig:
 
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
 MAX_STATE_AGE_S = 0.5
+LEASE_S = 3.0  # outlives a front of the server that is started anew; without targets the arm holds long before
 GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
 # TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
 PEG = TaskConfig(env_id="FrankaPegInsert-v0")
@@ -1163,7 +1164,18 @@ class FrankaEnv(gym.Env):
             self.cameras = [make_camera(camera, config.image_size, self.scene) for camera in config.cameras]
         for camera in self.cameras:
             camera.start(config.wait_s)
-        self.client.acquire()
+        self.acquire()
+
+    def acquire(self) -> None:
+        """Become the robot's commander. A dead one's lease ends by itself. Raises RefusedError for a live one."""
+        end = time.monotonic() + LEASE_S + 1
+        while True:
+            try:
+                return self.client.acquire(LEASE_S)
+            except RefusedError as refusal:
+                if refusal.code != "lease_taken" or time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
 
     def prepare(self, start_pose: np.ndarray, scene_seed: int | None) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""

@@ -1492,7 +1492,10 @@ def test_two_commanders_hold_and_takeover(peg):
         anna.acquire(takeover=True)
         info = env.step(ZERO)[-1]
         assert info["fault"].startswith("no_lease")
-        anna.release()
+        anna.acquire(ttl_s=10.0)
+        with pytest.raises(rc.RefusedError, match="lease_taken: anna"):
+            env.reset(seed=0)
+        anna.acquire(ttl_s=1.5)  # and now she dies: her place is free
         env.reset(seed=0)
         assert env.step(ZERO)[-1]["fault"] is None
 
