@@ -857,7 +857,7 @@ class SpaceMouse(Teleop):
         except (ImportError, RuntimeError, OSError) as error:
             there = ", ".join(hid_devices()) or "none"
             raise RobotError(
-                f"SpaceMouse: {error} Devices that are plugged in: {there}. Run: pip install pyspacemouse, apt-get "
+                f"SpaceMouse: {error} Devices that are plugged in: {there}; run: pip install pyspacemouse, apt-get "
                 f"install libhidapi-hidraw0, and allow its use: {UDEV_RULE} in /etc/udev/rules.d/99-spacemouse.rules, "
                 "then plug it in again"
             ) from error

@@ -846,7 +846,22 @@ def test_keyboard_moves_and_leaves_the_terminal_as_it_was(terminal):
 def test_holding_a_key_does_not_stutter_while_the_terminals_repeat_sets_in(terminal, keyboard, delay_s):
     """Slow from the first press on, without a gap, then at full speed, and it stops when the key is let go."""
     ours, _ = terminal
-    seen, stop = [], threading.Event()
+    for _ in range(5):
+        seen, typed_at = hold_a_key(ours, keyboard, delay_s)
+        gaps = np.diff(typed_at)
+        if gaps[0] < delay_s + 0.05 and gaps[1:].max() < 0.1:
+            break  # otherwise the machine stood still, and the key was let go for all that a terminal tells
+    pressed, released = typed_at[0], typed_at[-1]
+    held = [speed for at, speed in seen if pressed < at < released]
+    assert min(held) == 0.125 and max(held) == 0.5  # never 0
+    assert held == sorted(held)  # slow first, then fast
+    assert {speed for at, speed in seen if at > released + 0.3} == {0.0}
+
+
+def hold_a_key(ours: int, keyboard: rc.Keyboard, delay_s: float) -> tuple[list[tuple[float, float]], list[float]]:
+    """(when, what the keyboard said), every 5 ms; and when the terminal sent each character."""
+    keyboard.forget()
+    seen, stop, typed_at = [], threading.Event(), []
 
     def watch() -> None:
         while not stop.wait(0.005):
@@ -854,19 +869,17 @@ def test_holding_a_key_does_not_stutter_while_the_terminals_repeat_sets_in(termi
 
     watcher = threading.Thread(target=watch)
     typed(ours, keyboard.terminal, "w")
+    typed_at.append(time.monotonic())
     watcher.start()
     time.sleep(delay_s)
     for _ in range(20):
         os.write(ours, b"w")
+        typed_at.append(time.monotonic())
         time.sleep(0.03)
-    released = time.monotonic()
     time.sleep(0.5)
     stop.set()
     watcher.join()
-    held = [speed for at, speed in seen if at < released]
-    assert min(held) == 0.125 and max(held) == 0.5  # never 0
-    assert held == sorted(held)  # slow first, then fast
-    assert {speed for at, speed in seen if at > released + 0.3} == {0.0}
+    return seen, typed_at
 
 
 def test_keys_for_the_script(terminal, keyboard):
@@ -878,7 +891,7 @@ def test_keys_for_the_script(terminal, keyboard):
     assert keys.commands() == ["success", "failure", "discard", "undo", "label", "pause", "quit"]
     assert keys.commands() == [] and not keyboard.motion()[0].any()
     typed(ours, keys, "p")
-    time.sleep(0.5)
+    time.sleep(0.3)
     for _ in range(10):
         os.write(ours, b"p")
         time.sleep(0.03)
@@ -1008,7 +1021,9 @@ def test_spacemouse_that_is_missing_lists_what_is_there_and_the_udev_rule(tmp_pa
     assert rc.hid_devices(tmp_path) == names
     assert rc.hid_devices(tmp_path / "none") == []
     monkeypatch.setattr(rc, "hid_devices", lambda: names)
-    with pytest.raises(rc.RobotError, match=r"plugged in: Logitech .*hidraw1\)\. .*libhidapi-hidraw0.*256f.*rules\.d"):
+    with pytest.raises(
+        rc.RobotError, match=r"plugged in: Logitech .*hidraw1\); run: .*libhidapi-hidraw0.*256f.*rules\.d"
+    ):
         rc.SpaceMouse()
 
 
