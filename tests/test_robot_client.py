@@ -1429,6 +1429,18 @@ def test_random_policy_with_gripper_keeps_the_rate(peg):
         assert info["late_s"] == pytest.approx(info["period_s"] - 0.1, abs=0.03)
 
 
+def test_gripper_opens_in_every_episode(peg):
+    """Although the last order of the episode before was the same: the reset has closed it on the peg again."""
+    with environment(peg) as env:
+        for _ in range(2):
+            env.reset(seed=0)
+            assert env.unwrapped.measured_closure() > 0.5
+            for _ in range(6):
+                info = env.step(np.array([0, 0, 0, 0, 0, 0, -1], np.float32))[-1]
+                assert info["fault"] is None
+            assert env.unwrapped.measured_closure() < 0.3
+
+
 def test_simulated_robot_may_be_faster_than_real_time(tmp_path):
     """Paced by the robot's clock: 20 steps of 0.1 s take half a second of ours."""
     with (
