@@ -1278,6 +1278,24 @@ def resting_env(clock, **state) -> FrankaEnv:
     return env
 
 
+def test_way_to_the_start_does_not_run_ahead_of_an_arm_that_is_slow(clock):
+    """Otherwise the server refuses a target that is too far from the arm."""
+    env = resting_env(clock)
+    pose, leads = env.state["tcp_pose"], []
+
+    def target(goal):
+        leads.append(np.linalg.norm(goal[:3] - pose[:3]))
+        pose[:3] += rc.shortened(goal[:3] - pose[:3], 0.002)  # 4 cm/s
+        return {"reference": pose.tolist()}
+
+    env.state["reference"] = pose.copy()
+    env.client.target.side_effect = target
+    goal = pose + [0.0, 0.1, 0.1, 0, 0, 0, 0]
+    env.go_to(goal)
+    assert max(leads) < 0.06
+    np.testing.assert_allclose(pose[:3], goal[:3], atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("state", "fault"),
     [
