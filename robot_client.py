@@ -857,7 +857,7 @@ class SpaceMouse(Teleop):
         except (ImportError, RuntimeError, OSError) as error:
             there = ", ".join(hid_devices()) or "none"
             raise RobotError(
-                f"SpaceMouse: {error} Devices that are plugged in: {there}. Run: pip install pyspacemouse, apt-get "
+                f"SpaceMouse: {error} Devices that are plugged in: {there}; run: pip install pyspacemouse, apt-get "
                 f"install libhidapi-hidraw0, and allow its use: {UDEV_RULE} in /etc/udev/rules.d/99-spacemouse.rules, "
                 "then plug it in again"
             ) from error
@@ -1037,6 +1037,7 @@ class TaskConfig:
 
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
 MAX_STATE_AGE_S = 0.5
+LEASE_S = 3.0  # outlives a front of the server that is started anew; without targets the arm holds long before
 GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
 # TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
 PEG = TaskConfig(env_id="FrankaPegInsert-v0")
@@ -1065,8 +1066,8 @@ class FrankaEnv(gym.Env):
     Action in [-1, 1]: translation, rotation (as a rotation vector), gripper (+ closes, as in franka_sim).
     `info`: "success"; "fault", why the episode ended early, if it did; "reflexes", how many since the environment was
     made; "asked_action" and "executed_action", what the box left of it; "limited" by the server; "grasp_penalty";
-    "period_s" since the last step and "late_s" after its beat, both by the robot's clock and as they really were;
-    "overruns", steps of this episode for which no time was left.
+    "robot_time" of the observation, s; "period_s" since the last step and "late_s" after its beat, both by the robot's
+    clock and as they really were; "overruns", steps of this episode for which no time was left.
     A reflex terminates; a lost server, lease or camera, any other fault, and the time limit truncate. `reset` then
     waits for what is missing, and raises RobotError with the remedy when it does not come back.
     """
@@ -1114,14 +1115,16 @@ class FrankaEnv(gym.Env):
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         """`options`: {"keep_scene": True} leaves a simulated scene as it is."""
         super().reset(seed=seed)
-        keep_scene = bool(options and options.get("keep_scene"))
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
             raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
+        scene_seed = int(self.np_random.integers(2**31))
+        x, y, yaw = self.np_random.uniform(-1, 1, 3) * self.config.random_reset
+        start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
         for attempt in range(3):
             self.connect()
             try:
-                self.prepare(keep_scene)
+                self.prepare(start_pose, None if options and options.get("keep_scene") else scene_seed)
                 break
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
                 if attempt == 2 or not self.config.recover_at_reset:
@@ -1141,7 +1144,8 @@ class FrankaEnv(gym.Env):
         if fault:
             raise CameraError(fault)
         self.pace = self.client.pace(self.config.hz)
-        return obs, {"success": False, "fault": None, "reflexes": self.reflexes}
+        info = {"success": False, "fault": None, "reflexes": self.reflexes}
+        return obs, info | {"robot_time": self.state["robot_time"]}
 
     def connect(self) -> None:
         """Find the server and the cameras, check that the task fits, become the robot's commander."""
@@ -1169,9 +1173,20 @@ class FrankaEnv(gym.Env):
             self.cameras = [make_camera(camera, config.image_size, self.scene) for camera in config.cameras]
         for camera in self.cameras:
             camera.start(config.wait_s)
-        self.client.acquire()
+        self.acquire()
 
-    def prepare(self, keep_scene: bool) -> None:
+    def acquire(self) -> None:
+        """Become the robot's commander. A dead one's lease ends by itself. Raises RefusedError for a live one."""
+        end = time.monotonic() + LEASE_S + 1
+        while True:
+            try:
+                return self.client.acquire(LEASE_S)
+            except RefusedError as refusal:
+                if refusal.code != "lease_taken" or time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    def prepare(self, start_pose: np.ndarray, scene_seed: int | None) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
         state = client.state()
@@ -1183,12 +1198,10 @@ class FrankaEnv(gym.Env):
             client.stop()
         if state["gripper_fault"] and config.gripper != "fixed":
             raise RobotError(f"{state['gripper_fault']}; then call client.gripper('activate')")
-        if self.hello["robot"]["task"] and not keep_scene:
-            client.reset_task(int(self.np_random.integers(2**31)))
+        if self.hello["robot"]["task"] and scene_seed is not None:
+            client.reset_task(scene_seed)
         if config.gripper_at_reset != "keep":
             client.gripper(config.gripper_at_reset)
-        x, y, yaw = self.np_random.uniform(-1, 1, 3) * config.random_reset
-        start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
         client.start(**asdict(config.precision))
         lifted = client.state()["reference"]
         lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
@@ -1254,7 +1267,7 @@ class FrankaEnv(gym.Env):
         success = not fault and self.is_success(obs)
         truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
         info |= {"success": success, "fault": fault or None}
-        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns}
+        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns, "robot_time": self.state["robot_time"]}
         terminated = reflex or (success and self.config.terminate_on_success)
         return obs, float(success), terminated, truncated and not terminated, info
 
@@ -1449,26 +1462,16 @@ class Doctor:
     def examine(self) -> None:
         packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
         self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
-        try:
-            self.examine_server()
-        except RobotError as error:
-            self.say(False, "server", str(error))
-        try:
-            self.examine_realsense()
-        except CameraError as error:
-            self.say(False, "realsense", f"{error} (only for such cameras)", wrong="warn")
-        for camera in list(self.cameras):
+        for name, wrong, check in (
+            ("server", "FAIL", self.examine_server),
+            ("realsense", "warn", self.examine_realsense),
+            ("teleop", "FAIL", self.open_teleop),
+        ):
             try:
-                camera.start()
-            except CameraError as error:
-                self.say(False, "cameras", str(error))
-                self.cameras.remove(camera)
-        try:
-            if self.args.teleop != "none":
-                self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
-                self.say(True, "teleop", self.args.teleop)
-        except RobotError as error:
-            self.say(False, "teleop", str(error))
+                check()
+            except RobotError as error:
+                self.say(False, name, str(error), wrong=wrong)
+        self.start_cameras()
 
     def examine_server(self) -> None:
         """What the server says about itself."""
@@ -1512,6 +1515,19 @@ class Doctor:
             name, usb = (device.get_info(key) for key in (rs.camera_info.name, rs.camera_info.usb_type_descriptor))
             self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
+
+    def start_cameras(self) -> None:
+        for camera in list(self.cameras):
+            try:
+                camera.start()
+            except CameraError as error:
+                self.say(False, "cameras", str(error))
+                self.cameras.remove(camera)
+
+    def open_teleop(self) -> None:
+        if self.args.teleop != "none":
+            self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
+            self.say(True, "teleop", self.args.teleop)
 
     def look(self) -> None:
         """Put the simulated cameras where the simulated robot is."""

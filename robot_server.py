@@ -26,7 +26,7 @@ that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     accepted), fault: {code, message, count} or None; jobs: {arm, gripper}, the one that goes on or else the last one,
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
-A connection is cut that has 128 KiB of requests under way, sends a message of more than 8 frames, does not read its
+A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
 answers for 2 s, or is one more than 256: then the one that was silent for longest. A client's own heartbeats are
 answered.
 
@@ -923,19 +923,20 @@ def quat_from_matrix(m: np.ndarray) -> np.ndarray:
 
 
 def reach(ip: str) -> int:
-    """The version of Franka's interface that the robot speaks, from how it refuses version 0. Raises ArmError within
+    """The version of Franka's interface that the robot speaks, from how it answers version 0. Raises ArmError within
     seconds where libfranka would wait for a minute, and for whatever else answers on that port."""
     try:
         with socket.create_connection((ip, 1337), timeout=3) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
-            udp.bind((tcp.getsockname()[0], 0))  # where a robot that accepted would send its state
-            tcp.sendall(struct.pack("<IIIHH", 0, 1, 16, 0, udp.getsockname()[1]))  # Connect: command, id, size, version
-            reply = tcp.recv(15, socket.MSG_WAITALL)
-        command, number, size, status, version = struct.unpack("<IIIBH", reply)
+            udp.bind((tcp.getsockname()[0], 0))  # where a robot that accepts sends its state
+            port = udp.getsockname()[1]
+            tcp.sendall(struct.pack("<IIIHH", 0, 1, 16, 0, port))  # Connect: command, its number, size, version, port
+            command, number, size = struct.unpack("<III", tcp.recv(12, socket.MSG_WAITALL))
+            if (command, number) != (0, 1) or size not in (15, 20):
+                raise OSError("what answers on port 1337 is no robot")
+            body = tcp.recv(size - 12, socket.MSG_WAITALL)
+            return struct.unpack_from("<H", body, 1 if size == 15 else 2)[0]  # after a byte; franky-sim pads
     except (OSError, struct.error) as error:
         raise ArmError("sdk", NO_ROBOT.format(ip, error)) from error
-    if (command, number) != (0, 1) or size not in (15, 16) or status > 1:
-        raise ArmError("sdk", NO_ROBOT.format(ip, "what answers on port 1337 is no robot"))
-    return version
 
 
 # TASK: an arm of your own: subclass Arm, and name it here and in Args.robot.
@@ -1413,9 +1414,9 @@ class Control(threading.Thread):
 
     def beat(self) -> None:
         """Ticks until the program ends, then lets the arm come to rest."""
-        if self.arm.waits:
-            with contextlib.suppress(PermissionError):  # allowed for root and with rtprio; the SDKs do it, too
-                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+        if self.arm.waits and os.sched_getscheduler(0) == os.SCHED_OTHER:  # libfranka sets a higher one itself
+            with contextlib.suppress(PermissionError):  # allowed for root and with rtprio
+                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))  # of this thread alone
         due = time.monotonic()
         while not self.stopping.is_set():
             due += 1 / self.args.control_hz
@@ -1674,6 +1675,7 @@ class Control(threading.Thread):
     def blocking(self, seconds: float = 2.0) -> Iterator[None]:
         """Around a call into the SDK that may take this long without being a frozen robot."""
         self.may_block_until = time.monotonic() + seconds
+        self.publish()  # what has just begun is seen meanwhile
         try:
             yield
         finally:
@@ -1761,6 +1763,7 @@ class Control(threading.Thread):
         self.board.write(
             {
                 **self.status(),
+                "ticked": self.ticked,
                 "number": self.number,
                 "answer": self.answer,
                 "lease": self.lease | {"until": self.lease_until},
@@ -1948,7 +1951,7 @@ def parse(body: list[bytes]) -> dict[str, Any]:
 # --- Front ------------------------------------------------------------------------------------------------------------
 MAX_CONNECTIONS = 256
 MAX_FRAMES = 8  # of a message
-MAX_UNDERWAY = 1 << 17  # bytes that a connection has sent and that no message here has brought
+MAX_UNDERWAY = 1 << 18  # bytes that a connection has sent and that no message here has brought
 MAX_ALL_UNDERWAY = 1 << 20  # the same of all together
 MAX_GROWTH = 40 << 20  # bytes of memory of a front; then another one takes over
 
@@ -2085,6 +2088,7 @@ class Front:
         self.facts = facts  # what `hello` tells
         self.limiter = Limiter(args)
         self.number = board.read()["number"]
+        self.unanswered: dict[str, dict[str, Any]] = {}  # a job that the robot thread has not heard of yet
         self.refusals: Counter[str] = Counter()
         self.complained = 0.0
         lease = board.read()["lease"]  # of the front before this one
@@ -2159,9 +2163,9 @@ class Front:
     def complain(self, now: float) -> None:
         """What was refused goes to the log in sums."""
         if now - self.complained > 5:
-            self.complained = now
             for what in (self.refusals, self.doors.strangers, self.doors.cuts):
                 if what:
+                    self.complained = now
                     log.warning("refused: %s", dict(what.most_common(10)))
                     what.clear()
 
@@ -2176,12 +2180,11 @@ class Front:
             self.link.send(command.pack())
 
     def command(self, kind: str, values: Sequence[float] = (), text: str = "", name: str = "") -> dict[str, Any]:
-        """Sends it and waits, not for long, until the robot thread has acted on it, so that the reply shows it.
-        Its answer; raises Refused."""
+        """Sends it and waits until the robot thread has acted on it, so that the reply shows it, but not while that is
+        busy in its SDK. Its answer; raises Refused."""
         self.send(kind, values, text, name)
-        give_up = time.monotonic() + 0.05
         while (status := self.status())["number"] < self.number:
-            if time.monotonic() > give_up:
+            if time.monotonic() - status["ticked"] > 0.05:
                 return {"job": None}
             time.sleep(0.0005)
         answer = status["answer"]
@@ -2344,12 +2347,25 @@ class Front:
         for job in self.status()["jobs"].values():
             if job and job["handle"] == handle:
                 return job
-        return self.command("job", text=handle)["job"]
+        waits = self.unanswered.get(handle)
+        try:
+            job = self.command("job", text=handle)["job"]
+        except Refused as error:
+            if not waits:
+                raise
+            return waits | {"status": "failed", "error": f"not begun: {error}"}
+        if job is None and not waits:
+            raise Refused("busy", "the robot's SDK takes its time: ask again")
+        return job or waits
 
     def begin(self, op: str, handle: str, values: Sequence[float] = ()) -> dict[str, Any]:
         """The report of a new job, or of the one with that handle."""
-        job = self.command(op, values, handle)["job"]
-        return job or {"handle": handle, "op": op, "status": "queued", "error": None, "seconds": 0.0}
+        if job := self.command(op, values, handle)["job"]:
+            return job
+        if len(self.unanswered) > 16:
+            self.unanswered.clear()
+        self.unanswered[handle] = {"handle": handle, "op": op, "status": "queued", "error": None, "seconds": 0.0}
+        return self.unanswered[handle]
 
     def op_start(self, handle: str, **changes: Any) -> dict[str, Any]:
         return self.begin("start", handle, gain_values(self.changed_gains(changes)))
@@ -2645,8 +2661,8 @@ def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
     fix = "cable into the control cabinet, this PC in its subnet, brakes open, FCI activated in Desk"
     try:
         yield True, f"robot at {ip}: interface version {reach(ip)}", fix
-    except ArmError:
-        yield False, f"robot at {ip} does not answer", fix
+    except ArmError as error:
+        yield False, "robot at " + str(error).removeprefix("--robot-ip ").partition(" (")[0], fix
     if not shutil.which("ping"):
         yield None, "round trip not measured", "sudo apt install iputils-ping"
         return
