@@ -30,6 +30,7 @@ import dataclasses
 import datetime
 import errno
 import math
+import os
 import signal
 import sys
 import time
@@ -229,6 +230,7 @@ class Session:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
+        os.write(2, b"\nstopping after this step or reset; Ctrl-C again stops at once\n")
 
     def run(self) -> None:
         while not self.stopped and self.missing():
@@ -257,7 +259,11 @@ class Session:
 
     # --- keys ---
     def commands(self) -> list[str]:
-        commands = self.terminal.commands() if self.terminal else []
+        if self.terminal is None:
+            return []
+        if self.terminal.fault:
+            raise RobotError(self.terminal.fault)
+        commands = self.terminal.commands()
         self.stopped |= "quit" in commands
         return commands
 
@@ -522,9 +528,8 @@ def report_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
         median, slow = np.percentile(late_ms, (50, 99))
         print(f"steps come {median:.1f} ms late at the median, {slow:.1f} ms at p99, {late_ms.max():.1f} ms at most")
     if actions.shape[1] in (4, 7):  # with a gripper, as for robot_client.Teleop
-        for way, strength in (("close", actions[:, -1].max()), ("open", -actions[:, -1].min())):
-            if strength < 0.5:
-                print(f"warning: the gripper is never told to {way}, in none of the episodes", file=sys.stderr)
+        if actions[:, -1].max() < 0.5:
+            print("warning: the gripper is never told to close, in none of the episodes", file=sys.stderr)
 
 
 def write_episode_video(recording: Recording, episode, cameras: list[str], hz: float) -> None:
