@@ -1,14 +1,16 @@
-"""Seeded roll-outs of a policy, side by side, and their video."""
+"""Seeded roll-outs of a policy, side by side; their video, and their recording as a Minari dataset."""
 
+import math
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 
-from common.envs import episode_seed
+from common.envs import Episode, Recorder, episode_seed
+from common.setup import fail
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
 # generators, one an episode, are for noise, so that an episode does not depend on what else runs beside it.
@@ -95,6 +97,57 @@ def evaluate(
         "eval/success_rate": float(np.mean([success(rollout.info) for rollout in rollouts])),
         "eval/episodes": float(episodes),
     }
+
+
+def check_new_dataset(dataset_id: str) -> None:
+    """Exits with one line when Minari would refuse this name, which it would do after the training."""
+    import minari
+    from minari.dataset.minari_dataset import parse_dataset_id
+
+    try:
+        parse_dataset_id(dataset_id)
+    except ValueError as error:
+        fail(f"--record-dataset: {error}")
+    if dataset_id in minari.list_local_datasets():
+        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
+
+
+def record(
+    dataset_id: str, episodes: Iterable[Episode], env: gym.Env, success: Callable[[dict], float], **about
+) -> None:
+    """Stores episodes of the task `env` as a local Minari dataset that knows its task; `about` as Minari names it."""
+    import minari
+    from gymnasium.vector.utils import concatenate, create_empty_array
+    from minari.data_collector import EpisodeBuffer
+
+    space, buffers = env.observation_space, []
+    for episode in episodes:
+        stacked = concatenate(space, episode.observations, create_empty_array(space, len(episode.observations)))
+        columns = (episode.actions, episode.rewards, episode.terminations, episode.truncations)
+        verdict = success(episode.info)
+        infos = None
+        if not math.isnan(verdict):  # known at the end only
+            infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
+        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about)
+
+
+def store_evaluation(
+    dataset_id: str, recorder: Recorder, env: gym.Env, seed: int, success: Callable[[dict], float]
+) -> None:
+    """Stores what `recorder` kept as a Minari dataset; random actions in `env`, which wraps it, are its lower score."""
+    episodes = list(recorder.episodes)
+    random = evaluate(lambda _, rngs: rngs[0].uniform(-1, 1, env.action_space.shape), [env], 10, seed, success)
+    record(
+        dataset_id,
+        episodes,
+        recorder,
+        success,
+        algorithm_name="SAC",
+        ref_min_score=random["eval/episodic_return"],
+        ref_max_score=float(np.mean([episode.rewards.sum() for episode in episodes])),
+        description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
+    )
 
 
 def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: int, episodes: int = 4) -> None:
