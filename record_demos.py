@@ -527,9 +527,9 @@ def report_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
     if late_ms.any():
         median, slow = np.percentile(late_ms, (50, 99))
         print(f"steps come {median:.1f} ms late at the median, {slow:.1f} ms at p99, {late_ms.max():.1f} ms at most")
-    if actions.shape[1] in (4, 7):  # with a gripper, as for robot_client.Teleop
-        if actions[:, -1].max() < 0.5:
-            print("warning: the gripper is never told to close, in none of the episodes", file=sys.stderr)
+    with_gripper = actions.shape[1] in (4, 7)  # as for robot_client.Teleop
+    if with_gripper and actions[:, -1].max() < 0.5:
+        print("warning: the gripper is never told to close, in none of the episodes", file=sys.stderr)
 
 
 def write_episode_video(recording: Recording, episode, cameras: list[str], hz: float) -> None:

@@ -16,7 +16,7 @@ import recorded_tasks
 from conftest import popen_script, run_script, wait_until
 
 import record_demos
-from common import envs
+from common import envs, evaluation
 
 TESTS = str(Path(__file__).parent)
 KILLS = int(os.environ.get("KILLS", 3))  # moments; 20 take some minutes
@@ -257,7 +257,7 @@ def test_dataset_of_another_set_up_is_refused(tmp_path):
 def test_foreign_dataset_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     episodes = envs.demonstrations("1", env := envs.make("recorded_tasks:Reach-v0"), seed=1, noise=0.0)
-    envs.record("hil/demos-v0", episodes, env, record_demos.success)
+    evaluation.record("hil/demos-v0", episodes, env, record_demos.success)
     assert "hil/demos-v0: exists, and was not recorded here" in refusal(tmp_path)
 
 
@@ -449,3 +449,154 @@ def test_undo_does_not_reach_an_earlier_session(tmp_path, monkeypatch):
         person.waits_for("nothing of this session to undo")
         person.quits()
     assert load(tmp_path, monkeypatch).total_episodes == 1
+
+
+# --- Frames for a classifier ------------------------------------------------------------------------------------------
+def test_labels_near_a_change_are_left_out():
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0], np.int8)
+    assert record_demos.settled(labels, 0).tolist() == labels.tolist()
+    assert record_demos.settled(labels, 1).tolist() == [0, 0, 0, -1, -1, 1, 1, 1, -1, -1]
+    assert record_demos.settled(labels, 2).tolist() == [0, 0, -1, -1, -1, -1, 1, -1, -1, -1]
+    assert record_demos.settled(np.array([0, 0], np.int8), 3).tolist() == [0, 0]
+
+
+def test_near_misses_are_frames_beside_a_success():
+    labels = np.array([0, 0, 0, -1, 1, -1, 0, 0, 0, 0], np.int8)
+    near = record_demos.near_misses(labels, 3)
+    assert np.flatnonzero(near).tolist() == [1, 2, 6, 7]
+    assert record_demos.count_labels([labels, labels[:3]], 3, 1.0) == {
+        "label 0": 10, "label 1": 1, "label 2": 0, "near misses": 2,
+    }  # fmt: skip
+
+
+def test_expert_labels_frames_until_there_are_enough(tmp_path, monkeypatch):
+    finished = record(tmp_path, "--mode", "classifier", "--frames", 40, "--margin", 2)
+    dataset = load(tmp_path, monkeypatch, "hil/frames-v0")
+    assert dataset.storage.metadata["mode"] == "classifier"
+    about = list(dataset.storage.get_episode_metadata(range(dataset.total_episodes)))
+    together = []
+    for episode, attributes in zip(dataset.iterate_episodes(), about, strict=True):
+        check_whole(episode, attributes)
+        assert len(episode) == 30 and attributes["verdict"] == "none"  # success does not end it
+        inside = np.linalg.norm(episode.observations["state"][1:], axis=1) < recorded_tasks.NEAR
+        labels = episode.infos["label"]
+        assert (labels == record_demos.settled(inside.astype(np.int8), 2)).all()
+        assert (episode.rewards == (labels == 1)).all() and not episode.terminations.any()
+        together.append(labels)
+    counts = record_demos.count_labels(together, 2, 20)
+    assert counts["label 1"] >= 40 and counts["label 0"] >= 80 and counts["near misses"] >= 20
+    enough = record_demos.count_labels(together[:-1], 2, 20)
+    assert enough["label 1"] < 40 or enough["label 0"] < 80 or enough["near misses"] < 20
+    assert ", ".join(f"{count} of {name}" for name, count in counts.items()) in finished.stdout
+    left_out = sum(int((labels < 0).sum()) for labels in together)
+    assert left_out > 0 and f"left out, close to a change of label: {left_out} frames" in finished.stdout
+
+
+def test_key_toggles_the_label(tmp_path, monkeypatch):
+    flags = ("--mode", "classifier", "--margin", 1, "--classes", 3)
+    with Person(tmp_path, *flags) as person:
+        person.waits_for("ready: move to begin; to go: 400 of label 0, 200 of label 1, 200 of label 2")
+        person.types("w", then_s=0.3)
+        person.types("t", then_s=0.4)
+        person.types("p")  # Reach has no time limit that counts here
+        person.waits_for("paused")
+        time.sleep(0.5)  # a second press at once would be the first one
+        person.types("t")
+        person.types("\n", then_s=0.3)
+        person.types("y")
+        person.waits_for("episode 0: none")
+        person.quits()
+    (episode,) = load(tmp_path, monkeypatch, "hil/frames-v0").iterate_episodes()
+    labels = episode.infos["label"].tolist()
+    order = [label for i, label in enumerate(labels) if i == 0 or label != labels[i - 1]]
+    assert order == [0, -1, 1, -1, 2] and labels.count(-1) == 4
+
+
+class Suggestion:
+    """A classifier that says success in the second frame."""
+
+    probability = 0.5
+
+    def reset(self):
+        self.frames = 0
+
+    def __call__(self, obs):
+        self.frames += 1
+        return self.frames == 2
+
+
+def test_suggestions_are_stored_and_disagreements_counted(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(record_demos, "load_detector", lambda path, env: Suggestion())
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(recorded_tasks.Reach, "resets", 0)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    flags = ["--env-id", "recorded_tasks:Stuck-v0", "--teleop", "expert", "--episodes", "2", "--classifier", "file"]
+    record_demos.main(record_demos.parse(record_demos.Args, record_demos.__doc__, "", flags))
+    output = capsys.readouterr().out
+    assert re.findall(r"episode \d: \w+, \d+ steps; THE CLASSIFIER DISAGREES", output) == [
+        "episode 1: failure, 30 steps; THE CLASSIFIER DISAGREES"
+    ]
+    assert "classifier and verdict disagree in 1 episodes: [1]" in output
+    dataset = minari.load_dataset("hil/demos-v0")
+    for episode in dataset.iterate_episodes():
+        assert np.flatnonzero(episode.infos["suggestion"]).tolist() == [1]
+    about = dataset.storage.get_episode_metadata(range(3))
+    assert [bool(attributes["disagreement"]) for attributes in about] == [False, True, False]
+
+
+# --- Through robot_server.py ------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def served(folder: Path, *flags: object):
+    """Flags for a recorder on a running server."""
+    with popen_script("robot_server.py", "--port", 0, *flags, cwd=folder) as process:
+        wait_until(lambda: "serving on" in process.stdout_path.read_text() or process.poll() is not None)
+        assert process.poll() is None, process.stderr_path.read_text()
+        address = process.stdout_path.read_text().split("serving on ")[1].split()[0]
+        yield ("--server", address)
+
+
+def test_expert_demonstrates_through_the_server(tmp_path, monkeypatch):
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 0) as server:
+        flags = ("--teleop", "expert", *server, "--noise", 0.05)
+        finished = run_script("record_demos.py", *flags, "--episodes", 2, cwd=tmp_path, timeout=280)
+        wrong = run_script("record_demos.py", *flags, "--task", "pick", cwd=tmp_path, check=False)
+    assert "is of another set-up: action_scale is" in wrong.stderr and "Traceback" not in wrong.stderr
+    assert re.search(r"steps come [\d.]+ ms late at the median", finished.stdout)
+    dataset = load(tmp_path, monkeypatch)
+    assert dataset.storage.metadata["fingerprint"] == record_demos.TASKS["peg"].fingerprint()
+    assert dataset.recover_environment().unwrapped.config.fingerprint() == dataset.storage.metadata["fingerprint"]
+    for episode in dataset.iterate_episodes():
+        if not episode.infos["success"][-1]:
+            continue
+        assert episode.terminations[-1] and not episode.truncations.any()
+        assert episode.rewards.tolist() == [0.0] * (len(episode) - 1) + [1.0]
+        for name in ("front", "wrist"):
+            frames = episode.observations[name].astype(int)
+            assert frames.shape == (len(episode) + 1, 128, 128, 3) and frames.std() > 20
+            assert np.abs(np.diff(frames, axis=0)).sum((1, 2, 3)).all()  # a new picture in every step
+        assert (np.abs(episode.actions) <= 1).all() and episode.actions.shape[1] == 7
+        assert np.abs(episode.actions - episode.infos["asked_action"]).max() > 0  # the safety box cut some
+        assert np.diff(episode.infos["time_s"]).min() > 0.05
+
+
+def test_server_of_another_task_is_refused(tmp_path):
+    with served(tmp_path) as server:  # the cube
+        finished = run_script("record_demos.py", "--teleop", "expert", *server, cwd=tmp_path, check=False, timeout=280)
+    assert (
+        "the task 'peg' is not FrankaPickCube-v0; start robot_server.py --env-id FrankaPegInsert-v0" in finished.stderr
+    )
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+
+
+def test_camera_that_freezes_costs_one_episode(tmp_path, monkeypatch):
+    """On the simulated robot, with a camera of one's own that stands still for a while in the second episode."""
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 0) as server:
+        flags = ("--env-id", "freezing_camera:Peg-v0", "--teleop", "expert", "--episodes", 2)
+        env = {"PYTHONPATH": TESTS, "SERVER": server[1]}
+        finished = run_script("record_demos.py", *flags, cwd=tmp_path, timeout=280, env=env)
+    (fault,) = re.findall(r"episode (\d+), step \d+: camera freezing: newest picture is", finished.stdout)
+    assert f"episode {fault} is not kept" in finished.stdout
+    dataset = load(tmp_path, monkeypatch)
+    for episode in dataset.iterate_episodes():
+        frames = episode.observations["freezing"]
+        assert frames.shape[1:] == (128, 128, 3)
