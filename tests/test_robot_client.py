@@ -1278,6 +1278,24 @@ def resting_env(clock, **state) -> FrankaEnv:
     return env
 
 
+def test_way_to_the_start_does_not_run_ahead_of_an_arm_that_is_slow(clock):
+    """Otherwise the server refuses a target that is too far from the arm."""
+    env = resting_env(clock)
+    pose, leads = env.state["tcp_pose"], []
+
+    def target(goal):
+        leads.append(np.linalg.norm(goal[:3] - pose[:3]))
+        pose[:3] += rc.shortened(goal[:3] - pose[:3], 0.002)  # 4 cm/s
+        return {"reference": pose.tolist()}
+
+    env.state["reference"] = pose.copy()
+    env.client.target.side_effect = target
+    goal = pose + [0.0, 0.1, 0.1, 0, 0, 0, 0]
+    env.go_to(goal)
+    assert max(leads) < 0.06
+    np.testing.assert_allclose(pose[:3], goal[:3], atol=0.01)
+
+
 @pytest.mark.parametrize(
     ("state", "fault"),
     [
@@ -1427,6 +1445,18 @@ def test_random_policy_with_gripper_keeps_the_rate(peg):
         info = env.step(closing)[-1]
         assert info["period_s"] > 0.15 and info["late_s"] > 0.05
         assert info["late_s"] == pytest.approx(info["period_s"] - 0.1, abs=0.03)
+
+
+def test_gripper_opens_in_every_episode(peg):
+    """Although the last order of the episode before was the same: the reset has closed it on the peg again."""
+    with environment(peg) as env:
+        for _ in range(2):
+            env.reset(seed=0)
+            assert env.unwrapped.measured_closure() > 0.5
+            for _ in range(6):
+                info = env.step(np.array([0, 0, 0, 0, 0, 0, -1], np.float32))[-1]
+                assert info["fault"] is None
+            assert env.unwrapped.measured_closure() < 0.3
 
 
 def test_simulated_robot_may_be_faster_than_real_time(tmp_path):

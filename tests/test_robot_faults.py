@@ -12,6 +12,7 @@ import random
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -194,6 +195,26 @@ def test_sdk_robot_without_power(tmp_path, sdk):
         assert "Traceback" not in process.stderr_path.read_text()
 
 
+def test_sdk_start_during_the_soft_stop(tmp_path, sdk):
+    """The end of one episode and the beginning of the next: a stop, and at once a start, or a reset; two stops."""
+    name, version = sdk
+    with (
+        MockFranka(version=version) as robot,
+        serving(tmp_path, *real(robot.address, name), "--gripper", "none", "--frozen-after-s", 0.5) as process,
+        Wire(process.requests) as wire,
+    ):
+        for op in ("start", "reset", "start", "reset"):
+            start = wire.stream()
+            follow(wire, lambda t, start=start: moved(start, y=0.05), 0.3)
+            wire.ask("stop")
+            time.sleep(0.01)
+            wire.ask("stop")
+            result = wire.done(op, **({"speed": 1.0} if op == "reset" else {}))
+            assert result["error"] is None
+            state = wire.state()
+            assert state["fault"] is None and state["mode"] == ("streaming" if op == "start" else "idle")
+
+
 def test_sdk_of_another_version(tmp_path, sdk):
     name, version = sdk
     with MockFranka(version=15 - version) as robot:
@@ -209,6 +230,33 @@ def test_sdk_nobody_there(tmp_path, sdk):
     result = run_script("robot_server.py", *flags, cwd=tmp_path, timeout=60, check=False)
     assert result.returncode not in (0, None)
     assert "127.8.8.8" in result.stdout + result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_answers_is_no_robot(tmp_path):
+    """A web server on the robot's port."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.77", 1337))
+        listener.listen(8)
+        asked: list[bytes] = []
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    peer, _ = listener.accept()
+                    with peer:
+                        asked.append(peer.recv(100))
+                        peer.sendall(b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\n\r\n")
+
+        threading.Thread(target=serve, daemon=True).start()
+        flags = "--robot", "franky", "--robot-ip", "127.0.0.77"
+        doctor = run_script("robot_server.py", "--doctor", *flags, cwd=tmp_path, timeout=60, check=False)
+        server = run_script("robot_server.py", *flags, "--port", 0, cwd=tmp_path, timeout=60, check=False)
+        listener.shutdown(socket.SHUT_RDWR)
+    assert "FIX   robot at 127.0.0.77: what answers on port 1337 is no robot" in doctor.stdout
+    assert doctor.returncode == 1 and server.returncode == 1 and server.stderr.count("\n") == 1
+    command, number, size, version, udp_port = struct.unpack("<IIIHH", asked[0])
+    assert (command, size, version) == (0, 16, 0) and udp_port > 0  # 0 ends franky-sim
 
 
 # --- Gripper over a serial line ---------------------------------------------------------------------------------------
@@ -275,6 +323,31 @@ def test_robotiq_that_was_reset(tmp_path):
         wire.done("gripper", action="activate")
         wire.done("gripper", action="open")
         assert gripper.position == 3
+
+
+def test_a_gripper_that_never_arrives(tmp_path):
+    """Its job ends with an error in time, the arm streams on; the next order may go well."""
+    port = tmp_path / "ttyUSB0"
+    with (
+        MockRobotiq(port) as gripper,
+        serving(tmp_path, "--gripper", "robotiq", "--gripper-port", port) as process,
+        Wire(process.requests) as wire,
+    ):
+        start = wire.stream()
+        wire.done("gripper", action="activate")
+        wire.done("gripper", action="open")
+        wire.stream()
+        gripper.stuck = True
+        asked = time.monotonic()
+        wire.ask("gripper", handle="never-there", action="close", speed=1.0)
+        replies = follow(wire, lambda t: start, 5.5)
+        assert {reply["mode"] for reply in replies} == {"streaming"}
+        job = replies[-1]["jobs"]["gripper"]
+        assert job["status"] == "failed" and "did not arrive" in job["error"] and 3 < job["seconds"] < 5
+        assert "did not arrive" in wire.state()["gripper_fault"] and time.monotonic() - asked < 20
+        gripper.stuck = False
+        wire.done("gripper", action="open")
+        assert wire.state()["gripper_fault"] is None and process.poll() is None
 
 
 # --- Clients and servers that die -------------------------------------------------------------------------------------
