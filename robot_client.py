@@ -1015,8 +1015,16 @@ class TaskConfig:
     # 1 at success: tcp within `tolerance` (m along each axis, rad) of `goal_pose` (x, y, z, roll, pitch, yaw); or
     # what the simulated robot's task says; or nothing
     reward: Literal["pose", "task", "none"] = "pose"
+    terminate_on_success: bool = True  # else the episode goes on, as when frames of success are collected
     goal_pose: tuple[float, ...] = (0.5, 0.0, 0.06, np.pi, 0.0, 0.0)
     tolerance: tuple[float, float] = (0.01, 0.2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """What `asdict` was made of, also if it went through JSON: so a recorded dataset knows its environment."""
+        parts = {name: Gains(**values[name]) for name in ("compliance", "precision")}
+        parts["cameras"] = tuple(CameraConfig(**camera) for camera in values["cameras"])
+        return cls(**(values | parts))
 
     def fingerprint(self) -> dict[str, Any]:
         """What gives actions and observations their meaning, in plain JSON values. Data, classifier and policy belong
@@ -1068,12 +1076,13 @@ class FrankaEnv(gym.Env):
 
     def __init__(
         self,
-        config: TaskConfig | None = None,
+        config: TaskConfig | dict | None = None,
         success: Callable[[dict], bool] | None = None,
         render_mode: str | None = None,
     ) -> None:
         """`success`: of an observation, instead of `config.reward`, for example a classifier. Raises ValueError for
         settings that contradict each other."""
+        config = TaskConfig.from_dict(config) if isinstance(config, dict) else config
         self.config = config = config or TaskConfig()
         self.success = success
         self.render_mode = render_mode
@@ -1265,7 +1274,8 @@ class FrankaEnv(gym.Env):
         truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
         info |= {"success": success, "fault": fault or None}
         info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns, "robot_time": self.state["robot_time"]}
-        return obs, float(success), success or reflex, truncated and not (success or reflex), info
+        terminated = reflex or (success and self.config.terminate_on_success)
+        return obs, float(success), terminated, truncated and not terminated, info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
         """The action within -1..1; raises ValueError for another shape, NaN or infinity. The arm then holds."""
@@ -1335,11 +1345,13 @@ class FrankaEnv(gym.Env):
             return ""
         return f"gripper: {job['error']}"
 
-    def stand_still(self) -> None:
+    def stand_still(self) -> tuple[dict[str, np.ndarray], str]:
         """Instead of a step, such as while a script pauses: keep arm and gripper as they are until the next beat.
-        Raises RobotError if the robot does not."""
+        Returns the observation then, and what is wrong with a camera. Raises RobotError if the robot does not."""
         self.client.target(self.target, self.ordered)
         self.pace.wait()
+        self.look()
+        return self.observe()
 
     # What is observed
     def look(self) -> None:

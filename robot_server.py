@@ -491,6 +491,7 @@ class Arm(ABC):
         self.args, self.controlling = args, False  # controlling: whether the impedance controller runs
         self.info: dict[str, Any] = dict.fromkeys(("sdk", "libfranka", "firmware", "task"))
         self.info["kind"] = args.robot
+        self.info["speed"] = 1.0  # of its clock, robot seconds per second
 
     @abstractmethod
     def get_state(self) -> ArmState:
@@ -556,7 +557,7 @@ class SimArm(Arm):
             raise ArmError("sdk", f"--env-id {args.env_id}: {error}") from error
         self.sim, self.downwards, model = self.env.sim, franka_sim.downwards, self.env.sim.model
         self.max_speed, model.opt.timestep = np.array(franka_sim.MAX_JOINT_VELOCITY), self.dt
-        self.info |= {"sdk": f"mujoco {mujoco.__version__}", "task": args.env_id}
+        self.info |= {"sdk": f"mujoco {mujoco.__version__}", "task": args.env_id, "speed": args.sim_speed}
         self.waits, self.time, self.reflex, self.task = args.sim_speed > 0, 0.0, (), {}
         self.gripper_command: tuple[float, float, float] | None = None  # width, force, speed
         self.reset_task(args.seed)

@@ -82,9 +82,10 @@ def parse(
         print(help_text(Args, doc))
         raise SystemExit(0)
     args = tyro.cli(Args, args=argv, default=default)
-    run_dir = args.resume or args.eval_only
+    resume, eval_only = (getattr(args, name, None) for name in ("resume", "eval_only"))  # not every script has them
+    run_dir = resume or eval_only
     if run_dir:
-        saved = read_flags(Args, run_dir, "--resume" if args.resume else "--eval-only")
+        saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in vars(saved).keys() - set(may_change.split()):
             theirs = getattr(saved, name)
