@@ -4,7 +4,6 @@
     python reward_classifier.py --data hil/peg-labels-v0            # needs record_demos.py --mode classifier before
     python reward_classifier.py --data hil/peg-labels-v0 --encoder resnet10 --pretrained resnet10_params.pkl
     python reward_classifier.py --data hil/peg-labels-v0 --add runs/peg   # and where person and classifier disagreed
-    python reward_classifier.py --score FILE --data hil/peg-evening-v0    # a finished one on other data, no training
     python reward_classifier.py --watch FILE                        # live: score bar, smallest and largest since reset
     python reward_classifier.py --resume RUN_DIR                    # go on after Ctrl-C or a crash
 
@@ -50,8 +49,11 @@ from common.setup import check_memory, fail, flag, parse, set_up_torch
 SIMULATED = "FrankaPegInsert-v0"
 MARGIN = 2  # frames before and after a change of label that are left out
 BEFORE_SUCCESS = 5  # frames before a demonstration's last one that are left out
-CHECK_EVERY = 50  # updates between two looks at the held-out loss
-PATIENCE = 10  # looks without a better held-out loss, then training ends
+HELD_OUT = 0.3  # share of the episodes that are not learned from; they end the training and set the threshold
+BATCH_SIZE = 96  # frames, of each class as many
+LEARNING_RATE = 3e-4
+LOOK_EVERY = 20  # updates between two looks at the held-out loss
+PATIENCE = 5  # looks without a better held-out loss, then training ends
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -66,7 +68,7 @@ class Args:
     """run directory to continue"""
     threads: int = 2
     """CPU threads for PyTorch"""
-    eval_only: ClassVar[None] = None  # what Run asks for: --score does that
+    eval_only: ClassVar[None] = None  # Run asks for them
     track: ClassVar[bool] = False
 
     # data
@@ -92,14 +94,8 @@ class Args:
     """file of the encoder's parameters, which then stay as they are; without it they are learned"""
     augmentations: tuple[Literal["crop", "jitter", "blur", "flip"], ...] = ("crop", "jitter")
     """random changes of the training images"""
-    held_out: float = 0.3
-    """share of the episodes that are not learned from; they end the training and set the threshold"""
-    updates: int = 2000
-    """gradient steps, at most"""
-    batch_size: int = 128
-    """frames of a batch, of each class as many"""
-    lr: float = 3e-4
-    """learning rate"""
+    updates: int = 400
+    """gradient steps, at most; without a better held-out loss it ends earlier"""
 
     # decision
     hold: int = 2
@@ -108,8 +104,6 @@ class Args:
     """share of the held-out episodes that may have a success where there is none"""
 
     # a finished classifier
-    score: str | None = None
-    """file of a classifier that is tried on --data; no training"""
     watch: str | None = None
     """file of a classifier whose answers are shown live"""
     env_id: str = SIMULATED
@@ -132,20 +126,14 @@ class Args:
         for name in ("simulated_episodes", "test_episodes", "updates", "hold", "episodes"):
             if getattr(self, name) < 1:
                 fail(f"{flag(name)} {getattr(self, name)}: must be at least 1")
-        if not 0 < self.held_out < 1:
-            fail(f"--held-out {self.held_out}: must lie between 0 and 1")
         if not 0 <= self.false_successes < 1:
             fail(f"--false-successes {self.false_successes}: must be at least 0 and below 1")
         if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
             fail(f"--classes {' '.join(self.classes)}: at least two different names, the last is success")
-        if self.batch_size < len(self.classes):
-            fail(f"--batch-size {self.batch_size}: must be at least the number of classes, {len(self.classes)}")
         if self.pretrained and self.encoder == "small":
             fail(f"--pretrained {self.pretrained}: no such file is known for --encoder small; take resnet10")
-        if (self.add or self.score) and not self.data:
-            fail("--add and --score need --data DATASET, too")
-        if self.score and self.watch:
-            fail("--score and --watch: give one of them")
+        if self.add and not self.data:
+            fail("--add: give the first classifier's --data DATASET, too")
 
 
 # --- Simulated episodes -----------------------------------------------------------------------------------------------
@@ -276,17 +264,15 @@ def open_dataset(option: str, source: str):
 def cameras_in(space: gym.Space) -> dict[str, int]:
     """Names of the cameras in a space of observations, and the size of their pictures."""
     parts = getattr(space, "spaces", {})
-    return {
-        name: part.shape[0] for name, part in parts.items() if envs.looks_like_image(part) and part.shape[2:] == (3,)
-    }
+    images = {name: part for name, part in parts.items() if envs.looks_like_image(part) and part.shape[2:] == (3,)}
+    return {name: part.shape[0] for name, part in images.items()}
 
 
 def fingerprint_of(dataset) -> dict:
-    """That of its task, or, where it has none, the shapes of its observations."""
+    """That of its task, or, where it has none, the shapes of its pictures."""
     found = dataset.storage.metadata.get("fingerprint")
-    return found or {
-        "observations": {name: [size, size, 3] for name, size in cameras_in(dataset.observation_space).items()}
-    }
+    shapes = {name: [size, size, 3] for name, size in cameras_in(dataset.observation_space).items()}
+    return found or {"observations": shapes}
 
 
 def frame_labels(infos: dict, frames: int, classes: int) -> np.ndarray:
@@ -345,7 +331,7 @@ def disagreement(infos: dict) -> bool:
 
 
 def split(clips: list[Clip], share: float, seed: int) -> tuple[list[Clip], list[Clip]]:
-    """Episodes to learn from and held-out ones: `share` of those with, and of those without success, and of added ones."""
+    """Episodes to learn from and held-out ones, `share` of each kind: with success, without, with it added, without."""
     groups: dict[tuple, list[Clip]] = {}
     for clip in clips:
         groups.setdefault((clip.added, int(clip.labels.max())), []).append(clip)
@@ -407,7 +393,7 @@ class Trainer:
         self.args = args
         self.generator = torch.Generator(device).manual_seed(args.seed)
         parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.Adam(parameters, args.lr)
+        self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
         self.best_loss = math.inf
         self.best_weights = copy.deepcopy(classifier.state_dict())
         self.looks = 0  # since the best
@@ -415,8 +401,8 @@ class Trainer:
     def update(self, frames: Frames) -> Tensor:
         """One gradient step; the loss."""
         args = self.args
-        images, labels = frames.sample(args.batch_size, len(args.classes), self.generator)
-        padding = max(1, args.image_size // 32)
+        images, labels = frames.sample(BATCH_SIZE, len(args.classes), self.generator)
+        padding = max(1, self.classifier.image_size // 32)
         images = vision.augment(images, args.augmentations, padding, self.generator)
         self.classifier.train()
         logits = self.classifier(images)  # (B, K + 1, C)
@@ -607,13 +593,11 @@ def draw_losses(run: Run) -> None:
 
 
 # --- Live -------------------------------------------------------------------------------------------------------------
-def make_env(args: Args, classifier: SuccessClassifier) -> gym.Env:
-    """The task to watch, with the pictures that the classifier looks at; a person may move the arm."""
+def make_env(args: Args) -> gym.Env:
+    """The task to watch; a person may move the arm."""
     if args.env_id != "robot_client:FrankaReal-v0":
-        options = {}
-        if args.env_id.startswith("Franka"):  # TASK: keyword options of your task
-            options = {"image_obs": True, "image_size": classifier.image_size}
-        return envs.make(args.env_id, **options)
+        options = {"image_obs": True, "image_size": args.image_size}
+        return envs.make(args.env_id, **options if args.env_id.startswith("Franka") else {})  # TASK: options of yours
     from robot_client import TASKS, Intervention, Keyboard, SpaceMouse
 
     if args.task not in TASKS:
@@ -627,60 +611,39 @@ def make_env(args: Args, classifier: SuccessClassifier) -> gym.Env:
 
 def watch(args: Args) -> None:
     """Shows, step by step, what a finished classifier says of a task."""
-    detector = load_detector("--watch", args.watch)
-    env = make_env(args, detector.classifier)
-    detector = load_detector("--watch", args.watch, envs.fingerprint(env))
-    live = sys.stdout.isatty()
+    env = make_env(args)
+    try:
+        detector = SuccessDetector.load(args.watch, envs.fingerprint(env))
+    except ValueError as error:
+        fail(f"--watch {error}")
     expert = envs.expert_of(env, "--teleop expert") if args.teleop == "expert" else None
+    live = sys.stdout.isatty()
     for number in range(args.episodes):
         obs, _ = env.reset(seed=envs.episode_seed(args.seed, 1, number))
         detector.reset()
-        done, step, first = False, 0, None
+        done = False
+        step = 0
         while not done:
-            success = judge(detector, obs, args.watch)
-            first = step if success and first is None else first
-            line = f"episode {number + 1} step {step:3}  {read_out(detector)}  {'SUCCESS' if success else '       '}"
-            print(line, end="\r" if live else "\n", flush=True)
+            success = detector(obs)
+            print(f"step {step:3}  {read_out(detector, success)}", end="\r" if live else "\n", flush=True)
             action = np.zeros(env.action_space.shape, np.float32) if expert is None else expert()
             obs, _, terminated, truncated, info = env.step(action)
             done = terminated or truncated
             step += 1
             if live and "period_s" not in info:  # a simulation, which does not wait
                 time.sleep(1 / env.metadata.get("render_fps", 10))
-        said = "no success" if first is None else f"success first at step {first}"
-        task = f", the task says {'success' if info['success'] else 'failure'}" if "success" in info else ""
-        print(f"episode {number + 1}: {said}{task}; {read_out(detector)}{' ' * 12}")
+        print(f"episode {number + 1}: {step} steps, in the end {read_out(detector, detector(obs))}")
     env.close()
 
 
-def read_out(detector: SuccessDetector) -> str:
-    """p, a bar, and the smallest and largest since the reset."""
+def read_out(detector: SuccessDetector, success: bool) -> str:
+    """Probability and bar of the newest frame, smallest and largest since the reset, and the verdict."""
     bar = "#" * round(20 * detector.probability)
-    return f"p {detector.probability:.3f} |{bar:<20}| since reset {detector.lowest:.3f} to {detector.highest:.3f}"
-
-
-def judge(detector: SuccessDetector, obs: dict, path: str) -> bool:
-    try:
-        return detector(obs)
-    except ValueError as error:
-        fail(f"--watch {path}: {error}")
-
-
-def load_detector(option: str, path: str, fingerprint: dict | None = None) -> SuccessDetector:
-    try:
-        return SuccessDetector.load(path, fingerprint)
-    except ValueError as error:
-        fail(f"{option} {error}")
+    extremes = f"since reset {detector.lowest:.3f} to {detector.highest:.3f}"
+    return f"p {detector.probability:.3f} |{bar:<20}| {extremes}  {'SUCCESS' if success else 'no     '}"
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-def make_simulation(args: Args, elsewhere: bool) -> Lights:
-    """The simulated peg with pictures."""
-    options = {"cameras": args.cameras} if args.cameras else {}
-    env = envs.make(SIMULATED, image_obs=True, image_size=args.image_size, **options)
-    return Lights(env, args.seed, elsewhere)
-
-
 def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifier:
     """A new network for the pictures of a space of observations, which `where` has."""
     there = cameras_in(space)
@@ -700,25 +663,25 @@ def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifi
 
 
 def collect(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]:
-    """A new network; the fingerprint of the pictures; the episodes to learn from and hold out; those in another light."""
-    if not args.data:
-        env, elsewhere = make_simulation(args, False), make_simulation(args, True)
-        classifier = make_classifier(args, env.observation_space, SIMULATED)
-        clips = list(simulated_clips(args, classifier, env, args.simulated_episodes))
-        return (
-            classifier,
-            envs.fingerprint(env),
-            clips,
-            list(simulated_clips(args, classifier, elsewhere, args.test_episodes)),
-        )
-    first = open_dataset("--data", args.data[0])
-    fingerprint = fingerprint_of(first)
-    classifier = make_classifier(args, first.observation_space, args.data[0])
-    clips = []
-    for option, sources in (("--data", args.data), ("--add", args.add)):
-        for source in sources:
-            clips += recorded_clips(option, source, classifier, fingerprint)
-    return classifier, fingerprint, clips, []
+    """A new network, the fingerprint of its pictures, the episodes for it, and those in another light."""
+    if args.data:
+        first = open_dataset("--data", args.data[0])
+        fingerprint = fingerprint_of(first)
+        classifier = make_classifier(args, first.observation_space, args.data[0])
+        clips = []
+        for source in args.data:
+            clips += recorded_clips("--data", source, classifier, fingerprint)
+        for source in args.add:
+            clips += recorded_clips("--add", source, classifier, fingerprint)
+        return classifier, fingerprint, clips, []
+    options = {"image_obs": True, "image_size": args.image_size}
+    if args.cameras:
+        options["cameras"] = args.cameras
+    env = envs.make(SIMULATED, **options)
+    classifier = make_classifier(args, env.observation_space, SIMULATED)
+    clips = list(simulated_clips(args, classifier, Lights(env, args.seed, False), args.simulated_episodes))
+    elsewhere = list(simulated_clips(args, classifier, Lights(env, args.seed, True), args.test_episodes))
+    return classifier, envs.fingerprint(env), clips, elsewhere
 
 
 def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], device: torch.device) -> None:
@@ -731,7 +694,7 @@ def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], d
         with run.phase("update"):
             losses.append(trainer.update(frames))
         run.advance()
-        if run.due(CHECK_EVERY):
+        if run.due(LOOK_EVERY):
             with run.phase("eval"):
                 held_out_loss = trainer.look(others)
             scalars = {"losses/learned": torch.stack(losses).mean(), "losses/held_out": held_out_loss}
@@ -771,7 +734,7 @@ def report(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]
 
 def train(args: Args, device: torch.device) -> None:
     classifier, fingerprint, clips, elsewhere = collect(args)
-    learned, held_out = split(clips, args.held_out, args.seed)
+    learned, held_out = split(clips, HELD_OUT, args.seed)
     parts = {"to learn from": learned, "held out": held_out, "another light": elsewhere}
     parts = {name: part for name, part in parts.items() if part}
     show_counts(parts, args.classes)
@@ -791,28 +754,10 @@ def train(args: Args, device: torch.device) -> None:
     run.close()
     seen, succeeded = together["seen_successes"], together["successful_episodes"]
     wrong, failed = together["false_successes"], together["failed_episodes"]
-    print(
-        f"\nsuccess: p >= {probability:.4f} in {args.hold} frames in a row. Held out: {seen} of {succeeded} successes",
-        end=" ",
-    )
-    print(f"seen (recall {seen / succeeded:.0%}), {wrong} false ones in {failed} failed episodes")
+    print(f"\nsuccess: p >= {probability:.4f} in {args.hold} frames in a row")
+    recall = f"{seen} of {succeeded} successes seen (recall {seen / succeeded:.0%})"
+    print(f"held out: {recall}, {wrong} false ones in {failed} failed episodes")
     print(f"wrote {run.dir}/classifier.pt; look at {run.dir}/errors.png")
-
-
-def score_file(args: Args) -> None:
-    """Shows what a finished classifier says of other data."""
-    detector = load_detector("--score", args.score)
-    args.classes = detector.classifier.classes
-    clips = []
-    for source in args.data:
-        clips += recorded_clips("--data", source, detector.classifier, detector.fingerprint)
-    threshold = math.log(detector.threshold / (1 - detector.threshold))
-    rows = {}
-    for head, episodes in zip(
-        [*detector.classifier.cameras, "together"], score(detector.classifier, clips), strict=True
-    ):
-        rows[head] = measure(episodes, threshold, detector.hold)
-    show_scores(" ".join(args.data), rows)
 
 
 def main(args: Args) -> None:
@@ -820,8 +765,6 @@ def main(args: Args) -> None:
     with ends_well(args):
         if args.watch:
             watch(args)
-        elif args.score:
-            score_file(args)
         else:
             train(args, device)
 
