@@ -545,7 +545,7 @@ def show_scores(name: str, rows: dict[str, dict[str, float]]) -> None:
 
 
 def draw_errors(path: Path, clips: list[Clip], scored: list[Scored], threshold: float, count: int = 16) -> None:
-    """Writes the frames that are furthest on the wrong side of the threshold, or least far on the right one."""
+    """Writes the frames furthest on the wrong side of the threshold, or least far on the right one; two an episode."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -554,11 +554,12 @@ def draw_errors(path: Path, clips: list[Clip], scored: list[Scored], threshold: 
     worst = []
     for clip, head in zip(clips, scored, strict=True):
         wrongness = np.where(head.success, threshold - head.odds, head.odds - threshold)
-        for t in np.flatnonzero(head.success | head.failure):
+        wrongness[~(head.success | head.failure)] = -np.inf
+        for t in np.argsort(-wrongness)[:2]:
             worst.append((wrongness[t], clip, head, t))
     worst.sort(key=lambda item: -item[0])
+    shown = [item for item in worst[:count] if np.isfinite(item[0])]
     columns = 4
-    shown = worst[:count]
     rows = math.ceil(len(shown) / columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.4 * rows), squeeze=False, layout="constrained")
     for axis in axes.flat:
@@ -569,26 +570,10 @@ def draw_errors(path: Path, clips: list[Clip], scored: list[Scored], threshold: 
         said = f"p {1 / (1 + math.exp(-head.odds[t])):.4f}, is {label}"
         axis.set_title(f"{said}\n{clip.name}, frame {t}", fontsize=8, color="crimson" if wrongness > 0 else "black")
     limit = 1 / (1 + math.exp(-threshold))
-    figure.suptitle(f"the worst of {len(worst):,} frames; wrong ones in red, threshold {limit:.4f}", fontsize=9)
+    figure.suptitle(
+        f"the worst frames, at most two of an episode; wrong ones in red, threshold {limit:.4f}", fontsize=9
+    )
     figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def draw_losses(run: Run) -> None:
-    """Writes curve.png: losses over updates."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    table = np.genfromtxt(run.dir / "train.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-    figure, axis = plt.subplots(figsize=(5, 3.5), layout="constrained")
-    for key in ("losses/learned", "losses/held_out"):
-        axis.plot(table["global_step"], table[key], marker="o", markersize=3, label=key.removeprefix("losses/"))
-    axis.set(xlabel="updates", ylabel="cross entropy", yscale="log")
-    axis.grid(alpha=0.3)
-    axis.legend()
-    figure.savefig(run.dir / "curve.png", dpi=150)
     plt.close(figure)
 
 
@@ -673,15 +658,17 @@ def collect(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]
             clips += recorded_clips("--data", source, classifier, fingerprint)
         for source in args.add:
             clips += recorded_clips("--add", source, classifier, fingerprint)
+        clips = list({clip.name: clip for clip in clips}.values())  # an added one may be in the data, too
         return classifier, fingerprint, clips, []
     options = {"image_obs": True, "image_size": args.image_size}
     if args.cameras:
         options["cameras"] = args.cameras
     env = envs.make(SIMULATED, **options)
     classifier = make_classifier(args, env.observation_space, SIMULATED)
-    clips = list(simulated_clips(args, classifier, Lights(env, args.seed, False), args.simulated_episodes))
-    elsewhere = list(simulated_clips(args, classifier, Lights(env, args.seed, True), args.test_episodes))
-    return classifier, envs.fingerprint(env), clips, elsewhere
+    here, elsewhere = Lights(env, args.seed, False), Lights(env, args.seed, True)
+    clips = list(simulated_clips(args, classifier, here, args.simulated_episodes))
+    tests = list(simulated_clips(args, classifier, elsewhere, args.test_episodes))
+    return classifier, envs.fingerprint(env), clips, tests
 
 
 def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], device: torch.device) -> None:
@@ -728,7 +715,7 @@ def report(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]
             writer.writerows([name, camera, *row.values()] for camera, row in rows.items())
     shown = [(clip, head) for name in parts for clip, head in zip(parts[name], scored[name][-1], strict=True)]
     draw_errors(run.dir / "errors.png", *map(list, zip(*shown, strict=True)), thresholds[-1])
-    draw_losses(run)
+    run.plot("train", ("losses/learned", "losses/held_out"), "updates")
     return thresholds[-1], scores
 
 
@@ -744,6 +731,10 @@ def train(args: Args, device: torch.device) -> None:
     del parts["to learn from"]
     threshold, scores = report(run, classifier, parts)
     together = scores["held out"]["together"]
+    seen, succeeded = together["seen_successes"], together["successful_episodes"]
+    wrong, failed = together["false_successes"], together["failed_episodes"]
+    if seen == 0:
+        fail(f"these pictures do not tell success from failure: see the table above and {run.dir}/errors.png")
     about = {"scores": scores, "trained_on": [*args.data, *args.add] or [SIMULATED]}
     probability = 1 / (1 + math.exp(-threshold))
     detector = SuccessDetector(classifier.cpu(), probability, args.hold, fingerprint, about)
@@ -752,8 +743,6 @@ def train(args: Args, device: torch.device) -> None:
     write_atomically(run.dir / "classifier.pt", file.getvalue())
     run.save(finished=True)
     run.close()
-    seen, succeeded = together["seen_successes"], together["successful_episodes"]
-    wrong, failed = together["false_successes"], together["failed_episodes"]
     print(f"\nsuccess: p >= {probability:.4f} in {args.hold} frames in a row")
     recall = f"{seen} of {succeeded} successes seen (recall {seen / succeeded:.0%})"
     print(f"held out: {recall}, {wrong} false ones in {failed} failed episodes")

@@ -6,6 +6,7 @@ success = detector(obs)  # obs: {camera: (H, W, 3) uint8, ...}
 
 import math
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -248,17 +249,26 @@ class SuccessDetector:
         """From its file. Raises ValueError in one line: no such file, damaged, or of pictures that differ from those of
         `expected`, the fingerprint of the task here."""
         try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
+            with warnings.catch_warnings(action="ignore"):  # it advises to load without weights_only
+                saved = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged or hostile file raises what it likes
+            what = (
+                "not there"
+                if isinstance(error, FileNotFoundError)
+                else f"no file of plain tensors ({type(error).__name__})"
+            )
+            raise ValueError(f"{path}: {what}; reward_classifier.py trains one") from error
+        try:
             if saved["kind"] != cls.KIND:
-                raise ValueError(f"is of another kind: {saved['kind']}")
+                raise ValueError(f"it is of another kind: {saved['kind']}")
             classifier = SuccessClassifier(**saved["arguments"])
             classifier.load_state_dict(saved["weights"])
             if fingerprint(classifier.trunks) != saved["trunk_hash"]:
                 raise ValueError("its trunk is not the one that it was trained on")
             detector = cls(classifier, saved["threshold"], saved["hold"], saved["fingerprint"], saved["about"])
-        except Exception as error:  # a damaged or hostile file raises what it likes
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: no success classifier: {what}; reward_classifier.py trains one") from error
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            what = str(error).splitlines()[0]
+            raise ValueError(f"{path}: no success classifier ({what}); reward_classifier.py trains one") from error
         wrong = differences_of_pictures(saved["fingerprint"], expected or {}, classifier.cameras)
         if wrong:
             raise ValueError(f"{path}: was trained on other pictures: {'; '.join(wrong)}")

@@ -329,19 +329,24 @@ class Run:
         self.bar.close()
         self.writer.close()
 
-    def plot(self, x: str = "environment steps") -> None:
-        """Writes curve.png: return and success rate of the evaluations over steps."""
+    def plot(
+        self,
+        name: str = "eval",
+        keys: tuple[str, ...] = ("eval/episodic_return", "eval/success_rate"),
+        x: str = "environment steps",
+    ) -> None:
+        """Writes curve.png: columns of a table over steps; by default return and success rate of the evaluations."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        table = np.genfromtxt(self.dir / "eval.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-        keys = [k for k in ("eval/episodic_return", "eval/success_rate") if np.isfinite(table[k]).any()]
+        table = np.genfromtxt(self.dir / f"{name}.csv", delimiter=",", names=True, deletechars="", ndmin=1)
+        keys = [k for k in keys if np.isfinite(table[k]).any()]
         figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.5), squeeze=False, layout="constrained")
         for axis, key in zip(axes[0], keys, strict=True):
             axis.plot(table["global_step"], table[key], marker="o", markersize=3)
-            axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
+            axis.set(xlabel=x, ylabel=key.split("/")[1].replace("_", " "))
             axis.grid(alpha=0.3)
             if key == "eval/success_rate":
                 axis.set_ylim(-0.03, 1.03)
