@@ -42,9 +42,9 @@ from torch import Tensor
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, vision
-from common.evaluation import SuccessClassifier, SuccessDetector, differences_of_pictures, log_odds
-from common.run import Run, ends_well, write_atomically
-from common.setup import check_memory, fail, flag, parse, set_up_torch
+from common.run import Run
+from common.setup import check_memory, ends_well, fail, flag, parse, set_up_torch, write_atomically
+from common.success import SuccessClassifier, SuccessDetector, differences_of_pictures, log_odds
 
 SIMULATED = "FrankaPegInsert-v0"
 MARGIN = 2  # frames before and after a change of label that are left out
@@ -715,7 +715,7 @@ def report(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]
             writer.writerows([name, camera, *row.values()] for camera, row in rows.items())
     shown = [(clip, head) for name in parts for clip, head in zip(parts[name], scored[name][-1], strict=True)]
     draw_errors(run.dir / "errors.png", *map(list, zip(*shown, strict=True)), thresholds[-1])
-    run.plot("train", ("losses/learned", "losses/held_out"), "updates")
+    run.plot("updates", "train", ("losses/learned", "losses/held_out"))
     return thresholds[-1], scores
 
 

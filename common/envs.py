@@ -5,7 +5,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -313,6 +313,13 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
         yield Episode(observations, episode.actions, episode.rewards, *ends, info)
 
 
+def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
+    """Episodes, steps and successes, in words."""
+    verdicts = [success(episode.info) for episode in episodes]
+    known = "success unknown" if any(map(math.isnan, verdicts)) else f"{int(sum(verdicts))} successful"
+    return f"{len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {known}"
+
+
 def layout(space: spaces.Space) -> object:
     """The shapes of a space's parts, to compare two spaces by."""
     return {key: layout(part) for key, part in space.items()} if isinstance(space, spaces.Dict) else space.shape
@@ -396,37 +403,3 @@ def by_name(value: object) -> object:
     if isinstance(value, list) and value and all(isinstance(part, dict) and "name" in part for part in value):
         return {part["name"]: part for part in value}
     return value
-
-
-# --- Recording --------------------------------------------------------------------------------------------------------
-def check_new_dataset(dataset_id: str) -> None:
-    """Exits with one line when Minari would refuse this name, which it would do after the training."""
-    import minari
-    from minari.dataset.minari_dataset import parse_dataset_id
-
-    try:
-        parse_dataset_id(dataset_id)
-    except ValueError as error:
-        fail(f"--record-dataset: {error}")
-    if dataset_id in minari.list_local_datasets():
-        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
-
-
-def record(
-    dataset_id: str, episodes: Iterable[Episode], env: gym.Env, success: Callable[[dict], float], **about
-) -> None:
-    """Stores episodes of the task `env` as a local Minari dataset that knows its task; `about` as Minari names it."""
-    import minari
-    from gymnasium.vector.utils import concatenate, create_empty_array
-    from minari.data_collector import EpisodeBuffer
-
-    space, buffers = env.observation_space, []
-    for episode in episodes:
-        stacked = concatenate(space, episode.observations, create_empty_array(space, len(episode.observations)))
-        columns = (episode.actions, episode.rewards, episode.terminations, episode.truncations)
-        verdict = success(episode.info)
-        infos = None
-        if not math.isnan(verdict):  # known at the end only
-            infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
-        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about)

@@ -17,8 +17,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from common.run import write_atomically
-from common.setup import fail
+from common.setup import fail, write_atomically
 
 PROTOCOL = "records-2"
 DEFAULT_PORT = 5588

@@ -5,14 +5,12 @@ A copy of the code, flags, CSV, TensorBoard, checkpoints, curve; progress bar, t
 
 import contextlib
 import dataclasses
-import errno
 import io
 import json
 import math
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import warnings
@@ -24,27 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.setup import Fault, RunArgs, fail
+from common.setup import Fault, RunArgs, fail, git_commit, write_atomically
 
+CURVES = ("eval/episodic_return", "eval/success_rate")  # of curve.png
 PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, whenever the program or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def git_commit(folder: Path) -> str:
-    """Commit that `folder` belongs to, with a + when files differ from it."""
-    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        return subprocess.run(git, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
 
 
 def own_modules(folder: Path) -> list[Path]:
@@ -329,12 +310,7 @@ class Run:
         self.bar.close()
         self.writer.close()
 
-    def plot(
-        self,
-        name: str = "eval",
-        keys: tuple[str, ...] = ("eval/episodic_return", "eval/success_rate"),
-        x: str = "environment steps",
-    ) -> None:
+    def plot(self, x: str = "environment steps", name: str = "eval", keys: tuple[str, ...] = CURVES) -> None:
         """Writes curve.png: columns of a table over steps; by default return and success rate of the evaluations."""
         import matplotlib
 
@@ -377,28 +353,3 @@ def report(name: str, scalars: dict[str, float]) -> None:
     keys = [key for key in ("eval/success_rate", "eval/episodic_return") if key in scalars]
     numbers = ", ".join(f"{key} {scalars[key]:.3g}" for key in keys)
     print(f"{name}: {numbers or 'no evaluation'} over {scalars.get('eval/episodes', 0):.0f} episodes")
-
-
-@contextlib.contextmanager
-def ends_well(args: RunArgs) -> Iterator[None]:
-    """Ctrl-C and a full disk end the program inside with one line that says how to go on."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; {go_on(args)}") from None
-    except Fault as error:
-        fail(str(error))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(f"{error}; make room, then {go_on(args)}")
-
-
-def go_on(args: RunArgs) -> str:
-    """How an ended run is continued."""
-    run_dir = args.run_dir
-    if run_dir is None or not (Path(run_dir) / "args.json").exists():
-        return "run the same command again"
-    if (Path(run_dir) / "checkpoint.pt").exists() or (Path(run_dir) / "checkpoint.previous").exists():
-        return f"go on with --resume {run_dir}"
-    return f"nothing was saved yet: --resume {run_dir} begins it again"

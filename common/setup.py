@@ -1,16 +1,19 @@
-"""What a script starts with: flags and --help, how it says no, PyTorch on this machine."""
+"""What a script starts and ends with: flags and --help, how it says no, whole files, PyTorch on this machine."""
 
 import ast
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import inspect
 import json
+import os
 import re
+import subprocess
 import sys
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -98,9 +101,22 @@ def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
     return args
 
 
+def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_sign: set[str] = frozenset()) -> None:
+    """Exits with one line about a whole number below 1, a negative or infinite number, or a fraction above 1."""
+    for name, value in vars(args).items():
+        least = 0 if name in may_be_zero else 1
+        if type(value) is int and value < least:
+            fail(f"{flag(name)} {value}: give at least {least}")
+        if type(value) is float and name not in any_sign and not 0 <= value < float("inf"):
+            fail(f"{flag(name)} {value}: give a number that is not negative")
+        if name in fractions and value > 1:
+            fail(f"{flag(name)} {value}: give a number from 0 to 1")
+
+
 def help_text(Args: type, doc: str) -> str:  # noqa: N803
     """`doc`, then every flag with type, default and meaning, in the groups that comment lines in the class name."""
     groups: dict[str, list[str]] = {}
+    group = "flags"
     for owner in reversed([c for c in Args.__mro__ if dataclasses.is_dataclass(c)]):
         source = textwrap.dedent(inspect.getsource(owner))
         comments = [(i, line.strip()[2:]) for i, line in enumerate(source.splitlines(), 1) if line.startswith("    # ")]
@@ -108,7 +124,7 @@ def help_text(Args: type, doc: str) -> str:  # noqa: N803
         for field, meaning in zip(body, body[1:], strict=False):
             if not (isinstance(field, ast.AnnAssign) and isinstance(meaning, ast.Expr)):
                 continue
-            group = [name for line, name in comments if line < field.lineno][-1]
+            group = [group, *(name for line, name in comments if line < field.lineno)][-1]
             name = field.target.id
             entry = usage(name, typing.get_type_hints(Args)[name], getattr(Args, name))
             text = textwrap.fill(" ".join(ast.literal_eval(meaning.value).split()), 100, **INDENT)
@@ -123,12 +139,56 @@ def usage(name: str, hint: object, default: object) -> str:
     """A flag with what it takes: `--utd-ratio INT (6)`."""
     if hint is bool:
         return f"{flag(name)} | --no-{flag(name)[2:]}  ({'on' if default else 'off'})"
-    choices = re.findall(r"'(\w+)'", str(hint))
+    choices = re.findall(r"'(\w+)'", str(hint)) if "Literal" in str(hint) else []
     kinds = re.findall(r"\b(int|float|str)\b", str(hint))
     value = "{" + ",".join(choices) + "}" if choices else kinds[0].upper()
     if isinstance(default, tuple):
         return f"{flag(name)} [{value} ...]  ({' '.join(map(str, default)) or 'none'})"
     return f"{flag(name)} {value}  ({'none' if default is None else default})"
+
+
+@contextlib.contextmanager
+def ends_well(args: RunArgs) -> Iterator[None]:
+    """Ctrl-C and a full disk end the program inside with one line that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; {go_on(args)}") from None
+    except Fault as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"{error}; make room, then {go_on(args)}")
+
+
+def go_on(args: RunArgs) -> str:
+    """How an ended run is continued."""
+    run_dir = args.run_dir
+    if run_dir is None or not (Path(run_dir) / "args.json").exists():
+        return "run the same command again"
+    if (Path(run_dir) / "checkpoint.pt").exists() or (Path(run_dir) / "checkpoint.previous").exists():
+        return f"go on with --resume {run_dir}"
+    return f"nothing was saved yet: --resume {run_dir} begins it again"
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, whenever the program or the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def git_commit(folder: Path) -> str:
+    """Commit that `folder` belongs to, with a + when files differ from it."""
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return subprocess.run(git, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
@@ -171,6 +231,29 @@ def free_memory() -> float:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         return 1024.0 * int(found[1])
     return float("inf")
+
+
+def pack_tensors(tensors: list[Tensor]) -> bytes:
+    """Tensors one after the other, as float32."""
+    return torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy().tobytes()
+
+
+def unpack_tensors(data: bytes, tensors: list[Tensor]) -> None:
+    """Fills `tensors` with what `pack_tensors` made of such. Exits with one line when they are not of these shapes."""
+    vector = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    sizes = [tensor.numel() for tensor in tensors]
+    if len(vector) != sum(sizes):
+        fail("the learner's policy has another size; give actor and learner the same flags")
+    for tensor, values in zip(tensors, vector.split(sizes), strict=True):
+        tensor.copy_(values.reshape(tensor.shape))
+
+
+def load_generator(generator: torch.Generator, state: Tensor, other_seed: int) -> None:
+    """The generator as it was; `other_seed` when the state is a GPU's and is read on a CPU, or vice versa."""
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state.cpu())
+    else:
+        generator.manual_seed(other_seed)
 
 
 class Graphed:
