@@ -25,6 +25,7 @@ from torch import Tensor
 from common.evaluation import plot_curves
 from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, write_atomically
 
+CURVES = ("eval/episodic_return", "eval/success_rate")  # of curve.png
 PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
 
 
@@ -312,9 +313,9 @@ class Run:
         self.bar.close()
         self.writer.close()
 
-    def plot(self, x: str = "environment steps") -> None:
-        """Writes curve.png: return and success rate of the evaluations over steps."""
-        plot_curves(self.dir, {"eval": ("eval/episodic_return", "eval/success_rate")}, x, self.elapsed())
+    def plot(self, x: str = "environment steps", name: str = "eval", keys: tuple[str, ...] = CURVES) -> None:
+        """Writes curve.png: columns of a table over steps; by default return and success rate of the evaluations."""
+        plot_curves(self.dir, {name: keys}, x, self.elapsed())
 
 
 def drop_rows_after(path: Path, newest: int) -> None:
