@@ -30,6 +30,7 @@ import dataclasses
 import datetime
 import errno
 import math
+import os
 import signal
 import sys
 import time
@@ -228,6 +229,7 @@ class Session:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
+        os.write(2, b"\nstopping after this step or reset; Ctrl-C again stops at once\n")
 
     def run(self) -> None:
         while not self.stopped and self.missing():
@@ -256,7 +258,11 @@ class Session:
 
     # --- keys ---
     def commands(self) -> list[str]:
-        commands = self.terminal.commands() if self.terminal else []
+        if self.terminal is None:
+            return []
+        if self.terminal.fault:
+            raise RobotError(self.terminal.fault)
+        commands = self.terminal.commands()
         self.stopped |= "quit" in commands
         return commands
 
@@ -520,10 +526,9 @@ def report_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
     if late_ms.any():
         median, slow = np.percentile(late_ms, (50, 99))
         print(f"steps come {median:.1f} ms late at the median, {slow:.1f} ms at p99, {late_ms.max():.1f} ms at most")
-    if actions.shape[1] in (4, 7):  # with a gripper, as for robot_client.Teleop
-        for way, strength in (("close", actions[:, -1].max()), ("open", -actions[:, -1].min())):
-            if strength < 0.5:
-                print(f"warning: the gripper is never told to {way}, in none of the episodes", file=sys.stderr)
+    with_gripper = actions.shape[1] in (4, 7)  # as for robot_client.Teleop
+    if with_gripper and actions[:, -1].max() < 0.5:
+        print("warning: the gripper is never told to close, in none of the episodes", file=sys.stderr)
 
 
 def write_episode_video(recording: Recording, episode, cameras: list[str], hz: float) -> None:

@@ -1215,14 +1215,20 @@ class FrankaEnv(gym.Env):
         self.come_to_rest(start_pose, config.reset_still_s)
 
     def go_to(self, pose: np.ndarray) -> None:
-        """Stream targets along a straight line to `pose`. Raises RefusedError if the arm does not arrive."""
+        """Stream targets along a straight line to `pose`, no faster than the arm follows, and wait until it is there.
+        Raises RefusedError if it is not."""
         start, speed = self.client.state()["reference"], self.config.reset_speed  # 5 rad for each m
         motion, pace = motion_between(pose, start), self.client.pace(20)
         seconds = max(np.linalg.norm(motion[:3]) / speed, np.linalg.norm(motion[3:]) / (5 * speed), 0.05)
-        steps = math.ceil(20 * seconds)
-        for step in range(1, steps + 1):
-            self.client.target(moved(start, motion * step / steps))
+        steps, step = math.ceil(20 * seconds), 1
+        for _ in range(3 * steps + 60):
+            target = moved(start, motion * step / steps)
+            lag = motion_between(target, np.array(self.client.target(target)["reference"]))
             pace.wait()
+            if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
+                step += 1
+            if step > steps:
+                break
         self.come_to_rest(pose, 0.0)
 
     def come_to_rest(self, pose: np.ndarray, still_s: float) -> None:

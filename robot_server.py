@@ -101,7 +101,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -370,7 +370,7 @@ class Limiter:
     def refusal(self, target: np.ndarray, reference: np.ndarray) -> str | None:
         """Why a target (7,) is refused, not limited: None if it is not."""
         if not np.isfinite(target).all():
-            return f"the target is not finite: {target.tolist()}"
+            return "the target is not finite"
         if abs((length := norm(target[3:])) - 1) > 0.01:
             return f"the quaternion of the target has length {length:.4g}, not 1"
         if (jump := norm(target[:3] - reference[:3])) > (most := self.args.max_jump):
@@ -1996,6 +1996,7 @@ class Doors:
         self.overhead = 33 if encrypted else 0  # bytes per frame, of CURVE
         self.connections: dict[int, Connection] = {}
         self.left = 0  # bytes that connections which are gone have left in libzmq
+        self.failed: deque[str] = deque(maxlen=100)  # handshakes whose connection is not gone yet
         self.strangers: Counter[str] = Counter()
         self.cuts: Counter[str] = Counter()
 
@@ -2058,11 +2059,13 @@ class Doors:
                     with contextlib.suppress(OSError):  # it is gone already, or there are no descriptors left
                         self.connections[int(fd)] = Connection(int(fd), now)
                 elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+                    connection = self.connections.get(int(fd))
+                    if connection and not connection.taken and self.failed:
+                        self.strangers[f"{connection.address} {self.failed.pop()}"] += 1
                     self.forget(int(fd))
-                elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                    self.strangers["keys refused"] += 1
-                else:
-                    self.strangers["no handshake (no keys, or no ZeroMQ)"] += 1
+                else:  # then comes the end of that connection
+                    refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+                    self.failed.append("keys refused" if refused else "no handshake: no keys, or no ZeroMQ")
 
     def forget(self, fd: int) -> None:
         if connection := self.connections.pop(fd, None):
@@ -2318,7 +2321,7 @@ class Front:
         if reason := self.limiter.refusal(np.array(pose), np.array(status["reference"])):
             raise Refused("refused", reason)
         values = (*pose, math.nan if closure is None else closure, -1 if seq is None else seq)
-        if status["mode"] == "hold":
+        if status["mode"] == "hold" or closure not in (None, status["result"]["gripper_closure"]):
             self.command("target", values)
         else:
             self.send("target", values)

@@ -55,10 +55,10 @@ from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
 from common import envs, link, setup, vision
-from common.evaluation import SuccessDetector
 from common.frames import FrameFile, ImagesAndState, size_text
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, parse, write_atomically
+from common.success import SuccessDetector
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -1407,7 +1407,7 @@ def actor(args: Args) -> None:
         if child:
             child.end(finished)
     run.end_of_training()
-    run.plot("train", ("charts/success_without_help", "charts/intervention_rate"))
+    run.plot(name="train", keys=("charts/success_without_help", "charts/intervention_rate"))
     run.close()
     print(f"see {run.dir}; evaluate it: python {Path(__file__).name} --eval-only {run.dir}")
 

@@ -1043,8 +1043,6 @@ class Agent:
     def step_actor(self) -> None:
         self.actor_optimizer.step()
         self.alpha_optimizer.step()
-        if self.classifier_optimizer:
-            self.classifier_optimizer.step()
         with torch.no_grad():
             for mean, parameter in zip(self.mean_parameters, self.acting_parameters, strict=True):
                 mean.lerp_(parameter, self.mean_weight)
@@ -1081,6 +1079,8 @@ class Agent:
                 metrics |= self.classifier_gradient(replay)
         if with_actor:
             self.step_actor()
+            if self.classifier_optimizer:
+                self.classifier_optimizer.step()
         self.step_critic()
         return metrics
 

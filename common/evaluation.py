@@ -1,23 +1,21 @@
-"""Seeded roll-outs of a policy, their video, their recording as a Minari dataset; a classifier that sees success.
+"""Seeded roll-outs of a policy, side by side; their curve and video, and their recording as a Minari dataset."""
 
-detector = SuccessDetector.load("classifier.pt", fingerprint)  # detector.reset() at every reset of the environment
-success = detector(obs)  # obs: {camera: (H, W, 3) uint8, ...}
-"""
-
+import copy
 import math
 import sys
-from collections import deque
+import tempfile
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from common.envs import Episode, Recorder, differences, episode_seed
+from common.envs import Episode, Recorder, episode_seed, say_once
 from common.setup import fail
-from common.vision import fingerprint, make_pooling, make_trunk, map_shape
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
 # generators, one an episode, are for noise, so that an episode does not depend on what else runs beside it.
@@ -98,10 +96,14 @@ def evaluate(
     rollouts = roll_out(policy, envs, episodes, seed, stop)
     if not rollouts:
         return {}
+    verdicts = [success(rollout.info) for rollout in rollouts]
+    names = [name for name in rollouts[0].info if "succ" in str(name).lower()]
+    if names and np.isnan(verdicts).all():
+        say_once(f"whether episodes succeed is unknown; the task's info has {names}: read one of them in success()")
     return {
         "eval/episodic_return": float(np.mean([sum(rollout.rewards) for rollout in rollouts])),
         "eval/episodic_length": float(np.mean([len(rollout.rewards) for rollout in rollouts])),
-        "eval/success_rate": float(np.mean([success(rollout.info) for rollout in rollouts])),
+        "eval/success_rate": float(np.mean(verdicts)),
         "eval/episodes": float(episodes),
     }
 
@@ -136,7 +138,11 @@ def record(
         if not math.isnan(verdict):  # known at the end only
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about)
+    spec = copy.deepcopy(env.unwrapped.spec)
+    if callable(spec.entry_point):  # a class, where Minari wants its name
+        spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
+    both = {"observation_space": space, "action_space": env.action_space}
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=spec, **both, **about)
 
 
 def store_evaluation(
@@ -170,170 +176,156 @@ def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: 
         print(f"no video: {error}; afterwards --eval-only {path.parent} writes it", file=sys.stderr)
 
 
-# --- Success classifier -----------------------------------------------------------------------------------------------
-class SuccessClassifier(nn.Module):
-    """What the images of all cameras show: logits of each camera alone, and of all together; the last class is success.
-
-    HIL-SERL networks/reward_classifier.py, with a head for each camera alone besides. A frozen trunk is the same for
-    all cameras; otherwise each camera trains its own. Raises ValueError when the images are too small for the encoder.
-    """
-
-    def __init__(
-        self,
-        cameras: tuple[str, ...],
-        image_size: int,
-        encoder: str = "small",
-        frozen: bool = False,
-        classes: tuple[str, ...] = ("failure", "success"),
-        latent_dim: int = 64,
-    ):
-        super().__init__()
-        self.cameras, self.image_size, self.frozen, self.classes = tuple(cameras), image_size, frozen, tuple(classes)
-        self.arguments = {
-            "cameras": self.cameras,
-            "image_size": image_size,
-            "encoder": encoder,
-            "frozen": frozen,
-            "classes": self.classes,
-            "latent_dim": latent_dim,
+def means(rollouts: list[Rollout], success: Callable[[dict], float]) -> dict[str, float]:
+    """Return, length, success, and the numbers of the last info, as qc evaluation.py:120."""
+    scalars = []
+    for rollout in rollouts:
+        known = {
+            "episodic_return": sum(rollout.rewards),
+            "episodic_length": len(rollout.rewards),
+            "success_rate": success(rollout.info),
         }
-        pretrained = "from the classifier's own file" if frozen else None
-        self.trunks = nn.ModuleList()
-        for _ in self.cameras[:1] if frozen else self.cameras:
-            self.trunks.append(make_trunk(encoder, 3, pretrained, load=False))
-        self.trunks.requires_grad_(not frozen)
-        shape = map_shape(self.trunks[0], 3, image_size)
-        if min(shape[1:]) < 2:
-            raise ValueError(f"images of {image_size} pixels are too small for the encoder {encoder}")
-        self.heads, self.alone = nn.ModuleList(), nn.ModuleList()
-        for _ in self.cameras:
-            pooling, pooled = make_pooling("embeddings", shape)
-            linear, norm = nn.Linear(pooled, latent_dim), nn.LayerNorm(latent_dim)
-            self.heads.append(nn.Sequential(pooling, nn.Dropout(0.1), linear, norm, nn.Tanh()))
-            self.alone.append(nn.Linear(latent_dim, len(classes)))
-        hidden = nn.Linear(len(self.cameras) * latent_dim, latent_dim)
-        last = nn.Linear(latent_dim, len(classes))
-        self.together = nn.Sequential(hidden, nn.Dropout(0.1), nn.LayerNorm(latent_dim), nn.ReLU(), last)
-
-    def images(self, observation: dict) -> np.ndarray:
-        """The cameras' images (..., K, H, W, 3) of an observation {camera: (..., H, W, 3) uint8, ...}.
-
-        Training and serving both begin here. Raises ValueError, which names the camera, when one is missing or differs.
-        """
-        frames = []
-        for camera in self.cameras:
-            if camera not in observation:
-                there = ", ".join(observation) or "nothing"
-                raise ValueError(f"the classifier looks through the camera {camera!r}; there is only {there}")
-            frame = np.asarray(observation[camera])
-            if frame.dtype != np.uint8 or frame.shape[-3:] != (self.image_size, self.image_size, 3):
-                wanted = f"({self.image_size}, {self.image_size}, 3) uint8"
-                raise ValueError(f"camera {camera!r} must give {wanted}, gives {frame.shape[-3:]} {frame.dtype}")
-            frames.append(frame)
-        return np.stack(frames, -4)
-
-    def features(self, images: Tensor) -> Tensor:
-        """(B, K, H, W, 3) -> (B, K, latent_dim)"""
-        features = []
-        for k, head in enumerate(self.heads):
-            trunk = self.trunks[0] if self.frozen else self.trunks[k]
-            features.append(head(trunk(images[:, k])))
-        return torch.stack(features, 1)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, K, H, W, 3) in 0 ... 255 -> logits (B, K + 1, C): each camera alone, and last all together."""
-        features = self.features(images)
-        logits = [alone(features[:, k]) for k, alone in enumerate(self.alone)]
-        return torch.stack([*logits, self.together(features.flatten(1))], 1)
+        for key, value in rollout.info.items():
+            if isinstance(value, int | float | np.number | np.bool_):
+                known[key] = float(value)
+        scalars.append(known)
+    stats = {key: float(np.mean([x.get(key, math.nan) for x in scalars])) for key in (scalars or [{}])[0]}
+    return stats | {"episodes": float(len(rollouts))}
 
 
-def log_odds(logits: Tensor) -> Tensor:
-    """Of success, the last class, against all others: (..., C) -> (...); its sigmoid is the probability."""
-    return logits[..., -1] - logits[..., :-1].logsumexp(-1)
+class Watched(gym.Wrapper):
+    """Keeps what happens in the episodes that end: `trajectories`; with `frame_skip` also pictures, `renders`."""
+
+    def __init__(self, env: gym.Env, frame_skip: int = 0):
+        super().__init__(env)
+        self.frame_skip = frame_skip  # steps per picture
+        self.trajectories: list[dict[str, list]] = []
+        self.renders: list[np.ndarray] = []
+
+    def reset(self, **kwargs):
+        self.obs, info = self.env.reset(**kwargs)
+        self.trajectory = defaultdict(list)
+        self.frames = []
+        return self.obs, info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        done = terminated or truncated
+        step = {"observation": self.obs, "next_observation": obs, "action": action, "reward": float(reward)}
+        for key, value in (step | {"done": float(done), "info": info}).items():
+            self.trajectory[key].append(value)
+        self.obs = obs
+        if self.frame_skip and (done or len(self.trajectory["done"]) % self.frame_skip == 0):
+            self.frames.append(self.env.render())
+        if done:
+            self.trajectories.append(dict(self.trajectory))
+            self.renders.append(np.stack(self.frames) if self.frames else None)
+        return obs, reward, terminated, truncated, info
 
 
-class SuccessDetector:
-    """Whether an episode has succeeded: in each of its last `hold` frames, success is as probable as `threshold`.
-
-    `probability` is the newest frame's; `lowest` and `highest` are the extremes since `reset`.
-    """
-
-    KIND = "success classifier, version 1"
-
-    def __init__(self, classifier: SuccessClassifier, threshold: float, hold: int, fingerprint: dict, about: dict):
-        """`fingerprint`: of the data it learned from. `about`: whatever else its file should say, in plain values."""
-        self.classifier = classifier.eval()
-        self.threshold, self.hold, self.fingerprint, self.about = threshold, hold, fingerprint, about
-        self.reset()
-
-    def reset(self) -> None:
-        """An episode begins."""
-        self.streak = 0  # frames in a row, up to the newest, that look like success
-        self.probability, self.lowest, self.highest = math.nan, math.inf, -math.inf
-
-    def __call__(self, observation: dict) -> bool:
-        """Takes in the newest {camera: (H, W, 3) uint8, ...}; ValueError as `SuccessClassifier.images`."""
-        images = torch.from_numpy(self.classifier.images(observation))[None]
-        with torch.no_grad():
-            logits = self.classifier(images.to(next(self.classifier.parameters()).device))[0, -1]
-        self.probability = log_odds(logits).sigmoid().item()
-        self.lowest = min(self.lowest, self.probability)
-        self.highest = max(self.highest, self.probability)
-        self.streak = self.streak + 1 if self.probability >= self.threshold else 0
-        return self.streak >= self.hold
-
-    def contents(self) -> dict:
-        """What its file holds, for torch.save."""
-        return {
-            "kind": self.KIND,
-            "arguments": self.classifier.arguments,
-            "weights": {name: tensor.cpu() for name, tensor in self.classifier.state_dict().items()},
-            "trunk_hash": fingerprint(self.classifier.trunks),
-            "fingerprint": self.fingerprint,
-            "threshold": self.threshold,
-            "hold": self.hold,
-            "about": self.about,
-        }
-
-    @classmethod
-    def load(cls, path: str, expected: dict | None = None, device: torch.device | str = "cpu") -> "SuccessDetector":
-        """From its file. Raises ValueError in one line: no such file, damaged, or of pictures that differ from those of
-        `expected`, the fingerprint of the task here."""
-        try:
-            saved = torch.load(path, map_location="cpu", weights_only=True)
-            if saved["kind"] != cls.KIND:
-                raise ValueError(f"is of another kind: {saved['kind']}")
-            classifier = SuccessClassifier(**saved["arguments"])
-            classifier.load_state_dict(saved["weights"])
-            if fingerprint(classifier.trunks) != saved["trunk_hash"]:
-                raise ValueError("its trunk is not the one that it was trained on")
-            detector = cls(classifier, saved["threshold"], saved["hold"], saved["fingerprint"], saved["about"])
-        except Exception as error:  # a damaged or hostile file raises what it likes
-            what = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ValueError(f"{path}: no success classifier: {what}; reward_classifier.py trains one") from error
-        wrong = differences_of_pictures(saved["fingerprint"], expected or {}, classifier.cameras)
-        if wrong:
-            raise ValueError(f"{path}: was trained on other pictures: {'; '.join(wrong)}")
-        classifier.to(device)
-        return detector
+def film(policy: Policy, env: gym.Env, episodes: int, frame_skip: int, seed: int) -> list[np.ndarray]:
+    """Pictures (T, H, W, 3), one of `frame_skip` steps, of the first evaluation episodes."""
+    camera = Watched(env, frame_skip)
+    roll_out(policy, [camera], episodes, seed)
+    return camera.renders
 
 
-PICTURES_DEPEND_ON = ("task", "name", "env_id", "image_size", "cameras", "observations")  # of a fingerprint
-NOT_SEEN = ("fps", "timeout_s", "warmup_frames")  # of a camera's settings
+def video_grid(renders: list[np.ndarray]) -> np.ndarray:
+    """Videos (T, H, W, 3) side by side as one; shorter ones end in their last frame, darker. qc log_utils.py:101."""
+    length = max(map(len, renders))
+    columns = math.ceil(math.sqrt(len(renders)))
+    padded = []
+    for render in renders:
+        rest = np.repeat(render[-1:] // 2, length - len(render), 0)
+        padded.append(np.pad(np.concatenate([render, rest]), ((0, 0), (1, 1), (1, 1), (0, 0))))
+    padded += [np.zeros_like(padded[0])] * (-len(padded) % columns)
+    rows = [np.concatenate(padded[i : i + columns], 2) for i in range(0, len(padded), columns)]
+    return np.concatenate(rows, 1)
 
 
-def differences_of_pictures(theirs: dict, ours: dict, cameras: tuple[str, ...]) -> list[str]:
-    """What differs between two fingerprints that these cameras' pictures depend on, where both say something."""
-    common = [name for name in PICTURES_DEPEND_ON if name in theirs and name in ours]
-    a, b = ({name: of_cameras(part[name], cameras) for name in common} for part in (theirs, ours))
-    return list(differences(a, b))
+def write_video(renders: list[np.ndarray], path: Path, fps: int) -> None:
+    import imageio.v2 as imageio
+
+    with imageio.get_writer(path, fps=fps, macro_block_size=1) as video:
+        for frame in video_grid(renders):
+            video.append_data(frame)
 
 
-def of_cameras(value: object, cameras: tuple[str, ...]) -> object:
-    """A fingerprint's settings of cameras, or shapes of observations, without what these cameras do not see."""
-    if isinstance(value, list):
-        seen = [camera for camera in value if isinstance(camera, dict) and camera["name"] in cameras]
-        return [{key: setting for key, setting in camera.items() if key not in NOT_SEEN} for camera in seen]
-    if isinstance(value, dict):
-        return {key: shape for key, shape in value.items() if key in cameras}
-    return value
+def get_wandb_video(renders: list[np.ndarray], fps: int = 15, path: Path | None = None):
+    """A grid of videos for Weights & Biases, written to `path`, or to a temporary file."""
+    import wandb
+
+    path = path or Path(tempfile.mkdtemp(), "video.mp4")
+    write_video(renders, path, fps)
+    return wandb.Video(str(path), format="mp4")
+
+
+def plot_curves(folder: Path, tables: dict[str, tuple[str, ...]], x: str, seconds: float) -> None:
+    """Writes curve.png: the columns of `tables` (files NAME.csv) that hold numbers, over their first column, `x`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = []
+    for name, columns in tables.items():
+        path = folder / f"{name}.csv"
+        if path.exists() and path.stat().st_size:
+            table = np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
+            known = [key for key in columns if key in table.dtype.names and np.isfinite(table[key]).any()]
+            curves += [(key, table[table.dtype.names[0]], table[key]) for key in known]
+    width = max(len(curves), 1)
+    figure, axes = plt.subplots(1, width, figsize=(5 * width, 3.5), squeeze=False, layout="constrained")
+    for axis, (key, steps, values) in zip(axes[0], curves, strict=False):
+        axis.plot(steps, values, marker="o", markersize=3)
+        axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
+        axis.grid(alpha=0.3)
+        if key.endswith("success_rate"):
+            axis.set_ylim(-0.03, 1.03)
+    figure.suptitle(f"{folder.name}, {seconds / 60:.1f} min", fontsize=9)
+    figure.savefig(folder / "curve.png", dpi=150)
+    plt.close(figure)
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+class CsvLogger:
+    """Rows of numbers; the first row fixes the columns. Goes on with a file that is there."""
+
+    def __init__(self, path: str | Path):
+        self.file = Path(path).open("a+")  # noqa: SIM115  closed by close()
+        self.file.seek(0)
+        header = self.file.readline().strip()
+        self.columns = header.split(",") if header else []
+
+    def log(self, row: dict, step: int) -> None:
+        numbers = {"step": step} | only_numbers(row)
+        if not self.columns:
+            self.columns = list(numbers)
+            self.file.write(",".join(self.columns) + "\n")
+        cells = [f"{numbers[key]:.9g}" if key in numbers else "" for key in self.columns]
+        self.file.write(",".join(cells) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def only_numbers(row: dict) -> dict[str, float]:
+    return {key: float(x) for key, x in row.items() if isinstance(x, int | float | np.number | Tensor)}
+
+
+@dataclass
+class LoggingHelper:
+    """A CSV file for each prefix, and the same numbers as PREFIX/NAME to Weights & Biases and TensorBoard."""
+
+    csv_loggers: dict[str, CsvLogger]
+    wandb_logger: Any = None  # the module, or a run
+    writer: Any = None  # TensorBoard's SummaryWriter
+
+    def log(self, data: dict, prefix: str, step: int) -> None:
+        self.csv_loggers[prefix].log(data, step)
+        if self.wandb_logger is not None:
+            self.wandb_logger.log({f"{prefix}/{key}": value for key, value in data.items()}, step=step)
+        if self.writer is not None:
+            for key, value in only_numbers(data).items():
+                self.writer.add_scalar(f"{prefix}/{key}", value, step)

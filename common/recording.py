@@ -25,8 +25,8 @@ def dataset_folder(dataset_id: str, option: str) -> Path:
 
     try:
         parse_dataset_id(dataset_id)
-    except ValueError as error:
-        fail(f"{option} {dataset_id}: {error}; such as hil/demos-v0")
+    except (ValueError, TypeError):  # TypeError: no version
+        fail(f"{option} {dataset_id}: is no name that Minari takes; give one such as hil/demos-v0")
     return get_dataset_path(dataset_id)
 
 
