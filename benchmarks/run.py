@@ -177,7 +177,7 @@ for robot, scores in MINARI.items():
         ROWS[f"bc_minari_{robot}_{level}"] = Row(
             f"flow cloning of Minari's {robot} {level}",
             f"bc_flow_offline.py --env-name mujoco/{robot}/{level}-v0 --normalize-observations --no-capture-video",
-            "normalized_score_d4rl",
+            "normalized_score_d4rl_scale",
             f"{score}",
         )
 

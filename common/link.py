@@ -111,8 +111,8 @@ class Learner:
         except zmq.ZMQError as error:
             fail(f"--address {address}: {error}; give another port, of which the next one is free too")
 
-    def receive(self, timeout_ms: int) -> list[tuple[str, bytes]]:
-        """New records as (actor, record), each actor's in order; waits at most `timeout_ms` for the first message."""
+    def receive(self, timeout_ms: int, most: float = math.inf) -> list[tuple[str, bytes]]:
+        """At most `most` new records as (actor, record), each actor's in order; waits `timeout_ms` for the first."""
         new = []
         for _ in range(100):  # then learning has its turn
             if not self.router.poll(timeout_ms):
@@ -120,7 +120,7 @@ class Learner:
             timeout_ms = 0
             identity, *frames = self.router.recv_multipart()
             try:
-                actor, records = self.read(frames)
+                actor, records = self.read(frames, most - len(new))
                 reply = {"held": self.held.get(actor, 0), "saved": self.in_checkpoint.get(actor, 0)}
                 new += [(actor, record) for record in records]
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -128,8 +128,11 @@ class Learner:
             self.router.send_multipart([identity, json.dumps(reply).encode()])
         return new
 
-    def read(self, frames: list[bytes]) -> tuple[str, list[bytes]]:
-        """The actor and its records that are new. Raises ValueError, or what a hostile header makes Python raise."""
+    def read(self, frames: list[bytes], most: float) -> tuple[str, list[bytes]]:
+        """The actor and at most `most` of its records that are new.
+
+        Raises ValueError, or what a hostile header makes Python raise.
+        """
         header = json.loads(frames[0])
         if header["protocol"] != PROTOCOL:
             raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}")
@@ -144,9 +147,11 @@ class Learner:
         held = self.held.get(actor, 0)
         if not first <= held < first + count:
             return actor, []
-        self.held[actor] = first + count
-        start = (held - first) * self.record_bytes
-        return actor, [payload[i : i + self.record_bytes] for i in range(start, len(payload), self.record_bytes)]
+        size = self.record_bytes
+        records = [payload[i : i + size] for i in range((held - first) * size, len(payload), size)]
+        records = records[: int(min(most, len(records)))]
+        self.held[actor] = held + len(records)
+        return actor, records
 
     def saved(self) -> None:
         """All that was received is in a checkpoint: actors may drop it."""
