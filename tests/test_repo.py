@@ -395,7 +395,10 @@ def code_faults(source: str) -> list[str]:
 
 @pytest.mark.parametrize("script", OWN_PYTHON)
 def test_code(script):
-    assert code_faults(text(script)) == []
+    faults = code_faults(text(script))
+    if script == "common/vision.py":  # whose Unpickler looks up nothing but arrays; hostile files are tested there
+        faults = [fault for fault in faults if not fault.endswith("imports pickle")]
+    assert faults == []
 
 
 @pytest.mark.parametrize(
