@@ -1,6 +1,7 @@
 """Tasks: made with one-line errors, checked at every step, wrapped, demonstrated, recorded."""
 
 import copy
+import json
 import math
 import os
 import sys
@@ -20,10 +21,11 @@ HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32
 
 
 # --- Making -----------------------------------------------------------------------------------------------------------
-def make(env_id: str, render: bool = False, **options) -> gym.Env:
+def make(env_id: str, render: bool = False, option: str = "--env-id", **options) -> gym.Env:
     """gym.make, also of `module:Env-v0` with the module in the current folder; steps are `Checked`.
 
-    Exits with one line when gymnasium does not know the task. One without a registered time limit gets a long one.
+    Exits with one line that names `option` when gymnasium does not know the task. One without a registered time limit
+    gets a long one.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -31,8 +33,8 @@ def make(env_id: str, render: bool = False, **options) -> gym.Env:
         options["render_mode"] = "rgb_array"
     try:
         env = gym.make(env_id, disable_env_checker=True, **options)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"--env-id {env_id}: {error}")
+    except (gym.error.Error, ImportError) as error:
+        fail(f"{option} {env_id}: {error}")
     if env.spec is None or env.spec.max_episode_steps is None:
         say_once(f"{env_id} has no registered time limit; its episodes are cut after {LONGEST_EPISODE:,} steps")
         env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
@@ -353,6 +355,9 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
     if layout(env.observation_space) != layout(dataset.observation_space):
         spaces_of = f"{dataset.observation_space}, the task's {env.observation_space}"
         fail(f"--demos {dataset_id}: is not of this task; its observations are {spaces_of}")
+    about = dataset.storage.metadata
+    if "fingerprint" in about:
+        check_fingerprint(f"--demos {dataset_id}", about["fingerprint"], fingerprint(env))
     for episode in dataset.iterate_episodes():
         observations = [step_of(episode.observations, t) for t in range(len(episode) + 1)]
         infos = episode.infos or {}
@@ -401,3 +406,56 @@ def replay(episode: Episode, env: gym.Env, wrap: Callable[[gym.Env], gym.Env], c
         yield action, obs, reward, terminated
         if terminated or truncated:
             return
+
+
+# --- Fingerprints -----------------------------------------------------------------------------------------------------
+def fingerprint(env: gym.Env) -> dict:
+    """What gives a task's observations and actions their meaning, in plain JSON values.
+
+    A task says it itself (`config.fingerprint()`, as FrankaEnv does), or it is gymnasium's id and options, the rate,
+    and the shapes and bounds of its spaces. Data, classifier and policy belong together only where it is the same.
+    """
+    config = getattr(env.unwrapped, "config", None)
+    if hasattr(config, "fingerprint"):
+        return config.fingerprint()
+    task = env.unwrapped.spec
+    options = {name: value for name, value in task.kwargs.items() if name != "render_mode"}
+    values = {
+        "version": 1,
+        "task": task.id,
+        "options": options,
+        "hz": env.metadata.get("render_fps"),
+        "observations": layout(env.observation_space),
+        "actions": [env.action_space.low.tolist(), env.action_space.high.tolist()],
+    }
+    return json.loads(json.dumps(values, default=str))
+
+
+def check_fingerprint(what: str, theirs: dict, ours: dict) -> None:
+    """Exits with one line that names what differs between the fingerprint of `what` and that of the task here."""
+    wrong = list(differences(theirs, ours))
+    if wrong:
+        fail(f"{what}: is of another set-up: {'; '.join(wrong)}")
+
+
+def differences(theirs: object, ours: object, name: str = "") -> Iterator[str]:
+    """What differs between two fingerprints, at any depth: "cameras.wrist.fps is 30 there, 60 here"."""
+    theirs, ours = by_name(theirs), by_name(ours)
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in sorted(theirs.keys() | ours.keys()):
+            part = f"{name}.{key}" if name else key
+            if key not in ours:
+                yield f"{part} is only there"
+            elif key not in theirs:
+                yield f"{part} is only here"
+            else:
+                yield from differences(theirs[key], ours[key], part)
+    elif theirs != ours:
+        yield f"{name} is {json.dumps(theirs)} there, {json.dumps(ours)} here"
+
+
+def by_name(value: object) -> object:
+    """A list of dicts with names, such as cameras, as a dict; other values as they are."""
+    if isinstance(value, list) and value and all(isinstance(part, dict) and "name" in part for part in value):
+        return {part["name"]: part for part in value}
+    return value

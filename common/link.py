@@ -263,6 +263,7 @@ class Actor:
         self.name = name_file.read_text()
         self.number = int(self.name[:8], 16)  # for seeds that no other actor has
         self.journal = Journal(folder / "journal", record_bytes)
+        self.staged = folder / "staged.records"
         self.held = self.journal.first  # what came before was saved
         self.done = False
         self.waiting = False  # for a reply
@@ -283,6 +284,33 @@ class Actor:
             self.exchange(100)
             if not self.waiting:  # nothing could be sent
                 time.sleep(0.1)
+
+    def stage(self, record: bytes) -> None:
+        """Keeps a record back, on the disk, until `release` or `discard`."""
+        if not self.staged.exists():
+            self.staged.write_bytes(self.journal.written.to_bytes(8, "little"))
+        with self.staged.open("ab") as file:
+            file.write(record)
+        self.exchange(0)
+
+    def release(self) -> int:
+        """Sends what was kept back, also before a crash; how many records."""
+        if not self.staged.exists():
+            return 0
+        data = self.staged.read_bytes()
+        size = self.journal.record_bytes
+        records = [data[i : i + size] for i in range(8, len(data) - size + 1, size)]
+        done = self.journal.written - int.from_bytes(data[:8], "little")  # by a `release` that a crash ended
+        for record in records[done:]:
+            self.journal.append(record)
+        self.staged.unlink()
+        self.exchange(0)
+        return len(records)
+
+    def discard(self) -> int:
+        """Forgets what was kept back; 0 records."""
+        self.staged.unlink(missing_ok=True)
+        return 0
 
     def exchange(self, wait_ms: int) -> None:
         """Takes the learner's answer if it is there, and sends records. Exits when it is silent for too long."""

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.setup import Fault, RunArgs, fail, git_commit, write_atomically
+from common.evaluation import plot_curves
+from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, write_atomically
 
+CURVES = ("eval/episodic_return", "eval/success_rate")  # of curve.png
 PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
 
 
@@ -77,12 +79,8 @@ class Run:
     def create(self) -> None:
         """Fills the folder, also one that is mounted; run.json comes first, args.json comes last and makes it a run."""
         try:
+            check_new_folder(self.dir)
             self.dir.mkdir(parents=True, exist_ok=True)
-            names = {path.name for path in self.dir.iterdir()} - {"lost+found", "run.json.tmp"}
-            if "args.json" in names:
-                fail(f"--run-dir {self.dir}: has a run; --resume it, or give another name")
-            if names and "run.json" not in names:  # with it: a run that was killed in here
-                fail(f"--run-dir {self.dir}: is not empty; give another name")
             root = self.script.parent
             write_atomically(self.dir / "run.json", json.dumps(self.about(), indent=2).encode())
             for file in {self.script, *own_modules(root)}:
@@ -315,25 +313,9 @@ class Run:
         self.bar.close()
         self.writer.close()
 
-    def plot(self, x: str = "environment steps") -> None:
-        """Writes curve.png: return and success rate of the evaluations over steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        table = np.genfromtxt(self.dir / "eval.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-        keys = [k for k in ("eval/episodic_return", "eval/success_rate") if np.isfinite(table[k]).any()]
-        figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.5), squeeze=False, layout="constrained")
-        for axis, key in zip(axes[0], keys, strict=True):
-            axis.plot(table["global_step"], table[key], marker="o", markersize=3)
-            axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
-            axis.grid(alpha=0.3)
-            if key == "eval/success_rate":
-                axis.set_ylim(-0.03, 1.03)
-        figure.suptitle(f"{self.dir.name}, {table['wall_s'][-1] / 60:.1f} min", fontsize=9)
-        figure.savefig(self.dir / "curve.png", dpi=150)
-        plt.close(figure)
+    def plot(self, x: str = "environment steps", name: str = "eval", keys: tuple[str, ...] = CURVES) -> None:
+        """Writes curve.png: columns of a table over steps; by default return and success rate of the evaluations."""
+        plot_curves(self.dir, {name: keys}, x, self.elapsed())
 
 
 def drop_rows_after(path: Path, newest: int) -> None:

@@ -65,8 +65,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = None) -> T:  # noqa: N803
-    """The command line; with --resume or --eval-only the run's own flags are the defaults.
+def parse(
+    Args: type[T],  # noqa: N803
+    doc: str,
+    may_change: str,
+    argv: list[str] | None = None,
+    default: T | None = None,
+) -> T:
+    """The command line over `default`; with --resume or --eval-only the run's own flags are the defaults.
 
     `may_change` names, separated by spaces, the flags that may differ from the run's. Exits with one line when flags
     contradict each other or the run. --help shows `doc`, then the flags in groups.
@@ -75,10 +81,11 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
     if {"-h", "--help"} & set(argv):
         print(help_text(Args, doc))
         raise SystemExit(0)
-    args = tyro.cli(Args, args=argv)
-    run_dir = args.resume or args.eval_only
+    args = tyro.cli(Args, args=argv, default=default)
+    resume, eval_only = (getattr(args, name, None) for name in ("resume", "eval_only"))  # not every script has them
+    run_dir = resume or eval_only
     if run_dir:
-        saved = read_flags(Args, run_dir, "--resume" if args.resume else "--eval-only")
+        saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in vars(saved).keys() - set(may_change.split()):
             theirs = getattr(saved, name)
@@ -87,6 +94,26 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
         args.run_dir = run_dir
     args.check()
     return args
+
+
+def absl_flags(Args: type, argv: list[str]) -> list[str]:  # noqa: N803
+    """`--x_y=v` as `--x-y v`; for switches `--x=True` or `=1` as `--x`, `--x=False` or `=0` or `--nox` as `--no-x`."""
+    switches = {flag(field.name) for field in dataclasses.fields(Args) if field.type is bool}
+    tokens: list[str] = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if re.fullmatch(r"--[A-Za-z][\w-]*", name):
+            name = flag(name[2:])
+            if name.startswith("--no") and "--" + name[4:] in switches:
+                name = "--no-" + name[4:]
+            tokens += [name, value] if equals else [name]
+        else:
+            tokens.append(token)
+        if len(tokens) > 1 and tokens[-2] in switches and tokens[-1].lower() in ("true", "1", "false", "0"):
+            value = tokens.pop().lower()
+            if value in ("false", "0"):
+                tokens[-1] = f"--no-{tokens[-1][2:]}"
+    return tokens
 
 
 def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
@@ -112,6 +139,19 @@ def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_
             fail(f"{flag(name)} {value}: give a number that is not negative")
         if name in fractions and value > 1:
             fail(f"{flag(name)} {value}: give a number from 0 to 1")
+
+
+def to_flags(args: object) -> list[str]:
+    """The command line that gives these arguments."""
+    tokens = []
+    for name, value in vars(args).items():
+        if isinstance(value, bool):
+            tokens.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        elif isinstance(value, tuple):
+            tokens += [flag(name), *map(str, value)]
+        elif value is not None:
+            tokens += [flag(name), str(value)]
+    return tokens
 
 
 def help_text(Args: type, doc: str) -> str:  # noqa: N803
@@ -146,6 +186,21 @@ def usage(name: str, hint: object, default: object) -> str:
     if isinstance(default, tuple):
         return f"{flag(name)} [{value} ...]  ({' '.join(map(str, default)) or 'none'})"
     return f"{flag(name)} {value}  ({'none' if default is None else default})"
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Exits with one line when a run cannot be written there; makes nothing."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        fail(f"--run-dir {folder}: cannot be written, it is a file; give another name")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if "args.json" in names:
+        fail(f"--run-dir {folder}: has a run; --resume it, or give another name")
+    if names - {"lost+found", "run.json.tmp"} and "run.json" not in names:  # with it: a run that was killed in there
+        fail(f"--run-dir {folder}: is not empty; give another name")
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fail(f"--run-dir {folder}: cannot be written, for {parent} takes no files; give another folder")
 
 
 @contextlib.contextmanager
@@ -304,7 +359,7 @@ class Graphed:
             graph = torch.cuda.CUDAGraph()
             static_inputs = [tensor.clone() for tensor in inputs]
             graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader pins memory meanwhile
                 results = self.function(*static_inputs, **options)
             self.graphs[key] = graph, static_inputs, results
         graph, static_inputs, results = self.graphs[key]
