@@ -26,6 +26,7 @@ import copy
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,17 +41,22 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
-import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
-from common import envs, link
-from common.evaluation import evaluate, record_video
-from common.run import Run, ends_well, report
-from common.setup import Graphed, RunArgs, check_memory, fail, flag, parse, set_up_torch
+from common import envs, link, setup
+from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
+from common.run import Run, report
+from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
+
+try:
+    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+except ImportError as error:  # its tasks are missing then, others run
+    print(error, file=sys.stderr)
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
 FIXED_STD = 0.1  # of --std-parameterization fixed
 EXPLORE_STEPS = 20  # how long --explore-prob holds a value
 PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
+FIRST_STATISTICS = 32  # observations from which statistics of them start
 ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it waits
 
 
@@ -141,29 +147,24 @@ class Args(RunArgs):
     curve_keys: str | None = None
     """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
 
-    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads total_timesteps "
-    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys"
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads amp total_timesteps "
+    MAY_CHANGE += "eval_every eval_episodes final_eval_episodes address curve_keys"
     SHAPING = "env_id action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
     SHAPING += "std_parameterization"
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
-        for name, value in vars(self).items():
-            least = 0 if name in ("seed", "lr_warmup", "lr_decay", "utd_ratio") else 1
-            if type(value) is int and value < least:
-                fail(f"{flag(name)} {value}: give at least {least}")
-            if type(value) is float and name != "target_entropy_per_dim" and not 0 <= value < math.inf:
-                fail(f"{flag(name)} {value}: give a number that is not negative")
-            if (name == "gamma" and value > 1) or (name in ("demo_ratio", "dropout", "actor_ema") and value >= 1):
-                fail(f"{flag(name)} {value}: give a number from 0 to 1")
+        may_be_zero = {"seed", "lr_warmup", "lr_decay", "utd_ratio"}
+        fractions = {"gamma", "demo_ratio", "dropout", "explore_prob", "actor_ema"}
+        setup.check_numbers(self, may_be_zero, fractions, any_sign={"target_entropy_per_dim"})
         if self.num_min_qs > self.num_qs:
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
-        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init:
-            fail("--hidden-dims and --alpha-init must be above 0")
+        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or self.dropout == 1:
+            fail("--hidden-dims and --alpha-init must be above 0, --dropout below 1")
         if self.utd_ratio == 0 and self.role == "both":
             fail("--utd-ratio 0: is for --role learner, which learns while an actor acts")
         if self.record_dataset:
-            envs.check_new_dataset(self.record_dataset)
+            check_new_dataset(self.record_dataset)
 
     def shared(self) -> dict[str, object]:
         """What shapes task and policy, and so must be the same in actor and learner."""
@@ -186,7 +187,9 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
     if not space.is_np_flattenable:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
     envs.check_actions(env, args.env_id)
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if not isinstance(env, envs.Checked):  # wrappers of your own
+        env = envs.Checked(env, args.env_id)
+    env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)
     env = gym.wrappers.FlattenObservation(env)
@@ -196,8 +199,11 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+    """Whether the episode whose last info this is was a success, NaN where the task does not say.
+
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
+    """
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -303,16 +309,33 @@ class Critic(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until the first `update`."""
+    """Running mean and variance of observations; the identity until `start`.
+
+    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
+    """
+
+    REACH = 10
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("low", torch.zeros(dim))
+        self.register_buffer("high", torch.zeros(dim))
+
+    def start(self, obs: Tensor) -> None:
+        """The range of the first observations (N, O), without the most extreme hundredth, and at least one, of them."""
+        outer = min(1 + len(obs) // 100, (len(obs) - 1) // 2)
+        self.low.copy_(obs.kthvalue(1 + outer, 0).values)
+        self.high.copy_(obs.kthvalue(len(obs) - outer, 0).values)
 
     def update(self, obs: Tensor) -> None:
         """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
+        reach = self.REACH * (self.high - self.low).clamp(min=1)
+        obs = obs.clamp(self.low - reach, self.high + reach)
+        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
+        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
         total = self.count + len(obs)
         delta = obs.mean(0) - self.mean
         weight = len(obs) / total
@@ -354,23 +377,15 @@ def pack_step(dtype: np.dtype, action: np.ndarray | None, obs: np.ndarray, rewar
 class ReplayBuffer:
     """Uniform ring buffer of transitions; lives on the device, so that sampling is one gather per field."""
 
-    FIELDS = (*Batch._fields, "continues")
-
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, n_step=1, gamma=1.0):
         """Batches are of `n_step` steps, whose rewards are discounted by `gamma`."""
-        self.capacity = capacity
-        self.device = device
-        self.n_step = n_step
-        self.gamma = gamma
-        self.observations = torch.empty(capacity, obs_dim, device=device)
-        self.actions = torch.empty(capacity, action_dim, device=device)
-        self.rewards = torch.empty(capacity, device=device)
-        self.next_observations = torch.empty(capacity, obs_dim, device=device)
-        self.terminations = torch.empty(capacity, device=device)
+        self.capacity, self.device, self.n_step, self.gamma = capacity, device, n_step, gamma
+        shapes = Batch((obs_dim,), (action_dim,), (), (obs_dim,), ())
+        self.rows = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
         self.continues = torch.empty(capacity, dtype=torch.bool, device=device)  # the episode of the slot before
         self.total = 0  # transitions ever added
         self.newest: dict[str, Tensor] = {}  # each actor's newest observation (O,)
-        self.last_actor: str | None = None  # whose episode the newest transition belongs to, until it ends
+        self.open_episode: str | None = None  # whose episode the newest transition belongs to, until it ends
 
     def __len__(self) -> int:
         return min(self.total, self.capacity)
@@ -378,21 +393,19 @@ class ReplayBuffer:
     def add(self, step: np.ndarray, actor: str = "") -> int:
         """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
         obs = torch.tensor(step["observation"], device=self.device)
-        if step["first"]:
-            self.newest[actor] = obs
-            if self.last_actor == actor:
-                self.last_actor = None
+        before = self.newest.get(actor)
+        self.newest[actor] = obs
+        if step["first"] or before is None:
+            self.open_episode = None if self.open_episode == actor else self.open_episode
             return 0
         slot = self.total % self.capacity
-        self.observations[slot] = self.newest[actor]
-        self.actions[slot] = torch.tensor(step["action"], device=self.device)
-        self.rewards[slot] = float(step["reward"])
-        self.next_observations[slot] = obs
-        self.terminations[slot] = float(step["terminated"])
-        self.continues[slot] = self.last_actor == actor
+        action = torch.tensor(step["action"], device=self.device)
+        values = Batch(before, action, float(step["reward"]), obs, float(step["terminated"]))
+        for column, value in zip(self.rows, values):
+            column[slot] = value
+        self.continues[slot] = self.open_episode == actor
+        self.open_episode = actor
         self.total += 1
-        self.newest[actor] = obs
-        self.last_actor = actor
         return 1
 
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
@@ -406,62 +419,69 @@ class ReplayBuffer:
         Rewards are summed with their discounts; `terminations` becomes the part of the next observation's value that
         the target loses. They are shorter where the episode or the buffer ends, or another actor's steps come between.
         """
-        batch = Batch(*(getattr(self, name)[slots] for name in Batch._fields))
+        batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
         for _ in range(1, self.n_step):
             after = (last + 1) % self.capacity
             goes_on = self.continues[after] & (last != newest)  # (...)
             discounts = self.gamma * (1 - batch.terminations)
-            rewards = batch.rewards + discounts * self.rewards[after]
-            terminations = 1 - discounts * (1 - self.terminations[after])
-            batch = batch._replace(
-                rewards=torch.where(goes_on, rewards, batch.rewards),
-                next_observations=torch.where(
-                    goes_on[..., None], self.next_observations[after], batch.next_observations
-                ),
-                terminations=torch.where(goes_on, terminations, batch.terminations),
+            longer = batch._replace(
+                rewards=batch.rewards + discounts * self.rows.rewards[after],
+                next_observations=self.rows.next_observations[after],
+                terminations=1 - discounts * (1 - self.rows.terminations[after]),
             )
+            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in zip(longer, batch)))
             last = torch.where(goes_on, after, last)
         return batch
 
     def newest_observations(self, count: int) -> Tensor:
         """Observations (count, O) of the newest transitions, oldest first."""
-        return self.observations[torch.arange(self.total - count, self.total, device=self.device) % self.capacity]
+        slots = torch.arange(self.total - count, self.total, device=self.device) % self.capacity
+        return self.rows.observations[slots]
 
     def state_dict(self) -> dict:
-        state = {name: getattr(self, name)[: len(self)].clone() for name in self.FIELDS}
-        return state | {"total": self.total, "newest": dict(self.newest), "last_actor": self.last_actor}
+        columns = [column[: len(self)].clone() for column in (*self.rows, self.continues)]
+        return {"columns": columns, "total": self.total, "newest": dict(self.newest), "open": self.open_episode}
 
     def load_state_dict(self, state: dict) -> None:
-        count = len(state["rewards"])
-        for name in self.FIELDS:
-            if count > self.capacity:
-                setattr(self, name, state[name])
-            else:
-                getattr(self, name)[:count] = state[name]
-        self.capacity = max(self.capacity, count)
+        """Takes the place of what is there; a buffer that is too small grows."""
+        *rows, continues = state["columns"]
+        self.capacity = max(self.capacity, len(continues))
+        self.rows = Batch(*(fill(column, saved) for column, saved in zip(self.rows, rows)))
+        self.continues = fill(self.continues, continues)
         self.total = state["total"]
         self.newest = dict(state["newest"])
-        self.last_actor = state["last_actor"]
+        self.open_episode = state["open"]
 
 
-def load_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
+def expand(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (...) with dimensions of size 1 behind, as many as `like` (..., D) has more."""
+    return mask[(...,) + (None,) * (like.ndim - mask.ndim)]
+
+
+def fill(column: Tensor, saved: Tensor) -> Tensor:
+    """`column` that begins with the rows `saved`, or those when it is shorter."""
+    if len(saved) > len(column):
+        return saved
+    column[: len(saved)] = saved
+    return column
+
+
+def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
     """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
-    task = make_env(args)
     episodes = list(envs.demonstrations(args.demos, task, args.seed, args.demo_noise))
     steps = []
     for episode in episodes:
         for action, obs, reward, terminated in envs.replay(episode, task, wrap, args.action_chunk):
             steps.append(pack_step(agent.step_type, action, obs, reward, terminated))
-    task.close()
+    if len(steps) == len(episodes):
+        fail(f"--demos {args.demos}: has no steps")
     demos = agent.make_buffer(len(steps) - len(episodes))
     for step in steps:
         demos.add(step)
-    agent.observe(demos.newest_observations(len(demos)))
-    verdicts = [success(episode.info) for episode in episodes]
-    known = "success unknown" if any(map(math.isnan, verdicts)) else f"{int(sum(verdicts))} successful"
-    print(f"{len(episodes)} demonstrations, {len(demos)} steps, {known}", flush=True)
+    agent.observe(demos, len(demos))
+    print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
     return demos
 
 
@@ -476,7 +496,8 @@ class Agent:
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Box, args: Args, device: torch.device):
         self.args = args
         self.device = device
-        self.obs_dim, self.action_dim = observation_space.shape[0], action_space.shape[0]
+        (self.obs_dim,) = observation_space.shape
+        (self.action_dim,) = action_space.shape
         self.step_type = step_type(self.obs_dim, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
@@ -503,12 +524,12 @@ class Agent:
         if args.compile and device.type == "cuda":
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
-            self.update_once = Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.update_once = setup.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, capacity: int) -> ReplayBuffer:
         """A buffer of this agent's transitions. Exits with one line when the memory is not there."""
         needed = 4 * capacity * (2 * self.obs_dim + self.action_dim + 2)
-        check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
+        setup.check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
         return ReplayBuffer(capacity, self.obs_dim, self.action_dim, self.device, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
@@ -524,6 +545,8 @@ class Agent:
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         action = mean.tanh()[0].cpu().numpy()
+        if not np.isfinite(action).all():
+            fail(f"the policy's actions are {action}: training has diverged; give a smaller --lr or smaller rewards")
         if self.args.explore_prob and not deterministic:
             self.explore(action)
         return action
@@ -546,10 +569,18 @@ class Agent:
         """The deterministic actions (N, A) that are evaluated."""
         return np.stack([self.act(obs, deterministic=True) for obs in observations])
 
-    def observe(self, observations: Tensor) -> None:
-        """Takes observations (N, O) into the running statistics."""
-        if self.args.normalize_observations:
-            self.normalizer.update(observations)
+    def observe(self, buffer: ReplayBuffer, count: int) -> None:
+        """Takes the newest `count` observations into the running statistics, which start when there are enough."""
+        if not self.args.normalize_observations:
+            return
+        starts = self.normalizer.count == 0
+        if starts and len(buffer) < min(FIRST_STATISTICS, buffer.capacity):
+            return
+        observations = buffer.newest_observations(len(buffer) if starts else count)
+        if starts:
+            self.normalizer.start(observations)
+        for part in observations.split(count):
+            self.normalizer.update(part)
 
     @property
     def alpha(self) -> Tensor:
@@ -667,24 +698,15 @@ class Agent:
             if not np.isfinite(steps[name]).all():
                 raise ValueError(f"{name}: numbers are not finite")
 
-    def weights(self) -> bytes:
-        """What acting needs, as float32: the actor's parameters and the normalizer's statistics."""
-        return torch.cat([tensor.flatten() for tensor in self.acting_tensors()]).cpu().numpy().tobytes()
-
-    def load_weights(self, weights: bytes) -> None:
-        """Exits with one line when they are of another policy."""
-        vector = torch.frombuffer(bytearray(weights), dtype=torch.float32)
-        tensors = self.acting_tensors()
-        sizes = [tensor.numel() for tensor in tensors]
-        if len(vector) != sum(sizes):
-            fail("the learner's policy has another size; give actor and learner the same flags")
-        for tensor, values in zip(tensors, vector.split(sizes), strict=True):
-            tensor.copy_(values.reshape(tensor.shape))
-
-    def acting_tensors(self) -> list[Tensor]:
-        return [*self.actor.state_dict().values(), *self.normalizer.state_dict().values()]
+    def policy_tensors(self) -> list[Tensor]:
+        """What acting needs: the actor's parameters and the normalizer's statistics."""
+        statistics = [self.normalizer.mean, self.normalizer.var] if self.args.normalize_observations else []
+        return [*self.actor.state_dict().values(), *statistics]
 
     def state_dict(self) -> dict:
+        """Exits with one line, so that it is not saved, when training has diverged."""
+        if not all(torch.isfinite(parameter).all() for parameter in (*self.critic_parameters, *self.actor_parameters)):
+            fail("the networks' weights are not finite: training has diverged; give a smaller --lr or smaller rewards")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state["raw_alpha"] = self.raw_alpha.detach()
         state["critic_updates"] = self.critic_updates
@@ -702,33 +724,27 @@ class Agent:
         self.held_steps, self.held = np.array(state["held"], np.float32)
         for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
             optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
-        if state["generator"].shape == self.generator.get_state().shape:
-            self.generator.set_state(state["generator"].cpu())
-        else:  # written on a GPU and read on a CPU, or the other way: the run goes on, with other random numbers
-            self.generator.manual_seed(self.args.seed + self.critic_updates)
+        setup.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
+def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env | None, metrics: dict[str, Tensor]) -> None:
+    """Rows of train.csv and eval.csv, where they are due."""
+    if run.due(max(args.eval_every // 2, 1)):
+        run.log("train", run.episodes() | run.speed() | metrics)
+    if run.due(args.eval_every) and run.step < args.total_timesteps:
+        with run.phase("eval"):
+            run.log("eval", evaluate(agent.policy, [env], args.eval_episodes, args.seed, success, run.impatient))
+
+
 def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
-    task = make_env(args)
-    if args.record_dataset:
-        task = envs.Recorder(task)
+    task = envs.Recorder(make_env(args)) if args.record_dataset else make_env(args)
     env = wrap(task)
     scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
     if args.record_dataset:
-        episodes = list(task.episodes)
-        random = evaluate(lambda _, rngs: rngs[0].uniform(-1, 1, agent.action_dim), [env], 10, args.seed, success)
-        envs.record(
-            args.record_dataset,
-            episodes,
-            task,
-            success,
-            algorithm_name="SAC",
-            ref_min_score=random["eval/episodic_return"],
-            ref_max_score=scalars["eval/episodic_return"],
-            description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
-        )
+        store_evaluation(args.record_dataset, task, env, args.seed, success)
+    task.close()
     if args.capture_video:
         record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars
@@ -736,29 +752,34 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def start(
-    args: Args, env: gym.Env, wrap: Callable[[gym.Env], gym.Env]
+    args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
     """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
-    device = set_up_torch(args.threads, args.amp)
+    device = setup.set_up_torch(args.threads, args.amp)
+    env = wrap(task)
     agent = Agent(env.observation_space, env.action_space, args, device)
     buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps))
     demos = None
-    if args.demos != "0" and (args.resume or args.eval_only):
+    if args.demos != "0" and has_checkpoint(args.run_dir):
         demos = agent.make_buffer(1)  # grows when it is loaded
     elif args.demos != "0":
-        demos = load_demos(args, agent, wrap)
+        demos = load_demos(args, agent, task, wrap)
     return Run(args, args.env_id, __file__, device), agent, buffer, demos
 
 
 def train(args: Args) -> None:
     """One process that acts and learns."""
     wrap = partial(wrap_states, args=args)
-    env = wrap(make_env(args))
-    run, agent, buffer, demos = start(args, env, wrap)
+    task = make_env(args)
+    run, agent, buffer, demos = start(args, task, wrap)
     run.keep(agent=agent, buffer=buffer, demos=demos)
     if args.eval_only:
+        task.close()
         return report("checkpoint", final_evaluation(args, agent, run, wrap))
-    eval_env = wrap(make_env(args))
+    env = wrap(task)
+    eval_env = None  # a second one only where it is needed: a task may own a robot or a port
+    if args.eval_every < args.total_timesteps:
+        eval_env = wrap(make_env(args))
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
@@ -776,7 +797,7 @@ def train(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Store: `terminated` cuts the bootstrap, `truncated` does not.
         buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
-        agent.observe(buffer.newest_observations(1))
+        agent.observe(buffer, 1)
         run.advance()
         # Reset: each episode has a seed of its own, so that a run goes on from here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
@@ -791,20 +812,17 @@ def train(args: Args) -> None:
         if run.step > args.learning_starts:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, args.utd_ratio)
-        # Log.
-        if run.due(max(args.eval_every // 2, 1)):
-            run.log("train", run.episodes() | run.speed() | metrics)
-        # Evaluate.
-        if run.due(args.eval_every) and run.step < args.total_timesteps:
-            with run.phase("eval"):
-                scalars = evaluate(agent.policy, [eval_env], args.eval_episodes, args.seed, success, run.impatient)
-                run.log("eval", scalars)
+        # Log and evaluate.
+        log_and_evaluate(args, run, agent, eval_env, metrics)
         # Save, where an episode has ended.
         if episode_over and run.should_save(2 * args.eval_every):
             run.save()
             if run.signals:
                 break
 
+    env.close()
+    if eval_env:
+        eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -812,8 +830,11 @@ def train(args: Args) -> None:
 def learner(args: Args) -> None:
     """Receives steps, learns, publishes the policy: SERL's learner."""
     wrap = partial(wrap_states, args=args)
-    env = wrap(make_env(args))  # for its spaces, and to evaluate
-    run, agent, buffer, demos = start(args, env, wrap)
+    task = make_env(args)  # for its spaces, demonstrations, evaluation
+    run, agent, buffer, demos = start(args, task, wrap)
+    eval_env = wrap(task)
+    if args.eval_every >= args.total_timesteps:
+        task.close()
     actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
@@ -826,36 +847,30 @@ def learner(args: Args) -> None:
         count = 0
         with run.phase("env"):
             wait_ms = 100 if args.utd_ratio else 0
-            received = [] if agent.owed(run.step) else actors.receive(wait_ms)
+            most = args.total_timesteps - run.step
+            received = [] if agent.owed(run.step) else actors.receive(wait_ms, most)
         # Store.
         for actor_name, data in received:
-            if run.step + count < args.total_timesteps:
-                count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
+            count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
         if count:
-            agent.observe(buffer.newest_observations(count))
+            agent.observe(buffer, count)
         run.advance(count)
         # Learn.
-        if run.step > args.learning_starts:
-            updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY
+        updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY
+        if updates and run.step > args.learning_starts:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, updates)
         if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
-            actors.publish(agent.critic_updates, agent.weights())
+            actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()))
             published = agent.critic_updates
-        # Log.
-        if run.due(max(args.eval_every // 2, 1)):
-            run.log("train", run.episodes() | run.speed() | metrics)
-        # Evaluate.
-        if run.due(args.eval_every) and run.step < args.total_timesteps:
-            with run.phase("eval"):
-                scalars = evaluate(agent.policy, [env], args.eval_episodes, args.seed, success, run.impatient)
-                run.log("eval", scalars)
+        log_and_evaluate(args, run, agent, eval_env, metrics)
         # Save: actors may then forget what they sent.
         if run.should_save(2 * args.eval_every):
             run.save()
             actors.saved()
 
-    actors.publish(agent.critic_updates, agent.weights(), done=not run.signals)
+    actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done=not run.signals)
+    eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -863,7 +878,7 @@ def learner(args: Args) -> None:
 def actor(args: Args) -> None:
     """Acts with the learner's newest policy and sends every step: SERL's actor."""
     env = wrap_states(make_env(args), args)
-    device = set_up_torch(args.threads, args.amp)
+    device = setup.set_up_torch(args.threads, args.amp)
     agent = Agent(env.observation_space, env.action_space, args, device)
     run = Run(args, args.env_id, __file__, device)
     run.keep()
@@ -891,7 +906,7 @@ def actor(args: Args) -> None:
             newer = learner_end.weights()
             if newer:
                 version, weights = newer
-                agent.load_weights(weights)
+                setup.unpack_tensors(weights, agent.policy_tensors())
             action = agent.act(obs, deterministic=False) if version else agent.random_action()
         # Step the environment.
         with run.phase("env"):
@@ -908,6 +923,8 @@ def actor(args: Args) -> None:
             with run.phase("env"):
                 obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
             learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+            if run.should_save(2 * args.eval_every):
+                run.save()
         # Log.
         if run.due(max(args.eval_every // 2, 1)):
             run.log("train", run.episodes() | run.speed())
@@ -917,8 +934,11 @@ def actor(args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    if args.eval_only and args.role == "actor":
+        fail(f"--eval-only {args.eval_only}: is an actor's run; give its learner's")
+    role = "both" if args.eval_only else args.role
     with ends_well(args):
-        {"both": train, "learner": learner, "actor": actor}[args.role](args)
+        {"both": train, "learner": learner, "actor": actor}[role](args)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,19 @@
-"""What a script starts with: flags and --help, how it says no, PyTorch on this machine."""
+"""What a script starts and ends with: flags and --help, how it says no, whole files, PyTorch on this machine."""
 
 import ast
 import contextlib
 import ctypes
 import dataclasses
+import errno
 import inspect
 import json
+import os
 import re
+import subprocess
 import sys
 import textwrap
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -62,8 +65,14 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = None) -> T:  # noqa: N803
-    """The command line; with --resume or --eval-only the run's own flags are the defaults.
+def parse(
+    Args: type[T],  # noqa: N803
+    doc: str,
+    may_change: str,
+    argv: list[str] | None = None,
+    default: T | None = None,
+) -> T:
+    """The command line over `default`; with --resume or --eval-only the run's own flags are the defaults.
 
     `may_change` names, separated by spaces, the flags that may differ from the run's. Exits with one line when flags
     contradict each other or the run. --help shows `doc`, then the flags in groups.
@@ -72,10 +81,11 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
     if {"-h", "--help"} & set(argv):
         print(help_text(Args, doc))
         raise SystemExit(0)
-    args = tyro.cli(Args, args=argv)
-    run_dir = args.resume or args.eval_only
+    args = tyro.cli(Args, args=argv, default=default)
+    resume, eval_only = (getattr(args, name, None) for name in ("resume", "eval_only"))  # not every script has them
+    run_dir = resume or eval_only
     if run_dir:
-        saved = read_flags(Args, run_dir, "--resume" if args.resume else "--eval-only")
+        saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in vars(saved).keys() - set(may_change.split()):
             theirs = getattr(saved, name)
@@ -86,10 +96,32 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
     return args
 
 
+def absl_flags(Args: type, argv: list[str]) -> list[str]:  # noqa: N803
+    """`--x_y=v` as `--x-y v`; for switches `--x=True` or `=1` as `--x`, `--x=False` or `=0` or `--nox` as `--no-x`."""
+    switches = {flag(field.name) for field in dataclasses.fields(Args) if field.type is bool}
+    tokens: list[str] = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if re.fullmatch(r"--[A-Za-z][\w-]*", name):
+            name = flag(name[2:])
+            if name.startswith("--no") and "--" + name[4:] in switches:
+                name = "--no-" + name[4:]
+            tokens += [name, value] if equals else [name]
+        else:
+            tokens.append(token)
+        if len(tokens) > 1 and tokens[-2] in switches and tokens[-1].lower() in ("true", "1", "false", "0"):
+            value = tokens.pop().lower()
+            if value in ("false", "0"):
+                tokens[-1] = f"--no-{tokens[-1][2:]}"
+    return tokens
+
+
 def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
     """The flags in `run_dir`. Exits with one line that names `option` when there are none."""
     try:
         saved = json.loads((Path(run_dir) / "args.json").read_text())
+        if option == "--eval-only" and saved.get("record_dataset"):
+            saved["record_dataset"] = None  # that was the training's last evaluation
         args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         args.check()
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -97,9 +129,35 @@ def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
     return args
 
 
+def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_sign: set[str] = frozenset()) -> None:
+    """Exits with one line about a whole number below 1, a negative or infinite number, or a fraction above 1."""
+    for name, value in vars(args).items():
+        least = 0 if name in may_be_zero else 1
+        if type(value) is int and value < least:
+            fail(f"{flag(name)} {value}: give at least {least}")
+        if type(value) is float and name not in any_sign and not 0 <= value < float("inf"):
+            fail(f"{flag(name)} {value}: give a number that is not negative")
+        if name in fractions and value > 1:
+            fail(f"{flag(name)} {value}: give a number from 0 to 1")
+
+
+def to_flags(args: object) -> list[str]:
+    """The command line that gives these arguments."""
+    tokens = []
+    for name, value in vars(args).items():
+        if isinstance(value, bool):
+            tokens.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        elif isinstance(value, tuple):
+            tokens += [flag(name), *map(str, value)]
+        elif value is not None:
+            tokens += [flag(name), str(value)]
+    return tokens
+
+
 def help_text(Args: type, doc: str) -> str:  # noqa: N803
     """`doc`, then every flag with type, default and meaning, in the groups that comment lines in the class name."""
     groups: dict[str, list[str]] = {}
+    group = "flags"
     for owner in reversed([c for c in Args.__mro__ if dataclasses.is_dataclass(c)]):
         source = textwrap.dedent(inspect.getsource(owner))
         comments = [(i, line.strip()[2:]) for i, line in enumerate(source.splitlines(), 1) if line.startswith("    # ")]
@@ -107,7 +165,7 @@ def help_text(Args: type, doc: str) -> str:  # noqa: N803
         for field, meaning in zip(body, body[1:], strict=False):
             if not (isinstance(field, ast.AnnAssign) and isinstance(meaning, ast.Expr)):
                 continue
-            group = [name for line, name in comments if line < field.lineno][-1]
+            group = [group, *(name for line, name in comments if line < field.lineno)][-1]
             name = field.target.id
             entry = usage(name, typing.get_type_hints(Args)[name], getattr(Args, name))
             text = textwrap.fill(" ".join(ast.literal_eval(meaning.value).split()), 100, **INDENT)
@@ -122,12 +180,92 @@ def usage(name: str, hint: object, default: object) -> str:
     """A flag with what it takes: `--utd-ratio INT (6)`."""
     if hint is bool:
         return f"{flag(name)} | --no-{flag(name)[2:]}  ({'on' if default else 'off'})"
-    choices = re.findall(r"'(\w+)'", str(hint))
+    choices = re.findall(r"'(\w+)'", str(hint)) if "Literal" in str(hint) else []
     kinds = re.findall(r"\b(int|float|str)\b", str(hint))
     value = "{" + ",".join(choices) + "}" if choices else kinds[0].upper()
     if isinstance(default, tuple):
         return f"{flag(name)} [{value} ...]  ({' '.join(map(str, default)) or 'none'})"
     return f"{flag(name)} {value}  ({'none' if default is None else default})"
+
+
+def check_new_folder(folder: str | Path) -> None:
+    """Exits with one line when a run cannot be written there; makes nothing."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        fail(f"--run-dir {folder}: cannot be written, it is a file; give another name")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if "args.json" in names:
+        fail(f"--run-dir {folder}: has a run; --resume it, or give another name")
+    if names - {"lost+found", "run.json.tmp"} and "run.json" not in names:  # with it: a run that was killed in there
+        fail(f"--run-dir {folder}: is not empty; give another name")
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fail(f"--run-dir {folder}: cannot be written, for {parent} takes no files; give another folder")
+
+
+@contextlib.contextmanager
+def ends_well(args: RunArgs) -> Iterator[None]:
+    """Ctrl-C, a task's fault and a full or read-only disk end the program with one line that says how to go on."""
+    try:
+        with bar_closed():
+            yield
+    except KeyboardInterrupt:
+        raise SystemExit(f"stopped; {go_on(args)}") from None
+    except Fault as error:
+        fail(f"{error}; then {go_on(args)}")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"{error}; make room, then {go_on(args)}")
+        ours = args.run_dir and error.filename and Path(args.run_dir) in Path(error.filename).parents
+        if ours and error.errno in (errno.EROFS, errno.EACCES):
+            fail(f"{error}; make the folder writable, then {go_on(args)}")
+        raise
+
+
+@contextlib.contextmanager
+def bar_closed() -> Iterator[None]:
+    """Ends the progress bar's line, so that what is said next has one of its own."""
+    from tqdm import tqdm
+
+    try:
+        yield
+    finally:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()
+
+
+def has_checkpoint(run_dir: str | Path | None) -> bool:
+    """Whether a run has saved something to go on with."""
+    return run_dir is not None and any((Path(run_dir) / f"checkpoint.{name}").exists() for name in ("pt", "previous"))
+
+
+def go_on(args: RunArgs) -> str:
+    """How an ended run is continued."""
+    run_dir = args.run_dir
+    if run_dir is None or not (Path(run_dir) / "args.json").exists():
+        return "run the same command again"
+    if has_checkpoint(run_dir):
+        return f"go on with --resume {run_dir}"
+    return f"begin again with --resume {run_dir}, nothing was saved yet"
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file is the old one or the new one, whenever the program or the machine stops."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def git_commit(folder: Path) -> str:
+    """Commit that `folder` belongs to, with a + when files differ from it."""
+    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
+        return subprocess.run(git, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    return "unknown"
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
@@ -172,6 +310,29 @@ def free_memory() -> float:
     return float("inf")
 
 
+def pack_tensors(tensors: list[Tensor]) -> bytes:
+    """Tensors one after the other, as float32."""
+    return torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy().tobytes()
+
+
+def unpack_tensors(data: bytes, tensors: list[Tensor]) -> None:
+    """Fills `tensors` with what `pack_tensors` made of such. Exits with one line when they are not of these shapes."""
+    vector = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    sizes = [tensor.numel() for tensor in tensors]
+    if len(vector) != sum(sizes):
+        fail("the learner's policy has another size; give actor and learner the same flags")
+    for tensor, values in zip(tensors, vector.split(sizes), strict=True):
+        tensor.copy_(values.reshape(tensor.shape))
+
+
+def load_generator(generator: torch.Generator, state: Tensor, other_seed: int) -> None:
+    """The generator as it was; `other_seed` when the state is a GPU's and is read on a CPU, or vice versa."""
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state.cpu())
+    else:
+        generator.manual_seed(other_seed)
+
+
 class Graphed:
     """A function of tensors on a GPU as one CUDA graph: everything that it launches is launched together.
 
@@ -198,7 +359,7 @@ class Graphed:
             graph = torch.cuda.CUDAGraph()
             static_inputs = [tensor.clone() for tensor in inputs]
             graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader pins memory meanwhile
                 results = self.function(*static_inputs, **options)
             self.graphs[key] = graph, static_inputs, results
         graph, static_inputs, results = self.graphs[key]
