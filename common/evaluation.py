@@ -133,7 +133,8 @@ def record(
         if not math.isnan(verdict):  # known at the end only
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about)
+    boxes = {"observation_space": space, "action_space": env.action_space}
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.unwrapped.spec, **boxes, **about)
 
 
 def store_evaluation(
