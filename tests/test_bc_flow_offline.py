@@ -39,10 +39,10 @@ from bc_flow_offline import (
     evaluate,
     make_env_and_datasets,
     process_train_dataset,
-    read_args,
 )
 from common.evaluation import CsvLogger, LoggingHelper, video_grid
 from common.run import drop_rows_after
+from common.setup import parse
 from common.vision import pad_same, random_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -58,6 +58,10 @@ def _exact_and_on_one_thread():
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
+
+
+def read_args(argv: list[str]) -> Args:
+    return parse(Args, "", Args.MAY_CHANGE, argv)
 
 
 def small_args(**changes) -> Args:

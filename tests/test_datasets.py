@@ -22,7 +22,7 @@ from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, w
 
 import bc_flow_offline
 from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
-from common import datasets, stored
+from common import datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 SCRIPT, CPU = "bc_flow_offline.py", torch.device("cpu")
@@ -738,8 +738,8 @@ def test_images_from_disk_are_those_in_memory(camera_data):
 def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch, capsys):
     for free, expected in ((10**12, False), (1000, True)):
         monkeypatch.setattr("os.sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
-        assert stored.images_stay_on_disk(camera_data, "auto") == expected
-        assert not stored.images_stay_on_disk(camera_data, "memory")
+        assert datasets.images_stay_on_disk(camera_data, "auto") == expected
+        assert not datasets.images_stay_on_disk(camera_data, "memory")
         bc_flow_offline.load_datasets(Args(env_name=camera_data.id))
         assert ("images read by 2 workers, for memory is short" in capsys.readouterr().out) == expected
 
@@ -766,7 +766,7 @@ def test_two_processes_that_store_the_same_data(tmp_path):
     box = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
     parts = np.zeros((3, 2)), np.zeros((2, 1), np.float32), np.zeros(2), *np.array([[False] * 2, [False, True]])
     root = tmp_path / "minari" / "own"
-    stored.store("own/data-v0", [parts], **box)
+    datasets.store("own/data-v0", [parts], **box)
     root.rename(tmp_path / "theirs")
 
     def episodes():
@@ -774,7 +774,7 @@ def test_two_processes_that_store_the_same_data(tmp_path):
         shutil.copytree(tmp_path / "theirs", root)
         yield parts
 
-    assert stored.store("own/data-v0", episodes(), **box) == "own/data-v0"
+    assert datasets.store("own/data-v0", episodes(), **box) == "own/data-v0"
     assert train_rows("own/data-v0").size == 2 and not list((tmp_path / "minari").glob(".*"))
 
 

@@ -31,7 +31,7 @@ MODULES = sorted(str(path.relative_to(REPO)) for path in REPO.glob("common/*.py"
 BENCHMARKS = sorted(str(path.relative_to(REPO)) for path in REPO.glob("benchmarks/*.py"))
 OWN_PYTHON = [*SCRIPTS, *MODULES, *BENCHMARKS]
 WITH_ARGS = [name for name in (*SCRIPTS, *BENCHMARKS) if name != "benchmarks/speed.py"]
-MAY_DIFFER = {"Args", "Agent", "make_env", "main", "train", "learner", "actor"}
+MAY_DIFFER = {"Args", "Agent", "make_env", "main", "train", "learner", "actor", "evaluate"}
 SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agent", "Evaluation", "Main"]
 FOOTER = 'if __name__ == "__main__":\n    main({})'
 CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_CHANGE)")  # the second with --resume
