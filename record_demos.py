@@ -43,7 +43,7 @@ import numpy as np
 
 import franka_sim  # noqa: F401  registers the simulated tasks
 from common import envs
-from common.recording import Recording, cameras_of, dataset_folder, stacked, write_sheet, write_video
+from common.recording import Recording, dataset_folder, stacked
 from common.run import git_commit
 from common.setup import Fault, fail, flag, parse
 from robot_client import KEYS, SERVER, TASKS, Keyboard, Pace, RobotError, ScriptedExpert, SpaceMouse, Teleop, Terminal
@@ -452,7 +452,7 @@ class Session:
 
 def load_detector(path: str, env: gym.Env):
     """The success classifier in a file of reward_classifier.py. Exits with one line when it does not fit the task."""
-    from common.evaluation import SuccessDetector
+    from common.success import SuccessDetector
 
     try:
         return SuccessDetector.load(path, envs.fingerprint(env))
@@ -489,14 +489,12 @@ def report(recording: Recording, env: gym.Env) -> None:
     if any("suggested" in episode for episode in recording.episodes):
         others = [int(episode["id"]) for episode in recording.episodes if episode.get("disagreement")]
         print(f"classifier and verdict disagree in {len(others)} episodes: {others}")
-    dataset = minari.load_dataset(recording.name)
-    actions, late_s = [], []
-    for episode in dataset.iterate_episodes():
-        actions.append(episode.actions)
-        late_s.append(episode.infos["late_s"])
-        write_episode_video(recording, episode, cameras_of(env), hz)
-    report_actions(np.concatenate(actions), 1000 * np.concatenate(late_s))
-    write_contact_sheet(recording, dataset, cameras_of(env))
+    episodes = list(minari.load_dataset(recording.name).iterate_episodes())
+    actions = np.concatenate([episode.actions for episode in episodes])
+    late_s = np.concatenate([episode.infos["late_s"] for episode in episodes])
+    report_actions(actions, 1000 * late_s)
+    sheet = recording.write_pictures(episodes, env)
+    print(f"look at {sheet} and the videos beside it" if sheet else "no pictures are observed: no videos")
 
 
 def report_demos(lengths: np.ndarray, won: np.ndarray) -> None:
@@ -530,38 +528,6 @@ def report_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
     with_gripper = actions.shape[1] in (4, 7)  # as for robot_client.Teleop
     if with_gripper and actions[:, -1].max() < 0.5:
         print("warning: the gripper is never told to close, in none of the episodes", file=sys.stderr)
-
-
-def write_episode_video(recording: Recording, episode, cameras: list[str], hz: float) -> None:
-    """An mp4, with the cameras side by side, unless there is one of this very episode."""
-    path = recording.folder / f"episode_{episode.id}.mp4"
-    source = recording.data / f"episode_{episode.id}.hdf5"
-    if cameras and not (path.exists() and path.stat().st_mtime > source.stat().st_mtime):
-        write_video(side_by_side(episode, cameras), path, hz)
-
-
-def side_by_side(episode, cameras: list[str]) -> np.ndarray:
-    """(T + 1, H, K * W, 3) the pictures of K cameras."""
-    return np.concatenate([episode.observations[name] for name in cameras], axis=2)
-
-
-def write_contact_sheet(recording: Recording, dataset, cameras: list[str]) -> None:
-    """Six pictures of each of the newest episodes; in mode classifier, of each of their labels."""
-    if not cameras:
-        print("no contact sheet and no videos: the observations hold no pictures")
-        return
-    rows = []
-    for episode in dataset.iterate_episodes(range(max(len(dataset) - 40, 0), len(dataset))):
-        frames = side_by_side(episode, cameras)
-        kinds = {recording.episodes[episode.id]["verdict"]: np.arange(len(frames))}
-        if "label" in episode.infos:
-            labels = episode.infos["label"]
-            kinds = {f"label {label}": 1 + np.flatnonzero(labels == label) for label in np.unique(labels)}
-        for kind, numbers in kinds.items():
-            shown = numbers[np.linspace(0, len(numbers) - 1, 6).round().astype(int)]
-            rows.append((f"{episode.id} {kind}", frames[shown]))
-    write_sheet(rows, recording.folder / "contact_sheet.png")
-    print(f"look at {recording.folder / 'contact_sheet.png'}, and at the videos beside it")
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
