@@ -79,6 +79,13 @@ def test_expert_episodes_are_stored_as_they_were(tmp_path, monkeypatch):
     assert dataset.storage.metadata["fingerprint"]["observations"] == {"front": [16, 24, 3], "state": [3]}
 
 
+def test_executed_action_is_what_is_learned_from(tmp_path, monkeypatch):
+    record(tmp_path, "--episodes", 1, task="Boxed")
+    (episode,) = load(tmp_path, monkeypatch).iterate_episodes()
+    asked = episode.infos["asked_action"]
+    assert np.abs(asked).max() > 0.5 and np.array_equal(episode.actions, np.clip(asked, -0.5, 0.5))
+
+
 def test_contact_sheet_and_videos_show_the_episodes(tmp_path, monkeypatch):
     record(tmp_path, "--episodes", 2, task="TwoCameras")
     folder = tmp_path / "minari/hil/demos-v0"
@@ -277,7 +284,7 @@ class Person:
 
     def __init__(self, folder: Path, *flags: object, task: str = "Reach"):
         self.primary, self.secondary = pty.openpty()
-        flags = ("--env-id", f"recorded_tasks:{task}-v0", *flags)
+        flags = ("--env-id", f"recorded_tasks:{task}-v0", *flags) if task else flags
         self.context = popen_script(
             "record_demos.py", *flags, cwd=folder, env={"PYTHONPATH": TESTS}, stdin=self.secondary
         )
@@ -570,10 +577,43 @@ def test_expert_demonstrates_through_the_server(tmp_path, monkeypatch):
         for name in ("front", "wrist"):
             frames = episode.observations[name].astype(int)
             assert frames.shape == (len(episode) + 1, 128, 128, 3) and frames.std() > 20
-            assert np.abs(np.diff(frames, axis=0)).sum((1, 2, 3)).all()  # a new picture in every step
+            moving = np.abs(np.diff(episode.observations["state"], axis=0)[:, 4:7]).max(1) > 0.002  # tcp, m
+            changed = np.abs(np.diff(frames, axis=0)).max((1, 2, 3)) > 0
+            assert moving.any() and changed[moving].all()  # pictures and states are of the same moments
         assert (np.abs(episode.actions) <= 1).all() and episode.actions.shape[1] == 7
-        assert np.abs(episode.actions - episode.infos["asked_action"]).max() > 0  # the safety box cut some
+        assert np.abs(episode.actions).max() > 0.3 and episode.infos["asked_action"].shape == episode.actions.shape
         assert np.diff(episode.infos["time_s"]).min() > 0.05
+
+
+def test_person_demonstrates_through_the_server(tmp_path, monkeypatch):
+    """The arm holds while a person waits, pauses and is asked; each episode begins with what is seen then."""
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0") as server, Person(tmp_path, *server, task="") as person:
+        person.waits_for("ready: move to begin")
+        time.sleep(2.0)
+        person.types("r", then_s=1.0)  # up
+        person.types("p")
+        person.waits_for("paused")
+        time.sleep(2.0)
+        person.types("\n", then_s=0.3)
+        person.types("s", then_s=1.0)  # back
+        person.types("y")
+        person.waits_for("episode 0: success")
+        person.waits_for("ready: move to begin")
+        person.types("f", then_s=0.5)
+        person.types("x")
+        person.waits_for("episode 1 is not kept")
+        person.waits_for("ready")
+        output = person.quits()
+    (episode,) = load(tmp_path, monkeypatch).iterate_episodes()
+    assert 15 < len(episode) < 60 and "fault" not in output
+    position = episode.observations["state"][:, 4:7]  # in the frame where the episode began, the tcp looks down
+    steered = np.flatnonzero(episode.infos["intervened"])
+    assert steered[0] == 0 and len(steered) >= 8
+    assert np.linalg.norm(position[0]) < 0.002  # it stood still until then
+    assert position[:, 2].min() < -0.01 and np.ptp(position[:, 0]) > 0.01  # went up, then back
+    assert np.abs(episode.actions[~episode.infos["intervened"]]).max() < 1e-6
+    assert episode.terminations[-1] and episode.rewards.sum() == 1
+    assert np.diff(episode.infos["time_s"]).min() > 0.05 and episode.infos["late_s"].max() > 0
 
 
 def test_server_of_another_task_is_refused(tmp_path):
