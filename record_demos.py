@@ -91,6 +91,8 @@ class Args:
     keys: str | None = None
     """directory with the CURVE keys of robot_server.py --keygen"""
 
+    MAY_CHANGE = ""  # of a run that goes on: there is none
+
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
         self.dataset = self.dataset or {"demos": "hil/demos-v0", "classifier": "hil/frames-v0"}[self.mode]
@@ -165,8 +167,9 @@ class Rover(Expert):
 def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
     """Who steers, and where keys are typed: nowhere, if the expert steers and there is no terminal."""
     terminal = Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
-    if args.teleop == "keyboard":
+    if terminal:
         print(KEYS)
+    if args.teleop == "keyboard":
         return Keyboard(terminal=terminal), terminal
     if args.teleop == "spacemouse":
         return SpaceMouse(), terminal
@@ -557,4 +560,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__, ""))
+    main(parse(Args, __doc__, Args.MAY_CHANGE))
