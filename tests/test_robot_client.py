@@ -1609,8 +1609,8 @@ def test_dead_frozen_and_restarted_server(tmp_path):
 
 
 def test_episode_goes_on_when_the_front_is_killed(tmp_path):
-    """The process with the sockets is started again, lease and target stay. Where the machine is so busy that the client
-    gives up before, the episode ends, and the next one begins."""
+    """The process with the sockets is started again, lease and target stay. On a machine so busy that a client gives
+    up before, the episode ends, and the next one begins."""
     with served(tmp_path, "--env-id", "FrankaPegInsert-v0") as (address, process), environment(address) as env:
         went_on = 0
         for _ in range(4):
