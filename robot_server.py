@@ -27,7 +27,7 @@ that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
 A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
-answers for 2 s, or is one more than 256: then the one that was silent for longest. A client's own heartbeats are
+answers for 2 s, or is one more than 128: then the one that was silent for longest. A client's own heartbeats are
 answered.
 
 modes       idle: no controller runs, the robot holds itself; streaming; hold: the controller runs, the reference
@@ -109,7 +109,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
-import tyro
 
 PROTOCOL_VERSION = 2
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -1767,7 +1766,7 @@ class Control(threading.Thread):
                 "number": self.number,
                 "answer": self.answer,
                 "lease": self.lease | {"until": self.lease_until},
-                "gains": asdict(self.wanted_gains),
+                "gains": vars(self.wanted_gains),
                 "robot_time": state.time,
                 "at": state.at,
                 "reference": self.limiter.reference.tolist(),
@@ -1949,7 +1948,7 @@ def parse(body: list[bytes]) -> dict[str, Any]:
 
 
 # --- Front ------------------------------------------------------------------------------------------------------------
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 128
 MAX_FRAMES = 8  # of a message
 MAX_UNDERWAY = 1 << 18  # bytes that a connection has sent and that no message here has brought
 MAX_ALL_UNDERWAY = 1 << 20  # the same of all together
@@ -2104,13 +2103,14 @@ class Front:
     # Sockets
     def open_sockets(self, fds: Sequence[int]) -> None:
         import zmq
-        import zmq.auth
-        from zmq.auth.thread import ThreadAuthenticator
 
         args = self.args
         context = zmq.Context.instance()
         self.router, self.publisher = sockets = context.socket(zmq.ROUTER), context.socket(zmq.PUB)
         if args.keys:
+            import zmq.auth
+            from zmq.auth.thread import ThreadAuthenticator
+
             public, secret = zmq.auth.load_certificate(Path(args.keys) / "server.key_secret")
             self.authenticator = ThreadAuthenticator(context)
             self.authenticator.start()
@@ -2119,7 +2119,7 @@ class Front:
             s.linger = 0
             s.maxmsgsize = longest
             s.rcvhwm = 0  # see Doors
-            s.sndhwm = 50  # answers that wait for a peer; more are dropped
+            s.sndhwm = 200  # answers that wait for a peer; more are dropped
             s.handshake_ivl = 1000  # ms
             s.tcp_keepalive = 1
             s.tcp_keepalive_idle = 5  # s
@@ -2413,9 +2413,11 @@ def memory_bytes() -> int:
 def run_front(order: str) -> None:
     """A front's main program: a spare one waits here until the robot process sends the facts."""
     import msgpack  # noqa: F401  so that a spare front has everything
-    import zmq.auth.thread  # noqa: F401
+    import zmq.utils.monitor  # noqa: F401
 
     order = json.loads(order)
+    if order["args"]["keys"]:
+        import zmq.auth.thread  # noqa: F401
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the robot process decides when it is over
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
@@ -2762,5 +2764,11 @@ def main(args: Args) -> None:
     Robot(args).run()
 
 
+def parse_args() -> Args:
+    import tyro  # here, so that a front need not wait for it
+
+    return tyro.cli(Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args())
