@@ -1531,9 +1531,7 @@ class Control(threading.Thread):
                 raise Refused("handle_used", f"{handle} is the handle of {self.jobs[handle].op}: make up a new one")
             return self.jobs[handle]
         if op == "gripper":
-            job = Job(handle, op, iter(()))
-            self.closure = None
-            self.gripper.submit(job, GRIPPER_ACTIONS[int(values[0])], *values[1:4])
+            job = self.begin_gripper(handle, GRIPPER_ACTIONS[int(values[0])], *values[1:4])
         else:
             check_mode(op, self.status())
             job = self.job = self.last_job = Job(handle, op, self.steps_of(op, values))
@@ -1541,6 +1539,17 @@ class Control(threading.Thread):
         ended = [name for name, other in self.jobs.items() if other.ended is not None]
         for name in ended[: max(len(self.jobs) - 256, 0)]:
             del self.jobs[name]
+        return job
+
+    def begin_gripper(self, handle: str, action: str, width: float, speed: float, force: float) -> Job:
+        most = self.gripper.max_width
+        if self.gripper.kind == "none":
+            raise Refused("unavailable", "there is no gripper")
+        if action == "move" and not 0 <= width <= most:  # nor NaN
+            raise Refused("bad_argument", f"width: give a number from 0 to {most:g}")
+        job = Job(handle, "gripper", iter(()))
+        self.closure = None
+        self.gripper.submit(job, action, width, speed, force)
         return job
 
     def steps_of(self, op: str, values: Sequence[float]) -> Iterator[None]:
@@ -1553,6 +1562,8 @@ class Control(threading.Thread):
             return self.move_joints(q, values[7])
         if op == "reset":
             return self.move_joints(None, values[0])
+        if op == "reset_task" and not self.arm.has_task:
+            raise Refused("unavailable", "only the simulated robot has this")
         if op == "reset_task":
             return self.reset_task(None if math.isnan(values[0]) else int(values[0]))
         return self.recover()
@@ -1849,6 +1860,7 @@ class Argument:
 class Operation:
     arguments: dict[str, Argument]
     leased: bool = False  # needs the lease's token
+    values: Callable[..., Sequence[float]] | None = None  # of a job: what the robot process gets of the arguments
 
 
 HANDLE = Argument("text", 8, 64)
@@ -1887,9 +1899,13 @@ OPERATIONS = {
     "hold": Operation({}),
     "stop": Operation({}),
     "start": Operation({"handle": HANDLE} | GAINS, leased=True),
-    "move_joints": Operation({"handle": HANDLE, "q": Argument("vector", size=7), "speed": JOINT_SPEED}, leased=True),
-    "reset": Operation({"handle": HANDLE, "speed": JOINT_SPEED}, leased=True),
-    "recover": Operation({"handle": HANDLE}, leased=True),
+    "move_joints": Operation(
+        {"handle": HANDLE, "q": Argument("vector", size=7), "speed": JOINT_SPEED},
+        leased=True,
+        values=lambda q, speed: (*q, speed),
+    ),
+    "reset": Operation({"handle": HANDLE, "speed": JOINT_SPEED}, leased=True, values=lambda speed: (speed,)),
+    "recover": Operation({"handle": HANDLE}, leased=True, values=tuple),
     "gripper": Operation(
         {
             "handle": HANDLE,
@@ -1899,10 +1915,20 @@ OPERATIONS = {
             "force": Argument("number", **FRACTION, default=0.5),
         },
         leased=True,
+        values=lambda action, width, speed, force: (
+            GRIPPER_ACTIONS.index(action),
+            math.nan if width is None else width,
+            speed,
+            force,
+        ),
     ),
     "job": Operation({"handle": HANDLE}),
     "task": Operation({}),
-    "reset_task": Operation({"handle": HANDLE, "seed": Argument("whole", 0, 2**31, default=None)}, leased=True),
+    "reset_task": Operation(
+        {"handle": HANDLE, "seed": Argument("whole", 0, 2**31, default=None)},
+        leased=True,
+        values=lambda seed: (math.nan if seed is None else seed,),
+    ),
 }
 
 
@@ -2080,7 +2106,8 @@ class Doors:
 
 
 class Front:
-    """Answers requests and publishes the state. Methods `op_*` are the operations of the header."""
+    """Answers requests and publishes the state. Methods `op_*` are the operations that only the front carries out, or
+    that want more than a look at their arguments."""
 
     def __init__(self, args: Args, link: socket.socket, board: Board, scene: Board, facts: dict[str, Any]):
         self.args = args
@@ -2244,6 +2271,9 @@ class Front:
             self.lease_until = time.monotonic() + self.ttl
         elif OPERATIONS[op].leased:
             raise Refused("no_lease", f"the lease is {holder}'s" if holder else "acquire a lease first: yours ended")
+        if values := OPERATIONS[op].values:
+            handle = arguments.pop("handle")
+            return self.begin(op, handle, values(**arguments))
         return getattr(self, f"op_{op}")(**arguments)
 
     def holder(self) -> str | None:
@@ -2373,36 +2403,10 @@ class Front:
     def op_start(self, handle: str, **changes: Any) -> dict[str, Any]:
         return self.begin("start", handle, gain_values(self.changed_gains(changes)))
 
-    def op_move_joints(self, handle: str, q: list[float], speed: float) -> dict[str, Any]:
-        if not within_joint_limits(np.array(q)):  # nor is NaN
-            raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
-        return self.begin("move_joints", handle, (*q, speed))
-
-    def op_reset(self, handle: str, speed: float) -> dict[str, Any]:
-        return self.begin("reset", handle, (speed,))
-
-    def op_recover(self, handle: str) -> dict[str, Any]:
-        return self.begin("recover", handle)
-
-    def op_gripper(self, handle: str, action: str, width: float | None, speed: float, force: float) -> dict[str, Any]:
-        gripper = self.facts["gripper"]
-        if gripper["kind"] == "none":
-            raise Refused("unavailable", "there is no gripper")
-        if action == "move" and (width is None or width > gripper["max_width"]):
-            raise Refused("bad_argument", f"width: give a number from 0 to {gripper['max_width']:g}")
-        return self.begin("gripper", handle, (GRIPPER_ACTIONS.index(action), width or 0.0, speed, force))
-
-    def need_scene(self) -> None:
+    def op_task(self) -> dict[str, Any]:
         if not self.facts["robot"]["task"]:
             raise Refused("unavailable", "only the simulated robot has this")
-
-    def op_task(self) -> dict[str, Any]:
-        self.need_scene()
         return self.scene.read()
-
-    def op_reset_task(self, handle: str, seed: int | None) -> dict[str, Any]:
-        self.need_scene()
-        return self.begin("reset_task", handle, (math.nan if seed is None else seed,))
 
 
 def memory_bytes() -> int:
@@ -2413,7 +2417,7 @@ def memory_bytes() -> int:
 def run_front(order: str) -> None:
     """A front's main program: a spare one waits here until the robot process sends the facts."""
     import msgpack  # noqa: F401  so that a spare front has everything
-    import zmq.utils.monitor  # noqa: F401
+    import zmq.utils.monitor
 
     order = json.loads(order)
     if order["args"]["keys"]:
