@@ -292,7 +292,8 @@ class RobotClient:
     def hello(self, wait_s: float = 0.0) -> dict:
         """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server to be there."""
         hello = self.call("hello", tries=max(self.tries, round(wait_s / self.timeout_s)))["result"]
-        self.speed = hello["robot"]["speed"] or 10.0  # 0: as fast as it can; then sleep less and look again
+        # Without a word about it: real time. 0: as fast as it can; then sleep less and look again.
+        self.speed = hello["robot"].get("speed", 1.0) or 10.0
         return hello
 
     def state(self) -> dict:
