@@ -1,11 +1,12 @@
 """The reward on a real robot: a classifier of images that says whether the task is done; HIL-SERL's, checked.
 
     python reward_classifier.py                                     # simulated peg: collects, trains, reports, minutes
-    python reward_classifier.py --data hil/peg-labels-v0            # needs record_demos.py --mode classifier before
-    python reward_classifier.py --data hil/peg-labels-v0 --encoder resnet10 --pretrained resnet10_params.pkl
-    python reward_classifier.py --data hil/peg-labels-v0 --add runs/peg   # and where person and classifier disagreed
-    python reward_classifier.py --watch FILE                        # live: score bar, smallest and largest since reset
     python reward_classifier.py --resume RUN_DIR                    # go on after Ctrl-C or a crash
+    python reward_classifier.py --data hil/frames-v0                # needs record_demos.py --mode classifier before
+    python reward_classifier.py --data hil/frames-v0 --encoder resnet10 --pretrained resnet10_params.pkl  # needs both
+    python reward_classifier.py --data hil/frames-v0 --add RUN      # needs a run where person and classifier disagreed
+    python reward_classifier.py --watch FILE                        # needs a classifier; its answers live, as a bar
+    python reward_classifier.py --watch FILE --env-id robot_client:FrankaReal-v0 --teleop keyboard  # needs a robot
 
 The run folder gets classifier.pt (one file: network, threshold, scores; sac_pixel_sim.py --reward FILE and
 record_demos.py --classifier FILE take it), scores.csv, errors.png (the worst frames: look at them), curve.png.
@@ -640,10 +641,13 @@ def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifi
     torch.manual_seed(args.seed)
     try:
         classifier = SuccessClassifier(cameras, there[cameras[0]], args.encoder, frozen, args.classes)
+    except ValueError as error:
+        fail(f"--encoder {args.encoder}: {error}")
+    try:
         if args.pretrained:
             vision.load_trunk(classifier.trunks[0], args.pretrained)
     except ValueError as error:
-        fail(f"--pretrained {error}" if args.pretrained else f"--encoder {args.encoder}: {error}")
+        fail(f"--pretrained {error}")
     return classifier
 
 
@@ -672,7 +676,7 @@ def collect(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]
 
 
 def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], device: torch.device) -> None:
-    """Trains until the held-out loss has not become better for a while; the best weights are loaded then."""
+    """Trains until the held-out loss has not become better for a while."""
     frames, others = Frames.of(learned, device), Frames.of(held_out, device)
     run.keep(trainer=trainer)
     run.open(run.args.updates, "update")
@@ -681,7 +685,7 @@ def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], d
         with run.phase("update"):
             losses.append(trainer.update(frames))
         run.advance()
-        if run.due(LOOK_EVERY):
+        if run.due(LOOK_EVERY) or run.step == run.args.updates:
             with run.phase("eval"):
                 held_out_loss = trainer.look(others)
             scalars = {"losses/learned": torch.stack(losses).mean(), "losses/held_out": held_out_loss}
@@ -689,7 +693,6 @@ def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], d
             losses = []
             run.save()
     run.end_of_training()
-    trainer.classifier.load_state_dict(trainer.best_weights)
 
 
 def report(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]) -> tuple[float, dict]:
@@ -719,6 +722,17 @@ def report(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]
     return thresholds[-1], scores
 
 
+def delay_ms(detector: SuccessDetector) -> float:
+    """How long an answer takes, between two steps of the robot: the median of 20, on this CPU."""
+    classifier, delays = detector.classifier, []
+    frame = np.zeros((classifier.image_size, classifier.image_size, 3), np.uint8)
+    for _ in range(20):
+        start = time.perf_counter()
+        detector(dict.fromkeys(classifier.cameras, frame))
+        delays.append(1e3 * (time.perf_counter() - start))
+    return float(np.median(delays))
+
+
 def train(args: Args, device: torch.device) -> None:
     classifier, fingerprint, clips, elsewhere = collect(args)
     learned, held_out = split(clips, HELD_OUT, args.seed)
@@ -728,6 +742,9 @@ def train(args: Args, device: torch.device) -> None:
     run = Run(args, "classifier", __file__, device)
     trainer = Trainer(classifier, args, device)
     fit(run, trainer, learned, held_out, device)
+    run.save(finished=True)
+    run.close()
+    classifier.load_state_dict(trainer.best_weights)
     del parts["to learn from"]
     threshold, scores = report(run, classifier, parts)
     together = scores["held out"]["together"]
@@ -741,11 +758,11 @@ def train(args: Args, device: torch.device) -> None:
     file = io.BytesIO()
     torch.save(detector.contents(), file)
     write_atomically(run.dir / "classifier.pt", file.getvalue())
-    run.save(finished=True)
-    run.close()
     print(f"\nsuccess: p >= {probability:.4f} in {args.hold} frames in a row")
     recall = f"{seen} of {succeeded} successes seen (recall {seen / succeeded:.0%})"
-    print(f"held out: {recall}, {wrong} false ones in {failed} failed episodes")
+    print(f"held out: {recall}, {wrong} false ones in {failed} failed episodes; {delay_ms(detector):.1f} ms a frame")
+    if seen < 0.9 * succeeded:
+        print("a reward that is often missing slows learning: record more frames like those in errors.png")
     print(f"wrote {run.dir}/classifier.pt; look at {run.dir}/errors.png")
 
 
