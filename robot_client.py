@@ -147,13 +147,20 @@ class Pace:
         self.clock = clock
         self.speed = speed
         self.overruns = 0
-        self.deadline = self.beat = clock()
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self.deadline = self.beat = self.clock()
 
     def wait(self) -> tuple[float, float]:
         """Wait for the next beat. Returns the time since the last one and how late this one is (s), measured
         after waking up. A beat half a period late starts a new schedule: no burst of short periods follows."""
         self.deadline += self.period
         left = self.deadline - self.clock()
+        if left > 2 * self.period:  # the clock was set back: another robot
+            self.restart()
+            return self.wait()
         self.overruns += left <= 0
         while left > 0:
             time.sleep(left / self.speed)
@@ -703,6 +710,8 @@ class Terminal:
             while not self._stop.is_set():
                 if select.select([self.fd], [], [], 0.1)[0]:
                     typed = os.read(self.fd, 64).decode(errors="ignore")
+                    if not typed:
+                        raise OSError("the terminal was closed")
                     for key in typed.split("\x1b")[0]:  # not what arrow and function keys send
                         self._note(key, time.monotonic())
         except OSError as error:
@@ -848,7 +857,7 @@ class SpaceMouse(Teleop):
         except (ImportError, RuntimeError, OSError) as error:
             there = ", ".join(hid_devices()) or "none"
             raise RobotError(
-                f"SpaceMouse: {error} Devices that are plugged in: {there}. Run: pip install pyspacemouse, apt-get "
+                f"SpaceMouse: {error} Devices that are plugged in: {there}; run: pip install pyspacemouse, apt-get "
                 f"install libhidapi-hidraw0, and allow its use: {UDEV_RULE} in /etc/udev/rules.d/99-spacemouse.rules, "
                 "then plug it in again"
             ) from error
@@ -901,7 +910,15 @@ class ScriptedExpert(Teleop):
         self.left -= self.left > 0
         if not self.left and self.rng.random() < self.probability:
             self.left = self.steps
-        return env.unwrapped.expert_action() if self.left else None
+        if not self.left:
+            return None
+        try:
+            action = env.unwrapped.expert_action()
+        except RobotError as error:  # the step itself will say so, too
+            self.fault = str(error)
+            return None
+        self.fault = ""
+        return action
 
 
 class Intervention(gym.Wrapper):
@@ -998,8 +1015,16 @@ class TaskConfig:
     # 1 at success: tcp within `tolerance` (m along each axis, rad) of `goal_pose` (x, y, z, roll, pitch, yaw); or
     # what the simulated robot's task says; or nothing
     reward: Literal["pose", "task", "none"] = "pose"
+    terminate_on_success: bool = True  # else the episode goes on, as when frames of success are collected
     goal_pose: tuple[float, ...] = (0.5, 0.0, 0.06, np.pi, 0.0, 0.0)
     tolerance: tuple[float, float] = (0.01, 0.2)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """What `asdict` was made of, also if it went through JSON: so a recorded dataset knows its environment."""
+        parts = {name: Gains(**values[name]) for name in ("compliance", "precision")}
+        parts["cameras"] = tuple(CameraConfig(**camera) for camera in values["cameras"])
+        return cls(**(values | parts))
 
     def fingerprint(self) -> dict[str, Any]:
         """What gives actions and observations their meaning, in plain JSON values. Data, classifier and policy belong
@@ -1012,6 +1037,7 @@ class TaskConfig:
 
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
 MAX_STATE_AGE_S = 0.5
+LEASE_S = 3.0  # outlives a front of the server that is started anew; without targets the arm holds long before
 GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
 # TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
 PEG = TaskConfig(env_id="FrankaPegInsert-v0")
@@ -1040,8 +1066,8 @@ class FrankaEnv(gym.Env):
     Action in [-1, 1]: translation, rotation (as a rotation vector), gripper (+ closes, as in franka_sim).
     `info`: "success"; "fault", why the episode ended early, if it did; "reflexes", how many since the environment was
     made; "asked_action" and "executed_action", what the box left of it; "limited" by the server; "grasp_penalty";
-    "period_s" since the last step and "late_s" after its beat, both by the robot's clock and as they really were;
-    "overruns", steps of this episode for which no time was left.
+    "robot_time" of the observation, s; "period_s" since the last step and "late_s" after its beat, both by the robot's
+    clock and as they really were; "overruns", steps of this episode for which no time was left.
     A reflex terminates; a lost server, lease or camera, any other fault, and the time limit truncate. `reset` then
     waits for what is missing, and raises RobotError with the remedy when it does not come back.
     """
@@ -1050,12 +1076,13 @@ class FrankaEnv(gym.Env):
 
     def __init__(
         self,
-        config: TaskConfig | None = None,
+        config: TaskConfig | dict | None = None,
         success: Callable[[dict], bool] | None = None,
         render_mode: str | None = None,
     ) -> None:
         """`success`: of an observation, instead of `config.reward`, for example a classifier. Raises ValueError for
         settings that contradict each other."""
+        config = TaskConfig.from_dict(config) if isinstance(config, dict) else config
         self.config = config = config or TaskConfig()
         self.success = success
         self.render_mode = render_mode
@@ -1086,14 +1113,18 @@ class FrankaEnv(gym.Env):
 
     # Reset
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        """`options`: {"keep_scene": True} leaves a simulated scene as it is."""
         super().reset(seed=seed)
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
             raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
+        scene_seed = int(self.np_random.integers(2**31))
+        x, y, yaw = self.np_random.uniform(-1, 1, 3) * self.config.random_reset
+        start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
         for attempt in range(3):
             self.connect()
             try:
-                self.prepare()
+                self.prepare(start_pose, None if options and options.get("keep_scene") else scene_seed)
                 break
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
                 if attempt == 2 or not self.config.recover_at_reset:
@@ -1113,7 +1144,8 @@ class FrankaEnv(gym.Env):
         if fault:
             raise CameraError(fault)
         self.pace = self.client.pace(self.config.hz)
-        return obs, {"success": False, "fault": None, "reflexes": self.reflexes}
+        info = {"success": False, "fault": None, "reflexes": self.reflexes}
+        return obs, info | {"robot_time": self.state["robot_time"]}
 
     def connect(self) -> None:
         """Find the server and the cameras, check that the task fits, become the robot's commander."""
@@ -1141,9 +1173,20 @@ class FrankaEnv(gym.Env):
             self.cameras = [make_camera(camera, config.image_size, self.scene) for camera in config.cameras]
         for camera in self.cameras:
             camera.start(config.wait_s)
-        self.client.acquire()
+        self.acquire()
 
-    def prepare(self) -> None:
+    def acquire(self) -> None:
+        """Become the robot's commander. A dead one's lease ends by itself. Raises RefusedError for a live one."""
+        end = time.monotonic() + LEASE_S + 1
+        while True:
+            try:
+                return self.client.acquire(LEASE_S)
+            except RefusedError as refusal:
+                if refusal.code != "lease_taken" or time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    def prepare(self, start_pose: np.ndarray, scene_seed: int | None) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
         state = client.state()
@@ -1155,12 +1198,10 @@ class FrankaEnv(gym.Env):
             client.stop()
         if state["gripper_fault"] and config.gripper != "fixed":
             raise RobotError(f"{state['gripper_fault']}; then call client.gripper('activate')")
-        if self.hello["robot"]["task"]:
-            client.reset_task(int(self.np_random.integers(2**31)))
+        if self.hello["robot"]["task"] and scene_seed is not None:
+            client.reset_task(scene_seed)
         if config.gripper_at_reset != "keep":
             client.gripper(config.gripper_at_reset)
-        x, y, yaw = self.np_random.uniform(-1, 1, 3) * config.random_reset
-        start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
         client.start(**asdict(config.precision))
         lifted = client.state()["reference"]
         lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
@@ -1174,14 +1215,20 @@ class FrankaEnv(gym.Env):
         self.come_to_rest(start_pose, config.reset_still_s)
 
     def go_to(self, pose: np.ndarray) -> None:
-        """Stream targets along a straight line to `pose`. Raises RefusedError if the arm does not arrive."""
+        """Stream targets along a straight line to `pose`, no faster than the arm follows, and wait until it is there.
+        Raises RefusedError if it is not."""
         start, speed = self.client.state()["reference"], self.config.reset_speed  # 5 rad for each m
         motion, pace = motion_between(pose, start), self.client.pace(20)
         seconds = max(np.linalg.norm(motion[:3]) / speed, np.linalg.norm(motion[3:]) / (5 * speed), 0.05)
-        steps = math.ceil(20 * seconds)
-        for step in range(1, steps + 1):
-            self.client.target(moved(start, motion * step / steps))
+        steps, step = math.ceil(20 * seconds), 1
+        for _ in range(3 * steps + 60):
+            target = moved(start, motion * step / steps)
+            lag = motion_between(target, np.array(self.client.target(target)["reference"]))
             pace.wait()
+            if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
+                step += 1
+            if step > steps:
+                break
         self.come_to_rest(pose, 0.0)
 
     def come_to_rest(self, pose: np.ndarray, still_s: float) -> None:
@@ -1226,8 +1273,9 @@ class FrankaEnv(gym.Env):
         success = not fault and self.is_success(obs)
         truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
         info |= {"success": success, "fault": fault or None}
-        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns}
-        return obs, float(success), success or reflex, truncated and not (success or reflex), info
+        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns, "robot_time": self.state["robot_time"]}
+        terminated = reflex or (success and self.config.terminate_on_success)
+        return obs, float(success), terminated, truncated and not terminated, info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
         """The action within -1..1; raises ValueError for another shape, NaN or infinity. The arm then holds."""
@@ -1297,11 +1345,13 @@ class FrankaEnv(gym.Env):
             return ""
         return f"gripper: {job['error']}"
 
-    def stand_still(self) -> None:
+    def stand_still(self) -> tuple[dict[str, np.ndarray], str]:
         """Instead of a step, such as while a script pauses: keep arm and gripper as they are until the next beat.
-        Raises RobotError if the robot does not."""
+        Returns the observation then, and what is wrong with a camera. Raises RobotError if the robot does not."""
         self.client.target(self.target, self.ordered)
         self.pace.wait()
+        self.look()
+        return self.observe()
 
     # What is observed
     def look(self) -> None:
@@ -1367,7 +1417,7 @@ class FrankaEnv(gym.Env):
 
     def expert_action(self) -> np.ndarray:
         """(A,) action of the simulated task's scripted expert. Raises RefusedError on a real robot, which has none."""
-        expert = self.client.task()["expert"]
+        expert = (self.task or self.client.task())["expert"]
         motion = self.base_to_action(motion_between(np.array(expert["pose"]), self.last_target()))
         action = np.append(motion[: self.axes] / self.config.action_scale, 2 * expert["close"] - 1)
         return np.clip(action, -1, 1)[: self.action_space.shape[0]].astype(np.float32)
@@ -1418,26 +1468,16 @@ class Doctor:
     def examine(self) -> None:
         packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
         self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
-        try:
-            self.examine_server()
-        except RobotError as error:
-            self.say(False, "server", str(error))
-        try:
-            self.examine_realsense()
-        except CameraError as error:
-            self.say(False, "realsense", f"{error} (only for such cameras)", wrong="warn")
-        for camera in list(self.cameras):
+        for name, wrong, check in (
+            ("server", "FAIL", self.examine_server),
+            ("realsense", "warn", self.examine_realsense),
+            ("teleop", "FAIL", self.open_teleop),
+        ):
             try:
-                camera.start()
-            except CameraError as error:
-                self.say(False, "cameras", str(error))
-                self.cameras.remove(camera)
-        try:
-            if self.args.teleop != "none":
-                self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
-                self.say(True, "teleop", self.args.teleop)
-        except RobotError as error:
-            self.say(False, "teleop", str(error))
+                check()
+            except RobotError as error:
+                self.say(False, name, str(error), wrong=wrong)
+        self.start_cameras()
 
     def examine_server(self) -> None:
         """What the server says about itself."""
@@ -1481,6 +1521,19 @@ class Doctor:
             name, usb = (device.get_info(key) for key in (rs.camera_info.name, rs.camera_info.usb_type_descriptor))
             self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
+
+    def start_cameras(self) -> None:
+        for camera in list(self.cameras):
+            try:
+                camera.start()
+            except CameraError as error:
+                self.say(False, "cameras", str(error))
+                self.cameras.remove(camera)
+
+    def open_teleop(self) -> None:
+        if self.args.teleop != "none":
+            self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
+            self.say(True, "teleop", self.args.teleop)
 
     def look(self) -> None:
         """Put the simulated cameras where the simulated robot is."""
@@ -1548,7 +1601,7 @@ def drive(args: Args, teleop: Teleop, end: float) -> None:
     )
     terminal = getattr(teleop, "terminal", None)
     with contextlib.closing(Intervention(FrankaEnv(config), teleop)) as env:
-        env.reset()
+        env.reset(options={"keep_scene": True})
         while time.monotonic() < end and not (terminal and "quit" in terminal.commands()):
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
             print_line(describe(env.unwrapped.client) + describe_hand(teleop))

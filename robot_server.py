@@ -26,7 +26,7 @@ that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     accepted), fault: {code, message, count} or None; jobs: {arm, gripper}, the one that goes on or else the last one,
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
-A connection is cut that has 128 KiB of requests under way, sends a message of more than 8 frames, does not read its
+A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
 answers for 2 s, or is one more than 256: then the one that was silent for longest. A client's own heartbeats are
 answered.
 
@@ -101,7 +101,7 @@ import threading
 import time
 import zlib
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -370,7 +370,7 @@ class Limiter:
     def refusal(self, target: np.ndarray, reference: np.ndarray) -> str | None:
         """Why a target (7,) is refused, not limited: None if it is not."""
         if not np.isfinite(target).all():
-            return f"the target is not finite: {target.tolist()}"
+            return "the target is not finite"
         if abs((length := norm(target[3:])) - 1) > 0.01:
             return f"the quaternion of the target has length {length:.4g}, not 1"
         if (jump := norm(target[:3] - reference[:3])) > (most := self.args.max_jump):
@@ -491,6 +491,7 @@ class Arm(ABC):
         self.args, self.controlling = args, False  # controlling: whether the impedance controller runs
         self.info: dict[str, Any] = dict.fromkeys(("sdk", "libfranka", "firmware", "task"))
         self.info["kind"] = args.robot
+        self.info["speed"] = 1.0  # of its clock, robot seconds per second
 
     @abstractmethod
     def get_state(self) -> ArmState:
@@ -556,7 +557,7 @@ class SimArm(Arm):
             raise ArmError("sdk", f"--env-id {args.env_id}: {error}") from error
         self.sim, self.downwards, model = self.env.sim, franka_sim.downwards, self.env.sim.model
         self.max_speed, model.opt.timestep = np.array(franka_sim.MAX_JOINT_VELOCITY), self.dt
-        self.info |= {"sdk": f"mujoco {mujoco.__version__}", "task": args.env_id}
+        self.info |= {"sdk": f"mujoco {mujoco.__version__}", "task": args.env_id, "speed": args.sim_speed}
         self.waits, self.time, self.reflex, self.task = args.sim_speed > 0, 0.0, (), {}
         self.gripper_command: tuple[float, float, float] | None = None  # width, force, speed
         self.reset_task(args.seed)
@@ -923,19 +924,20 @@ def quat_from_matrix(m: np.ndarray) -> np.ndarray:
 
 
 def reach(ip: str) -> int:
-    """The version of Franka's interface that the robot speaks, from how it refuses version 0. Raises ArmError within
+    """The version of Franka's interface that the robot speaks, from how it answers version 0. Raises ArmError within
     seconds where libfranka would wait for a minute, and for whatever else answers on that port."""
     try:
         with socket.create_connection((ip, 1337), timeout=3) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
-            udp.bind((tcp.getsockname()[0], 0))  # where a robot that accepted would send its state
-            tcp.sendall(struct.pack("<IIIHH", 0, 1, 16, 0, udp.getsockname()[1]))  # Connect: command, id, size, version
-            reply = tcp.recv(15, socket.MSG_WAITALL)
-        command, number, size, status, version = struct.unpack("<IIIBH", reply)
+            udp.bind((tcp.getsockname()[0], 0))  # where a robot that accepts sends its state
+            port = udp.getsockname()[1]
+            tcp.sendall(struct.pack("<IIIHH", 0, 1, 16, 0, port))  # Connect: command, its number, size, version, port
+            command, number, size = struct.unpack("<III", tcp.recv(12, socket.MSG_WAITALL))
+            if (command, number) != (0, 1) or size not in (15, 20):
+                raise OSError("what answers on port 1337 is no robot")
+            body = tcp.recv(size - 12, socket.MSG_WAITALL)
+            return struct.unpack_from("<H", body, 1 if size == 15 else 2)[0]  # after a byte; franky-sim pads
     except (OSError, struct.error) as error:
         raise ArmError("sdk", NO_ROBOT.format(ip, error)) from error
-    if (command, number) != (0, 1) or size not in (15, 16) or status > 1:
-        raise ArmError("sdk", NO_ROBOT.format(ip, "what answers on port 1337 is no robot"))
-    return version
 
 
 # TASK: an arm of your own: subclass Arm, and name it here and in Args.robot.
@@ -1289,7 +1291,7 @@ class Board:
             start = self.starts[self.sequence % 2]
             body = start + self.HEAD.size
             self.memory[body : body + len(data)] = data
-            self.HEAD.pack_into(self.memory, start, self.sequence, len(data), zlib.crc32(data))
+            self.HEAD.pack_into(self.memory, start, self.sequence, len(data), zlib.crc32(data, self.sequence))
 
     def read(self) -> dict[str, Any]:
         """The newest dictionary; the same one again until there is a newer one."""
@@ -1300,7 +1302,7 @@ class Board:
                 return self.newest
             body = start + self.HEAD.size
             data = self.memory[body : body + length]
-            if zlib.crc32(data) == checksum:
+            if length and zlib.crc32(data, sequence) == checksum:
                 self.sequence = sequence
                 self.newest = marshal.loads(data)  # safe: only the robot process can write it
                 return self.newest
@@ -1413,9 +1415,9 @@ class Control(threading.Thread):
 
     def beat(self) -> None:
         """Ticks until the program ends, then lets the arm come to rest."""
-        if self.arm.waits:
-            with contextlib.suppress(PermissionError):  # allowed for root and with rtprio; the SDKs do it, too
-                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))
+        if self.arm.waits and os.sched_getscheduler(0) == os.SCHED_OTHER:  # libfranka sets a higher one itself
+            with contextlib.suppress(PermissionError):  # allowed for root and with rtprio
+                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))  # of this thread alone
         due = time.monotonic()
         while not self.stopping.is_set():
             due += 1 / self.args.control_hz
@@ -1674,6 +1676,7 @@ class Control(threading.Thread):
     def blocking(self, seconds: float = 2.0) -> Iterator[None]:
         """Around a call into the SDK that may take this long without being a frozen robot."""
         self.may_block_until = time.monotonic() + seconds
+        self.publish()  # what has just begun is seen meanwhile
         try:
             yield
         finally:
@@ -1761,6 +1764,7 @@ class Control(threading.Thread):
         self.board.write(
             {
                 **self.status(),
+                "ticked": self.ticked,
                 "number": self.number,
                 "answer": self.answer,
                 "lease": self.lease | {"until": self.lease_until},
@@ -1948,7 +1952,8 @@ def parse(body: list[bytes]) -> dict[str, Any]:
 # --- Front ------------------------------------------------------------------------------------------------------------
 MAX_CONNECTIONS = 256
 MAX_FRAMES = 8  # of a message
-MAX_UNDERWAY = 1 << 17  # bytes that a connection has sent and that no message here has brought
+MAX_UNDERWAY = 1 << 18  # bytes that a connection has sent and that no message here has brought
+MAX_ALL_UNDERWAY = 1 << 20  # the same of all together
 MAX_GROWTH = 40 << 20  # bytes of memory of a front; then another one takes over
 
 
@@ -1959,7 +1964,8 @@ class Connection:
         self.since = now
         self.taken = 0  # bytes received that messages have brought
         self.heard = False  # a message came since the last look
-        self.cut = False
+        self.received = 0
+        self.was_cut = False
         self.acked = 0  # bytes that the peer has taken
         self.acked_at = now
 
@@ -1989,42 +1995,56 @@ class Doors:
         self.monitors = [s.get_monitor_socket(events | failed) for s in sockets]
         self.overhead = 33 if encrypted else 0  # bytes per frame, of CURVE
         self.connections: dict[int, Connection] = {}
+        self.left = 0  # bytes that connections which are gone have left in libzmq
+        self.failed: deque[str] = deque(maxlen=100)  # handshakes whose connection is not gone yet
         self.strangers: Counter[str] = Counter()
         self.cuts: Counter[str] = Counter()
 
     def came(self, fd: int, frames: Sequence[bytes]) -> None:
         """A message has been read from this connection."""
+        size = sum(len(frame) + (2 if len(frame) < 256 else 9) + self.overhead for frame in frames)
         if connection := self.connections.get(fd):
             connection.heard = True
-            for frame in frames:
-                connection.taken += len(frame) + (2 if len(frame) < 256 else 9) + self.overhead
+            connection.taken += size
+        else:
+            self.left = max(self.left - size, 0)
 
     def look(self, now: float, drained: bool) -> None:
         """Learns who came and went, and cuts whom it must. `drained`: all that libzmq has read is here."""
         self.hear_monitors(now)
+        if drained:
+            self.left = 0
+        underway: list[tuple[int, Connection]] = []
         silent: list[tuple[int, Connection]] = []
         for connection in self.connections.values():
-            if connection.cut:
-                continue
             try:
-                acked, received, waiting, silent_ms = connection.facts()
+                acked, connection.received, waiting, silent_ms = connection.facts()
             except OSError:
                 continue
             if connection.heard and drained:
-                connection.taken = received  # what is not of messages, as heartbeats, does not add up
+                connection.taken = connection.received  # what is not of messages, as heartbeats, does not add up
             connection.heard = False
             if acked != connection.acked or not waiting:
                 connection.acked = acked
                 connection.acked_at = now
-            if received - connection.taken > MAX_UNDERWAY:
-                self.cut(connection, "sends more than can be read")
             elif now - connection.acked_at > 2:
                 self.cut(connection, "does not read")
-            else:
+            underway.append((connection.received - connection.taken, connection))
+            if not connection.was_cut:
                 silent.append((silent_ms, connection))
+        self.limit_underway(underway)
         silent.sort(key=lambda pair: pair[0], reverse=True)
         for _, connection in silent[: max(len(silent) - MAX_CONNECTIONS, 0)]:
             self.cut(connection, "too many connections")
+
+    def limit_underway(self, underway: list[tuple[int, Connection]]) -> None:
+        underway.sort(key=lambda pair: pair[0], reverse=True)
+        total = self.left + sum(size for size, _ in underway)
+        for size, connection in underway:
+            if size < MAX_UNDERWAY and (total < MAX_ALL_UNDERWAY or size < 4096):
+                return
+            total -= size
+            self.cut(connection, "sends more than can be read")
 
     def hear_monitors(self, now: float) -> None:
         import zmq
@@ -2039,26 +2059,26 @@ class Doors:
                     with contextlib.suppress(OSError):  # it is gone already, or there are no descriptors left
                         self.connections[int(fd)] = Connection(int(fd), now)
                 elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+                    connection = self.connections.get(int(fd))
+                    if connection and not connection.taken and self.failed:
+                        self.strangers[f"{connection.address} {self.failed.pop()}"] += 1
                     self.forget(int(fd))
-                elif event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                    self.strangers["keys refused"] += 1
-                else:
-                    self.strangers["no handshake (no keys, or no ZeroMQ)"] += 1
+                else:  # then comes the end of that connection
+                    refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+                    self.failed.append("keys refused" if refused else "no handshake: no keys, or no ZeroMQ")
 
     def forget(self, fd: int) -> None:
         if connection := self.connections.pop(fd, None):
+            self.left += max(connection.received - connection.taken, 0)
             connection.socket.close()
 
     def cut(self, connection: Connection, why: str) -> None:
-        connection.cut = True
+        if connection.was_cut:
+            return
+        connection.was_cut = True
         self.cuts[f"{connection.address} {why}"] += 1
         with contextlib.suppress(OSError):
             connection.socket.shutdown(socket.SHUT_RDWR)
-
-    def cut_fd(self, fd: int, why: str) -> None:
-        connection = self.connections.get(fd)
-        if connection and not connection.cut:
-            self.cut(connection, why)
 
 
 class Front:
@@ -2072,6 +2092,7 @@ class Front:
         self.facts = facts  # what `hello` tells
         self.limiter = Limiter(args)
         self.number = board.read()["number"]
+        self.unanswered: dict[str, dict[str, Any]] = {}  # a job that the robot thread has not heard of yet
         self.refusals: Counter[str] = Counter()
         self.complained = 0.0
         lease = board.read()["lease"]  # of the front before this one
@@ -2146,9 +2167,9 @@ class Front:
     def complain(self, now: float) -> None:
         """What was refused goes to the log in sums."""
         if now - self.complained > 5:
-            self.complained = now
             for what in (self.refusals, self.doors.strangers, self.doors.cuts):
                 if what:
+                    self.complained = now
                     log.warning("refused: %s", dict(what.most_common(10)))
                     what.clear()
 
@@ -2163,12 +2184,11 @@ class Front:
             self.link.send(command.pack())
 
     def command(self, kind: str, values: Sequence[float] = (), text: str = "", name: str = "") -> dict[str, Any]:
-        """Sends it and waits, not for long, until the robot thread has acted on it, so that the reply shows it.
-        Its answer; raises Refused."""
+        """Sends it and waits until the robot thread has acted on it, so that the reply shows it, but not while that is
+        busy in its SDK. Its answer; raises Refused."""
         self.send(kind, values, text, name)
-        give_up = time.monotonic() + 0.05
         while (status := self.status())["number"] < self.number:
-            if time.monotonic() > give_up:
+            if time.monotonic() - status["ticked"] > 0.05:
                 return {"job": None}
             time.sleep(0.0005)
         answer = status["answer"]
@@ -2195,7 +2215,8 @@ class Front:
                 frames.append(frame)
         self.doors.came(fd, frames[1:])
         if count > MAX_FRAMES:
-            self.doors.cut_fd(fd, f"sends messages of {count} frames")
+            if connection := self.doors.connections.get(fd):
+                self.doors.cut(connection, f"sends messages of {count} frames")
             return True
         cut = frames.index(b"", 1) + 1 if b"" in frames[1:4] else 1
         request: dict[str, Any] = {}
@@ -2300,7 +2321,7 @@ class Front:
         if reason := self.limiter.refusal(np.array(pose), np.array(status["reference"])):
             raise Refused("refused", reason)
         values = (*pose, math.nan if closure is None else closure, -1 if seq is None else seq)
-        if status["mode"] == "hold":
+        if status["mode"] == "hold" or closure not in (None, status["result"]["gripper_closure"]):
             self.command("target", values)
         else:
             self.send("target", values)
@@ -2330,12 +2351,25 @@ class Front:
         for job in self.status()["jobs"].values():
             if job and job["handle"] == handle:
                 return job
-        return self.command("job", text=handle)["job"]
+        waits = self.unanswered.get(handle)
+        try:
+            job = self.command("job", text=handle)["job"]
+        except Refused as error:
+            if not waits:
+                raise
+            return waits | {"status": "failed", "error": f"not begun: {error}"}
+        if job is None and not waits:
+            raise Refused("busy", "the robot's SDK takes its time: ask again")
+        return job or waits
 
     def begin(self, op: str, handle: str, values: Sequence[float] = ()) -> dict[str, Any]:
         """The report of a new job, or of the one with that handle."""
-        job = self.command(op, values, handle)["job"]
-        return job or {"handle": handle, "op": op, "status": "queued", "error": None, "seconds": 0.0}
+        if job := self.command(op, values, handle)["job"]:
+            return job
+        if len(self.unanswered) > 16:
+            self.unanswered.clear()
+        self.unanswered[handle] = {"handle": handle, "op": op, "status": "queued", "error": None, "seconds": 0.0}
+        return self.unanswered[handle]
 
     def op_start(self, handle: str, **changes: Any) -> dict[str, Any]:
         return self.begin("start", handle, gain_values(self.changed_gains(changes)))
@@ -2631,8 +2665,8 @@ def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
     fix = "cable into the control cabinet, this PC in its subnet, brakes open, FCI activated in Desk"
     try:
         yield True, f"robot at {ip}: interface version {reach(ip)}", fix
-    except ArmError:
-        yield False, f"robot at {ip} does not answer", fix
+    except ArmError as error:
+        yield False, "robot at " + str(error).removeprefix("--robot-ip ").partition(" (")[0], fix
     if not shutil.which("ping"):
         yield None, "round trip not measured", "sudo apt install iputils-ping"
         return

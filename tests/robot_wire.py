@@ -27,10 +27,13 @@ def message(op: object, number: object = 1, token: object = TOKEN, /, **args: ob
 
 
 class Wire:
-    """One connection; every request waits `timeout` s for its own reply."""
+    """One connection; every request waits `timeout` s for its own reply, and is sent `tries` times."""
 
-    def __init__(self, address: str, token: str = TOKEN, keys: Path | None = None, timeout: float = 20.0):
+    def __init__(
+        self, address: str, token: str = TOKEN, keys: Path | None = None, timeout: float = 20.0, tries: int = 1
+    ):
         self.context, self.timeout, self.token, self.count = zmq.Context.instance(), timeout, token, itertools.count(1)
+        self.tries = tries
         self.socket = self.context.socket(zmq.REQ)
         for option in (zmq.REQ_RELAXED, zmq.REQ_CORRELATE):
             self.socket.setsockopt(option, 1)
@@ -51,11 +54,13 @@ class Wire:
         """The whole reply, of whatever kind. Raises TimeoutError."""
         token = token or self.token
         args |= {"token": token} if op == "acquire" else {}
-        self.socket.send(message(op, next(self.count), token, **args))
-        if not self.socket.poll(self.timeout * 1000):
-            raise TimeoutError(op)
-        (reply,) = self.socket.recv_multipart()
-        return msgpack.unpackb(reply)
+        frame = message(op, next(self.count), token, **args)
+        for _ in range(self.tries):
+            self.socket.send(frame)
+            if self.socket.poll(self.timeout * 1000):
+                (reply,) = self.socket.recv_multipart()
+                return msgpack.unpackb(reply)
+        raise TimeoutError(op)
 
     def ask(self, op: str, token: str | None = None, **args: object) -> dict:
         """The whole reply of a request that must be accepted."""

@@ -1,6 +1,7 @@
 """robot_server.py: its protocol, and what it promises about motion, on the simulated arm."""
 
 import math
+import shutil
 import signal
 import socket
 import stat
@@ -308,7 +309,8 @@ def bad_poses(pose: list[float]) -> dict[str, tuple[object, str]]:
         "NaN quaternion": ([x, y, z, math.nan, 0.0, 0.0, 0.0], "refused"),
         "infinity": ([x, math.inf, z, *quaternion], "refused"),
         "minus infinity": ([x, y, -math.inf, *quaternion], "refused"),
-        "huge": ([x, y, 1e300, *quaternion], "refused"),
+        "huge": ([x, y, 1e308, *quaternion], "refused"),
+        "a huge quaternion": ([x, y, z, 1e308, 0.0, 0.0, 0.0], "refused"),
         "no rotation": ([x, y, z, 0.0, 0.0, 0.0, 0.0], "refused"),
         "not a unit quaternion": ([x, y, z, *(2 * value for value in quaternion)], "refused"),
         "a jump": (moved(pose, x=0.5), "refused"),
@@ -334,7 +336,8 @@ def test_bad_targets_are_refused(wire):
         reply = wire.call("target", pose=pose)
         assert not reply["ok"], name
         assert reply["error"]["code"] == code, f"{name}: {reply['error']}"
-        assert len(reply["error"]["message"]) > 8 and distance(reply["reference"], start) < 1e-6, name
+        assert 8 < len(reply["error"]["message"]) < 150, reply["error"]  # 1e308 has 309 digits
+        assert distance(reply["reference"], start) < 1e-6, name
         assert before["mode"] == reply["mode"] == "streaming", name
     assert distance(wire.state()["tcp_pose"], start) < 0.003
 
@@ -640,6 +643,10 @@ def test_gains(wire):
     "gains",
     [
         {"stiffness": -1.0},
+        {"stiffness": 0.001, "damping": 0.05},
+        {"rotational_stiffness": 5e-324, "rotational_damping": 1e-162},
+        {"clip": [5e-324] * 3},
+        {"rotational_clip": [5e-324] * 3},
         {"stiffness": math.nan},
         {"stiffness": 1e6},
         {"damping": -5.0},
@@ -658,7 +665,8 @@ def test_gains(wire):
 def test_gains_are_checked(wire, gains):
     wire.take()
     before = wire.ask("gains")["result"]
-    assert wire.refused("gains", **gains) == "bad_argument"
+    reply = wire.call("gains", **gains)
+    assert reply["error"]["code"] == "bad_argument" and len(reply["error"]["message"]) < 160
     assert wire.ask("gains")["result"] == before
 
 
@@ -675,6 +683,48 @@ def test_gripper(wire):
     wire.done("gripper", action="open")
     older = wire.ask("job", handle="older-one")["result"]
     assert older["status"] == "failed" and "superseded" in older["error"]
+
+
+def test_the_gripper_follows_the_target(wire):
+    """Its closure is part of the target; only a change is an order, and nobody waits for it."""
+    wire.take()
+    wire.done("gripper", action="open")
+    start = wire.stream()
+    assert wire.state()["gripper_closure"] is None
+    slowest = 0.0
+    for closure, width in ((1, 0.0), (0.5, 0.04), (0, 0.08)):
+        asked = time.monotonic()
+        first = wire.ask("target", pose=start, closure=closure)
+        slowest = max(slowest, time.monotonic() - asked)
+        replies = [first, *follow(wire, lambda t: start, 0.1)]
+        wire.ask("target", pose=start, closure=closure)  # no new order
+        replies += follow(wire, lambda t: start, 1.2)
+        assert {reply["mode"] for reply in replies} == {"streaming"}
+        job = replies[-1]["jobs"]["gripper"]
+        assert (job["op"], job["handle"], job["status"]) == ("target", None, "done"), job
+        assert job["seconds"] < 1.2 and replies[-1]["result"]["gripper_closure"] == closure
+        assert replies[-1]["result"]["gripper_width"] == pytest.approx(width, abs=0.003)
+    assert slowest < 0.3
+    for closure in (-0.1, 1.1, math.nan, "shut", True):
+        assert wire.refused("target", pose=start, closure=closure) == "bad_argument"
+    wire.done("gripper", action="close")  # an order of its own: then any closure is a change again
+    wire.done("start")
+    wire.ask("target", pose=start, closure=0)
+    follow(wire, lambda t: start, 1.2)
+    assert wire.state()["gripper_width"] > 0.077
+
+
+def test_jobs_are_in_every_reply(server, wire):
+    wire.take()
+    wire.ask("reset", handle="shown-everywhere", speed=0.05)
+    seen = wire.ask("state", token=OTHER)["jobs"]["arm"]
+    assert (seen["handle"], seen["op"], seen["error"]) == ("shown-everywhere", "reset", None)
+    assert seen["status"] in ("queued", "running", "done")
+    assert wire.refused("start", handle="shown-everywhere") == "handle_used"
+    assert wire.refused("gripper", handle="shown-everywhere", action="open") == "handle_used"
+    assert watch(server.states, 0.3)[-1]["jobs"]["arm"]["handle"] == "shown-everywhere"
+    wire.ask("stop")
+    wire.wait_for(mode="idle")
 
 
 @pytest.mark.parametrize(
@@ -891,6 +941,77 @@ def test_only_those_with_keys_are_heard(tmp_path, keys):
             deaf.ask("hello")
         assert watch(process.states, 0.5) == []
         assert wire.state()["mode"] == "idle"
+
+
+def swapped_keys(folder: Path) -> None:
+    for suffix in (".key", ".key_secret"):
+        server, client = folder / f"server{suffix}", folder / f"client{suffix}"
+        server_text = server.read_text()
+        server.write_text(client.read_text())
+        client.write_text(server_text)
+    (folder / "server.key").write_text((folder / "client.key").read_text())
+
+
+WRONG_KEYS = {  # what is done to the folder, and the file that the message names
+    "empty": (lambda folder: (folder / "server.key_secret").write_bytes(b""), "server.key_secret"),
+    "garbled": (lambda folder: (folder / "server.key_secret").write_bytes(b"\xff\x00" * 300), "server.key_secret"),
+    "cut": (lambda folder: (folder / "client.key").write_text('curve\n    public-key = "abc"\n'), "client.key"),
+    "empty client": (lambda folder: (folder / "client.key").write_bytes(b""), "client.key"),
+    "missing": (lambda folder: (folder / "server.key_secret").unlink(), "server.key_secret"),
+    "no client": (lambda folder: (folder / "client.key").unlink(), "client"),
+    "public as secret": (
+        lambda folder: (folder / "server.key_secret").write_text((folder / "server.key").read_text()),
+        "server.key_secret",
+    ),
+    "secret as public": (
+        lambda folder: (folder / "client.key").write_text((folder / "client.key_secret").read_text()),
+        "client.key",
+    ),
+    "another's secret": (swapped_keys, "server.key"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_KEYS)
+def test_wrong_keys_are_named(tmp_path, keys, case):
+    folder = tmp_path / "keys"
+    shutil.copytree(keys / "good", folder)
+    spoil, file = WRONG_KEYS[case]
+    spoil(folder)
+    flags = "--keys", folder, "--port", 0
+    result = run_script("robot_server.py", *flags, cwd=tmp_path, timeout=60, check=False)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+    assert result.stderr.startswith(f"robot_server.py: --keys {folder}") and file in result.stderr
+
+
+def test_a_secret_that_others_can_read(tmp_path, keys):
+    folder = tmp_path / "keys"
+    shutil.copytree(keys / "good", folder)
+    (folder / "server.key_secret").chmod(0o644)
+    with serving(tmp_path, "--keys", folder) as process, Wire(process.requests, keys=folder) as wire:
+        assert wire.state()["mode"] == "idle"
+        assert "others can read server.key_secret: chmod 600" in process.stderr_path.read_text()
+
+
+def test_refused_keys_are_logged(tmp_path, keys):
+    log = tmp_path / "robot_server.log"
+    with serving(tmp_path, "--keys", keys / "good") as process:
+        mixed = tmp_path / "mixed"
+        mixed.mkdir()
+        (mixed / "server.key").write_bytes((keys / "good" / "server.key").read_bytes())
+        (mixed / "client.key_secret").write_bytes((keys / "other" / "client.key_secret").read_bytes())
+        for stranger in (mixed, None):
+            with Wire(process.requests, keys=stranger, timeout=0.5) as deaf, pytest.raises(TimeoutError):
+                deaf.ask("hello")
+        wait_until(lambda: "keys refused" in log.read_text(), 20)
+        wait_until(lambda: "no handshake" in log.read_text(), 20)
+    assert "127.0.0.1" in log.read_text().partition("keys refused")[0].splitlines()[-1]
+
+
+def test_the_other_loop_back(tmp_path):
+    if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
+        pytest.skip("there is no IPv6 here")
+    with serving(tmp_path, "--bind", "::1") as process, Wire(process.requests) as wire:
+        assert process.requests.startswith("tcp://[::1]:") and wire.state()["mode"] == "idle"
 
 
 def test_nothing_is_pickled_or_evaluated():

@@ -1,0 +1,662 @@
+"""Other people's data as local Minari datasets, whatever its format, and the tasks that they are of.
+
+find_dataset       ids of the local datasets that a name means: D4RL, robomimic, OGBench, Minari, a file of one's own
+make_task          the environment of a dataset
+reference_scores   the returns that count as 0 and 100; describe prints them
+"""
+
+import contextlib
+import difflib
+import errno
+import hashlib
+import http.client
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import sys
+import threading
+import traceback
+import urllib.error
+import urllib.parse
+import urllib.request
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from common.envs import Checked, layout
+from common.setup import fail
+from common.stored import Misfit, as_flags, check_numbers, is_local, local_datasets, one_line, per_step, store
+
+
+class Family(NamedTuple):
+    """One of D4RL's robots; scores 0 and 100 are the returns of a random policy and of an expert, d4rl/infos.py:106."""
+
+    dims: tuple[int, int]  # numbers in an observation and in an action
+    steps: int  # per episode
+    worst: float
+    best: float
+    task: str | None = None  # today's environment with the same robot, to be made D4RL's by `make_d4rl_task`
+
+
+# Compared body by body with D4RL's own models. Not v5: Hopper and Walker2d lack the alive bonus of the step that falls,
+# Walker2d has another foot, Ant observes other forces. No environment of today has D4RL's mazes and kitchen.
+D4RL_FAMILIES = {
+    "halfcheetah": Family((17, 6), 1000, -280.178953, 12135.0, "HalfCheetah-v4"),
+    "hopper": Family((11, 3), 1000, -20.272305, 3234.3, "Hopper-v4"),
+    "walker2d": Family((17, 6), 1000, 1.629008, 4592.3, "Walker2d-v4"),
+    "ant": Family((111, 8), 1000, -325.6, 3879.7, "Ant-v4"),
+    "antmaze": Family((29, 8), 1000, 0.0, 1.0),
+    "kitchen": Family((60, 9), 280, 0.0, 4.0),
+    "pen": Family((45, 24), 100, 96.262799, 3076.8331, "gymnasium_robotics:AdroitHandPen-v1"),
+    "hammer": Family((46, 26), 200, -274.856578, 12794.1348, "gymnasium_robotics:AdroitHandHammer-v1"),
+    "relocate": Family((39, 30), 200, -6.425911, 4233.8778, "gymnasium_robotics:AdroitHandRelocate-v1"),
+    "door": Family((39, 28), 200, -56.512833, 2880.5693, "gymnasium_robotics:AdroitHandDoor-v1"),
+    "maze2d-umaze": Family((4, 2), 300, 23.85, 161.86),
+    "maze2d-medium": Family((4, 2), 600, 13.13, 277.39),
+    "maze2d-large": Family((4, 2), 800, 6.7, 273.99),
+    "maze2d-umaze-dense": Family((4, 2), 300, 68.537689, 193.662856),
+    "maze2d-medium-dense": Family((4, 2), 600, 44.264742, 297.455274),
+    "maze2d-large-dense": Family((4, 2), 800, 30.569041, 303.485738),
+}
+ROBOMIMIC = re.compile(r"(lift|can|square|transport|tool_hang)-(mh|ph|mg)-low_dim")
+ROBOMIMIC_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # of each arm, then object; qc robomimic_utils.py:27
+ROBOSUITE_NAMES = {
+    "lift": "Lift",
+    "can": "PickPlaceCan",
+    "square": "NutAssemblySquare",
+    "transport": "TwoArmTransport",
+    "tool_hang": "ToolHang",
+}
+WAYS_ON = (
+    "three ways on: {}; "
+    "name a dataset that is here (`minari list local`); leave --env-name out, the default makes its own data"
+)
+
+
+# --- Which data a name means ------------------------------------------------------------------------------------------
+def d4rl_files() -> dict[str, str]:
+    """D4RL's names and the paths of their files on its server; Farama-Foundation/D4RL d4rl/infos.py."""
+    files = {}
+    for robot in ("halfcheetah", "hopper", "walker2d", "ant"):
+        for kind in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
+            for version in ("v1", "v2"):
+                file = f"{robot}_{kind.replace('-', '_')}-{version}.hdf5"
+                files[f"{robot}-{kind}-{version}"] = f"gym_mujoco_{version}/{file}"
+    for task in ("pen", "hammer", "relocate", "door"):
+        for kind in ("human", "cloned", "expert"):
+            files[f"{task}-{kind}-v1"] = f"hand_dapg_v1/{task}-{kind}-v1.hdf5"
+    mazes = {
+        "umaze": "u-maze_noisy_multistart_False_multigoal_False",
+        "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
+        "medium-play": "big-maze_noisy_multistart_True_multigoal_False",
+        "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
+        "large-play": "hardest-maze_noisy_multistart_True_multigoal_False",
+        "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
+    }
+    for kind, file in mazes.items():
+        files[f"antmaze-{kind}-v2"] = f"ant_maze_v2/Ant_maze_{file}_sparse_fixed.hdf5"
+    for maze in ("umaze", "medium", "large"):
+        files[f"maze2d-{maze}-v1"] = f"maze2d/maze2d-{maze}-sparse-v1.hdf5"
+        files[f"maze2d-{maze}-dense-v1"] = f"maze2d/maze2d-{maze}-dense-v1.hdf5"
+    kitchens = {
+        "complete": "mini_kitchen_microwave_kettle_light_slider",
+        "partial": "kitchen_microwave_kettle_light_slider",
+        "mixed": "kitchen_microwave_kettle_bottomburner_light",
+    }
+    for kind, file in kitchens.items():
+        files[f"kitchen-{kind}-v0"] = f"kitchen/{file}-v0.hdf5"
+    return files
+
+
+def is_d4rl(name: str) -> bool:
+    """Whether this is a D4RL name, of any version."""
+    return name.rpartition("-v")[0] in {known.rpartition("-v")[0] for known in d4rl_files()}
+
+
+def find_dataset(
+    env_name: str, dataset_path: str | None = None, also_known: Iterable[str] = ()
+) -> tuple[str, str | None]:
+    """Ids of the local Minari datasets, for training and for validation, that `env_name` means. Converts or downloads
+    what is not there yet; exits with one line when that cannot be done, which may suggest what is `also_known`."""
+    if dataset_path:
+        return convert_hdf5(env_name, Path(dataset_path)), None
+    if env_name in d4rl_files():
+        return convert_hdf5(env_name, download_d4rl(env_name)), None
+    if ROBOMIMIC.fullmatch(env_name):
+        return convert_hdf5(env_name, robomimic_path(env_name)), None
+    if is_local(env_name):
+        return env_name, None
+    if "singletask" in env_name:
+        return convert_ogbench(env_name)
+    if re.fullmatch(r"[-_\w]+(/[-_\w]+)+-v\d+", env_name):
+        return download_minari(env_name, also_known), None
+    way = "a file of your own is read with --dataset-path FILE"
+    fail(f"--env-name {env_name}: no dataset of that name is known{nearest(env_name, also_known)}; {way}")
+
+
+def nearest(name: str, also_known: Iterable[str]) -> str:
+    """What the user may have meant, as the end of a message."""
+    known = [*local_datasets(), *d4rl_files(), *also_known]
+    known += [f"{task}-{kind}-low_dim" for task in ROBOSUITE_NAMES for kind in ("mh", "ph")]
+    near = difflib.get_close_matches(name, known, 3, 0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+# --- Local datasets ---------------------------------------------------------------------------------------------------
+
+
+def check_space(folder: Path, size: float, what: str) -> None:
+    """Exits with one line when `size` bytes are not free: HDF5 does not survive a full disk."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        fail(f"{folder}: {free / 1e6:.0f} MB are free, {what} needs {size / 1e6:.0f}; make room")
+
+
+# --- HDF5 files of D4RL's and robomimic's layout ----------------------------------------------------------------------
+def convert_hdf5(env_name: str, path: Path) -> str:
+    """A file as a local Minari dataset, named by the file's contents; its layout says how it is read."""
+    import h5py
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    kind = "robomimic" if ROBOMIMIC.fullmatch(env_name) else "d4rl" if is_d4rl(env_name) else "file"
+    name, _, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name).rpartition("-v")
+    if not version.isdigit():
+        name, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name), "15" if kind == "robomimic" else "0"
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+        dataset_id = f"{kind}/{name}-{digest}-v{version}"
+        if is_local(dataset_id):
+            return dataset_id
+        check_space(get_dataset_path(), 1.5 * path.stat().st_size, dataset_id)
+        with h5py.File(path) as file:
+            is_robomimic = kind == "robomimic" or (kind == "file" and "data" in file)
+            print(f"converting {path} to the Minari dataset {dataset_id}", flush=True)
+            return (store_robomimic if is_robomimic else store_d4rl)(dataset_id, env_name, file)
+    except FileNotFoundError:
+        fail(f"--dataset-path {path}: there is no such file")
+    except Misfit as error:
+        fail(f"{path}: {error}")
+    except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:  # h5py's for damaged parts
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        fail(f"{path}: is cut off, damaged or not of a known layout ({one_line(error)}); fetch or make it again")
+
+
+def d4rl_kind(name: str) -> str | None:
+    """hopper-medium-v2 -> hopper; maze2d-umaze-dense-v1 -> maze2d-umaze-dense; None where D4RL has no such name."""
+    if not is_d4rl(name):
+        return None
+    return name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]
+
+
+def column(file, key: str) -> np.ndarray:
+    """The rows (N, ...) of a D4RL file's dataset. Raises Misfit when it has none of that name."""
+    import h5py
+
+    if not isinstance(file.get(key), h5py.Dataset) or not file[key].shape:
+        raise Misfit(f"is not of D4RL's layout: it has no {key} with one row per step (but {', '.join(file)})")
+    return file[key][:]
+
+
+def store_d4rl(dataset_id: str, name: str, file) -> str:
+    """Rows (N, ...) of D4RL cut into episodes, d4rl/__init__.py:69-140 and qc d4rl_utils.py:16-58."""
+    observations, actions = (as_rows(key, column(file, key)) for key in ("observations", "actions"))
+    count = len(observations)
+    if len(actions) != count or not count:
+        raise Misfit(f"observations and actions are not of one length above 0: {count} and {len(actions)}")
+    rewards = per_step("rewards", column(file, "rewards"), count)
+    terminals = as_flags("terminals", per_step("terminals", column(file, "terminals"), count))
+    following = as_rows("next_observations", column(file, "next_observations")) if "next_observations" in file else None
+    if following is not None and following.shape != observations.shape:
+        raise Misfit(f"next_observations have shape {following.shape}, observations {observations.shape}")
+    kind = d4rl_kind(name)
+    family = D4RL_FAMILIES.get(kind)
+    dims = (math.prod(observations.shape[1:]), math.prod(actions.shape[1:]))
+    if family and dims != family.dims:
+        theirs = "{} numbers per observation and {} per action".format(*family.dims)
+        raise Misfit(f"{name} has {theirs}, this file {dims[0]} and {dims[1]}; give a file of your own its own name")
+    ends = episode_ends(file, name, observations, terminals, following, family)
+
+    def episodes() -> Iterator[tuple]:
+        first = 0
+        for last in np.flatnonzero(ends):
+            # Nothing follows the last row. A terminated episode does not need it; another one loses its last action,
+            # as in D4RL, unless the file has next_observations.
+            known = following is not None or terminals[last]
+            stop = last + 1 if known else last  # rows first ... stop - 1 are the episode's steps
+            if stop > first:
+                after = following[last] if following is not None else observations[last]
+                obs = np.concatenate([observations[first:stop], after[None]])
+                rows = slice(first, stop)
+                truncations = np.arange(first, stop) == stop - 1
+                yield obs, actions[rows], rewards[rows], terminals[rows], truncations & ~terminals[rows]
+            first = last + 1
+
+    about = {"env": gym.spec(name)} if name in gym.registry else {}
+    metadata = {}
+    if family:
+        metadata = {"ref_min_score": family.worst, "ref_max_score": family.best, "reference": "D4RL", "d4rl": kind}
+        metadata["contact_forces"] = kind == "ant" and bool(observations[:, 27:].any())
+    low, high = (0, 255) if observations.dtype == np.uint8 else (-np.inf, np.inf)
+    about["observation_space"] = spaces.Box(low, high, observations.shape[1:], observations.dtype)
+    about["action_space"] = spaces.Box(-1, 1, actions.shape[1:], np.float32)
+    return store(dataset_id, episodes(), metadata, **about)
+
+
+def as_rows(key: str, x: np.ndarray) -> np.ndarray:
+    """Rows (N, ...) with at least one axis behind the first. Raises Misfit when they hold no numbers."""
+    if x.dtype.kind not in "fiub":
+        check_numbers(key, x)
+    return x[:, None] if x.ndim == 1 else x
+
+
+def episode_ends(file, name: str, observations, terminals, following, family: Family | None) -> np.ndarray:
+    """(N,) bool, the last rows of episodes. Raises Misfit where the file does not tell: chunks must not cross ends."""
+    ends = np.zeros_like(terminals) if name.startswith("antmaze") else terminals.copy()  # a goal does not end antmaze
+    told = following is not None or bool(terminals[-1])
+    timeouts = np.zeros_like(terminals)
+    if "timeouts" in file:
+        timeouts = as_flags("timeouts", per_step("timeouts", column(file, "timeouts"), len(ends)))
+        ends |= timeouts
+    if following is not None:
+        jumps = np.abs(observations[1:].astype(float) - following[:-1]).reshape(len(ends) - 1, -1)
+        ends[:-1] |= jumps.max(-1) > 1e-6
+    ends[-1] = True
+    if timeouts.any() or (told and not family):
+        return ends
+    if not family:
+        raise Misfit(
+            "tells neither by timeouts nor by next_observations where episodes end; add timeouts, 1 at each end"
+        )
+    first = 0
+    for row in range(len(ends)):  # cut where the time limit must have been
+        ends[row] |= row - first + 1 == family.steps
+        if ends[row]:
+            first = row + 1
+    return ends
+
+
+def robomimic_path(env_name: str) -> Path:
+    """Where robomimic's own download puts a file. Exits, with the command for it, when it is not there."""
+    task, kind = ROBOMIMIC.fullmatch(env_name).groups()
+    sparse = "sparse_" if kind == "mg" else ""
+    path = Path.home() / ".robomimic" / task / kind / f"low_dim_{sparse}v15.hdf5"
+    if not path.exists():
+        way = f"python -m robomimic.scripts.download_datasets --tasks {task} --dataset_types {kind}"
+        way += " --hdf5_types low_dim --download_dir ~/.robomimic"
+        fail(f"--env-name {env_name}: there is no {path}; `{way}` (robomimic 0.5), or give --dataset-path FILE")
+    return path
+
+
+def store_robomimic(dataset_id: str, name: str, file) -> str:
+    """data/demo_I of robomimic: low-dimensional observations in one vector, qc robomimic_utils.py:111-137. With the
+    environment's settings, and the numbers of the validation episodes where the file names some."""
+    if "data" not in file:
+        raise Misfit(f"is not of robomimic's layout: it has no data/demo_0 (but {', '.join(file)})")
+    data = file["data"]
+    names = sorted(data, key=lambda demo: int(demo.removeprefix("demo_")))
+    if not names:
+        raise Misfit("has no demonstrations")
+    first = data[names[0]]
+    if "obs" not in first and "states" in first:
+        raise Misfit(states_only(file.filename, raw="env_args" not in data.attrs))
+    arms = [arm for arm in ("robot0", "robot1") if f"{arm}_eef_pos" in first["obs"]]
+    keys = [f"{arm}_{key}" for arm in arms for key in ROBOMIMIC_KEYS] + ["object"]
+    for demo in names:
+        missing = [key for key in keys if key not in data[demo]["obs"]] or ([] if arms else ["robot0_eef_pos"])
+        if missing:
+            there = ", ".join(data[demo]["obs"])
+            raise Misfit(f"{demo}/obs has no {missing[0]} (but {there}); give robomimic's low_dim file")
+    if "env_args" not in data.attrs:
+        raise Misfit("does not say of which task it is (data has no attribute env_args)")
+    env_args = json.loads(data.attrs["env_args"])
+    expected = ROBOSUITE_NAMES.get(name.partition("-")[0]) if ROBOMIMIC.fullmatch(name) else None
+    if expected and env_args["env_name"] != expected:
+        raise Misfit(f"is of {env_args['env_name']}, {name} means {expected}; give the other name or the other file")
+    settings = {
+        "env_args": {key: env_args.get(key) for key in ("env_name", "env_kwargs", "env_version")},
+        "keys": keys,
+        "longest": max(len(data[demo]["actions"]) for demo in names),
+    }
+    about = {"robomimic": json.dumps(settings)}
+    if "mask/valid" in file:
+        about["validation"] = [names.index(demo.decode()) for demo in file["mask/valid"][:]]
+
+    def episodes() -> Iterator[tuple]:
+        for demo in (data[name] for name in names):
+            obs = np.concatenate([demo["obs"][key][:] for key in keys], -1)  # (T, O)
+            last = demo["next_obs"] if "next_obs" in demo else demo["obs"]
+            obs = np.concatenate([obs, np.concatenate([last[key][-1:] for key in keys], -1)])
+            steps = len(demo["actions"])
+            terminations = as_flags("dones", per_step("dones", demo["dones"][:], steps))
+            truncations = np.arange(1, steps + 1) == steps
+            yield obs, demo["actions"][:], demo["rewards"][:], terminations, truncations & ~terminations
+
+    size = sum(first["obs"][key].shape[-1] for key in keys)
+    box = spaces.Box(-np.inf, np.inf, (size,), np.float64)
+    action_box = spaces.Box(-1, 1, first["actions"].shape[1:], np.float32)
+    return store(dataset_id, episodes(), about, observation_space=box, action_space=action_box)
+
+
+def states_only(path: str, raw: bool) -> str:
+    """What to do with demonstrations as robosuite or robomimic collect them."""
+    convert = f"`python -m robomimic.scripts.conversion.convert_robosuite --dataset {path}`, then " if raw else ""
+    observe = f"`python -m robomimic.scripts.dataset_states_to_obs --dataset {path} --output_name low_dim.hdf5"
+    return f"holds the simulator's states, no observations; make them: {convert}{observe} --done_mode 2`"
+
+
+# --- OGBench ----------------------------------------------------------------------------------------------------------
+def convert_ogbench(env_name: str) -> tuple[str, str]:
+    """Training and validation part of an OGBench dataset, through its own package, as local Minari datasets."""
+    name, version = env_name.rsplit("-", 1)
+    ids = f"ogbench/{name}-{version}", f"ogbench/{name}-val-{version}"
+    if all(map(is_local, ids)):
+        return ids
+    try:
+        import ogbench
+
+        env, *parts = ogbench.make_env_and_datasets(env_name)
+    except ImportError as error:
+        fail(f"--env-name {env_name}: {one_line(error)}; pip install {error.name or 'ogbench'}")
+    except Exception as error:  # noqa: BLE001  it downloads and makes a task: errors of several libraries
+        ways_on = WAYS_ON.format("load it on another machine, and copy ~/.ogbench/data from there")
+        fail(f"--env-name {env_name}: ogbench says {one_line(error)}; {ways_on}")
+
+    def episodes(part: dict) -> Iterator[tuple]:
+        first = 0
+        for last in np.flatnonzero(part["terminals"]):
+            rows = slice(first, last + 1)
+            obs = np.concatenate([part["observations"][rows], part["next_observations"][last : last + 1]])
+            terminations = part["masks"][rows] == 0
+            truncations = (np.arange(1, len(terminations) + 1) == len(terminations)) & ~terminations
+            yield obs, part["actions"][rows], part["rewards"][rows], terminations, truncations
+            first = last + 1
+
+    box = {"observation_space": env.observation_space, "action_space": env.action_space}
+    for dataset_id, part in zip(ids, parts, strict=True):
+        store(dataset_id, episodes(part), {"ogbench": env_name}, **box)
+    return ids
+
+
+# --- Downloads --------------------------------------------------------------------------------------------------------
+def reachable(url: str, timeout_s: float = 4.0) -> bool:
+    """Whether the server of this address takes connections; True without a try where a proxy is set."""
+    parts = urllib.parse.urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    if urllib.request.getproxies().get(parts.scheme):
+        return True
+    answers = []
+
+    def connect() -> None:
+        with contextlib.suppress(OSError):
+            answers.append(socket.create_connection((parts.hostname, port), timeout_s))
+
+    thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no time limit of its own
+    thread.start()
+    thread.join(timeout_s)
+    for connection in answers:
+        connection.close()
+    return bool(answers)
+
+
+def download_d4rl(env_name: str) -> Path:
+    """The file of a D4RL dataset, in the folder where the d4rl package keeps it too; downloaded once, from D4RL's
+    server or from the mirror that D4RL_URL names."""
+    from tqdm import tqdm
+
+    server = os.environ.get("D4RL_URL", "http://rail.eecs.berkeley.edu/datasets/offline_rl")
+    url = f"{server}/{d4rl_files()[env_name]}"
+    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
+    target = folder / url.rpartition("/")[2]
+    if target.exists():
+        return target
+    ways_on = WAYS_ON.format("fetch the file on another machine and give it with --dataset-path FILE")
+    if not reachable(url):
+        fail(f"--env-name {env_name}: {url} cannot be reached; {ways_on}")
+    folder.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f"{target.name}.{os.getpid()}.part")
+    written = 0
+    try:
+        with urllib.request.urlopen(url, timeout=20) as response, part.open("wb") as file:
+            size = int(response.headers.get("Content-Length", 0))
+            check_space(folder, 2.5 * size, f"{target.name}, with its conversion,")
+            with tqdm(total=size or None, desc=target.name, unit="B", unit_scale=True) as bar:
+                while block := response.read(1 << 20):
+                    written += file.write(block)
+                    bar.update(len(block))
+        if written != size != 0:
+            fail(f"{url}: the connection ended after {written} of {size} bytes; run the command again")
+        part.replace(target)
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+        fail(f"--env-name {env_name}: {url}: {one_line(error)}; {ways_on}")
+    finally:
+        part.unlink(missing_ok=True)
+    return target
+
+
+def download_minari(name: str, also_known: Iterable[str]) -> str:
+    """A dataset of Minari's public collection, or of the one that MINARI_REMOTE names."""
+    import minari
+
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    ways_on = f"`minari download {name}` on another machine, and copy ~/.minari/datasets/{name} from there"
+    ways_on = WAYS_ON.format(ways_on)
+    if not os.environ.get("MINARI_REMOTE") and not reachable(hub):
+        near = nearest(name, also_known)
+        fail(f"--env-name {name}: is not here, and {hub} cannot be reached{near}; {ways_on}")
+    try:
+        minari.load_dataset(name, download=True)
+    except ImportError as error:
+        cause = error.__cause__ or error.__context__ or error
+        missing = getattr(cause, "name", None) or "huggingface_hub"
+        fail(
+            f"--env-name {name}: Minari downloads with huggingface_hub, and {missing} is missing; pip install {missing}"
+        )
+    except Exception as error:  # noqa: BLE001  the hub's client raises errors of several libraries
+        fail(f"--env-name {name}: {one_line(error, 200)}{nearest(name, also_known)}; {ways_on}")
+    return name
+
+
+# --- What a dataset is of ---------------------------------------------------------------------------------------------
+class RobosuiteTask(gym.Env):
+    """A robosuite task as a robomimic file describes it: low-dimensional observations, success ends the episode."""
+
+    # Steps; qc robomimic_utils.py:34. Other tasks get twice the longest demonstration.
+    HORIZONS = {"Lift": 300, "PickPlaceCan": 300, "NutAssemblySquare": 400, "TwoArmTransport": 800, "ToolHang": 1000}
+
+    def __init__(self, env_args: dict, keys: list[str], longest: int = 250, render_mode: str | None = None):
+        import robosuite
+
+        name = env_args["env_name"]
+        theirs, ours = env_args.get("env_version"), robosuite.__version__
+        if theirs and theirs.split(".")[:2] != ours.split(".")[:2]:
+            raise ValueError(f"the data is of robosuite {theirs}, here is {ours}, whose controllers and scenes differ")
+        options = {"has_renderer": False, "has_offscreen_renderer": False, "use_camera_obs": False, "ignore_done": True}
+        self.sim = robosuite.make(name, **env_args["env_kwargs"] | options)
+        self.keys = keys
+        self.horizon = self.HORIZONS.get(name, 2 * longest)
+        self.render_mode = render_mode
+        self.metadata = {"render_fps": 20}
+        low, high = self.sim.action_spec
+        self.action_space = spaces.Box(np.float32(low), np.float32(high))
+        self.observation_space = spaces.Box(-np.inf, np.inf, self.observe(self.sim.reset()).shape, np.float32)
+
+    def observe(self, raw: dict) -> np.ndarray:
+        names = {"object": "object-state"}  # robomimic's name: robosuite's
+        return np.concatenate([np.float32(raw[names.get(key, key)]).ravel() for key in self.keys])
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            np.random.seed(seed)  # noqa: NPY002  robosuite before 1.5 places objects with numpy's global generator
+            self.sim.rng = np.random.default_rng(seed)
+        self.steps = 0
+        self.renderer = None
+        return self.observe(self.sim.reset()), {"success": False}
+
+    def step(self, action):
+        raw, reward, *_ = self.sim.step(action)
+        self.steps += 1
+        success = bool(self.sim._check_success())
+        return self.observe(raw), float(reward), success, self.steps >= self.horizon, {"success": success}
+
+    def render(self):
+        from franka_sim import new_renderer
+
+        if self.renderer is None:
+            self.renderer = new_renderer(self.sim.sim.model._model, 256, 256)
+        self.renderer.update_scene(self.sim.sim.data._data, "agentview")
+        return self.renderer.render()
+
+
+def make_task(dataset, render: bool = False) -> gym.Env | None:
+    """The task that a Minari dataset is of; None, with a line that says why, where there is none to run.
+
+    Somebody else's code may raise anything, and learning goes on all the same.
+    """
+    options = {"render_mode": "rgb_array"} if render else {}
+    try:
+        env = recover(dataset, options)
+        env = Checked(env, f"the task of {dataset.id}")
+        env.reset(seed=0)
+    except Exception as error:  # noqa: BLE001
+        remedy = f"; pip install {error.name}" if isinstance(error, ImportError) and error.name else ""
+        said = one_line(error) if isinstance(error, ImportError | gym.error.Error | Misfit) else where_raised(error)
+        print(f"no evaluation: the task of {dataset.id} does not run here ({said}{remedy})", file=sys.stderr)
+        return None
+    ours, theirs = env.observation_space, dataset.observation_space
+    what = "observations"
+    if layout(ours) == layout(theirs):
+        what, ours, theirs = "actions", env.action_space, dataset.action_space
+    if layout(ours) != layout(theirs):
+        print(f"no evaluation: {dataset.id} has {what} {theirs}, the task here {ours}", file=sys.stderr)
+        return None
+    return env
+
+
+def recover(dataset, options: dict) -> gym.Env:
+    """The environment of a dataset, as whoever made the dataset described it."""
+    about = dataset.storage.metadata
+    if "robomimic" in about:
+        settings = json.loads(about["robomimic"])
+        settings.pop("task", None)
+        return RobosuiteTask(**settings, **options)
+    if "ogbench" in about:
+        import ogbench
+
+        return ogbench.make_env_and_datasets(about["ogbench"], env_only=True, **options)
+    with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
+        if about.get("reference") == "D4RL":
+            kind = about.get("d4rl") or d4rl_kind(re.sub("^d4rl/|-[0-9a-f]{8}(?=-v)", "", dataset.id))
+            return make_d4rl_task(kind, bool(about.get("contact_forces")), options)
+        return dataset.recover_environment(eval_env=True, **options)
+
+
+def make_d4rl_task(kind: str, contact_forces: bool, options: dict) -> gym.Env:
+    """The task of a D4RL family in today's simulator; `contact_forces`: Ant's are not 0 in the data.
+
+    Raises Misfit where there is none.
+    """
+    family = D4RL_FAMILIES[kind]
+    if family.task is None:
+        raise Misfit(f"no environment of today is that of D4RL's {kind}")
+    module, _, _ = family.task.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if contact_forces:
+        options = options | {"use_contact_forces": True}
+    env = gym.make(family.task, max_episode_steps=family.steps, **options)
+    if not module:
+        weigh_as_mujoco_2_0(env)
+    return AsD4RL(env, "" if contact_forces else kind)
+
+
+def weigh_as_mujoco_2_0(env: gym.Env) -> None:
+    """Masses and inertias of before MuJoCo 2.1.2 (its changelog: "Computed capsule inertias are now exact"): a capsule
+    was a cylinder with half a radius more at each end. D4RL's data is from 2.0; today's limbs weigh up to 8% more."""
+    import mujoco
+
+    spec = mujoco.MjSpec.from_file(env.unwrapped.fullpath)
+    for geom in spec.geoms:
+        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:
+            geom.type = mujoco.mjtGeom.mjGEOM_CYLINDER
+            radius = geom.size[0]
+            start, end = geom.fromto[:3], geom.fromto[3:]
+            if np.isfinite(start).all():
+                longer = radius / 2 * (end - start) / np.linalg.norm(end - start)
+                geom.fromto = np.concatenate([start - longer, end + longer])
+            else:
+                geom.size = geom.size + [0, radius / 2, 0]
+    old = spec.compile()
+    model = env.unwrapped.model
+    for name in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
+        getattr(model, name)[:] = getattr(old, name)
+    mujoco.mj_setConst(model, env.unwrapped.data)
+
+
+class AsD4RL(gym.Wrapper):
+    """What D4RL's tasks do otherwise: Ant's observations end in 84 contact forces, all 0; Adroit's rewards take off a
+    tenth of the hand's distance, where gymnasium-robotics adds it (its PR 220); a pen that falls ends the episode."""
+
+    def __init__(self, env: gym.Env, kind: str):
+        super().__init__(env)
+        self.kind = kind
+        if kind == "ant":
+            self.observation_space = spaces.Box(-np.inf, np.inf, (111,), np.float64)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.observed(obs), info
+
+    def observed(self, obs: np.ndarray) -> np.ndarray:
+        return np.concatenate([obs, np.zeros(84)]) if self.kind == "ant" else obs
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        hand = {
+            "door": lambda: obs[35:38],
+            "hammer": lambda: obs[33:36] - obs[36:39],
+            "relocate": lambda: obs[30:33],
+        }
+        if self.kind in hand:
+            reward -= 0.2 * np.linalg.norm(hand[self.kind]())
+        terminated = terminated or (self.kind == "pen" and obs[26] < 0.075)
+        return self.observed(obs), reward, terminated, truncated, info
+
+
+def where_raised(error: Exception) -> str:
+    """An error of somebody else's code in one line, with the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {'/'.join(Path(place.filename).parts[-2:])}:{place.lineno}: {one_line(error)}"
+
+
+def reference_scores(dataset) -> tuple[tuple[float, float], str]:
+    """Returns that count as 0 and 100, and whose they are: the dataset's own, or those of D4RL's like robot."""
+    about = dataset.storage.metadata
+    if about.get("ref_max_score") is not None and about.get("ref_min_score") is not None:
+        return (about["ref_min_score"], about["ref_max_score"]), about.get("reference", "Minari")
+    robot = dataset.env_spec.id.rpartition("-")[0] if dataset.env_spec else ""
+    for family in D4RL_FAMILIES.values():
+        if robot and family.task and family.task.rpartition("-")[0] == robot:
+            return (family.worst, family.best), "D4RL_scale"  # another version of the robot: not D4RL's score
+    return (math.nan, math.nan), ""
+
+
+def describe(dataset, returns: list[float], episodes: int, steps: int, where: str) -> None:
+    """Says what the data is; `returns` of the episodes that are used. Numbers are comparable only on the same data."""
+    (worst, best), source = reference_scores(dataset)
+    owner = {"D4RL_scale": "D4RL's scale, another version of its robot"}.get(source, f"{source}'s references")
+    scores = f"{owner}: score 0 is {worst:.6g}, 100 is {best:.6g}" if source else "no reference scores"
+    size = f"{dataset.storage.get_size():.0f} MB, {where}"
+    print(f"data: {dataset.id}, {size}, {len(returns)} of {episodes} episodes, {steps:,} steps")
+    print(f"data: mean return {np.mean(returns):.6g}, best {max(returns):.6g}; {scores}", flush=True)
