@@ -31,7 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
 
@@ -69,8 +69,6 @@ class Args:
     """run directory to continue"""
     threads: int = 2
     """CPU threads for PyTorch"""
-    eval_only: ClassVar[None] = None  # Run asks for them
-    track: ClassVar[bool] = False
 
     # data
     data: tuple[str, ...] = ()
@@ -120,7 +118,9 @@ class Args:
     episodes: int = 5
     """how many to watch"""
 
-    MAY_CHANGE: ClassVar[str] = "run_dir resume updates threads"
+    MAY_CHANGE = "run_dir resume updates threads"
+    eval_only = None  # no flags of this script, but a Run asks for them
+    track = False
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
@@ -133,6 +133,8 @@ class Args:
             fail(f"--classes {' '.join(self.classes)}: at least two different names, the last is success")
         if self.pretrained and self.encoder == "small":
             fail(f"--pretrained {self.pretrained}: no such file is known for --encoder small; take resnet10")
+        if self.watch and (self.resume or self.run_dir):
+            fail("--watch: shows a finished classifier, give neither --resume nor --run-dir")
         if self.add and not self.data:
             fail("--add: give the first classifier's --data DATASET, too")
 
@@ -250,7 +252,7 @@ def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, coun
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
-def open_dataset(option: str, source: str):
+def dataset_at(option: str, source: str):
     """A local Minari dataset, or that in the folder `episodes` of a run. Exits with one line when it is not there."""
     import minari
 
@@ -302,7 +304,7 @@ def recorded_clips(option: str, source: str, classifier: SuccessClassifier, fing
 
     Exits with one line when their pictures are others than those that `fingerprint` tells of, or have no labels.
     """
-    dataset = open_dataset(option, source)
+    dataset = dataset_at(option, source)
     wrong = differences_of_pictures(fingerprint_of(dataset), fingerprint, classifier.cameras)
     if wrong:
         fail(f"{option} {source}: its pictures are others: {'; '.join(wrong)}")
@@ -651,10 +653,10 @@ def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifi
     return classifier
 
 
-def collect(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]:
+def gather(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]:
     """A new network, the fingerprint of its pictures, the episodes for it, and those in another light."""
     if args.data:
-        first = open_dataset("--data", args.data[0])
+        first = dataset_at("--data", args.data[0])
         fingerprint = fingerprint_of(first)
         classifier = make_classifier(args, first.observation_space, args.data[0])
         clips = []
@@ -695,7 +697,7 @@ def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], d
     run.end_of_training()
 
 
-def report(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]) -> tuple[float, dict]:
+def grade(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]) -> tuple[float, dict]:
     """Chooses the threshold on the held-out episodes, shows and writes what it does; log odds, and all scores."""
     args = run.args
     scored = {name: score(classifier, clips) for name, clips in parts.items()}
@@ -734,7 +736,7 @@ def delay_ms(detector: SuccessDetector) -> float:
 
 
 def train(args: Args, device: torch.device) -> None:
-    classifier, fingerprint, clips, elsewhere = collect(args)
+    classifier, fingerprint, clips, elsewhere = gather(args)
     learned, held_out = split(clips, HELD_OUT, args.seed)
     parts = {"to learn from": learned, "held out": held_out, "another light": elsewhere}
     parts = {name: part for name, part in parts.items() if part}
@@ -746,7 +748,7 @@ def train(args: Args, device: torch.device) -> None:
     run.close()
     classifier.load_state_dict(trainer.best_weights)
     del parts["to learn from"]
-    threshold, scores = report(run, classifier, parts)
+    threshold, scores = grade(run, classifier, parts)
     together = scores["held out"]["together"]
     seen, succeeded = together["seen_successes"], together["successful_episodes"]
     wrong, failed = together["false_successes"], together["failed_episodes"]

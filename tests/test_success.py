@@ -5,11 +5,13 @@ import math
 import pickle
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
-from common.success import SuccessClassifier, SuccessDetector, differences_of_pictures, log_odds
+from common.success import SuccessClassifier, SuccessDetector, SuccessReward, differences_of_pictures, log_odds
 
 CAMERA = {"name": "wrist", "crop": None, "fps": 30, "exposure": 1e4}
 FINGERPRINT = {"name": "peg", "hz": 10.0, "image_size": 32, "cameras": [CAMERA | {"name": "front"}, CAMERA]}
@@ -70,6 +72,37 @@ def test_a_reset_forgets_the_frames_in_a_row():
     detector.reset()
     assert not detector(observation(200))
     assert detector(observation(200))
+
+
+class Slideshow(gym.Env):
+    """Shows the wrist one brightness after another, and says nothing of success."""
+
+    observation_space = action_space = spaces.Discrete(1)
+
+    def __init__(self, brightness: list[int]):
+        self.brightness = brightness
+
+    def reset(self, **kwargs):
+        self.t = 0
+        return observation(self.brightness[0]), {}
+
+    def step(self, action):
+        self.t += 1
+        return observation(self.brightness[self.t]), 7.0, False, self.t == len(self.brightness) - 1, {"a": 1}
+
+
+def test_reward_of_the_detector():
+    detector = SuccessDetector(Brightness(), threshold=0.5, hold=2, fingerprint={}, about={})
+    env = SuccessReward(Slideshow([50, 200, 50, 200, 200]), detector)
+    for _ in range(2):  # the second episode begins anew
+        env.reset()
+        steps = [env.step(0)[1:] for _ in range(4)]
+        assert [step[0] for step in steps] == [0.0, 0.0, 0.0, 1.0]
+        assert [step[1] for step in steps] == [False, False, False, True]
+        assert steps[0][3] == {"a": 1, "success": False} and steps[-1][3] == {"a": 1, "success": True}
+    env = SuccessReward(Slideshow([200, 200]), detector)
+    env.reset()
+    assert env.step(0)[1] == 1.0  # the first frame counts
 
 
 def test_log_odds_are_those_of_the_last_class():
