@@ -94,7 +94,7 @@ class Args(RunArgs):
     """environment steps with random actions before learning starts"""
     buffer_size: int = 100_000
     """transitions kept"""
-    buffer_dir: str | None = None
+    frames_dir: str | None = None
     """directory for the frames' files (default: the run's), such as a disk of this machine when that is far away"""
     batch_size: int = 64
     """transitions per critic update, demonstrations included"""
@@ -179,7 +179,7 @@ class Args(RunArgs):
     """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
 
     MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads total_timesteps "
-    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys buffer_dir"
+    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys frames_dir"
     SHAPING = "env_id image_size cameras encoder small_channels pooling latent_dim film frame_stack action_chunk "
     SHAPING += "gripper_penalty hidden_dims activation layer_norm normalize_observations std_parameterization"
 
@@ -809,13 +809,13 @@ class Agent:
         small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
         setup.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
-        if self.args.buffer_dir:
-            path = Path(self.args.buffer_dir) / f"{run.dir.name}-{path.name}"
+        if self.args.frames_dir:
+            path = Path(self.args.frames_dir) / f"{run.dir.name}-{path.name}"
         file = FrameFile(path, self.views.frame_shape, self.device)
         if run.state is None:
             what = f"{name}: {capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
             sizes = f"{size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
-            file.check_disk(slots, f"{what}; {sizes}", "give a smaller --buffer-size, or another --buffer-dir")
+            file.check_disk(slots, f"{what}; {sizes}", "give a smaller --buffer-size, or another --frames-dir")
             file.make_room(slots)
         return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
 

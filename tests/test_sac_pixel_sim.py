@@ -447,7 +447,7 @@ def test_memory_disk_and_wire_are_announced_before_they_are_taken(tmp_path, monk
 
 
 def test_frames_in_another_place(tmp_path):
-    args = small_args(buffer_dir=str(tmp_path / "disk"))
+    args = small_args(frames_dir=str(tmp_path / "disk"))
     agent = Agent(small_views(), box(2), args, CPU)
     agent.make_buffer("replay", 10, run_stub(tmp_path / "my-run"), 12)
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["my-run-replay.frames"]
@@ -934,7 +934,7 @@ def differences(one: Path, other: Path, folder: Path | None = None) -> list[str]
         "",
         "--frame-stack 2 --action-chunk 3 --buffer-size 50 --dropout 0.1 --film state --augment crop jitter flip"
         " --n-step 3",
-        "--reward vice --buffer-dir frames --pooling softmax",
+        "--reward vice --frames-dir frames --pooling softmax",
     ],
     ids=["plain", "everything-and-wrap-around", "vice-and-frames-in-another-place"],
 )
