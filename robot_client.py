@@ -4,17 +4,31 @@
     python robot_client.py --teleop keyboard --drive            # needs a server; first motion, by hand
     python robot_client.py --snapshots pictures                 # needs a server; one picture of every camera
 
-    env = gym.make("robot_client:FrankaReal-v0", config=TaskConfig(...))   # in a script of your own
-    env = Intervention(env, SpaceMouse())                                  # a person may take over at any step
+The environment, in a script of your own (`FrankaEnv` tells what actions, observations and `info` are):
+
+    import gymnasium
+    from robot_client import PEG, Intervention, Keyboard
+
+    env = gymnasium.make("robot_client:FrankaReal-v0", config=PEG)
+    env = Intervention(env, Keyboard())    # a person may take over at any step
+
+Keys of the keyboard, typed into the terminal:
+    w s  forward, back     a d  left, right      r f  up, down        (in the axes of the robot's base)
+    j l  roll              i k  pitch            u o  yaw
+    c v  close, open the gripper                 space  take over and stand still
+    y success   n failure   x discard   z undo the last   t label   p pause   Enter go on   q quit
+A tap moves at a quarter of the speed for 0.75 s, as long as terminals wait before a held key repeats; a key that is
+held moves at full speed and stops 0.15 s after it was let go. The opposite key and space stop at once.
 
 Expect: jitter_p99_ms <= 2 (real-time priority) [benchmarks/results/robot_period.csv contender=ours]
 
 Sources: SERL arXiv:2401.16013 (serl_robot_infra, commit cd5f7e7) and HIL-SERL arXiv:2410.21845 (commit 5d02aed):
 observation, action, gains, resets, interventions.
 Differs from them: the target moves on from the last reference, not from the measured pose, which sags under load; the
-relative frame turns vectors (their adjoint adds a rotation to every translation); an absolute schedule, so that work
-between two steps does not add up; time limits truncate; a reflex ends the episode and is counted instead of being
-cleared unseen before every command; a camera that stands still ends the episode instead of waiting for Enter.
+relative frame turns vectors (their adjoint adds a rotation to every translation); an absolute schedule by the robot's
+clock, so that work between two steps does not add up, and no step waits for the gripper; time limits truncate; a reflex
+ends the episode and is counted instead of being cleared unseen before every command; a camera that stands still ends
+the episode instead of waiting for Enter; a person who pauses for a moment keeps control.
 New task: copy `PEG` or `PICK` into your script; `grep -n TASK: robot_client.py` lists the places to edit.
 """
 
@@ -23,6 +37,7 @@ import collections
 import contextlib
 import ctypes
 import importlib.metadata
+import json
 import math
 import os
 import platform
@@ -34,7 +49,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import gymnasium as gym
 import msgpack
@@ -45,15 +60,17 @@ import zmq.auth
 from gymnasium import spaces
 from PIL import Image
 
-PROTOCOL_VERSION = 1
+from robot_server import PROTOCOL_VERSION, Gains, fail, quat_from_rotvec, quat_multiply, rotation_between
+
 SERVER = "tcp://127.0.0.1:5600"
+KEYS = __doc__[__doc__.index("Keys of the keyboard") :].split("\n\n")[0]
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args:
     server: str = SERVER
-    """address of robot_server.py"""
+    """address of robot_server.py; an IPv6 one stands in brackets"""
     keys: str | None = None
     """folder with the CURVE keys that robot_server.py --keygen made (server.key, client.key_secret)"""
     teleop: Literal["none", "keyboard", "spacemouse"] = "none"
@@ -66,27 +83,9 @@ class Args:
     """write one PNG of every camera into this folder"""
 
 
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 1."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
-
-
 # --- Rotations --------------------------------------------------------------------------------------------------------
 # Quaternions are x, y, z, w; Euler angles are roll, pitch, yaw about the fixed axes x, y, z: scipy's "xyz". (SERL's own
 # euler_2_quat turns the pitch around, serl_robot_infra/franka_env/utils/rotations.py:11.)
-def quat_multiply(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
-    """(4,) rotation b, then a; x, y, z, w."""
-    (ax, ay, az, aw), (bx, by, bz, bw) = map(float, a), map(float, b)
-    return np.array(
-        [
-            aw * bx + ax * bw + ay * bz - az * by,
-            aw * by - ax * bz + ay * bw + az * bx,
-            aw * bz + ax * by - ay * bx + az * bw,
-            aw * bw - ax * bx - ay * by - az * bz,
-        ]
-    )
-
-
 def quat_inverse(quaternion: np.ndarray) -> np.ndarray:
     return quaternion * np.array([-1.0, -1.0, -1.0, 1.0])
 
@@ -94,23 +93,6 @@ def quat_inverse(quaternion: np.ndarray) -> np.ndarray:
 def rotate(quaternion: np.ndarray, vectors: np.ndarray) -> np.ndarray:
     """(..., 3) vectors, each turned."""
     return vectors + 2 * np.cross(quaternion[:3], np.cross(quaternion[:3], vectors) + quaternion[3] * vectors)
-
-
-def quat_from_rotvec(rotvec: Sequence[float]) -> np.ndarray:
-    x, y, z = map(float, rotvec)
-    angle = math.sqrt(x * x + y * y + z * z)
-    scale = 0.5 if angle < 1e-8 else math.sin(angle / 2) / angle
-    return np.array([x * scale, y * scale, z * scale, math.cos(angle / 2)])
-
-
-def rotation_between(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
-    """(3,) rotation vector in base axes that turns quaternion b into a, the short way round, rad."""
-    x, y, z, w = quat_multiply(a, (-b[0], -b[1], -b[2], b[3])).tolist()
-    if w < 0:
-        x, y, z, w = -x, -y, -z, -w
-    sin = math.sqrt(x * x + y * y + z * z)
-    scale = 2.0 if sin < 1e-8 else 2 * math.atan2(sin, w) / sin
-    return np.array([x * scale, y * scale, z * scale])
 
 
 def quat_from_euler(euler: Sequence[float]) -> np.ndarray:
@@ -132,6 +114,16 @@ def euler_from_quat(quaternion: np.ndarray) -> np.ndarray:
     return np.array([np.arctan2(y[2], z[2]), pitch, np.arctan2(x[1], x[0])])
 
 
+def moved(pose: np.ndarray, motion: np.ndarray) -> np.ndarray:
+    """(7,) `pose` after a motion (6,): translation and rotation vector, both in base axes."""
+    return np.append(pose[:3] + motion[:3], quat_multiply(quat_from_rotvec(motion[3:]), pose[3:]))
+
+
+def motion_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(6,) translation and rotation vector that lead from pose b to pose a."""
+    return np.append(a[:3] - b[:3], rotation_between(a[3:], b[3:]))
+
+
 def shortened(vector: np.ndarray, length: float) -> np.ndarray:
     """`vector`, at most this long."""
     return vector * min(length / max(float(np.linalg.norm(vector)), 1e-9), 1.0)
@@ -144,23 +136,40 @@ def relative_pose(pose: np.ndarray, origin: np.ndarray) -> np.ndarray:
     return np.append(position, quaternion if quaternion[3] >= 0 else -quaternion)
 
 
-class Rate:
-    """Beats at a fixed rate by an absolute schedule, so that neither work nor late wake-ups add up."""
+class Pace:
+    """Beats at a fixed rate of a clock by an absolute schedule, so that neither work nor late wake-ups add up.
 
-    def __init__(self, hz: float) -> None:
-        self.period, self.overruns, self.deadline = 1 / hz, 0, time.monotonic()
+    `speed`: by how much this clock is faster than ours. `overruns` counts the beats for which no time was left.
+    """
 
-    def sleep(self) -> float:
-        """Wait for the next beat. Returns how late it is (s): 0 when there was time left. A beat later than half a
-        period starts a new schedule, so that no burst of short periods follows."""
+    def __init__(self, hz: float, clock: Callable[[], float] = time.monotonic, speed: float = 1.0) -> None:
+        self.period = 1 / hz
+        self.clock = clock
+        self.speed = speed
+        self.overruns = 0
+        self.restart()
+
+    def restart(self) -> None:
+        """Count from now on."""
+        self.deadline = self.beat = self.clock()
+
+    def wait(self) -> tuple[float, float]:
+        """Wait for the next beat. Returns the time since the last one and how late this one is (s), measured
+        after waking up. A beat half a period late starts a new schedule: no burst of short periods follows."""
         self.deadline += self.period
-        late = time.monotonic() - self.deadline
-        if late <= 0:
-            time.sleep(-late)
-            return 0.0
-        self.overruns += 1
-        self.deadline += late if late > self.period / 2 else 0.0
-        return late
+        left = self.deadline - self.clock()
+        if left > 2 * self.period:  # the clock was set back: another robot
+            self.restart()
+            return self.wait()
+        self.overruns += left <= 0
+        while left > 0:
+            time.sleep(left / self.speed)
+            left = self.deadline - self.clock()
+        period = self.deadline - left - self.beat
+        self.beat = self.deadline - left
+        if -left > self.period / 2:
+            self.deadline = self.beat
+        return period, -left
 
 
 # --- Client -----------------------------------------------------------------------------------------------------------
@@ -170,7 +179,8 @@ class RobotError(RuntimeError):
 
     def __init__(self, message: str, code: str = "", reply: dict | None = None):
         super().__init__(f"{code}: {message}" if code else message)
-        self.code, self.reply = code, reply or {}
+        self.code = code
+        self.reply = reply or {}
 
 
 class UnreachableError(RobotError):
@@ -179,6 +189,21 @@ class UnreachableError(RobotError):
 
 class RefusedError(RobotError):
     """The server is alive and said no. `code` is one of the protocol's, or "failed" for a job that went wrong."""
+
+
+def load_keys(folder: str | Path) -> tuple[bytes, bytes, bytes]:
+    """The client's public and secret key, and the server's public one. Raises RobotError that names the file."""
+    client, server = Path(folder) / "client.key_secret", Path(folder) / "server.key"
+    keys = []
+    for path, wanted in ((client, 2), (server, 1)):
+        try:
+            pair = zmq.auth.load_certificate(path)
+        except (OSError, ValueError) as error:
+            raise RobotError(f"--keys {folder}: {path.name}: {error}; copy it from the server's machine") from error
+        if None in pair[:wanted] or any(len(key) != 40 for key in pair[:wanted]):
+            raise RobotError(f"--keys {folder}: {path.name} holds no key of 40 characters; copy it anew")
+        keys += pair[:wanted]
+    return tuple(keys)
 
 
 class RobotClient:
@@ -193,68 +218,92 @@ class RobotClient:
     def __init__(
         self, server: str = SERVER, keys: str | None = None, name: str = "", timeout_s: float = 0.5, tries: int = 3
     ):
-        self.server, self.timeout_s, self.tries = server, timeout_s, tries
+        self.server = server
+        self.timeout_s = timeout_s
+        self.tries = tries
         self.name = (name or f"{Path(sys.argv[0]).stem}-{os.getpid()}")[-32:]
         self.token: str | None = None
-        self.seq = self.attempts = self._requests = 0
+        self.seq = 0
+        self.attempts = 0  # of the newest request
+        self.speed = 1.0  # of the robot's clock, robot seconds per second
+        self._requests = 0
+        self._clock = 0.0  # robot's time minus speed x ours, of the newest reply
+        curve = load_keys(keys) if keys else None
         self.socket = zmq.Context.instance().socket(zmq.REQ)
-        options = {"REQ_RELAXED": 1, "REQ_CORRELATE": 1, "LINGER": 0, "IMMEDIATE": 1, "MAXMSGSIZE": 1 << 26}
+        options = {"REQ_RELAXED": 1, "REQ_CORRELATE": 1, "LINGER": 0, "IMMEDIATE": 1, "MAXMSGSIZE": 1 << 20}
         options |= {"RECONNECT_IVL": 50, "RECONNECT_IVL_MAX": 400, "HEARTBEAT_IVL": 500, "HEARTBEAT_TIMEOUT": 1500}
-        for option, value in options.items():
-            self.socket.setsockopt(getattr(zmq, option), value)
+        options |= {"IPV6": int(server.count(":") > 2)}  # only then: with it, localhost may mean ::1
         try:
-            if keys:
-                public, secret = zmq.auth.load_certificate(Path(keys) / "client.key_secret")
-                self.socket.curve_publickey, self.socket.curve_secretkey = public, secret
-                self.socket.curve_serverkey = zmq.auth.load_certificate(Path(keys) / "server.key")[0]
+            for option, value in options.items():
+                self.socket.setsockopt(getattr(zmq, option), value)
+            if curve:
+                self.socket.curve_publickey, self.socket.curve_secretkey, self.socket.curve_serverkey = curve
             self.socket.connect(server)
-        except (OSError, ValueError, zmq.ZMQError) as error:
+        except zmq.ZMQError as error:
             self.socket.close()
-            raise RobotError(f"--server {server} --keys {keys}: {error}") from error
+            raise RobotError(f"--server {server}: {error}; give it as tcp://HOST:PORT or tcp://[IPV6]:PORT") from error
 
     def call(self, op: str, timeout_s: float | None = None, tries: int | None = None, **args: Any) -> dict:
-        """Ask for `op` and return the reply's map, "ok", "result", "mode" and so on, with raw frames under "frames"."""
+        """Ask for `op` and return the reply's map: "ok", "result", "mode", "jobs" and so on."""
         self._requests += 1
         request = {"v": PROTOCOL_VERSION, "op": op, "id": self._requests, "args": args}
-        message = msgpack.packb(request | ({"token": self.token} if self.token else {}), default=lambda x: x.tolist())
-        timeout_s, tries = timeout_s or self.timeout_s, tries or self.tries
+        if self.token:
+            request["token"] = self.token
+        message = msgpack.packb(request, default=lambda x: x.tolist())
+        timeout_s = timeout_s or self.timeout_s
+        tries = tries or self.tries
         for self.attempts in range(1, tries + 1):
             deadline = time.monotonic() + timeout_s
             with contextlib.suppress(zmq.Again):  # not connected, and nothing is kept for later
                 self._wait(zmq.POLLOUT, deadline)
                 self.socket.send(message, zmq.NOBLOCK)
             if self._wait(zmq.POLLIN, deadline):
-                break
-        else:
-            raise UnreachableError(
-                f"no answer from {self.server} to {op!r}, {tries} tries of {timeout_s} s: is robot_server.py running "
-                "there, is the cable in, are address, port and --keys right?"
-            )
-        head, *frames = self.socket.recv_multipart()
-        try:
-            reply = msgpack.unpackb(head)
-            if reply["id"] != self._requests:
-                raise ValueError(f"answers request {reply['id']}, not {self._requests}")
-            if not reply["ok"]:
-                raise RefusedError(reply["error"]["message"], reply["error"]["code"], reply)
-        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-            raise RobotError(f"{self.server} does not speak the protocol of robot_server.py: {error}") from error
-        return reply | {"frames": frames}
+                return self._checked(self.socket.recv_multipart()[0])
+        raise UnreachableError(
+            f"no answer from {self.server} to {op!r}, {tries} tries of {timeout_s} s: is robot_server.py running "
+            "there, is the cable in, are address, port and --keys right?"
+        )
 
     def _wait(self, event: int, deadline: float) -> bool:
         return bool(self.socket.poll(max(round(1000 * (deadline - time.monotonic())), 0), event))
 
+    def _checked(self, message: bytes) -> dict:
+        """The reply, if it is a good one to the newest request."""
+        arrived = time.monotonic()
+        try:
+            reply = msgpack.unpackb(message)
+            if reply["id"] != self._requests:
+                raise ValueError(f"answers request {reply['id']}, not {self._requests}")
+            if not reply["ok"]:
+                raise RefusedError(reply["error"]["message"], reply["error"]["code"], reply)
+            self._clock = reply["robot_time"] + self.speed * (reply["state_age"] - arrived)
+        except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+            raise RobotError(f"{self.server} does not speak the protocol of robot_server.py: {error!r}") from error
+        return reply
+
+    def robot_time(self) -> float:
+        """What the robot's clock shows now, s, by the newest reply and our own clock since then."""
+        return self._clock + self.speed * time.monotonic()
+
+    def pace(self, hz: float) -> Pace:
+        """Beats by the robot's clock, so that a simulated robot may be faster than real time."""
+        return Pace(hz, self.robot_time, self.speed)
+
     def hello(self, wait_s: float = 0.0) -> dict:
-        """Robot, gripper, cameras, limits, watchdog, versions. Waits up to `wait_s` for a server to be there."""
-        return self.call("hello", tries=max(self.tries, round(wait_s / self.timeout_s)))["result"]
+        """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server to be there."""
+        hello = self.call("hello", tries=max(self.tries, round(wait_s / self.timeout_s)))["result"]
+        # Without a word about it: real time. 0: as fast as it can; then sleep less and look again.
+        self.speed = hello["robot"].get("speed", 1.0) or 10.0
+        return hello
 
     def state(self) -> dict:
-        """The measured state (arrays in the base frame; m, rad, N) with "mode", "reference", "fault" and times."""
+        """The measured state (arrays in the base frame; m, rad, N) with "mode", "reference", "fault", "jobs", times."""
         reply = self.call("state")
-        keys = ("mode", "fault", "lease", "robot_time", "server_time", "server_id", "state_age", "reference")
+        keys = ("mode", "fault", "jobs", "lease", "robot_time", "server_time", "server_id", "state_age", "reference")
         state = reply["result"] | {key: reply[key] for key in keys}
-        arrays = ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "reference")
-        return state | {key: np.array(state[key]) for key in arrays}
+        for key in ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "reference"):
+            state[key] = np.array(state[key])
+        return state
 
     def acquire(self, ttl_s: float = 1.0, takeover: bool = False) -> None:
         """Become the one commander, or stay it. Any later call renews; `ttl_s` without one ends it, the arm holds."""
@@ -271,18 +320,19 @@ class RobotClient:
                 self.call("release")
             self.token = None
 
-    def target(self, pose: np.ndarray) -> dict:
-        """Stream one target pose (7,), m and quaternion. Returns the reply; its "reference" is what is in force."""
+    def target(self, pose: np.ndarray, closure: float | None = None) -> dict:
+        """Stream one target: pose (7,), m and quaternion, and the gripper's closure, 0 (open) to 1 (None: as it is).
+        Waits for neither. Returns the reply; its "reference" is what is in force."""
         self.seq += 1
         try:
-            return self.call("target", pose=pose, seq=self.seq)
+            return self.call("target", pose=pose, closure=closure, seq=self.seq)
         except RefusedError as refusal:
             if refusal.code == "stale" and self.attempts > 1:  # the first try had arrived, its answer was lost
                 return refusal.reply
             raise
 
     def start(self, **gains: float | Sequence[float]) -> None:
-        """Start streaming at the measured pose, with these fields of `Impedance`."""
+        """Start streaming at the measured pose, with these fields of `Gains`."""
         self.job("start", **gains)
 
     def set_gains(self, **gains: float | Sequence[float]) -> dict:
@@ -298,7 +348,7 @@ class RobotClient:
         self.call("stop")
         while (mode := self.call("state")["mode"]) not in ("idle", "fault"):
             if time.monotonic() > deadline:
-                raise RobotError(f"stop: the robot is still in mode {mode!r} after {timeout_s} s")
+                raise RobotError(f"stop: the robot is still in mode {mode!r} after {timeout_s} s; use the stop button")
             time.sleep(0.02)
 
     def move_joints(self, q: Sequence[float], speed: float = 0.2) -> None:
@@ -322,17 +372,8 @@ class RobotClient:
         self.job("reset_task", seed=seed)
 
     def task(self) -> dict:
-        """Simulated robot: "success", "observation" and "expert" of the task."""
+        """Simulated robot: "success", "observation", "expert" and "scene" of the task."""
         return self.call("task")["result"]
-
-    def frames(self, cameras: Sequence[str]) -> list[dict]:
-        """Simulated robot: per camera "image" (h, w, 3) uint8 RGB, "seq", "robot_time", "age" (s)."""
-        reply = self.call("frames", cameras=list(cameras), timeout_s=max(self.timeout_s, 2.0))
-        arrays = reply["result"]["arrays"]
-        if [math.prod(array["shape"]) for array in arrays] != [len(frame) for frame in reply["frames"]]:
-            raise RobotError(f"{self.server}: frames do not have the sizes that they announce")
-        images = [np.frombuffer(f, np.uint8).reshape(a["shape"]) for f, a in zip(reply["frames"], arrays)]
-        return [array | {"image": image} for array, image in zip(arrays, images)]
 
     def job(self, op: str, timeout_s: float = 60.0, wait: bool = True, **args: Any) -> str:
         """Start what takes long, under a handle of our own, and wait for its end. Returns the handle."""
@@ -367,7 +408,7 @@ class CameraError(RobotError):
 @dataclass(frozen=True)
 class CameraConfig:
     name: str  # of the image in the observation
-    kind: Literal["sim", "realsense", "test"] = "sim"  # sim: the simulated server's camera of this name
+    kind: str = "sim"  # sim: the camera of this name in the simulated scene; realsense; or one of your own in CAMERAS
     serial: str = ""  # RealSense: serial number, `python robot_client.py` lists them
     width: int = 640
     height: int = 480
@@ -393,17 +434,21 @@ class Camera:
     """
 
     def __init__(self, config: CameraConfig, size: int = 128):
-        self.config, self.size, self.error, self.restarts = config, size, "not started", 0
+        self.config = config
+        self.size = size
         self.frame: Frame | None = None
-        self._stop, self._arrived = threading.Event(), threading.Event()
+        self.error = "not started"
+        self.restarts = 0
+        self._stop = threading.Event()
+        self._arrived = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"camera-{config.name}", daemon=True)
 
     def open(self) -> None:
         """Start the device; raises CameraError or RuntimeError."""
         raise NotImplementedError
 
-    def grab(self) -> tuple[np.ndarray, int, float]:
-        """Wait for a frame: (H, W, 3) uint8 RGB, its number, its age in s. Raises CameraError after `timeout_s`."""
+    def grab(self) -> tuple[np.ndarray, int]:
+        """Wait for a frame: (H, W, 3) uint8 RGB, and its number. Raises CameraError after `timeout_s`."""
         raise NotImplementedError
 
     def shut(self) -> None:
@@ -417,10 +462,15 @@ class Camera:
         """Start the thread, or see that it still delivers. Raises CameraError without a fresh frame in `timeout_s`."""
         if not self._thread.is_alive():
             self._thread.start()
-        self._arrived.clear()
-        if not self._arrived.wait(timeout_s):
-            raise CameraError(f"camera {self.config.name}: no picture within {timeout_s} s: {self.error}")
+        self.wait_newer(time.monotonic(), timeout_s)
         return self
+
+    def wait_newer(self, than: float, timeout_s: float) -> None:
+        """Wait for a frame that arrived after this time (monotonic s). Raises CameraError if none comes."""
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: self.frame and self.frame.time > than, timeout_s):
+                error = self.error or "it stands still"
+                raise CameraError(f"camera {self.config.name}: no new picture within {timeout_s} s: {error}")
 
     def read(self, max_age_s: float) -> Frame:
         """The newest frame. Raises CameraError if it is older than `max_age_s`."""
@@ -442,18 +492,26 @@ class Camera:
                 self.open()
                 started = time.monotonic()
                 while not self._stop.is_set():
-                    image, number, age = self.grab()
+                    image, number = self.grab()
                     now = time.monotonic()
                     if self.frame is None or number != self.frame.number:
-                        self.frame, self.error, failures = Frame(self._fit(image), now - age, number), "", 0
-                        self._arrived.set()
+                        self._keep(Frame(self._fit(image), now, number))
+                        failures = 0
                     elif now - max(self.frame.time, started) > self.config.timeout_s:
                         raise CameraError(f"it delivers picture {number} over and over")
-            except (RuntimeError, OSError, ValueError, zmq.ZMQError) as error:  # pyrealsense2 raises RuntimeError
-                self.error, failures, self.restarts = str(error) or repr(error), failures + 1, self.restarts + 1
+            except (RuntimeError, OSError, ValueError) as error:  # pyrealsense2 raises RuntimeError
+                self.error = str(error) or repr(error)
+                failures += 1
+                self.restarts += 1
             with contextlib.suppress(RuntimeError, OSError):
                 self.reset_hardware() if failures >= 2 else self.shut()
             self._stop.wait(min(0.1 * failures, 1.0))
+
+    def _keep(self, frame: Frame) -> None:
+        with self._arrived:
+            self.frame = frame
+            self.error = ""
+            self._arrived.notify_all()
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         """(size, size, 3): cropped and averaged over the pixels that fall together."""
@@ -491,12 +549,12 @@ class RealSense(Camera):
     """Colour pictures of an Intel RealSense, with fixed exposure."""
 
     def open(self) -> None:
-        self.rs, config = import_realsense(), self.config
+        self.rs = import_realsense()
+        config = self.config
         devices = realsense_devices(self.rs)  # pipeline.start waits 15 s for one that is not there
         if config.serial not in devices:
-            raise CameraError(
-                f"no RealSense has serial number {config.serial!r}; there are {sorted(devices) or 'none'}"
-            )
+            there = ", ".join(sorted(devices)) or "none"
+            raise CameraError(f"no RealSense has serial number {config.serial!r}; plugged in: {there}")
         settings = self.rs.config()
         settings.enable_device(config.serial)
         settings.enable_stream(self.rs.stream.color, config.width, config.height, self.rs.format.rgb8, config.fps)
@@ -525,12 +583,12 @@ class RealSense(Camera):
                     raise CameraError(f"{name} {value}: this camera takes {limits.min} to {limits.max}")
                 sensor.set_option(name, value)
 
-    def grab(self) -> tuple[np.ndarray, int, float]:
+    def grab(self) -> tuple[np.ndarray, int]:
         arrived, frames = self.pipeline.try_wait_for_frames(round(1000 * self.config.timeout_s))
         if not arrived:
             raise CameraError(f"no picture for {self.config.timeout_s} s; cable, USB port, or another program?")
         frame = frames.get_color_frame()
-        return np.array(frame.get_data()), frame.get_frame_number(), 0.0  # a copy: held frames starve the camera's pool
+        return np.array(frame.get_data()), frame.get_frame_number()  # a copy: held frames starve the camera's pool
 
     def shut(self) -> None:
         if pipeline := getattr(self, "pipeline", None):
@@ -544,54 +602,165 @@ class RealSense(Camera):
             self._stop.wait(5.0)
 
 
+class Scene:
+    """The simulated robot's scene, drawn on this machine: a copy of its physics, put where `task` says that the
+    server's is. So the server needs no OpenGL, and a picture belongs to the very state that is observed."""
+
+    def __init__(self, env_id: str):
+        try:
+            import franka_sim  # noqa: F401  # registers the tasks  # TASK: import the module that registers yours
+
+            self.sim = gym.make(env_id).unwrapped.sim
+        except (ImportError, gym.error.Error) as error:
+            raise CameraError(
+                f"simulated cameras: {error}; pip install mujoco, and franka_sim.py beside this file"
+            ) from error
+        model = self.sim.model
+        self.cameras = [model.camera(i).name for i in range(model.ncam)]
+        self.seen = 0
+
+    def put(self, scene: dict[str, list[float]]) -> None:
+        """Move everything to where it is now; `scene` is what `task` gives."""
+        self.sim.set_state({name: np.array(values) for name, values in scene.items()})
+        self.seen += 1
+
+
 class SimCamera(Camera):
-    """Pictures that the simulated server renders, over a connection of its own."""
+    """A camera of the simulated scene; it has no thread, `read` draws."""
 
-    def __init__(self, config: CameraConfig, size: int = 128, server: str = SERVER, keys: str | None = None):
+    def __init__(self, config: CameraConfig, size: int, scene: Scene):
         super().__init__(config, size)
-        self.server, self.keys = server, keys
+        self.scene = scene
+        left, upper, right, lower = config.crop or (0, 0, 1, 1)
+        self.pixels = min(math.ceil(size / min(right - left, lower - upper)), 1280)
 
-    def open(self) -> None:
-        self.client, self.rate = RobotClient(self.server, self.keys), Rate(self.config.fps)
+    def start(self, timeout_s: float = 10.0) -> Self:
+        """Draw once, which loads OpenGL. Raises CameraError for an unknown camera, or without OpenGL."""
+        if self.config.name not in self.scene.cameras:
+            there = ", ".join(self.scene.cameras)
+            raise CameraError(f"the simulated scene has no camera {self.config.name!r}; there are: {there}")
+        self.read(timeout_s)
+        return self
 
-    def grab(self) -> tuple[np.ndarray, int, float]:
-        self.rate.sleep()
-        (frame,) = self.client.frames([self.config.name])
-        return frame["image"], frame["seq"], frame["age"]
+    def wait_newer(self, than: float, timeout_s: float) -> None:
+        """Nothing to wait for: `read` draws anew."""
 
-    def shut(self) -> None:
-        if client := getattr(self, "client", None):
-            client.close()
+    def read(self, max_age_s: float) -> Frame:
+        try:
+            image = self.scene.sim.render(self.config.name, self.pixels, self.pixels)
+        except RuntimeError as error:
+            raise CameraError(f"camera {self.config.name}: {error}") from error
+        self._keep(Frame(self._fit(image), time.monotonic(), self.scene.seen))
+        return self.frame
 
 
-class TestCamera(Camera):
-    """A moving pattern; `mode` makes it freeze (the same picture again and again), drop all, or raise."""
+CAMERAS = {"realsense": RealSense}  # TASK: add a kind of camera of your own, a class like RealSense
 
-    __test__ = False  # for pytest
-    mode: Literal["run", "freeze", "drop", "raise"] = "run"
-    number = 0
 
-    def open(self) -> None:
-        self.rate = Rate(self.config.fps)
-
-    def grab(self) -> tuple[np.ndarray, int, float]:
-        self.rate.sleep()
-        if self.mode == "raise":
-            raise RuntimeError("the test camera raises")
-        if self.mode == "drop":
-            self._stop.wait(self.config.timeout_s)
-            raise CameraError(f"no picture for {self.config.timeout_s} s")
-        self.number += self.mode == "run"
-        image = np.zeros((self.config.height, self.config.width, 3), np.uint8)
-        image[:, : self.config.width // 2] = self.number % 256
-        return image, self.number, 0.0
+def make_camera(config: CameraConfig, size: int, scene: Scene | None) -> Camera:
+    if config.kind == "sim":
+        if scene is None:
+            raise CameraError(f"camera {config.name} is simulated, the robot is not; kinds: {', '.join(CAMERAS)}")
+        return SimCamera(config, size, scene)
+    if config.kind not in CAMERAS:
+        raise CameraError(f"camera {config.name}: unknown kind {config.kind!r}; there are: sim, {', '.join(CAMERAS)}")
+    return CAMERAS[config.kind](config, size)
 
 
 # --- Teleoperation ----------------------------------------------------------------------------------------------------
+HOLD_S = 0.75  # a key that was typed counts for this long: the longest usual wait before the terminal repeats it
+REPEAT_S = 0.15  # a key that repeats counts for this long after its last repetition
+COMMANDS = {
+    "y": "success", "n": "failure", "x": "discard", "z": "undo", "t": "label", "p": "pause", "\n": "go on", "q": "quit",
+}  # fmt: skip
+
+
+class Terminal:
+    """What a person types into the terminal, without Enter and without waiting; needs no display.
+
+    A thread notes when each key was typed, so that a script sees it however seldom it looks.
+    """
+
+    def __init__(self, fd: int | None = None):
+        """Raises RobotError where standard input is no terminal."""
+        import termios
+        import tty
+
+        self.fd = sys.stdin.fileno() if fd is None else fd
+        if not os.isatty(self.fd):
+            raise RobotError("keyboard: standard input is no terminal; start the script in one, without a pipe")
+        self.fault = ""
+        self._typed: dict[str, float] = {}  # key -> when it came last, monotonic s
+        self._repeats: set[str] = set()  # keys that are held down
+        self._commands: collections.deque[str] = collections.deque()
+        settings = termios.tcgetattr(self.fd)
+
+        def restore() -> None:
+            with contextlib.suppress(termios.error):  # the terminal may be gone
+                termios.tcsetattr(self.fd, termios.TCSADRAIN, settings)
+
+        self._restore = restore
+        tty.setcbreak(self.fd)
+        atexit.register(self._restore)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="terminal", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                if select.select([self.fd], [], [], 0.1)[0]:
+                    typed = os.read(self.fd, 64).decode(errors="ignore")
+                    if not typed:
+                        raise OSError("the terminal was closed")
+                    for key in typed.split("\x1b")[0]:  # not what arrow and function keys send
+                        self._note(key, time.monotonic())
+        except OSError as error:
+            self.fault = f"keyboard: {error}"
+
+    def _note(self, key: str, now: float) -> None:
+        gap = now - self._typed.get(key, -math.inf)
+        self._typed[key] = now
+        if gap < REPEAT_S:
+            self._repeats.add(key)
+        else:
+            self._repeats.discard(key)
+        if key in COMMANDS and gap > HOLD_S:  # a key that is held is one command
+            self._commands.append(COMMANDS[key])
+
+    def commands(self) -> list[str]:
+        """The commands since the last call, in their order: "success", "pause" and so on, see COMMANDS."""
+        return [self._commands.popleft() for _ in range(len(self._commands))]
+
+    def pressed_at(self, key: str) -> float:
+        """When this key was typed last, monotonic s."""
+        return self._typed.get(key, -math.inf)
+
+    def strength(self, key: str) -> float:
+        """1 while the key is held down, 0.25 after it was typed, as long as it may be held down, 0 otherwise."""
+        since = time.monotonic() - self.pressed_at(key)
+        if key in self._repeats:
+            return float(since < REPEAT_S)
+        return 0.25 if since < HOLD_S else 0.0
+
+    def forget(self) -> None:
+        """Throw away what was typed up to now, such as during a reset."""
+        self._commands.clear()
+        self._typed.clear()
+        self._repeats.clear()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2.0)
+        atexit.unregister(self._restore)
+        self._restore()
+
+
 class Teleop:
     """A person's hand: `motion` of the device, made into the environment's actions by `read`."""
 
     fault = ""  # what is wrong with the device; it does not move anything meanwhile
+    held = False  # whether the person keeps control although nothing moves
     rng = np.random.default_rng(0)
 
     def motion(self) -> tuple[np.ndarray, float]:
@@ -599,10 +768,9 @@ class Teleop:
         raise NotImplementedError
 
     def read(self, env: gym.Env) -> np.ndarray | None:
-        """The action to execute instead of the policy's, or None while the person lets go: HIL-SERL takes over just as
-        long as the input is not zero (serl_robot_infra/franka_env/envs/wrappers.py:230)."""
+        """The action to execute instead of the policy's, or None while the input is zero."""
         motion, gripper = self.motion()
-        if not gripper and np.linalg.norm(motion) <= 0.001:
+        if not (self.held or gripper) and np.linalg.norm(motion) <= 0.001:
             return None
         size = env.action_space.shape[0]
         turn = getattr(env.unwrapped, "base_to_action", None)  # into the relative frame, where there is one
@@ -611,17 +779,74 @@ class Teleop:
             action = np.append(action, gripper * self.rng.uniform(0.9, 1.0))
         return np.clip(action, -1, 1).astype(np.float32)
 
+    def forget(self) -> None:
+        """Throw away what came during a reset."""
+
     def close(self) -> None:
         """Let go of the device."""
 
 
+class Keyboard(Teleop):
+    """Keys typed into the terminal, see KEYS."""
+
+    AXES = ("ws", "ad", "rf", "jl", "ik", "uo")  # key for +, key for -
+    GRIPPER = "cv"
+
+    def __init__(self, speed: float = 0.5, terminal: Terminal | None = None):
+        """`speed`: size of the motion while a key is held. Raises RobotError where standard input is no terminal."""
+        self.speed = speed
+        self.terminal = terminal or Terminal()
+
+    @property
+    def fault(self) -> str:
+        return self.terminal.fault
+
+    @property
+    def held(self) -> bool:
+        """Space: the person takes over, and stands still."""
+        return self.terminal.strength(" ") > 0
+
+    def motion(self) -> tuple[np.ndarray, float]:
+        motion = np.array([self.along(pair) for pair in self.AXES])
+        return self.speed * motion, float(np.sign(self.along(self.GRIPPER)))
+
+    def along(self, pair: str) -> float:
+        """-1 to 1, by the newer one of two opposite keys."""
+        plus, minus = pair
+        newer = max(pair, key=self.terminal.pressed_at)
+        if self.terminal.pressed_at(newer) < self.terminal.pressed_at(" "):
+            return 0.0
+        return self.terminal.strength(newer) * (1.0 if newer == plus else -1.0)
+
+    def forget(self) -> None:
+        self.terminal.forget()
+
+    def close(self) -> None:
+        self.terminal.close()
+
+
+UDEV_RULE = 'KERNEL=="hidraw*", ATTRS{idVendor}=="256f", MODE="0666"'
+
+
+def hid_devices(folder: Path = Path("/sys/class/hidraw")) -> list[str]:
+    """The names of all mice, keyboards, joysticks that Linux sees, whether or not we may open them."""
+    names = []
+    for path in sorted(folder.glob("*/device/uevent")):
+        lines = [line.partition("=") for line in path.read_text().splitlines()]
+        names += [f"{value} ({path.parent.parent.name})" for key, _, value in lines if key == "HID_NAME"]
+    return names
+
+
 class SpaceMouse(Teleop):
-    """3Dconnexion SpaceMouse: the cap moves the arm; the left button closes, the right one opens the gripper."""
+    """3Dconnexion SpaceMouse: the cap moves the arm; the left button closes, the right one opens the gripper, both
+    together keep control while the cap is let go."""
 
     def __init__(self, gain: float = 1.0):
         """Raises RobotError if there is none."""
-        self.gain, self._stop, self._state = gain, threading.Event(), (np.zeros(6), 0.0)
+        self.gain = gain
+        self._state = np.zeros(6), 0.0
         self._device = self._open()
+        self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="spacemouse", daemon=True)
         self._thread.start()
 
@@ -631,9 +856,11 @@ class SpaceMouse(Teleop):
 
             return pyspacemouse.open(axis_convention="ros")  # x forward, y left, z up
         except (ImportError, RuntimeError, OSError) as error:
+            there = ", ".join(hid_devices()) or "none"
             raise RobotError(
-                f"SpaceMouse: {error} Run: pip install pyspacemouse, apt-get install libhidapi-hidraw0, and allow its "
-                'use: KERNEL=="hidraw*", ATTRS{idVendor}=="256f", MODE="0666" in /etc/udev/rules.d/99-spacemouse.rules'
+                f"SpaceMouse: {error} Devices that are plugged in: {there}; run: pip install pyspacemouse, apt-get "
+                f"install libhidapi-hidraw0, and allow its use: {UDEV_RULE} in /etc/udev/rules.d/99-spacemouse.rules, "
+                "then plug it in again"
             ) from error
 
     def _run(self) -> None:
@@ -642,17 +869,22 @@ class SpaceMouse(Teleop):
         while not self._stop.wait(0.005):
             try:
                 if self._device is None:
-                    self._device, self.fault = self._open(), ""
+                    self._device = self._open()
+                    self.fault = ""
                 state, before = self._device.read(), None
                 while state.t != before:  # one report per read: without draining them the arm lags behind the hand
                     before, state = state.t, self._device.read()
             except (HIDException, RobotError) as error:
-                self._device, self.fault, self._state = None, f"SpaceMouse: {error}", (np.zeros(6), 0.0)
+                self._device = None
+                self.fault = f"SpaceMouse: {error}"
+                self.held = False
+                self._state = np.zeros(6), 0.0
                 self._stop.wait(1.0)
                 continue
             motion = np.array([state.x, state.y, state.z, state.roll, state.pitch, state.yaw])
             left, right = [*state.buttons, 0, 0][:2]
-            self._state = (np.clip(self.gain * motion, -1, 1), float(left) - float(right))
+            self.held = bool(left and right)
+            self._state = np.clip(self.gain * motion, -1, 1), float(left) - float(right)
 
     def motion(self) -> tuple[np.ndarray, float]:
         return self._state
@@ -662,54 +894,15 @@ class SpaceMouse(Teleop):
         self._thread.join(timeout=2.0)
 
 
-class Keyboard(Teleop):
-    """Keys typed into the terminal, which needs no display. A key counts for `hold_s`, and longer while it repeats:
-    w s forward, back; a d left, right; r f up, down; j l roll; i k pitch; u o yaw; c close, v open the gripper.
-    Other keys are kept in `keys` for the script."""
-
-    AXES = {key: (i // 2, 1 - 2 * (i % 2)) for i, key in enumerate("wsadrfjlikuocv")}  # the seventh is the gripper
-
-    def __init__(self, speed: float = 0.5, hold_s: float = 0.15, fd: int | None = None):
-        """`speed`: size of the motion. Raises RobotError where standard input is no terminal."""
-        import termios
-        import tty
-
-        self.fd = sys.stdin.fileno() if fd is None else fd
-        if not os.isatty(self.fd):
-            raise RobotError("keyboard: standard input is no terminal; start the script in one, without a pipe")
-        self.speed, self.hold_s, self.keys, self._pressed, self._read = speed, hold_s, collections.deque(), {}, 0.0
-        settings = termios.tcgetattr(self.fd)
-        self._restore = lambda: termios.tcsetattr(self.fd, termios.TCSADRAIN, settings)
-        tty.setcbreak(self.fd)
-        atexit.register(self._restore)
-
-    def motion(self) -> tuple[np.ndarray, float]:
-        values, now, last = np.zeros(7), time.monotonic(), self._read
-        self._read = now
-        try:
-            while select.select([self.fd], [], [], 0)[0] and (typed := os.read(self.fd, 1).decode(errors="ignore")):
-                if typed not in self.AXES:
-                    self.keys.append(typed)
-                elif now - last < 1.0:  # what was typed during a pause, such as a reset, moves nothing after it
-                    self._pressed[typed] = now
-        except OSError as error:
-            self.fault = f"keyboard: {error}"
-        for key in [key for key, pressed in self._pressed.items() if now - pressed < self.hold_s]:
-            axis, sign = self.AXES[key]
-            values[axis] += sign
-        return self.speed * values[:6], float(values[6])
-
-    def close(self) -> None:
-        atexit.unregister(self._restore)
-        self._restore()
-
-
 class ScriptedExpert(Teleop):
     """Stands in for a person in tests and rehearsals: now and then it takes over for a while, with the actions of the
     task's scripted expert (`expert_action` of the unwrapped environment). `probability`: per step, to take over."""
 
     def __init__(self, probability: float = 1.0, steps: int = 20, seed: int = 0):
-        self.probability, self.steps, self.left, self.rng = probability, steps, 0, np.random.default_rng(seed)
+        self.probability = probability
+        self.steps = steps
+        self.left = 0
+        self.rng = np.random.default_rng(seed)
 
     def motion(self) -> tuple[np.ndarray, float]:
         return np.zeros(6), 0.0
@@ -718,24 +911,54 @@ class ScriptedExpert(Teleop):
         self.left -= self.left > 0
         if not self.left and self.rng.random() < self.probability:
             self.left = self.steps
-        return env.unwrapped.expert_action() if self.left else None
+        if not self.left:
+            return None
+        try:
+            action = env.unwrapped.expert_action()
+        except RobotError as error:  # the step itself will say so, too
+            self.fault = str(error)
+            return None
+        self.fault = ""
+        return action
 
 
 class Intervention(gym.Wrapper):
-    """A person may take over. What is executed, and so what a replay buffer must store, is `info["executed_action"]`;
-    `info["intervene_action"]` is there only when it is the person's, as in HIL-SERL."""
+    """A person may take over, and keeps control for `hold_s` after the last input, in which the arm stands still:
+    between two nudges the policy does not act. (HIL-SERL takes over only while the input is not zero,
+    serl_robot_infra/franka_env/envs/wrappers.py:230.)
 
-    def __init__(self, env: gym.Env, teleop: Teleop):
+    `info`: "intervened"; "policy_action", what the policy wanted; "executed_action", what a replay buffer must store;
+    "intervene_action", the same, there only when it is the person's, as in HIL-SERL; "teleop_fault".
+    """
+
+    def __init__(self, env: gym.Env, teleop: Teleop, hold_s: float = 0.4):
         super().__init__(env)
         self.teleop = teleop
+        self.hold_steps = round(hold_s * env.metadata.get("render_fps", 10))
+        self.left = 0  # steps for which the person keeps control
+
+    def reset(self, **options: Any) -> tuple:
+        result = self.env.reset(**options)
+        self.teleop.forget()
+        self.left = 0
+        return result
 
     def step(self, action: np.ndarray) -> tuple:
         human = self.teleop.read(self.env)
-        low, high = self.action_space.low, self.action_space.high
-        executed = np.clip(action if human is None else human, low, high).astype(self.action_space.dtype)
-        *step, info = self.env.step(executed)
-        info |= {"executed_action": executed, "intervened": human is not None, "teleop_fault": self.teleop.fault}
-        return *step, info | ({} if human is None else {"intervene_action": executed})
+        if human is not None:
+            self.left = self.hold_steps
+        elif self.left:
+            self.left -= 1
+            human = np.zeros(self.action_space.shape, self.action_space.dtype)
+        *step, info = self.env.step(action if human is None else human)
+        if "executed_action" not in info:  # a task that does not tell
+            low, high = self.action_space.low, self.action_space.high
+            asked = action if human is None else human
+            info["executed_action"] = np.clip(asked, low, high).astype(self.action_space.dtype)
+        info |= {"intervened": human is not None, "policy_action": action, "teleop_fault": self.teleop.fault}
+        if human is not None:
+            info["intervene_action"] = info["executed_action"]
+        return *step, info
 
     def close(self) -> None:
         self.teleop.close()
@@ -744,72 +967,84 @@ class Intervention(gym.Wrapper):
 
 # --- Environment ------------------------------------------------------------------------------------------------------
 @dataclass
-class Impedance:
-    """Gains of the Cartesian impedance controller; the defaults are SERL's on the real arm."""
-
-    stiffness: float = 2000.0
-    """N/m"""
-    damping: float = 89.0
-    """Ns/m"""
-    rotational_stiffness: float = 150.0
-    """Nm/rad"""
-    rotational_damping: float = 7.0
-    """Nms/rad"""
-    clip: Sequence[float] = (0.01, 0.01, 0.01)
-    """largest position error that counts, per base axis, m: force <= stiffness x clip, speed <= that / damping"""
-    rotational_clip: Sequence[float] = (0.05, 0.05, 0.05)
-    """the same for the rotation error, per target axis, rad"""
-    nullspace_stiffness: float = 10.0
-    """Nm/rad of joint 3 towards its place at home, which holds the elbow; its damping is 2 sqrt(stiffness)"""
-
-
-@dataclass
 class TaskConfig:
     """One task on the real or the simulated robot; the defaults are SERL's peg insertion (peg_env/config.py)."""
 
+    name: str = "peg"
+    env_id: str | None = None  # the task that a simulated server must serve (None: any)
     server: str = SERVER
     keys: str | None = None  # folder with CURVE keys
     hz: float = 10.0  # steps per second; below 4 the server's watchdog would hold the arm between two steps
     max_episode_steps: int = 100  # then the episode is truncated
-    reset_pose: tuple[float, ...] = (0.5, 0.0, 0.14, np.pi, 0.0, 0.0)  # start: x, y, z (m), roll, pitch, yaw (rad)
+
+    # where an episode starts
+    reset_pose: tuple[float, ...] = (0.5, 0.0, 0.14, np.pi, 0.0, 0.0)  # x, y, z (m), roll, pitch, yaw (rad)
     random_reset: tuple[float, float, float] = (0.05, 0.05, np.pi / 6)  # shifted by up to this: x, y (m), yaw (rad)
+    reset_tolerance: tuple[float, float] = (0.01, 0.1)  # so near must the arm come (m along each axis, rad),
+    reset_still_s: float = 0.3  # and stand still there for this long
+    reset_speed: float = 0.1  # m/s on the way there
+    reset_joints_every: int = 200  # episodes between two moves to reset_joints, which bring the elbow back (0: never)
+    reset_joints: tuple[float, ...] = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad
+    recover_at_reset: bool = True  # else reset() raises after a fault, and a person calls `client.recover()`
+    wait_s: float = 60.0  # how long reset() waits for a server or a camera that is away
+
+    # what an action of 1 adds to the target: m, and rad (three entries: a task without rotation)
+    action_scale: tuple[float, ...] = (0.02, 0.02, 0.02, 0.1, 0.1, 0.1)
     # safety box of the target: x, y, z (m); roll, pitch, yaw (rad) about the base's axes, from reset_pose's
     workspace: tuple[tuple[float, float], ...] = (
         (0.4, 0.6), (-0.1, 0.1), (0.05, 0.2), (-0.1, 0.1), (-0.1, 0.1), (-0.8, 0.8)
     )  # fmt: skip
-    # what an action of 1 adds to the target: m, and rad (three entries: a task without rotation)
-    action_scale: tuple[float, ...] = (0.02, 0.02, 0.02, 0.1, 0.1, 0.1)
     relative_frame: bool = True  # actions and observations in the tcp's frame, its pose from where the episode began
-    proprio: tuple[str, ...] = ("gripper", "tcp_force", "tcp_pose", "tcp_torque", "tcp_vel")  # what `state` holds
+    compliance: Gains = field(
+        default_factory=lambda: Gains(clip=(0.003, 0.003, 0.01), rotational_clip=(0.02, 0.02, 0.02))
+    )  # gains during the episode
+    # gains on the way to the reset pose; SERL's, but damped, so that the arm cannot go faster than 0.25 m/s and 1 rad/s
+    precision: Gains = field(default_factory=lambda: Gains(3000.0, 120.0, 300.0, 15.0))
+
     # fixed: no gripper action; binary: beyond +-0.5 it closes (+) or opens (-); continuous: the closure moves on by it
     gripper: Literal["fixed", "binary", "continuous"] = "binary"
     gripper_at_reset: Literal["open", "close", "keep"] = "keep"
-    gripper_penalty: float = 0.0  # minus this is info["grasp_penalty"] when the gripper moves (HIL-SERL: 0.02)
-    gripper_wait_s: float = 0.6  # binary: a step that moves it waits until it stands, at most this long (SERL: 0.6)
-    compliance: Impedance = field(
-        default_factory=lambda: Impedance(clip=(0.003, 0.003, 0.01), rotational_clip=(0.02, 0.02, 0.02))
-    )  # gains during the episode
-    # gains on the way to the reset pose; SERL's, but damped, so that the arm cannot go faster than 0.25 m/s and 1 rad/s
-    precision: Impedance = field(default_factory=lambda: Impedance(3000.0, 120.0, 300.0, 15.0))
-    reset_speed: float = 0.1  # m/s on this way
-    reset_joints_every: int = 200  # episodes between two moves to reset_joints, which bring the elbow back (0: never)
-    reset_joints: tuple[float, ...] = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad
-    recover_at_reset: bool = True  # else reset() raises after a fault, and a person calls `client.recover()`
+    gripper_penalty: float = 0.0  # times the change of closure: info["grasp_penalty"] (HIL-SERL: 0.02)
+    gripper_wait_s: float = 0.0  # a step that moves it waits at most this long until it stands, and is late (SERL: 0.6)
+
+    # what is observed
+    proprio: tuple[str, ...] = ("gripper", "tcp_force", "tcp_pose", "tcp_torque", "tcp_vel")  # what `state` holds
     cameras: tuple[CameraConfig, ...] = (CameraConfig("front"), CameraConfig("wrist"))
     image_size: int = 128  # pixels
     max_image_age_s: float = 0.3  # an older picture ends the episode
+
     # 1 at success: tcp within `tolerance` (m along each axis, rad) of `goal_pose` (x, y, z, roll, pitch, yaw); or
     # what the simulated robot's task says; or nothing
     reward: Literal["pose", "task", "none"] = "pose"
+    terminate_on_success: bool = True  # else the episode goes on, as when frames of success are collected
     goal_pose: tuple[float, ...] = (0.5, 0.0, 0.06, np.pi, 0.0, 0.0)
     tolerance: tuple[float, float] = (0.01, 0.2)
-    wait_s: float = 60.0  # how long reset() waits for a server or a camera that is away
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """What `asdict` was made of, also if it went through JSON: so a recorded dataset knows its environment."""
+        parts = {name: Gains(**values[name]) for name in ("compliance", "precision")}
+        parts["cameras"] = tuple(CameraConfig(**camera) for camera in values["cameras"])
+        return cls(**(values | parts))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What gives actions and observations their meaning, in plain JSON values. Data, classifier and policy belong
+        together only where it is the same."""
+        names = ("name", "hz", "reset_pose", "random_reset", "action_scale", "workspace", "relative_frame")
+        names += ("compliance", "gripper", "proprio", "cameras", "image_size")
+        values = asdict(self)
+        return json.loads(json.dumps({"version": 1} | {name: values[name] for name in names}))
 
 
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
+MAX_STATE_AGE_S = 0.5
+LEASE_S = 3.0  # outlives a front of the server that is started anew; without targets the arm holds long before
+GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
 # TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
-PEG = TaskConfig()
+PEG = TaskConfig(env_id="FrankaPegInsert-v0")
 PICK = TaskConfig(
+    name="pick",
+    env_id="FrankaPickCube-v0",
     reset_pose=(0.45, 0.0, 0.3, np.pi, 0.0, 0.0),
     random_reset=(0.0, 0.0, 0.0),
     workspace=((0.2, 0.6), (-0.3, 0.3), (0.012, 0.5)),
@@ -817,9 +1052,10 @@ PICK = TaskConfig(
     relative_frame=False,
     proprio=("gripper", "tcp_pos", "tcp_vel"),
     gripper_at_reset="open",
-    compliance=Impedance(),
+    compliance=Gains(),
     reward="task",
 )
+TASKS = {"peg": PEG, "pick": PICK}
 
 
 class FrankaEnv(gym.Env):
@@ -830,7 +1066,9 @@ class FrankaEnv(gym.Env):
     on the tcp, N and Nm; tcp_pose m and quaternion x, y, z, w; tcp_vel m/s and rad/s.
     Action in [-1, 1]: translation, rotation (as a rotation vector), gripper (+ closes, as in franka_sim).
     `info`: "success"; "fault", why the episode ended early, if it did; "reflexes", how many since the environment was
-    made; "overruns" of the episode and "late_s" of this step; "limited" by the server; "grasp_penalty".
+    made; "asked_action" and "executed_action", what the box left of it; "limited" by the server; "grasp_penalty";
+    "robot_time" of the observation, s; "period_s" since the last step and "late_s" after its beat, both by the robot's
+    clock and as they really were; "overruns", steps of this episode for which no time was left.
     A reflex terminates; a lost server, lease or camera, any other fault, and the time limit truncate. `reset` then
     waits for what is missing, and raises RobotError with the remedy when it does not come back.
     """
@@ -839,52 +1077,76 @@ class FrankaEnv(gym.Env):
 
     def __init__(
         self,
-        config: TaskConfig | None = None,
+        config: TaskConfig | dict | None = None,
         success: Callable[[dict], bool] | None = None,
         render_mode: str | None = None,
     ) -> None:
         """`success`: of an observation, instead of `config.reward`, for example a classifier. Raises ValueError for
         settings that contradict each other."""
+        config = TaskConfig.from_dict(config) if isinstance(config, dict) else config
         self.config = config = config or TaskConfig()
-        self.success, self.render_mode, self.metadata = success, render_mode, self.metadata | {"render_fps": config.hz}
-        if len(config.action_scale) not in (3, 6) or len(config.workspace) != len(config.action_scale):
-            raise ValueError("TaskConfig: action_scale and workspace have 3 entries each, or 6 with rotation")
+        self.success = success
+        self.render_mode = render_mode
+        self.metadata = self.metadata | {"render_fps": config.hz}
+        self.axes = len(config.action_scale)
+        if self.axes not in (3, 6) or len(config.workspace) != self.axes or min(config.action_scale) <= 0:
+            raise ValueError(
+                "TaskConfig: action_scale and workspace have 3 entries each, or 6 with rotation, all above 0"
+            )
         if config.hz < 4 or not set(config.proprio) <= set(PROPRIO):
             raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
-        self.axes = len(config.action_scale)
         sizes = PROPRIO | {"tcp_vel": self.axes}
         state = spaces.Box(-np.inf, np.inf, (sum(sizes[name] for name in config.proprio),), np.float32)
         image = spaces.Box(0, 255, (config.image_size, config.image_size, 3), np.uint8)
         self.observation_space = spaces.Dict({"state": state} | {camera.name: image for camera in config.cameras})
         self.action_space = spaces.Box(-1, 1, (self.axes + (config.gripper != "fixed"),), np.float32)
-        self.reset_pose, self.goal_pose = pose_from_euler(config.reset_pose), pose_from_euler(config.goal_pose)
+        self.reset_pose = pose_from_euler(config.reset_pose)
+        self.goal_pose = pose_from_euler(config.goal_pose)
         self.low, self.high = np.array(config.workspace).T
         self.client: RobotClient | None = None
+        self.scene: Scene | None = None
         self.cameras: list[Camera] = []
         self.episodes = self.reflexes = self.elapsed_steps = 0
-        self.origin, self.closure, self.task_success, self.stopped = self.reset_pose, 0.0, False, ""
+        self.origin = self.reset_pose  # of the observed pose, in a relative frame
+        self.closure = 0.0  # of the gripper, as commanded
+        self.ordered: float | None = None  # the closure that targets carry: none until an action changes it
+        self.stopped = ""  # how a person stopped the robot
 
+    # Reset
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
+        """`options`: {"keep_scene": True} leaves a simulated scene as it is."""
         super().reset(seed=seed)
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
             raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
+        scene_seed = int(self.np_random.integers(2**31))
+        x, y, yaw = self.np_random.uniform(-1, 1, 3) * self.config.random_reset
+        start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
         for attempt in range(3):
             self.connect()
             try:
-                self.prepare()
+                self.prepare(start_pose, None if options and options.get("keep_scene") else scene_seed)
                 break
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
-        self.state = self.client.state()
-        self.origin, self.target, self.elapsed_steps = self.state["tcp_pose"], self.state["reference"], 0
-        self.closure = self.measured_closure()
-        if self.config.gripper == "binary":
-            self.closure = round(self.closure)
+        arrived = time.monotonic()
+        for camera in self.cameras:
+            camera.wait_newer(arrived, 1.0)
+        self.look()
+        self.origin = self.state["tcp_pose"]
+        self.target = self.state["reference"]
+        self.elapsed_steps = 0
+        closure = self.measured_closure()
+        self.closure = round(closure) if self.config.gripper == "binary" else closure
+        self.ordered = None
         self.episodes += 1
-        self.rate = Rate(self.config.hz)
-        return self.observe()[0], {"success": False, "fault": None, "reflexes": self.reflexes}
+        obs, fault = self.observe()
+        if fault:
+            raise CameraError(fault)
+        self.pace = self.client.pace(self.config.hz)
+        info = {"success": False, "fault": None, "reflexes": self.reflexes}
+        return obs, info | {"robot_time": self.state["robot_time"]}
 
     def connect(self) -> None:
         """Find the server and the cameras, check that the task fits, become the robot's commander."""
@@ -892,38 +1154,55 @@ class FrankaEnv(gym.Env):
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
         self.hello = hello = self.client.hello(config.wait_s)
-        limits, scale = hello["limits"], config.action_scale[:3]
+        limits, scale, served = hello["limits"], config.action_scale[:3], hello["robot"]["task"]
         low, high = limits["workspace_low"], limits["workspace_high"]
         for wrong, what in (
             (np.linalg.norm(scale) > limits["max_jump"] / 2, f"action_scale {scale} is too large for --max-jump"),
             (np.any(self.low[:3] < low) or np.any(self.high[:3] > high), f"the workspace reaches beyond {low}, {high}"),
-            (config.reward == "task" and not hello["robot"]["task"], "reward='task' needs a simulated robot"),
+            (config.reward == "task" and not served, "reward='task' needs a simulated robot"),
+            (
+                config.env_id and served and served != config.env_id,
+                f"the task {config.name!r} is not {served}; start robot_server.py --env-id {config.env_id}",
+            ),
             (config.gripper != "fixed" and hello["gripper"]["kind"] == "none", "without a gripper it must be 'fixed'"),
         ):
             if wrong:
                 raise RobotError(f"TaskConfig does not fit {config.server}: {what}")
-        self.cameras = self.cameras or [make_camera(camera, config) for camera in config.cameras]
+        if self.scene is None and served and any(camera.kind == "sim" for camera in config.cameras):
+            self.scene = Scene(served)
+        if not self.cameras:
+            self.cameras = [make_camera(camera, config.image_size, self.scene) for camera in config.cameras]
         for camera in self.cameras:
             camera.start(config.wait_s)
-        self.client.acquire()
+        self.acquire()
 
-    def prepare(self) -> None:
+    def acquire(self) -> None:
+        """Become the robot's commander. A dead one's lease ends by itself. Raises RefusedError for a live one."""
+        end = time.monotonic() + LEASE_S + 1
+        while True:
+            try:
+                return self.client.acquire(LEASE_S)
+            except RefusedError as refusal:
+                if refusal.code != "lease_taken" or time.monotonic() > end:
+                    raise
+                time.sleep(0.1)
+
+    def prepare(self, start_pose: np.ndarray, scene_seed: int | None) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
-        if fault := client.state()["fault"]:
+        state = client.state()
+        if fault := state["fault"]:
             if not config.recover_at_reset:
                 raise RefusedError(f"{fault['message']}; look at the robot, then call client.recover()", "fault")
             client.recover()
         if client.state()["mode"] != "idle":
             client.stop()
-        if client.state()["gripper_fault"] and config.gripper != "fixed":
-            raise RobotError(f"{client.state()['gripper_fault']}; then call client.gripper('activate')")
-        if self.hello["robot"]["task"]:
-            client.reset_task(int(self.np_random.integers(2**31)))
+        if state["gripper_fault"] and config.gripper != "fixed":
+            raise RobotError(f"{state['gripper_fault']}; then call client.gripper('activate')")
+        if self.hello["robot"]["task"] and scene_seed is not None:
+            client.reset_task(scene_seed)
         if config.gripper_at_reset != "keep":
             client.gripper(config.gripper_at_reset)
-        x, y, yaw = self.np_random.uniform(-1, 1, 3) * config.random_reset
-        turned = quat_multiply(quat_from_euler((0, 0, yaw)), self.reset_pose[3:])
         client.start(**asdict(config.precision))
         lifted = client.state()["reference"]
         lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
@@ -932,47 +1211,72 @@ class FrankaEnv(gym.Env):
             client.stop()
             client.move_joints(config.reset_joints)
             client.start(**asdict(config.precision))
-        self.go_to(np.append(self.reset_pose[:3] + (x, y, 0), turned))
+        self.go_to(start_pose)
         client.set_gains(**asdict(config.compliance))
+        self.come_to_rest(start_pose, config.reset_still_s)
 
     def go_to(self, pose: np.ndarray) -> None:
-        """Stream targets along a straight line to `pose` and wait until the arm is there. Raises RobotError if not."""
-        start, rate, speed = self.client.state()["reference"], Rate(20), self.config.reset_speed  # 5 rad for each m
-        move, turn = pose[:3] - start[:3], rotation_between(pose[3:], start[3:])
-        steps = math.ceil(20 * max(np.linalg.norm(move) / speed, np.linalg.norm(turn) / (5 * speed), 0.05))
-        for t in np.append(np.arange(1, steps + 1) / steps, np.ones(40)):  # and at most 2 s to settle
-            self.client.target(np.append(start[:3] + t * move, quat_multiply(quat_from_rotvec(t * turn), start[3:])))
-            rate.sleep()
-            state = self.client.state()
-            off = state["tcp_pose"][:3] - pose[:3]
-            if t == 1 and np.abs(off).max() < 0.01 and np.abs(state["tcp_vel"]).max() < 0.01:
-                return
-        raise RefusedError(f"reset: the tcp stands {np.round(off, 3)} m off; is something in its way?", "failed")
+        """Stream targets along a straight line to `pose`, no faster than the arm follows, and wait until it is there.
+        Raises RefusedError if it is not."""
+        start, speed = self.client.state()["reference"], self.config.reset_speed  # 5 rad for each m
+        motion, pace = motion_between(pose, start), self.client.pace(20)
+        seconds = max(np.linalg.norm(motion[:3]) / speed, np.linalg.norm(motion[3:]) / (5 * speed), 0.05)
+        steps, step = math.ceil(20 * seconds), 1
+        for _ in range(3 * steps + 60):
+            target = moved(start, motion * step / steps)
+            lag = motion_between(target, np.array(self.client.target(target)["reference"]))
+            pace.wait()
+            if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
+                step += 1
+            if step > steps:
+                break
+        self.come_to_rest(pose, 0.0)
 
+    def come_to_rest(self, pose: np.ndarray, still_s: float) -> None:
+        """Wait until the arm has stood still at `pose` for this long. Raises RefusedError if it does not."""
+        pace, still, (near, aligned) = self.client.pace(20), 0, self.config.reset_tolerance
+        for _ in range(60):  # 3 s
+            self.client.target(pose)
+            pace.wait()
+            state = self.client.state()
+            off, speed = motion_between(state["tcp_pose"], pose), np.abs(state["tcp_vel"])
+            there = np.abs(off[:3]).max() < near and np.linalg.norm(off[3:]) < aligned
+            still = still + 1 if there and speed[:3].max() < 0.01 and speed[3:].max() < 0.05 else 0
+            if still > 20 * still_s:
+                return
+        raise RefusedError(
+            f"reset: the tcp stands {np.round(off[:3], 3)} m and {np.linalg.norm(off[3:]):.2f} rad off, or moves at "
+            f"{speed[:3].max():.3f} m/s; is something in its way?",
+            "failed",
+        )
+
+    # Step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
-        values = self.checked(action)
-        info: dict[str, Any] = {"executed_action": values.astype(np.float32), "late_s": 0.0, "grasp_penalty": 0.0}
+        asked = self.checked(action)
+        info: dict[str, Any] = {"asked_action": asked.astype(np.float32), "grasp_penalty": 0.0}
+        info |= {"executed_action": np.zeros(asked.shape, np.float32), "period_s": 0.0, "late_s": 0.0}
         code = ""
         try:
-            self.command(values, info)
-            info["late_s"] = self.rate.sleep()
-            self.state = self.client.state()
-            if self.config.reward == "task":
-                self.task_success = self.client.task()["success"]
+            info["executed_action"] = self.command(asked, info).astype(np.float32)
+            info["period_s"], info["late_s"] = self.pace.wait()
+            self.look()
             latched = self.state["fault"]
-            fault = latched["message"] if latched else self.state["gripper_fault"] or ""
+            fault = latched["message"] if latched else self.state["gripper_fault"] or self.failed_order()
         except RobotError as error:
             latched, fault, code = error.reply.get("fault"), str(error), error.code
-        reflex, user_stopped = (bool(latched) and latched["code"] == kind for kind in ("reflex", "user_stopped"))
+        reflex = bool(latched) and latched["code"] == "reflex"
+        user_stopped = bool(latched) and latched["code"] == "user_stopped"
         self.stopped = fault if user_stopped or code == "held" else ""
-        self.reflexes, self.elapsed_steps = self.reflexes + reflex, self.elapsed_steps + 1
+        self.reflexes += reflex
+        self.elapsed_steps += 1
         obs, camera_fault = self.observe()
         fault = fault or camera_fault
         success = not fault and self.is_success(obs)
         truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
         info |= {"success": success, "fault": fault or None}
-        info |= {"reflexes": self.reflexes, "overruns": self.rate.overruns}
-        return obs, float(success), success or reflex, truncated and not (success or reflex), info
+        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns, "robot_time": self.state["robot_time"]}
+        terminated = reflex or (success and self.config.terminate_on_success)
+        return obs, float(success), terminated, truncated and not terminated, info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
         """The action within -1..1; raises ValueError for another shape, NaN or infinity. The arm then holds."""
@@ -981,47 +1285,114 @@ class FrankaEnv(gym.Env):
             raise ValueError(f"the action must be {self.action_space.shape} finite numbers, not {values}")
         return np.clip(values, -1, 1)
 
-    def command(self, values: np.ndarray, info: dict) -> None:
-        """Move the target on, and the gripper if the action says so."""
+    def command(self, values: np.ndarray, info: dict) -> np.ndarray:
+        """Move the target on, and the gripper if the action says so. Returns the action as far as the box allows it."""
+        scale = np.array(self.config.action_scale)
         motion = np.zeros(6)
-        motion[: self.axes] = values[: self.axes] * self.config.action_scale
-        motion, start = self.action_to_base(motion), self.last_target()
-        position, quaternion = np.clip(start[:3] + motion[:3], self.low[:3], self.high[:3]), start[3:]
-        if self.axes == 6:
-            turned = quat_multiply(quat_from_rotvec(motion[3:]), quaternion)
-            euler = euler_from_quat(quat_multiply(turned, quat_inverse(self.reset_pose[3:])))
-            inside = quat_from_euler(np.clip(euler, self.low[3:], self.high[3:]))
-            quaternion = quat_multiply(inside, self.reset_pose[3:])
-        self.target = np.append(position, quaternion / np.linalg.norm(quaternion))
-        info["limited"] = self.client.target(self.target)["result"]["limited"]
+        motion[: self.axes] = values[: self.axes] * scale
+        start = self.last_target()
+        self.target = self.inside_box(moved(start, self.action_to_base(motion)))
+        change = 0.0
         if self.config.gripper != "fixed":
-            self.command_gripper(values[-1], info)
+            change = abs(self.closure_after(values[-1]) - self.closure)
+        if change:
+            self.closure = self.ordered = self.closure_after(values[-1])
+        info["grasp_penalty"] = -self.config.gripper_penalty * change
+        info["limited"] = self.client.target(self.target, self.ordered)["result"]["limited"]
+        if change and self.config.gripper_wait_s:
+            self.wait_for_gripper()
+        executed = self.base_to_action(motion_between(self.target, start))[: self.axes] / scale
+        return np.clip(np.append(executed, values[self.axes :]), -1, 1)
 
     def last_target(self) -> np.ndarray:
         """(7,) what an action moves on from: the last target, but no further than half an action ahead of the reference
         that the server has in force. So single actions are carried out in full although the server takes its time, and
         where the arm is blocked or too slow, the target waits for it."""
         scale, reference = np.array(self.config.action_scale), self.state["reference"]
-        lead, turn = self.target[:3] - reference[:3], rotation_between(self.target[3:], reference[3:])
-        lead, turn = shortened(lead, scale[:3].max() / 2), shortened(turn, scale[3:].max(initial=0.0) / 2)
-        return np.append(reference[:3] + lead, quat_multiply(quat_from_rotvec(turn), reference[3:]))
+        lead = motion_between(self.target, reference)
+        lead[:3] = shortened(lead[:3], scale[:3].max() / 2)
+        lead[3:] = shortened(lead[3:], scale[3:].max(initial=0.0) / 2)
+        return moved(reference, lead)
 
-    def command_gripper(self, value: float, info: dict) -> None:
-        binary = self.config.gripper == "binary"
-        closure = float(value > 0) if binary else float(np.clip(self.closure + value, 0, 1))
-        if closure == self.closure or (binary and abs(value) < 0.5):
-            return
-        self.closure, info["grasp_penalty"] = closure, -self.config.gripper_penalty
-        if not binary:
-            width = (1 - closure) * self.hello["gripper"]["max_width"]
-            self.client.gripper("move", wait=False, width=width)
-            return
-        handle = self.client.gripper("close" if closure else "open", wait=False)
-        deadline = time.monotonic() + self.config.gripper_wait_s
-        while time.monotonic() < deadline and self.client.job_running(handle):
-            time.sleep(0.05)
-            self.client.target(self.target)  # the watchdog wants to hear from us
-        self.rate.deadline = time.monotonic()
+    def inside_box(self, pose: np.ndarray) -> np.ndarray:
+        """(7,) the nearest pose in the workspace; its angles count from the reset pose."""
+        position = np.clip(pose[:3], self.low[:3], self.high[:3])
+        quaternion = pose[3:]
+        if self.axes == 6:
+            euler = euler_from_quat(quat_multiply(quaternion, quat_inverse(self.reset_pose[3:])))
+            inside = quat_from_euler(np.clip(euler, self.low[3:], self.high[3:]))
+            quaternion = quat_multiply(inside, self.reset_pose[3:])
+        return np.append(position, quaternion / np.linalg.norm(quaternion))
+
+    def closure_after(self, value: float) -> float:
+        """The gripper's closure that this action asks for."""
+        if self.config.gripper == "continuous":
+            return float(np.clip(self.closure + value, 0, 1))
+        return float(value > 0) if abs(value) >= GRIPPER_THRESHOLD else self.closure
+
+    def wait_for_gripper(self) -> None:
+        """Wait until the fingers stand, at most `gripper_wait_s`, and keep the watchdog content meanwhile."""
+        end = self.client.robot_time() + self.config.gripper_wait_s
+        while self.client.robot_time() < end:
+            time.sleep(0.02)
+            job = self.client.target(self.target, self.ordered)["jobs"]["gripper"]
+            if not job or job["status"] in ("done", "failed"):
+                return
+
+    def failed_order(self) -> str:
+        """Why the gripper did not do what an action of this episode asked for, if so."""
+        job = self.state["jobs"]["gripper"]
+        if self.ordered is None or not job or job["op"] != "target" or job["status"] != "failed":
+            return ""
+        return f"gripper: {job['error']}"
+
+    def stand_still(self) -> tuple[dict[str, np.ndarray], str]:
+        """Instead of a step, such as while a script pauses: keep arm and gripper as they are until the next beat.
+        Returns the observation then, and what is wrong with a camera. Raises RobotError if the robot does not."""
+        self.client.target(self.target, self.ordered)
+        self.pace.wait()
+        self.look()
+        return self.observe()
+
+    # What is observed
+    def look(self) -> None:
+        """Ask for the newest state, and on a simulated robot for its task and scene. Raises RobotError if it is old."""
+        self.state = self.client.state()
+        if (age := self.state["state_age"]) > MAX_STATE_AGE_S:
+            raise RobotError(f"the robot's newest state is {age:.2f} s old: does its SDK or its computer hang?")
+        self.task: dict[str, Any] = {}
+        if self.scene or self.config.reward == "task":
+            self.task = self.client.task()
+        if self.scene:
+            self.scene.put(self.task["scene"])
+
+    def observe(self) -> tuple[dict[str, np.ndarray], str]:
+        """The observation, and what is wrong with a camera."""
+        state, fault = self.state, ""
+        pose = relative_pose(state["tcp_pose"], self.origin) if self.config.relative_frame else state["tcp_pose"].copy()
+        if not self.config.relative_frame and pose[3:] @ self.reset_pose[3:] < 0:
+            pose[3:] *= -1  # one sign, or the network sees jumps
+        wrench = self.base_to_action(np.concatenate([state["tcp_force"], state["tcp_torque"]]))
+        values = {
+            "gripper": [self.measured_closure()],
+            "tcp_pos": pose[:3],
+            "tcp_pose": pose,
+            "tcp_force": wrench[:3],
+            "tcp_torque": wrench[3:],
+            "tcp_vel": self.base_to_action(state["tcp_vel"])[: self.axes],
+        }
+        obs = {"state": np.concatenate([values[name] for name in self.config.proprio]).astype(np.float32)}
+        for camera in self.cameras:
+            try:
+                frame = camera.read(self.config.max_image_age_s)
+            except CameraError as error:
+                frame, fault = camera.frame, str(error)
+            obs[camera.config.name] = frame.image.copy()
+        return obs, fault
+
+    def measured_closure(self) -> float:
+        width = self.hello["gripper"]["max_width"]
+        return 1 - self.state["gripper_width"] / width if width else 0.0
 
     def action_to_base(self, motion: np.ndarray) -> np.ndarray:
         """(6,) translation and rotation vector from the action's frame to the base's: both are turned, and no more.
@@ -1035,45 +1406,21 @@ class FrankaEnv(gym.Env):
     def frame(self) -> np.ndarray:
         return self.state["tcp_pose"][3:] if self.config.relative_frame else np.array([0.0, 0.0, 0.0, 1.0])
 
-    def measured_closure(self) -> float:
-        width = self.hello["gripper"]["max_width"]
-        return 1 - self.state["gripper_width"] / width if width else 0.0
-
-    def observe(self) -> tuple[dict[str, np.ndarray], str]:
-        """The observation, and what is wrong with a camera."""
-        state, fault = self.state, ""
-        pose = relative_pose(state["tcp_pose"], self.origin) if self.config.relative_frame else state["tcp_pose"].copy()
-        if not self.config.relative_frame and pose[3:] @ self.reset_pose[3:] < 0:
-            pose[3:] *= -1  # one sign, or the network sees jumps
-        wrench = self.base_to_action(np.concatenate([state["tcp_force"], state["tcp_torque"]]))
-        values = {"gripper": [self.measured_closure()], "tcp_pos": pose[:3], "tcp_pose": pose}
-        values |= {"tcp_force": wrench[:3], "tcp_torque": wrench[3:]}
-        values["tcp_vel"] = self.base_to_action(state["tcp_vel"])[: self.axes]
-        obs = {"state": np.concatenate([values[name] for name in self.config.proprio]).astype(np.float32)}
-        for camera in self.cameras:
-            try:
-                frame = camera.read(self.config.max_image_age_s)
-            except CameraError as error:
-                frame, fault = camera.frame, str(error)
-            obs[camera.config.name] = frame.image.copy()
-        return obs, fault
-
     def is_success(self, obs: dict[str, np.ndarray]) -> bool:
         """TASK: what success is, unless a classifier says so."""
         if self.success:
             return bool(self.success(obs))
         if self.config.reward == "task":
-            return self.task_success
-        pose, (near, aligned) = self.state["tcp_pose"], self.config.tolerance
-        turned = np.abs(rotation_between(pose[3:], self.goal_pose[3:])).max()
-        return self.config.reward == "pose" and np.abs(pose[:3] - self.goal_pose[:3]).max() < near and turned < aligned
+            return self.task["success"]
+        near, aligned = self.config.tolerance
+        off = np.abs(motion_between(self.state["tcp_pose"], self.goal_pose))
+        return self.config.reward == "pose" and bool(off[:3].max() < near and off[3:].max() < aligned)
 
     def expert_action(self) -> np.ndarray:
         """(A,) action of the simulated task's scripted expert. Raises RefusedError on a real robot, which has none."""
-        expert = self.client.task()["expert"]
-        goal, start = np.array(expert["pose"]), self.last_target()
-        motion = np.concatenate([goal[:3] - start[:3], rotation_between(goal[3:], start[3:])])
-        action = np.append(self.base_to_action(motion)[: self.axes] / self.config.action_scale, 2 * expert["close"] - 1)
+        expert = (self.task or self.client.task())["expert"]
+        motion = self.base_to_action(motion_between(np.array(expert["pose"]), self.last_target()))
+        action = np.append(motion[: self.axes] / self.config.action_scale, 2 * expert["close"] - 1)
         return np.clip(action, -1, 1)[: self.action_space.shape[0]].astype(np.float32)
 
     def render(self) -> np.ndarray | None:
@@ -1085,16 +1432,11 @@ class FrankaEnv(gym.Env):
         """Stop the cameras and give the robot back: it holds, and is idle two seconds later."""
         for camera in self.cameras:
             camera.close()
+        if self.scene:
+            self.scene.sim.close()
         if self.client:
             self.client.close()
-        self.cameras, self.client = [], None
-
-
-def make_camera(camera: CameraConfig, config: TaskConfig) -> Camera:
-    """TASK: add a kind of camera of your own."""
-    if camera.kind == "sim":
-        return SimCamera(camera, config.image_size, config.server, config.keys)
-    return {"realsense": RealSense, "test": TestCamera}[camera.kind](camera, config.image_size)
+        self.cameras, self.scene, self.client = [], None, None
 
 
 # `__name__`, because this file is a script, too.
@@ -1102,122 +1444,192 @@ gym.register("FrankaReal-v0", f"{__name__}:FrankaEnv")
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-def say(fine: object, what: str, remedy: str = "") -> bool:
-    """Print a line of the doctor: ok, or what to do."""
-    print(f"ok   {what}" if fine else f"FIX  {what}{f': {remedy}' if remedy else ''}", flush=True)
-    return bool(fine)
+class Doctor:
+    """Checks what a script on the robot needs and prints a line each, in the form of robot_server.py --doctor.
+    Keeps what works, `client`, `scene`, `cameras` and `teleop`, and counts what does not."""
 
+    def __init__(self, args: Args):
+        self.args = args
+        self.failed = 0
+        self.client: RobotClient | None = None
+        self.scene: Scene | None = None
+        self.cameras: list[Camera] = []
+        self.teleop: Teleop | None = None
 
-def examine_server(client: RobotClient) -> tuple[dict, bool]:
-    """What the server says about itself, and whether all of it is well."""
-    hello, times = client.hello(), []
-    for _ in range(200):
-        start = time.perf_counter()
-        state = client.state()
-        times.append(1000 * (time.perf_counter() - start))
-    robot, gripper, fault, arriving = hello["robot"], hello["gripper"], state["fault"], state["success_rate"]
-    say(True, f"{client.server}: {robot['kind']}, {robot['sdk']}, firmware {robot['firmware']}, task {robot['task']}")
-    say(True, f"commander: {hello['lease'] or 'nobody'}; mode: {state['mode']}")
-    say(True, "round trip {:.2f} ms, 99 % below {:.2f} ms".format(*np.percentile(times, (50, 99))))
-    fine = say(not fault, f"fault: {fault and fault['message']}", "look at the robot, then call client.recover()")
-    fine &= say(not state["gripper_fault"], f"gripper {gripper['kind']}: {state['gripper_fault']}", "power, cable")
-    fine &= say(arriving >= 0.95, f"{arriving:.0%} of the control packets arrive", "robot_server.py --doctor")
-    return hello, fine
+    def say(
+        self, fine: object, name: str, text: str, remedy: str = "", wrong: Literal["FAIL", "warn"] = "FAIL"
+    ) -> None:
+        """One line: ok, or what is wrong and what to do."""
+        if fine:
+            print(f"ok    {name}: {text}", flush=True)
+        else:
+            print(f"{wrong}  {name}: {text}{remedy and '; '}{remedy}", flush=True)
+            self.failed += wrong == "FAIL"
 
+    def examine(self) -> None:
+        packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
+        self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
+        for name, wrong, check in (
+            ("server", "FAIL", self.examine_server),
+            ("realsense", "warn", self.examine_realsense),
+            ("teleop", "FAIL", self.open_teleop),
+        ):
+            try:
+                check()
+            except RobotError as error:
+                self.say(False, name, str(error), wrong=wrong)
+        self.start_cameras()
 
-def examine_realsense() -> tuple[list[Camera], bool]:
-    """The RealSense cameras that are plugged in, and whether all is well."""
-    rs, fine = import_realsense(), True
-    devices = realsense_devices(rs)
-    say(True, f"pyrealsense2 {rs.__version__}, {len(devices)} cameras")
-    for serial, device in devices.items():
-        name, usb = (device.get_info(key) for key in (rs.camera_info.name, rs.camera_info.usb_type_descriptor))
-        fine &= say(usb.startswith("3"), f"{name}, serial {serial}, USB {usb}", "USB 3 needs its cable and port")
-    return [RealSense(CameraConfig(serial, "realsense", serial)) for serial in devices], fine
-
-
-def doctor(args: Args) -> tuple[RobotClient | None, list[Camera], Teleop | None, bool]:
-    """Check what a real-robot script needs, a line each: ok, or what to do. Returns what works, and if all does."""
-    packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
-    say(True, f"Python {platform.python_version()}, {', '.join(packages)}")
-    client, cameras, teleop, fine = None, [], None, True
-    try:
-        client = RobotClient(args.server, args.keys)
-        hello, fine = examine_server(client)
-        cameras += [SimCamera(CameraConfig(c["name"]), 128, args.server, args.keys) for c in hello["cameras"]]
-    except RobotError as error:
-        fine, client = say(False, str(error)), None
-    try:
-        found, well = examine_realsense()
-        cameras, fine = cameras + found, fine and well
-    except CameraError as error:
-        say(True, f"{error} (only for such cameras)")
-    for camera in list(cameras):
+    def examine_server(self) -> None:
+        """What the server says about itself."""
+        if self.args.keys and (secret := Path(self.args.keys) / "client.key_secret").exists():
+            private = not secret.stat().st_mode & 0o077
+            self.say(private, "keys", str(secret), f"others can read it: chmod 600 {secret}", wrong="warn")
+        self.client = RobotClient(self.args.server, self.args.keys)
         try:
-            camera.start()
-        except CameraError as error:
-            fine = say(False, str(error))
-            cameras.remove(camera)
-    try:
-        teleop = {"none": lambda: None, "keyboard": Keyboard, "spacemouse": SpaceMouse}[args.teleop]()
-    except RobotError as error:
-        fine = say(False, str(error))
-    return client, cameras, teleop, fine
+            hello = self.client.hello()
+        except RobotError:
+            self.client.close()
+            self.client = None
+            raise
+        times = []
+        for _ in range(200):
+            start = time.perf_counter()
+            state = self.client.state()
+            times.append(1000 * (time.perf_counter() - start))
+        median, slow = np.percentile(times, (50, 99))
+        robot, gripper, fault = hello["robot"], hello["gripper"], state["fault"]
+        self.say(True, "server", f"{self.client.server}, commanded by {hello['lease'] or 'nobody'}")
+        facts = [robot[name] for name in ("kind", "sdk", "firmware", "task") if robot[name]]
+        self.say(True, "robot", f"{', '.join(map(str, facts))}, mode {state['mode']}")
+        self.say(slow < 20, "round trip", f"{median:.2f} ms, 99 % below {slow:.2f} ms", "a cable, no WLAN?", "warn")
+        remedy = "look at the robot, then call client.recover()"
+        self.say(not fault, "fault", fault["message"] if fault else "none", remedy)
+        text = state["gripper_fault"] or f"{gripper['kind']}, {1000 * state['gripper_width']:.0f} mm open"
+        self.say(not state["gripper_fault"], "gripper", text, "power, cable, then client.gripper('activate')")
+        arriving = state["success_rate"]
+        self.say(arriving >= 0.95, "control", f"{arriving:.0%} of the packets arrive", "robot_server.py --doctor")
+        if robot["task"]:
+            self.scene = Scene(robot["task"])
+            self.cameras += [SimCamera(CameraConfig(name), 128, self.scene) for name in self.scene.cameras]
+
+    def examine_realsense(self) -> None:
+        """The RealSense cameras that are plugged in; none is fine, too."""
+        rs = import_realsense()
+        devices = realsense_devices(rs)
+        self.say(True, "realsense", f"pyrealsense2 {rs.__version__}, {len(devices)} plugged in")
+        for serial, device in devices.items():
+            name, usb = (device.get_info(key) for key in (rs.camera_info.name, rs.camera_info.usb_type_descriptor))
+            self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
+            self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
+
+    def start_cameras(self) -> None:
+        for camera in list(self.cameras):
+            try:
+                camera.start()
+            except CameraError as error:
+                self.say(False, "cameras", str(error))
+                self.cameras.remove(camera)
+
+    def open_teleop(self) -> None:
+        if self.args.teleop != "none":
+            self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
+            self.say(True, "teleop", self.args.teleop)
+
+    def look(self) -> None:
+        """Put the simulated cameras where the simulated robot is."""
+        if self.scene:
+            self.scene.put(self.client.task()["scene"])
+
+    def show(self) -> None:
+        """Print state, cameras and teleoperation in one line."""
+        parts = describe(self.client) if self.client else []
+        self.look()
+        for camera in self.cameras:
+            try:
+                frame = camera.read(1.0)
+                parts.append(f"{camera.config.name} {frame.number} {1000 * (time.monotonic() - frame.time):.0f} ms")
+            except CameraError as error:
+                parts.append(str(error))
+        print_line(parts + describe_hand(self.teleop))
+
+    def close(self) -> None:
+        for closing in (*self.cameras, self.teleop, self.client):
+            if closing:
+                closing.close()
 
 
-def show(client: RobotClient | None, cameras: list[Camera], teleop: Teleop | None) -> None:
-    """Print state, cameras and teleoperation in one line, over the last one in a terminal."""
-    parts = []
-    if client:
-        state = client.state()
-        numbers = [*state["tcp_pose"][:3], *np.degrees(euler_from_quat(state["tcp_pose"][3:])), *state["tcp_force"]]
-        parts.append("{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers))
-        parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
-        parts.append(f"{state['mode']} {' '.join(state['limited'])} {state['lease'] or 'nobody'}")
-    for camera in cameras:
-        age = 1000 * (time.monotonic() - camera.frame.time)
-        parts.append(f"{camera.config.name} {camera.frame.number} {age:.0f} ms {camera.error}")
-    if teleop:
-        motion, gripper = teleop.motion()
-        parts.append(teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}")
+def describe(client: RobotClient) -> list[str]:
+    state = client.state()
+    numbers = [*state["tcp_pose"][:3], *np.degrees(euler_from_quat(state["tcp_pose"][3:])), *state["tcp_force"]]
+    return [
+        "{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers),
+        f"gripper {1000 * state['gripper_width']:.0f} mm",
+        " ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]),
+    ]
+
+
+def describe_hand(teleop: Teleop | None) -> list[str]:
+    if teleop is None:
+        return []
+    motion, gripper = teleop.motion()
+    return [teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}"]
+
+
+def print_line(parts: list[str]) -> None:
+    """Over the last one in a terminal."""
     print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
-def drive(args: Args, teleop: Teleop) -> None:
+def drive(args: Args, teleop: Teleop, end: float) -> None:
     """Let a person move the arm slowly, within 10 cm of where it stands, to feel gains and directions."""
     with contextlib.closing(RobotClient(args.server, args.keys)) as client:
         limits, pose = client.hello()["limits"], client.state()["tcp_pose"]
     box = np.clip([pose[:3] - 0.1, pose[:3] + 0.1], limits["workspace_low"], limits["workspace_high"]).T
     config = TaskConfig(
-        server=args.server, keys=args.keys, reset_pose=(*pose[:3], *euler_from_quat(pose[3:])), random_reset=(0, 0, 0),
-        workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3), action_scale=(0.01,) * 3 + (0.05,) * 3, relative_frame=False,
-        reset_joints_every=0, recover_at_reset=False, cameras=(), reward="none", max_episode_steps=sys.maxsize,
-    )  # fmt: skip
-    env, end = Intervention(FrankaEnv(config), teleop), time.monotonic() + (args.seconds or math.inf)
-    with contextlib.closing(env):
-        env.reset()
-        while time.monotonic() < end:
+        server=args.server,
+        keys=args.keys,
+        reset_pose=(*pose[:3], *euler_from_quat(pose[3:])),
+        random_reset=(0, 0, 0),
+        reset_joints_every=0,
+        recover_at_reset=False,
+        workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3),
+        action_scale=(0.01,) * 3 + (0.05,) * 3,
+        relative_frame=False,
+        cameras=(),
+        reward="none",
+        max_episode_steps=sys.maxsize,
+    )
+    terminal = getattr(teleop, "terminal", None)
+    with contextlib.closing(Intervention(FrankaEnv(config), teleop)) as env:
+        env.reset(options={"keep_scene": True})
+        while time.monotonic() < end and not (terminal and "quit" in terminal.commands()):
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
-            show(env.unwrapped.client, [], teleop)
+            print_line(describe(env.unwrapped.client) + describe_hand(teleop))
             if terminated or truncated:
                 raise RobotError(info["fault"])
 
 
 def main(args: Args) -> None:
-    client, cameras, teleop, fine = doctor(args)
+    doctor = Doctor(args)
     try:
-        if args.drive and not (teleop and client):
+        doctor.examine()
+        if args.drive and not (doctor.teleop and doctor.client):
             fail("--drive needs a server, and --teleop keyboard or spacemouse")
-        for camera in cameras if args.snapshots else []:
+        if args.snapshots:
+            doctor.look()
             args.snapshots.mkdir(parents=True, exist_ok=True)
+        for camera in doctor.cameras if args.snapshots else []:
             path = args.snapshots / f"{camera.config.name}.png"
             Image.fromarray(camera.read(1.0).image).save(path)
             print(f"wrote {path}")
-        if args.drive:
-            drive(args, teleop)
+        if args.teleop == "keyboard":
+            print(KEYS)
         end = time.monotonic() + (args.seconds or math.inf)
-        while (client or cameras or teleop) and not args.drive and time.monotonic() < end:
-            show(client, cameras, teleop)
+        if args.drive:
+            drive(args, doctor.teleop, end)
+        while (doctor.client or doctor.cameras or doctor.teleop) and time.monotonic() < end and not args.drive:
+            doctor.show()
             time.sleep(0.2)
     except (RobotError, OSError) as error:
         fail(str(error))
@@ -1225,10 +1637,10 @@ def main(args: Args) -> None:
         pass
     finally:
         print()
-        for closing in (*cameras, *filter(None, (teleop, client))):
-            closing.close()
-    if not fine:
-        fail("something above needs fixing")
+        doctor.close()
+    if doctor.failed:
+        fail(f"{doctor.failed} to fix, see above")
+    print("ready")
 
 
 if __name__ == "__main__":

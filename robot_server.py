@@ -7,54 +7,66 @@
     python robot_server.py --keygen --keys keys                         # needs a folder that is not there yet
     python robot_server.py --bind 0.0.0.0 --keys keys                   # needs these keys on the client's machine too
 
-Nothing that a client sends is trusted: commands are refused or limited here, in the thread that talks to the robot. A
-client that falls silent means hold, then stop. Faults stay until a person has looked and a client sends `recover`.
+Two processes. The robot process has the arm's SDK, the gripper, the limiter, the watchdog and the faults, and nothing
+that could read what comes from outside. The front has sockets, msgpack, keys and leases; it sends the robot process
+small messages of a fixed form and reads its state from memory that both share. Whatever a network does to the front,
+the arm holds and stops; a spare front takes over within a few hundredths of a second, and clients go on.
+Nothing that a client sends is trusted: commands are refused or limited in the thread that talks to the robot. A client
+that falls silent means hold, then stop. Faults stay until a person has looked and a client sends `recover`.
 
 Units are m, rad, s, N, Nm; poses are x, y, z and a quaternion x, y, z, w, in the frame of the robot's base; the tcp is
 libfranka's end effector frame. Requests go to port 5600 (ROUTER), the state is published on the next one (PUB).
 
-A request is one frame, a msgpack map {v: 1, op, id, token, args: {...}}, of at most 64 KiB, 64 entries per map or list,
+A request is one frame, a msgpack map {v: 2, op, id, token, args: {...}}, of at most 64 KiB, 64 entries per map or list,
 256 bytes per text, text keys, no binary data. Frames before an empty one are the sender's envelope and come back, so
-that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is a msgpack map, followed by the raw frames of `frames`:
+that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     v, id, op, ok; error: {code, message} or None; result: map or None; and always, of the last control tick:
     server_id (new at every start), server_time (s), robot_time (s), state_age (s), mode, reference (7; the pose that
     is commanded after all limits, the measured one when idle), lease (its holder's name or None), seq (the last
-    accepted), fault: {code, message, count} or None
+    accepted), fault: {code, message, count} or None; jobs: {arm, gripper}, the one that goes on or else the last one,
+    {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
+A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
+answers for 2 s, or is one more than 128: then the one that was silent for longest. A client's own heartbeats are
+answered.
 
 modes       idle: no controller runs, the robot holds itself; streaming; hold: the controller runs, the reference
-            stands; busy: a job moves the arm, or it comes to rest; fault: latched until `recover`
+            stands; busy: a job moves the arm; stopping: it comes to rest; fault: latched until `recover`
 error codes malformed version unknown_op bad_argument: the request; no_lease lease_taken; fault held not_streaming busy:
-            the server's mode; refused: by the limiter, with the reason; stale; unavailable; unknown_handle; internal
+            the server's mode; refused: by the limiter, with the reason; stale; unavailable; unknown_handle;
+            handle_used: by another operation; internal
 
 operation (L: needs the lease's token, J: a job, see below)
-hello {}    -> protocol, server_id, server, robot, gripper, cameras, limits, watchdog, gains, reset_joints
+hello {}    -> protocol, server_id, server, robot, gripper, limits, watchdog, gains, reset_joints, lease
 state {}    -> tcp_pose (7), tcp_vel (6), tcp_force (3), tcp_torque (3): of the surroundings on the tcp, in base axes;
-            q (7), dq (7), gripper_width, gripper_moving, gripper_holding, gripper_fault (text or None), robot_mode
-            (idle move guiding reflex user_stopped automatic_error_recovery other), errors (texts), success_rate,
-            overruns (control ticks over 5 ms late), reflexes (since the start), limited (limits that act: box tilt
-            speed clip)
+            q (7), dq (7), gripper_width, gripper_moving, gripper_holding, gripper_fault (text or None),
+            gripper_closure (the last one that a target gave, None after a `gripper`), robot_mode (idle move guiding
+            reflex user_stopped automatic_error_recovery other), errors (texts), success_rate, overruns (control ticks
+            over 5 ms late), reflexes (since the start), limited (limits that act: box tilt speed clip)
 acquire {name, token, ttl=1, takeover=False} -> ttl. The client makes up the token (16 to 64 characters); the same one
             again renews the lease, as any request with the token does. Without any for `ttl` s: hold, no lease.
 release {}  L; the arm holds, and after 2 s stops.
-target {pose, seq=None}  L, streaming or in the watchdog's hold -> as state. A seq must be above this lease's last one.
+target {pose, seq=None, closure=None}  L, streaming or in the watchdog's hold -> as state. A seq must be above this
+            lease's last one. closure: 0 (open) to 1 (closed) of the gripper; only another one than the last is an
+            order, which never makes the arm wait and is shown in jobs, with op target and no handle
 gains {stiffness, damping, rotational_stiffness, rotational_damping, clip (3), rotational_clip (3),
             nullspace_stiffness}  L, any of them -> all. Force is at most stiffness x clip, speed that over damping.
 hold {}     from anyone: reference stands, a job is broken off; targets are refused until `start`
 stop {}     from anyone: soft stop, then idle
-start {handle, any gains}  L J: streaming, from the measured pose
+start {handle, any gains}  L J: streaming, from the measured pose; during a soft stop it waits for its end
 move_joints {handle, q (7), speed=0.2}  L J: speed is a fraction of the joints' limits; idle after it
 reset {handle, speed=0.2}  L J: move_joints to --reset-joints
 recover {handle}  L J: ends fault and reflex, re-seeds the reference at the measured pose; idle after it
 gripper {handle, action: open close move activate stop, width (for move), speed=1.0, force=0.5}  L J: speed and force
-            are fractions; beside arm jobs; a newer one supersedes
-job {handle} -> handle, op, status: queued running done failed, error (text or None), seconds
-frames {cameras=all} -> arrays: [{name, shape, dtype, seq, robot_time, age}], one raw frame each. Simulated robot only.
-task {}     -> env_id, success, observation, expert: {pose (7), close}, where the task's scripted expert goes next.
-            Simulated robot only.
+            are fractions; beside arm jobs; a newer one supersedes; fails when the fingers do not arrive in time
+job {handle} -> handle, op, status, error, seconds, as in jobs
+task {}     -> env_id, robot_time, success, observation, expert: {pose (7), close}, where the task's scripted expert
+            goes next; scene: {name: numbers}, at most 20 ms old, for whoever has franka_sim and wants images:
+            sim.set_state({name: np.array(numbers)}), sim.render(camera, height, width). Simulated robot only.
 reset_task {handle, seed=None}  L J: the task's reset, arm included. Simulated robot only.
-A job's handle is made up by the client (8 to 64 characters). The same handle again does not start anything again but
-answers as `job` does: so every request but `target` with a seq may be repeated. An arm's job ends when the lease does.
+A job's handle is made up by the client (8 to 64 ASCII characters). The same handle again does not start anything again
+but answers as `job` does: so every request but `target` with a seq may be repeated. An arm's job ends when the lease
+does. What goes on is never forgotten, of what has ended the last 256.
 
 Expect: p50_ms <= 0.3, p99_ms <= 2 (real-time priority) [benchmarks/results/robot_round_trip.csv contender=ours]
 Expect: cpu_percent_of_a_core <= 25, server_mb <= 300 [benchmarks/results/robot_load.csv contender=ours]
@@ -66,10 +78,13 @@ commit cd5f7e7: no deadline, no limit, errors cleared before every pose); impeda
 import contextlib
 import functools
 import importlib.metadata
-import inspect
+import ipaddress
+import json
 import logging
 import logging.handlers
+import marshal
 import math
+import mmap
 import os
 import platform
 import queue
@@ -78,27 +93,25 @@ import secrets
 import shutil
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import msgpack
 import numpy as np
-import tyro
-import zmq
-import zmq.auth
-from zmq.auth.thread import ThreadAuthenticator
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
 log = logging.getLogger("robot_server")
 
 
@@ -149,10 +162,6 @@ class Args:
     """simulated time per real time; 0: as fast as it can"""
     seed: int = 0
     """seed of the first scene"""
-    cameras: tuple[str, ...] = ("front", "wrist")
-    """cameras of the scene that are served"""
-    image_size: int = 128
-    """height and width of their images, pixels"""
     # limits, whatever a client asks for
     workspace_low: tuple[float, float, float] = (0.2, -0.35, 0.012)  # TASK: the box in which the tcp may move
     """smallest x, y, z of the reference, m"""
@@ -212,30 +221,34 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def is_local(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"
+
+
 def check(args: Args) -> None:
     """Exits with one line when a flag makes no sense, or a network would be served without protection."""
     signed = ("reset_joints", "workspace_low", "workspace_high")
     for name, value in (vars(args) | {f"gains.{name}": value for name, value in vars(args.gains).items()}).items():
-        if type(value) in (int, float, tuple) and name != "cameras":
+        if type(value) in (int, float, tuple):
             if not np.isfinite(value).all() or (np.min(value) < 0 and name not in signed):
                 fail(f"{flag(name)} {value}: give finite numbers{'' if name in signed else ', not negative ones'}")
             if name.startswith("max_") and name != "max_force" and not value:
                 fail(f"{flag(name)} 0: nothing could move")
-    local = args.bind in ("127.0.0.1", "localhost", "::1")
     for wrong, message in (
         (not np.less(args.workspace_low, args.workspace_high).all(), "--workspace-low: must be below --workspace-high"),
         (not 200 <= args.control_hz <= 1000, f"--control-hz {args.control_hz}: give 200 to 1000"),
         (not args.frozen_after_s, "--frozen-after-s 0: give a time"),
         (not 0 < args.hold_after_s <= args.stop_after_s, "--hold-after-s: more than 0, at most --stop-after-s"),
         (0 < args.sim_speed < 0.1, f"--sim-speed {args.sim_speed}: give 0 (as fast as it can) or at least 0.1"),
-        (not 8 <= args.image_size <= 1280, f"--image-size {args.image_size}: give 8 to 1280 pixels"),
         (args.port > 65534, f"--port {args.port}: give at most 65534"),
         (args.gripper == "sim" and args.robot != "sim", "--gripper sim: only with --robot sim"),
         (args.gripper == "franka-hand" and args.robot == "sim", "--gripper franka-hand: not with --robot sim"),
         (not within_joint_limits(np.array(args.reset_joints)), f"--reset-joints: {JOINT_LIMITS_TEXT}"),
         (args.keygen and not args.keys, "--keygen: name the folder to make, --keys DIR"),
         (
-            not (local or args.keys or args.insecure_lan),
+            not (is_local(args.bind) or args.keys or args.insecure_lan),
             f"--bind {args.bind}: a network needs --keys DIR (make them with --keygen), or --insecure-lan",
         ),
     ):
@@ -269,23 +282,42 @@ def check_gains(gains: dict[str, Any], args: Args) -> None:
     """Raises Refused for gains beyond the limits, too weakly or strongly damped, or with which a spring that is let go
     outruns the limiter: it reaches stiffness x clip / damping."""
     problem = ""
-    for prefix, most, most_clip, fastest in (
-        ("", args.max_stiffness, args.max_clip, args.max_speed),
-        ("rotational_", args.max_stiffness / 10, args.max_clip * 10, args.max_rotation_speed),
+    for prefix, least, most, least_clip, most_clip, fastest in (
+        ("", 10.0, args.max_stiffness, 1e-4, args.max_clip, args.max_speed),
+        ("rotational_", 1.0, args.max_stiffness / 10, 1e-3, args.max_clip * 10, args.max_rotation_speed),
     ):
         stiffness, damping, clip = (gains[prefix + name] for name in ("stiffness", "damping", "clip"))
         low, high = 0.5 * math.sqrt(max(stiffness, 0)), 4 * math.sqrt(max(stiffness, 0))  # a quarter of critical, twice
-        if not 0 < stiffness <= most:
-            problem = f"stiffness {stiffness:g}: give more than 0, at most {most:g}"
+        if not least <= stiffness <= most:
+            problem = f"stiffness {stiffness:g}: give {least:g} to {most:g}"
         elif not low <= damping <= high:
             problem = f"damping {damping:g}: give {low:.1f} to {high:.1f} with this stiffness"
-        elif not all(0 < c <= min(most_clip, fastest * damping / stiffness) for c in clip):
+        elif not all(least_clip <= c <= min(most_clip, fastest * damping / stiffness) for c in clip):
             limit = math.floor(1e4 * min(most_clip, fastest * damping / stiffness)) / 1e4
-            problem = f"clip {clip}: more than 0, at most {limit:g} with this stiffness and damping"
+            shown = " ".join(f"{c:g}" for c in clip)
+            problem = f"clip {shown}: give {least_clip:g} to {limit:g} with this stiffness and damping"
         if problem:
             raise Refused("bad_argument", prefix + problem)
     if not 0 <= gains["nullspace_stiffness"] <= 50:
-        raise Refused("bad_argument", f"nullspace_stiffness {gains['nullspace_stiffness']}: give 0 to 50")
+        raise Refused("bad_argument", f"nullspace_stiffness {gains['nullspace_stiffness']:g}: give 0 to 50")
+
+
+def gain_values(gains: dict[str, Any]) -> list[float]:
+    """All gains as 11 numbers, in the order of Gains."""
+    values = []
+    for name in Gains.__dataclass_fields__:
+        values += gains[name] if "clip" in name else [gains[name]]
+    return values
+
+
+def gains_from(values: Sequence[float], args: Args) -> Gains:
+    """The other way round; raises Refused for gains beyond the limits."""
+    numbers = iter(values)
+    gains = {}
+    for name in Gains.__dataclass_fields__:
+        gains[name] = tuple(next(numbers) for _ in range(3)) if "clip" in name else next(numbers)
+    check_gains(gains, args)
+    return Gains(**gains)
 
 
 # --- Reference limiter ------------------------------------------------------------------------------------------------
@@ -337,13 +369,13 @@ class Limiter:
     def refusal(self, target: np.ndarray, reference: np.ndarray) -> str | None:
         """Why a target (7,) is refused, not limited: None if it is not."""
         if not np.isfinite(target).all():
-            return f"the target is not finite: {target.tolist()}"
-        if abs((length := float(np.linalg.norm(target[3:]))) - 1) > 0.01:
-            return f"the quaternion of the target has length {length:.3f}, not 1"
+            return "the target is not finite"
+        if abs((length := norm(target[3:])) - 1) > 0.01:
+            return f"the quaternion of the target has length {length:.4g}, not 1"
         if (jump := norm(target[:3] - reference[:3])) > (most := self.args.max_jump):
-            return f"the target jumps {jump:.3f} m from the reference, --max-jump is {most}"
+            return f"the target jumps {jump:.4g} m from the reference, --max-jump is {most}"
         if (turn := norm(rotation_between(target[3:] / length, reference[3:]))) > (most := self.args.max_rotation_jump):
-            return f"the target turns {turn:.2f} rad from the reference, --max-rotation-jump is {most}"
+            return f"the target turns {turn:.3g} rad from the reference, --max-rotation-jump is {most}"
         return None
 
     def step(self, target: np.ndarray | None, state: "ArmState", gains: Gains, dt: float) -> None:
@@ -451,12 +483,14 @@ class Arm(ABC):
     Every method raises ArmError."""
 
     has_task = False  # whether there is a simulated scene
+    task_news = False  # whether `task` has changed
     waits = True  # whether ticks follow the clock
 
     def __init__(self, args: Args):
         self.args, self.controlling = args, False  # controlling: whether the impedance controller runs
         self.info: dict[str, Any] = dict.fromkeys(("sdk", "libfranka", "firmware", "task"))
         self.info["kind"] = args.robot
+        self.info["speed"] = 1.0  # of its clock, robot seconds per second
 
     @abstractmethod
     def get_state(self) -> ArmState:
@@ -476,7 +510,7 @@ class Arm(ABC):
 
     @abstractmethod
     def stop(self) -> None:
-        """Begin to end whatever runs, softly; `moving` is False when the arm holds itself."""
+        """Begin to end whatever runs, softly; `moving` is False when the arm holds itself. Twice is once."""
 
     @abstractmethod
     def move_to_joint_positions(self, q: np.ndarray, speed: float) -> None:
@@ -508,6 +542,7 @@ class SimArm(Arm):
 
     def __init__(self, args: Args):
         super().__init__(args)
+        os.environ["MUJOCO_GL"] = "disable"  # whoever wants images renders them from what `task` gives
         try:
             import gymnasium as gym
             import mujoco
@@ -521,12 +556,9 @@ class SimArm(Arm):
             raise ArmError("sdk", f"--env-id {args.env_id}: {error}") from error
         self.sim, self.downwards, model = self.env.sim, franka_sim.downwards, self.env.sim.model
         self.max_speed, model.opt.timestep = np.array(franka_sim.MAX_JOINT_VELOCITY), self.dt
-        if not set(args.cameras) <= (known := {model.camera(i).name for i in range(model.ncam)}):
-            raise ArmError("sdk", f"--cameras {args.cameras}: there are {sorted(known)}")
-        self.info |= {"sdk": f"mujoco {mujoco.__version__}", "task": args.env_id}
+        self.info |= {"sdk": f"mujoco {mujoco.__version__}", "task": args.env_id, "speed": args.sim_speed}
         self.waits, self.time, self.reflex, self.task = args.sim_speed > 0, 0.0, (), {}
         self.gripper_command: tuple[float, float, float] | None = None  # width, force, speed
-        self.scene, self.scene_wanted, self.scene_ready = {}, threading.Event(), threading.Event()
         self.reset_task(args.seed)
 
     def reset_task(self, seed: int | None) -> None:
@@ -553,12 +585,10 @@ class SimArm(Arm):
             if norm(self.wrench[:3]) > self.args.collision_force and (self.controlling or self.motion):
                 self.reflex = (f"cartesian_reflex: {norm(self.wrench[:3]):.0f} N",)
                 self.stop()
-        if self.time - self.task_time > 0.05:
-            self.task, self.task_time = self.look_at_task(), self.time
-        if self.scene_wanted.is_set():
-            self.scene = sim.get_state() | {"time": self.time}
-            self.scene_wanted.clear()
-            self.scene_ready.set()
+        if self.time - self.task_time >= 0.02:
+            self.task = self.look_at_task()
+            self.task_time = self.time
+            self.task_news = True
         mode = "reflex" if self.reflex else "move" if self.controlling or self.motion else "idle"
         return ArmState(self.time, sim.tcp_pose, sim.tcp_velocity, self.wrench.copy(), sim.q, sim.dq, mode, self.reflex)
 
@@ -570,7 +600,14 @@ class SimArm(Arm):
         expert = {"pose": [*goal[:3], *self.downwards(*goal[3:]).tolist()]}
         expert["close"] = len(action) == len(goal) or action[-1] > 0
         observation = {name: value.tolist() for name, value in env.task_observation().items()}
-        return {"success": bool(env.evaluate()[0]), "observation": observation, "expert": expert}
+        return {
+            "env_id": self.args.env_id,
+            "robot_time": self.time,
+            "success": bool(env.evaluate()[0]),
+            "observation": observation,
+            "expert": expert,
+            "scene": {name: value.tolist() for name, value in self.sim.get_state().items()},
+        }
 
     def start(self, pose: np.ndarray, q: np.ndarray, gains: Gains) -> None:
         model, self.controlling = self.sim.model, True
@@ -629,7 +666,8 @@ class FrankyArm(Arm):
             import franky
         except ImportError as error:
             raise ArmError("sdk", NO_SDK.format("franky", error, "franky-control==2.0.0")) from error
-        self.franky, self.info = franky, self.info | sdk_versions("franky-control")
+        self.franky = franky
+        self.info |= sdk_versions("franky-control")
         self.connect()
 
     def connect(self) -> None:
@@ -637,7 +675,10 @@ class FrankyArm(Arm):
         try:
             self.robot = self.franky.Robot(self.args.robot_ip, realtime_config=self.franky.RealtimeConfig.Ignore)
             self.robot.set_collision_behavior(self.args.collision_torque, self.args.collision_force)
-            self.model, self.motion, self.info["firmware"] = self.robot.model, None, version
+            self.model = self.robot.model
+            self.motion = None
+            self.resting = False  # a soft stop goes on
+            self.info["firmware"] = version
         except self.franky.IncompatibleVersionException as error:
             message = f"{error} The robot speaks version {version}: {FRANKY_FOR.format(version)}"
             raise ArmError("sdk", message) from error
@@ -650,7 +691,9 @@ class FrankyArm(Arm):
         try:
             yield
         except self.franky.ControlException as error:
-            self.motion, self.controlling = None, False
+            self.motion = None
+            self.controlling = False
+            self.resting = False
             if "preempted" not in str(error):
                 raise ArmError(fault_code(str(error)), str(error)) from error
         except (self.franky.Exception, self.franky.InvalidMotionTypeException, RuntimeError) as error:
@@ -681,7 +724,9 @@ class FrankyArm(Arm):
                 max_delta_tau=1.0,
                 gains_time_constant=0.1,
             )
-            self.controlling, self.gains = True, gains
+            self.controlling = True
+            self.resting = False
+            self.gains = gains
             self.stream(self.pose)
             for g in (old, gains):  # from the old gains on, smoothed by the control loop
                 stiffness = g.stiffness, g.rotational_stiffness
@@ -696,14 +741,19 @@ class FrankyArm(Arm):
             self.motion.set_reference(self.franky.CartesianReference(target=self.franky.Affine(pose[:3], pose[3:])))
 
     def stop(self) -> None:
+        """A stop that goes on is left alone: franky takes no joint stop over a running torque stop."""
         with self.faults():
-            if self.robot.is_in_control:
+            if not self.robot.is_in_control:
+                self.resting = False
+            elif not self.resting:
                 self.motion = self.franky.TorqueStopMotion() if self.controlling else self.franky.JointStopMotion()
                 self.robot.move(self.motion, asynchronous=True)
+                self.resting = True
         self.controlling = False
 
     def move_to_joint_positions(self, q: np.ndarray, speed: float) -> None:
         with self.faults():
+            self.resting = False
             self.motion = self.franky.JointMotion(q.tolist(), relative_dynamics_factor=speed)
             self.robot.move(self.motion, asynchronous=True)
 
@@ -715,6 +765,7 @@ class FrankyArm(Arm):
 
     def recover(self) -> None:
         self.controlling = False
+        self.resting = False
         try:
             if self.robot.is_in_control:
                 self.robot.stop()
@@ -872,12 +923,18 @@ def quat_from_matrix(m: np.ndarray) -> np.ndarray:
 
 
 def reach(ip: str) -> int:
-    """The version of Franka's interface that the robot speaks, from how it refuses version 0. Raises ArmError within
-    seconds where libfranka would wait for a minute."""
+    """The version of Franka's interface that the robot speaks, from how it answers version 0. Raises ArmError within
+    seconds where libfranka would wait for a minute, and for whatever else answers on that port."""
     try:
-        with socket.create_connection((ip, 1337), timeout=3) as tcp:
-            tcp.sendall(struct.pack("<IIIHH", 0, 0, 16, 0, 0))  # Connect: command, id, size, version, UDP port
-            return struct.unpack("<IIIBH", tcp.recv(15, socket.MSG_WAITALL))[-1]
+        with socket.create_connection((ip, 1337), timeout=3) as tcp, socket.socket(type=socket.SOCK_DGRAM) as udp:
+            udp.bind((tcp.getsockname()[0], 0))  # where a robot that accepts sends its state
+            port = udp.getsockname()[1]
+            tcp.sendall(struct.pack("<IIIHH", 0, 1, 16, 0, port))  # Connect: command, its number, size, version, port
+            command, number, size = struct.unpack("<III", tcp.recv(12, socket.MSG_WAITALL))
+            if (command, number) != (0, 1) or size not in (15, 20):
+                raise OSError("what answers on port 1337 is no robot")
+            body = tcp.recv(size - 12, socket.MSG_WAITALL)
+            return struct.unpack_from("<H", body, 1 if size == 15 else 2)[0]  # after a byte; franky-sim pads
     except (OSError, struct.error) as error:
         raise ArmError("sdk", NO_ROBOT.format(ip, error)) from error
 
@@ -906,8 +963,13 @@ class Gripper(ABC):
     kind, max_width, max_force, max_speed, hz = "none", 0.0, 0.0, 0.0, 50.0
 
     def __init__(self, args: Args):
-        self.args, self.state, self.orders = args, GripperState(), queue.SimpleQueue()
-        self.stopping, self.thread = threading.Event(), threading.Thread(target=self.run, name="gripper", daemon=True)
+        self.args = args
+        self.state = GripperState()
+        self.job: Job | None = None  # the last one that was submitted
+        self.orders: queue.SimpleQueue[tuple[Job, float, Callable[[], None]]] = queue.SimpleQueue()
+        self.late = ""  # why the last order was given up
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="gripper", daemon=True)
 
     def open(self, speed: float, force: float) -> None:
         self.move(self.max_width, speed, force)
@@ -935,20 +997,38 @@ class Gripper(ABC):
         """Any thread: carry out an action instead of what is going on; `speed` and `force` are fractions."""
         values = {"open": (), "close": (), "move": (width,)}.get(action)
         values = () if values is None else (*values, speed * self.max_speed, force * self.max_force)
-        self.orders.put((job, functools.partial(getattr(self, action), *values)))
+        way = self.max_width / max(speed * self.max_speed, 0.01)  # s from one end to the other
+        self.job = job
+        self.orders.put(
+            (job, 30.0 if action == "activate" else 3.0 + way, functools.partial(getattr(self, action), *values))
+        )
+
+    def follow(self, closure: float) -> None:
+        """Any thread: the closure of a target, 0 (open) to 1 (closed)."""
+        action = {0.0: "open", 1.0: "close"}.get(closure, "move")
+        self.submit(Job("", "target", iter(())), action, (1 - closure) * self.max_width, 1.0, 0.5)
 
     def run(self) -> None:
         job: Job | None = None
+        give_up = 0.0
         while not self.stopping.wait(1 / self.hz):
             try:
                 while not self.orders.empty():
                     if job:
                         job.finish("superseded by a newer one")
-                    job, call = self.orders.get()
-                    job.status, self.state = "running", replace(self.state, fault=None)
+                    job, seconds, call = self.orders.get()
+                    job.status = "running"
+                    give_up = time.monotonic() + seconds
+                    self.late = ""
+                    self.state = replace(self.state, fault=None)
                     if self.orders.empty():
                         call()
                 state = self.poll()
+                if job and state.moving and time.monotonic() > give_up:
+                    self.late = f"the fingers did not arrive within {seconds:.1f} s"
+                    self.stop()
+                    state = replace(state, moving=False)
+                state = replace(state, fault=state.fault or self.late or None)
             except GripperError as error:
                 state = replace(self.state, moving=False, fault=str(error))
             except Exception as error:  # a bug must not end the thread
@@ -1132,77 +1212,237 @@ class Robotiq(Gripper):
 GRIPPERS = {"sim": SimGripper, "franka-hand": FrankaHand, "robotiq": Robotiq, "none": NoGripper}
 
 
+# --- What may follow what ---------------------------------------------------------------------------------------------
+# The error code with which an operation is refused in a mode, "" where it may be carried out. held: a hold that someone
+# asked for, or the force guard; hold: the watchdog's. `hold`, `stop` and what only the gripper does may always be.
+MODES = ("idle", "streaming", "hold", "held", "busy", "stopping", "fault")
+FOLLOWS = {
+    "target": ("not_streaming", "", "", "held", "busy", "not_streaming", "fault"),
+    "start": ("", "", "", "", "busy", "", "fault"),
+    "move_joints": ("", "", "", "", "busy", "", "fault"),
+    "reset": ("", "", "", "", "busy", "", "fault"),
+    "reset_task": ("", "", "", "", "busy", "", "fault"),
+    "recover": ("", "", "", "", "busy", "", ""),
+}
+
+
+def check_mode(op: str, status: dict[str, Any]) -> None:
+    """Raises Refused if the mode in `status` (step, held, fault, jobs) does not allow `op`."""
+    code = FOLLOWS[op][MODES.index(status["step"])]
+    if code == "busy":
+        raise Refused(code, f"{status['jobs']['arm']['op']} is going on")
+    if code == "fault":
+        fault = status["fault"]
+        raise Refused(code, f"{fault['code']}: {fault['message']}; look at the robot, then recover")
+    if code == "held":
+        raise Refused(code, f"{status['held']}; start again")
+    if code:
+        raise Refused(code, "start first: the controller does not run")
+
+
+# --- Between the two processes ----------------------------------------------------------------------------------------
+class Command:
+    """What the front tells the robot process: a message of always the same size, with nothing in it to be parsed."""
+
+    KINDS = ("alive", "lease", "target", "gains", "hold", "stop", "job", "gripper", *FOLLOWS)
+    FORM = struct.Struct("<BId12d64s128s")
+
+    def __init__(self, kind: str, number: int, lease_until: float, values: Sequence[float], text: str, name: str):
+        self.kind = kind
+        self.number = number  # counted by the front; the robot process says which one it has seen last
+        self.lease_until = lease_until  # monotonic s
+        self.values = tuple(values)  # up to 12
+        self.text = text  # a job's handle, or the lease's token
+        self.name = name  # of the lease's holder
+
+    def pack(self) -> bytes:
+        values = (*self.values, *(0.0,) * (12 - len(self.values)))
+        texts = self.text.encode(), self.name.encode()
+        return self.FORM.pack(self.KINDS.index(self.kind), self.number, self.lease_until, *values, *texts)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> "Command":
+        kind, number, lease_until, *values, text, name = cls.FORM.unpack(data)
+        texts = (part.rstrip(b"\0").decode(errors="replace") for part in (text, name))
+        return cls(cls.KINDS[kind], number, lease_until, values, *texts)
+
+
+class Board:
+    """A dictionary of plain values in memory that two processes share: one writes, the other reads the newest one.
+    There are two places in turn, each with a checksum, so that what is half written is never taken for whole."""
+
+    HEAD = struct.Struct("<QII")  # sequence, length, checksum
+    SIZE = 1 << 17  # bytes, both places
+
+    def __init__(self, memory: mmap.mmap, start: int):
+        self.memory = memory
+        self.starts = (start, start + self.SIZE // 2)
+        self.sequence = 0
+        self.newest: dict[str, Any] = {}
+        self.lock = threading.Lock()
+
+    def write(self, values: dict[str, Any]) -> None:
+        data = marshal.dumps(values)
+        if len(data) > self.SIZE // 2 - self.HEAD.size:
+            raise ValueError(f"{len(data)} bytes of state are too many")
+        with self.lock:
+            self.sequence += 1
+            start = self.starts[self.sequence % 2]
+            body = start + self.HEAD.size
+            self.memory[body : body + len(data)] = data
+            self.HEAD.pack_into(self.memory, start, self.sequence, len(data), zlib.crc32(data, self.sequence))
+
+    def read(self) -> dict[str, Any]:
+        """The newest dictionary; the same one again until there is a newer one."""
+        for _ in range(100):
+            heads = [(self.HEAD.unpack_from(self.memory, start), start) for start in self.starts]
+            (sequence, length, checksum), start = max(heads)
+            if sequence == self.sequence:
+                return self.newest
+            body = start + self.HEAD.size
+            data = self.memory[body : body + length]
+            if length and zlib.crc32(data, sequence) == checksum:
+                self.sequence = sequence
+                self.newest = marshal.loads(data)  # safe: only the robot process can write it
+                return self.newest
+            time.sleep(0.0002)  # it is being written
+        raise OSError("the robot process's state cannot be read")
+
+
 # --- Robot thread -----------------------------------------------------------------------------------------------------
 class Job:
     """A long operation; its handle is made up by the client."""
 
     def __init__(self, handle: str, op: str, steps: Iterator[None]):
-        self.handle, self.op, self.status, self.error = handle, op, "queued", None
-        self.began, self.ended, self.steps = time.monotonic(), None, steps
+        self.handle = handle
+        self.op = op
+        self.steps = steps
+        self.status = "queued"
+        self.error: str | None = None
+        self.began = time.monotonic()
+        self.ended: float | None = None
 
     def finish(self, error: str | None = None) -> None:
-        self.error, self.ended, self.status = error, time.monotonic(), "failed" if error else "done"
+        self.error = error
+        self.ended = time.monotonic()
+        self.status = "failed" if error else "done"
         log.log(logging.WARNING if error else logging.INFO, "%s %s %s", self.op, self.status, error or "")
 
     def report(self) -> dict[str, Any]:
-        report = {name: getattr(self, name) for name in ("handle", "op", "status", "error")}
-        return report | {"seconds": (self.ended or time.monotonic()) - self.began}
+        report = {name: getattr(self, name) for name in ("op", "status", "error")}
+        seconds = (self.ended or time.monotonic()) - self.began
+        return {"handle": self.handle or None, **report, "seconds": seconds}
+
+
+NO_LEASE = {"name": None, "token": "", "ttl": 1.0, "seq": None}
 
 
 class Control(threading.Thread):
-    """The robot thread: constructs the arm, reads it, limits the reference, watches. Other threads only leave wishes in
-    attributes (a single assignment each) and read what is there; nobody ever waits for this thread."""
+    """The robot thread: constructs the arm, reads it, obeys the front, limits the reference, watches. `link` is where
+    the front's commands come from, `board` where the state goes."""
 
-    def __init__(self, args: Args, gripper: Gripper):
+    def __init__(self, args: Args, gripper: "Gripper", board: Board, scene: Board):
         super().__init__(name="robot", daemon=True)
-        self.args, self.gripper, self.limiter = args, gripper, Limiter(args)
-        self.gains = self.wanted_gains = args.gains  # in force, to be in force
+        self.args = args
+        self.gripper = gripper
+        self.board = board
+        self.scene = scene
+        self.link: socket.socket | None = None
+        self.limiter = Limiter(args)
         self.arm: Arm | None = None
         self.state: ArmState | None = None
-        self.failure, self.ready, self.stopping = "", threading.Event(), threading.Event()
-        self.phase, self.held = "idle", ""  # idle streaming hold busy stopping; why it is held until `start`
-        self.fault: dict[str, Any] | None = None  # code, message, count
-        self.job: Job | None = None
-        self.faults = self.reflexes = self.overruns = 0
-        self.target, self.target_at, self.lease_began, self.lease_until = None, -math.inf, -math.inf, -math.inf
-        self.hold_wish = self.stop_wish = self.hold_seen = self.stop_seen = ("", -math.inf)  # why, and when
+        self.gains = args.gains  # in force
+        self.wanted_gains = args.gains
+        # threads
+        self.failure = ""  # why there is no arm
+        self.ready = threading.Event()
+        self.stopping = threading.Event()
         self.may_block_until = 0.0  # a call into the SDK that takes longer counts as frozen
-        self.robot_time = self.advanced = self.ticked = -math.inf  # robot's clock, when it went on, start of last tick
+        # mode
+        self.phase = "idle"  # idle streaming hold busy breaking stopping
+        self.held = ""  # why it is held until `start`
+        self.fault: dict[str, Any] | None = None  # code, message, count
+        self.faults = 0
+        self.reflexes = 0
+        self.overruns = 0
+        # jobs: of the arm the one that goes on, of both the last one, all that are known
+        self.job: Job | None = None
+        self.last_job: Job | None = None
+        self.jobs: dict[str, Job] = {}
+        # what the front said
+        self.front_heard = -math.inf
+        self.number = 0
+        self.answer: dict[str, Any] | None = None  # to the last command that wants one
+        self.asked = ""  # hold or stop
+        self.lease = NO_LEASE
+        self.lease_until = -math.inf
+        self.target: np.ndarray | None = None
+        self.target_at = -math.inf
+        self.closure: float | None = None
+        # clocks
+        self.robot_time = -math.inf  # the robot's own
+        self.advanced = -math.inf  # when that last went on
+        self.ticked = -math.inf  # start of the last tick
 
     @property
     def mode(self) -> str:
-        return "fault" if self.fault else "busy" if self.phase in ("breaking", "stopping") else self.phase
+        phase = "stopping" if self.phase == "breaking" else self.phase
+        return "fault" if self.fault else phase
+
+    @property
+    def step(self) -> str:
+        """The mode for the table of what may follow what."""
+        if self.job:
+            return "busy"
+        return "held" if self.held and self.mode == "hold" else self.mode
 
     def run(self) -> None:
         try:
             self.arm = ARMS[self.args.robot](self.args)
             if isinstance(self.gripper, SimGripper):
                 self.gripper.arm = self.arm
-            self.advanced, self.state = time.monotonic(), self.arm.get_state()
+            self.state = self.arm.get_state()
+            self.advanced = time.monotonic()
             self.limiter.seed(self.state.tcp_pose)
+            self.publish()
         except Exception as error:
             log.exception("the arm does not start")
             self.failure = str(error) if isinstance(error, ArmError) else repr(error)
         self.ready.set()
+        if not self.failure:
+            self.beat()
+
+    def beat(self) -> None:
+        """Ticks until the program ends, then lets the arm come to rest."""
+        if self.arm.waits and os.sched_getscheduler(0) == os.SCHED_OTHER:  # libfranka sets a higher one itself
+            with contextlib.suppress(PermissionError):  # allowed for root and with rtprio
+                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))  # of this thread alone
         due = time.monotonic()
-        while not self.failure and not self.stopping.is_set():
+        while not self.stopping.is_set():
             due += 1 / self.args.control_hz
             self.tick()
             early = due - time.monotonic()
-            if early > 0 or not self.arm.waits:
-                time.sleep(early if self.arm.waits else 0)
+            if not self.arm.waits:
+                time.sleep(0)
+            elif early > 0:
+                time.sleep(early)
             elif early < -0.005:
-                self.overruns, due = self.overruns + 1, time.monotonic()
+                self.overruns += 1
+                due = time.monotonic()
         with contextlib.suppress(ArmError):
-            if not self.failure:
-                for _ in self.settle():
-                    self.arm.get_state()
-                    time.sleep(0.005)
+            for _ in self.settle():
+                self.state = self.arm.get_state()
+                self.publish()
+                time.sleep(0.005)
+            self.phase = "idle"
+            self.publish()
 
     def tick(self) -> None:
-        """Measure, watch, act; whatever goes wrong ends as a fault, never as an exception."""
-        now, dt = time.monotonic(), 0.0
+        """Listen, measure, watch, act, tell; whatever goes wrong ends as a fault, never as an exception."""
+        now = time.monotonic()
+        dt = 0.0
         try:
+            self.listen(now)
             try:
                 dt = self.measure(now)
             except ArmError:
@@ -1217,14 +1457,128 @@ class Control(threading.Thread):
                 log.exception("robot thread")
             self.latch("internal", f"{type(error).__name__} in the control loop, see the log")
         self.ticked = now
+        self.publish()
 
+    # What the front says
+    def listen(self, now: float) -> None:
+        """Obeys all commands that have come."""
+        for _ in range(200):
+            if self.link is None:
+                return
+            try:
+                data = self.link.recv(Command.FORM.size)
+            except OSError:  # nothing there, or the front is being replaced
+                return
+            if len(data) != Command.FORM.size:
+                return
+            command = Command.unpack(data)
+            self.front_heard = now
+            self.lease_until = min(command.lease_until, now + 10)
+            self.answer = {"number": command.number, "code": "", "message": "", "job": None}
+            try:
+                self.obey(command, now)
+            except Refused as error:
+                self.answer |= {"code": error.code, "message": str(error)}
+            self.number = command.number
+
+    def obey(self, command: Command, now: float) -> None:
+        """One command; raises Refused. What the front has checked is checked again."""
+        kind, values = command.kind, command.values
+        if kind in ("hold", "stop"):
+            self.asked = "stop" if self.asked == "stop" else kind
+        elif kind == "lease":
+            self.grant(command, now)
+        elif kind == "target":
+            self.follow(np.array(values[:7]), *values[7:9], now)
+        elif kind == "gains":
+            self.wanted_gains = gains_from(values, self.args)
+        elif kind == "job":
+            self.answer["job"] = self.known(command.text).report()
+        elif kind != "alive":
+            self.answer["job"] = self.begin(kind, command.text, values).report()
+
+    def grant(self, command: Command, now: float) -> None:
+        """A new lease, or the same one with another duration. The old one's job ends, or its target."""
+        ttl, is_new = command.values[:2]
+        if is_new:
+            self.target_at = min(self.target_at, now - self.args.hold_after_s)
+            if self.job:
+                self.end_job(f"broken off: {command.name} took the lease")
+        seq = None if is_new else self.lease["seq"]
+        self.lease = {"name": command.name, "token": command.text, "ttl": ttl, "seq": seq}
+
+    def follow(self, pose: np.ndarray, closure: float, seq: float, now: float) -> None:
+        """A new target, with the gripper's closure (NaN: none) and a number (-1: none)."""
+        check_mode("target", self.status())
+        if reason := self.limiter.refusal(pose, self.limiter.reference):
+            raise Refused("refused", reason)
+        self.target = pose
+        self.target_at = now
+        if seq >= 0:
+            self.lease = self.lease | {"seq": int(seq)}
+        if 0 <= closure <= 1 and closure != self.closure and self.gripper.kind != "none":
+            self.closure = closure
+            self.gripper.follow(closure)
+
+    def known(self, handle: str) -> Job:
+        if handle not in self.jobs:
+            raise Refused("unknown_handle", f"no job {handle}")
+        return self.jobs[handle]
+
+    def begin(self, op: str, handle: str, values: Sequence[float]) -> Job:
+        """A new job, or with a known handle that one, which does not start again."""
+        if handle in self.jobs:
+            if self.jobs[handle].op != op:
+                raise Refused("handle_used", f"{handle} is the handle of {self.jobs[handle].op}: make up a new one")
+            return self.jobs[handle]
+        if op == "gripper":
+            job = self.begin_gripper(handle, GRIPPER_ACTIONS[int(values[0])], *values[1:4])
+        else:
+            check_mode(op, self.status())
+            job = self.job = self.last_job = Job(handle, op, self.steps_of(op, values))
+        self.jobs[handle] = job
+        ended = [name for name, other in self.jobs.items() if other.ended is not None]
+        for name in ended[: max(len(self.jobs) - 256, 0)]:
+            del self.jobs[name]
+        return job
+
+    def begin_gripper(self, handle: str, action: str, width: float, speed: float, force: float) -> Job:
+        most = self.gripper.max_width
+        if self.gripper.kind == "none":
+            raise Refused("unavailable", "there is no gripper")
+        if action == "move" and not 0 <= width <= most:  # nor NaN
+            raise Refused("bad_argument", f"width: give a number from 0 to {most:g}")
+        job = Job(handle, "gripper", iter(()))
+        self.closure = None
+        self.gripper.submit(job, action, width, speed, force)
+        return job
+
+    def steps_of(self, op: str, values: Sequence[float]) -> Iterator[None]:
+        if op == "start":
+            return self.start_streaming(gains_from(values, self.args))
+        if op == "move_joints":
+            q = np.array(values[:7])
+            if not within_joint_limits(q):
+                raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
+            return self.move_joints(q, values[7])
+        if op == "reset":
+            return self.move_joints(None, values[0])
+        if op == "reset_task" and not self.arm.has_task:
+            raise Refused("unavailable", "only the simulated robot has this")
+        if op == "reset_task":
+            return self.reset_task(None if math.isnan(values[0]) else int(values[0]))
+        return self.recover()
+
+    # Measure, watch, act
     def measure(self, now: float) -> float:
         """Reads the arm; how far the robot's clock went on since the last tick, at most 20 ms."""
         state = self.arm.get_state()
         if not np.isfinite(np.concatenate([state.tcp_pose, state.tcp_vel, state.wrench, state.q, state.dq])).all():
             raise ArmError("sdk", "the robot's state is not finite")
-        if (dt := state.time - self.robot_time) != 0:
-            self.robot_time, self.advanced = state.time, now
+        dt = state.time - self.robot_time
+        if dt != 0:
+            self.robot_time = state.time
+            self.advanced = now
         else:
             state.at = self.state.at
         if now - self.advanced > self.args.frozen_after_s:
@@ -1240,24 +1594,29 @@ class Control(threading.Thread):
         return self.job is not None and self.job.op == "recover"
 
     def watch(self, now: float) -> None:
-        """The watchdog's ladder, and the wishes of other threads."""
-        (hold, hold_at), (stop, stop_at) = wishes = self.hold_wish, self.stop_wish
-        hold, stop = hold * (wishes[0] is not self.hold_seen), stop * (wishes[1] is not self.stop_seen)
-        self.hold_seen, self.stop_seen = wishes
-        args, silent, lost = self.args, now - self.target_at, now > self.lease_until
-        if (job := self.job) and (job.began < max(hold_at, stop_at, self.lease_began) or lost):
+        """The watchdog's ladder, and what clients asked for."""
+        args = self.args
+        asked, self.asked = self.asked, ""
+        hold = "a client asked to hold" if asked == "hold" else ""
+        stop = "a client asked to stop" if asked == "stop" else ""
+        silent = now - self.target_at
+        lost = now > self.lease_until
+        if self.job and (asked or lost):
             self.end_job(f"broken off: {hold or stop or 'the lease ended'}")
         if self.phase not in ("streaming", "hold"):
             return
-        if 0 < args.max_force < (force := norm(self.state.wrench[:3])) and not self.held:
+        force = norm(self.state.wrench[:3])
+        if 0 < args.max_force < force and not self.held:
             hold = f"an external force of {force:.0f} N exceeded --max-force {args.max_force:g}"
             self.limiter.seed(self.state.tcp_pose)
         if stop or silent > args.stop_after_s:
             log.warning("soft stop: %s", stop or f"no target for {silent:.1f} s")
-            self.phase, self.held = "breaking", ""
+            self.phase = "breaking"
+            self.held = ""
         elif hold:
             log.warning("hold: %s", hold)
-            self.phase, self.held = "hold", hold
+            self.phase = "hold"
+            self.held = hold
         elif self.phase == "streaming" and (silent > args.hold_after_s or lost):
             log.warning("hold: %s", "the lease ended" if lost else f"no target for {silent:.2f} s")
             self.phase = "hold"
@@ -1266,38 +1625,45 @@ class Control(threading.Thread):
 
     def act(self, dt: float) -> None:
         """One step of the job, or of the reference."""
-        arm, job = self.arm, self.job
-        if job and self.fault and not self.recovering():
+        arm = self.arm
+        if self.job and self.fault and not self.recovering():
             self.end_job(f"{self.fault['code']}: {self.fault['message']}")
-        elif job:
-            try:
-                job.status = "running"
-                next(job.steps)
-            except StopIteration:
-                self.job = None
-                job.finish()
-            except ArmError as error:
-                self.end_job(str(error))
-                if error.code != "refused":
-                    raise
-            except Exception:  # a bug; the generator is dead
-                self.end_job("internal: see the log")
-                raise
+        elif self.job:
+            self.step_job(self.job)
         elif self.phase in ("streaming", "hold") and not self.fault:
-            if (gains := self.wanted_gains) is not self.gains:
-                arm.set_gains(gains)
+            if self.wanted_gains is not self.gains:
+                gains = self.wanted_gains
+                with self.blocking():
+                    arm.set_gains(gains)
                 self.gains = gains
             target = self.target if self.phase == "streaming" else None
             self.limiter.step(target, self.state, self.gains, dt)
             arm.stream(self.limiter.reference)
         elif arm.controlling or self.phase in ("streaming", "hold", "breaking"):  # nothing must run, or a fault came
             self.phase = "stopping"
-            arm.stop()
+            with self.blocking():
+                arm.stop()
         elif self.phase == "stopping" and not arm.moving():
             self.phase = "idle"
 
+    def step_job(self, job: Job) -> None:
+        try:
+            job.status = "running"
+            next(job.steps)
+        except StopIteration:
+            self.job = None
+            job.finish()
+        except ArmError as error:
+            self.end_job(str(error))
+            if error.code != "refused":
+                raise
+        except Exception:  # a bug; the generator is dead
+            self.end_job("internal: see the log")
+            raise
+
     def end_job(self, error: str) -> None:
-        job, self.job, self.phase = self.job, None, "breaking"
+        job, self.job = self.job, None
+        self.phase = "breaking"
         if job:
             job.finish(error)
 
@@ -1305,16 +1671,34 @@ class Control(threading.Thread):
         """The first fault stays until `recover`."""
         if not self.recovering():
             self.end_job(f"{code}: {message}")
+        self.note_fault(code, message)
+
+    def note_fault(self, code: str, message: str) -> None:
+        """From any thread: the robot thread itself may hang."""
         if self.fault is None:
-            self.faults, self.reflexes = self.faults + 1, self.reflexes + (code == "reflex")
-            self.fault, self.held = {"code": code, "message": message, "count": self.faults}, ""
+            self.faults += 1
+            self.reflexes += code == "reflex"
+            self.fault = {"code": code, "message": message, "count": self.faults}
+            self.held = ""
             log.error("fault %d, %s: %s", self.faults, code, message)
+
+    @contextlib.contextmanager
+    def blocking(self, seconds: float = 2.0) -> Iterator[None]:
+        """Around a call into the SDK that may take this long without being a frozen robot."""
+        self.may_block_until = time.monotonic() + seconds
+        self.publish()  # what has just begun is seen meanwhile
+        try:
+            yield
+        finally:
+            self.advanced = time.monotonic()
+            self.may_block_until = 0.0
 
     # Jobs: generators, one step per tick
     def settle(self) -> Iterator[None]:
-        """Until the arm holds itself."""
+        """Until the arm holds itself; a stop that goes on already is not begun again."""
         self.phase = "busy"
-        self.arm.stop()
+        with self.blocking():
+            self.arm.stop()
         give_up = time.monotonic() + 3
         while self.arm.moving():
             if time.monotonic() > give_up:
@@ -1324,294 +1708,585 @@ class Control(threading.Thread):
     def start_streaming(self, gains: Gains) -> Iterator[None]:
         self.wanted_gains = gains
         yield from self.settle()
-        state, self.gains, self.may_block_until = self.state, self.wanted_gains, time.monotonic() + 2
+        state = self.state
+        self.gains = self.wanted_gains
         self.limiter.seed(state.tcp_pose)
-        self.arm.start(state.tcp_pose, state.q, self.gains)
-        self.target, self.target_at, self.phase, self.held = None, time.monotonic(), "streaming", ""
-        self.may_block_until = 0.0
+        with self.blocking():
+            self.arm.start(state.tcp_pose, state.q, self.gains)
+        self.target = None
+        self.target_at = time.monotonic()
+        self.phase = "streaming"
+        self.held = ""
         log.info("streaming with %s", self.gains)
 
     def move_joints(self, q: np.ndarray | None, speed: float) -> Iterator[None]:
         yield from self.settle()
-        self.arm.reset(speed) if q is None else self.arm.move_to_joint_positions(q, speed)
+        with self.blocking():
+            if q is None:
+                self.arm.reset(speed)
+            else:
+                self.arm.move_to_joint_positions(q, speed)
         while self.arm.moving():
             yield
         yield
         self.phase = "idle"
 
     def recover(self) -> Iterator[None]:
-        self.may_block_until = time.monotonic() + 20
-        self.arm.recover()
-        self.may_block_until, before, give_up = 0.0, self.robot_time, time.monotonic() + 2
+        with self.blocking(20):
+            self.arm.recover()
+        before = self.robot_time
+        give_up = time.monotonic() + 2
         while (still := self.robot_time == before) or self.state.robot_mode in ("reflex", "user_stopped"):
             if time.monotonic() > give_up:
                 reason = "its clock stands still" if still else f"it reports {self.state.robot_mode}"
                 raise ArmError("sdk", f"the robot is not ready: {reason}")
             yield
         yield from self.settle()
-        self.fault, self.held, self.phase = None, "", "idle"
+        self.fault = None
+        self.held = ""
+        self.phase = "idle"
 
     def reset_task(self, seed: int | None) -> Iterator[None]:
         yield from self.settle()
-        self.arm.reset_task(seed)
+        with self.blocking():
+            self.arm.reset_task(seed)
         yield
         self.phase = "idle"
 
+    # What the front may know
+    def status(self) -> dict[str, Any]:
+        """Mode and jobs, as `check_mode` wants them."""
+        arm_job = self.job or self.last_job
+        gripper_job = self.gripper.job
+        return {
+            "mode": self.mode,
+            "step": self.step,
+            "held": self.held,
+            "fault": self.fault,
+            "jobs": {
+                "arm": arm_job.report() if arm_job else None,
+                "gripper": gripper_job.report() if gripper_job else None,
+            },
+        }
 
-# --- Cameras of the simulation ----------------------------------------------------------------------------------------
-class Renderer(threading.Thread):
-    """Renders the scene on request, in a copy of the physics: the robot thread never waits for OpenGL."""
+    def publish(self) -> None:
+        state, gripper = self.state, self.gripper.state
+        self.board.write(
+            {
+                **self.status(),
+                "ticked": self.ticked,
+                "number": self.number,
+                "answer": self.answer,
+                "lease": self.lease | {"until": self.lease_until},
+                "gains": vars(self.wanted_gains),
+                "robot_time": state.time,
+                "at": state.at,
+                "reference": self.limiter.reference.tolist(),
+                "result": {
+                    "tcp_pose": state.tcp_pose.tolist(),
+                    "tcp_vel": state.tcp_vel.tolist(),
+                    "tcp_force": state.wrench[:3].tolist(),
+                    "tcp_torque": state.wrench[3:].tolist(),
+                    "q": state.q.tolist(),
+                    "dq": state.dq.tolist(),
+                    "gripper_width": gripper.width,
+                    "gripper_moving": gripper.moving,
+                    "gripper_holding": gripper.holding,
+                    "gripper_fault": gripper.fault,
+                    "gripper_closure": self.closure,
+                    "robot_mode": state.robot_mode,
+                    "errors": list(state.errors),
+                    "success_rate": state.success_rate,
+                    "overruns": self.overruns,
+                    "reflexes": self.reflexes,
+                    "limited": list(self.limiter.limited),
+                },
+            }
+        )
+        if self.arm.task_news:
+            self.scene.write(self.arm.task)
+            self.arm.task_news = False
 
-    def __init__(self, args: Args, control: Control, wake: Callable[[], None]):
-        super().__init__(name="cameras", daemon=True)
-        self.args, self.control, self.wake, self.twin, self.seq = args, control, wake, None, 0
-        self.requests, self.done = queue.SimpleQueue(), queue.SimpleQueue()
 
-    def run(self) -> None:
-        while True:
-            batch = [self.requests.get()]
-            while not self.requests.empty():  # all that came meanwhile share the next images
-                batch.append(self.requests.get())
+# --- Operations and their arguments -----------------------------------------------------------------------------------
+REQUIRED = object()
+GRIPPER_ACTIONS = ("open", "close", "move", "activate", "stop")
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What one argument of an operation must be."""
+
+    kind: Literal["number", "whole", "vector", "text", "choice", "truth"]
+    low: float = -math.inf  # of numbers, and of the length of texts
+    high: float = math.inf
+    size: int = 0  # of a vector, whose numbers may be anything
+    choices: tuple[str, ...] = ()
+    default: Any = REQUIRED
+
+    def check(self, name: str, value: object) -> Any:
+        """The value, in the type that is wanted; raises Refused."""
+        if value is None and self.default is None:
+            return None
+        is_number = type(value) in (int, float)
+        wanted = f"one of {' '.join(self.choices)}"
+        if self.kind == "number":
+            wanted = f"a number from {self.low:g} to {self.high:g}"
+            if is_number and self.low <= value <= self.high:  # NaN is not
+                return float(value)
+        elif self.kind == "whole":
+            wanted = f"a whole number from {self.low:g} to {self.high:g}"
+            if type(value) is int and self.low <= value <= self.high:
+                return value
+        elif self.kind == "vector":
+            wanted = f"{self.size} numbers"
+            is_list = isinstance(value, list) and len(value) == self.size
+            if is_list and all(type(x) in (int, float) for x in value):
+                return [float(x) for x in value]
+        elif self.kind == "text":
+            wanted = f"a text of {self.low:g} to {self.high:g} characters"
+            is_text = isinstance(value, str) and value.isprintable() and (name == "name" or value.isascii())
+            if is_text and self.low <= len(value) <= self.high:
+                return value
+        elif self.kind == "truth":
+            wanted = "true or false"
+            if type(value) is bool:
+                return value
+        elif isinstance(value, str) and value in self.choices:
+            return value
+        raise Refused("bad_argument", f"{name}: give {wanted}, not {value!r:.40}")
+
+
+@dataclass(frozen=True)
+class Operation:
+    arguments: dict[str, Argument]
+    leased: bool = False  # needs the lease's token
+    values: Callable[..., Sequence[float]] | None = None  # of a job: what the robot process gets of the arguments
+
+
+HANDLE = Argument("text", 8, 64)
+FRACTION = {"low": 0.0, "high": 1.0}
+JOINT_SPEED = Argument("number", 0.01, 1.0, default=0.2)
+GAINS = {
+    "stiffness": Argument("number", 0, 1e5, default=None),
+    "damping": Argument("number", 0, 1e5, default=None),
+    "rotational_stiffness": Argument("number", 0, 1e5, default=None),
+    "rotational_damping": Argument("number", 0, 1e5, default=None),
+    "nullspace_stiffness": Argument("number", 0, 1e5, default=None),
+    "clip": Argument("vector", size=3, default=None),
+    "rotational_clip": Argument("vector", size=3, default=None),
+}
+OPERATIONS = {
+    "hello": Operation({}),
+    "state": Operation({}),
+    "acquire": Operation(
+        {
+            "name": Argument("text", 1, 32),
+            "token": Argument("text", 16, 64),
+            "ttl": Argument("number", 0.2, 10.0, default=1.0),
+            "takeover": Argument("truth", default=False),
+        }
+    ),
+    "release": Operation({}, leased=True),
+    "target": Operation(
+        {
+            "pose": Argument("vector", size=7),
+            "seq": Argument("whole", 0, 2**53, default=None),
+            "closure": Argument("number", **FRACTION, default=None),
+        },
+        leased=True,
+    ),
+    "gains": Operation(GAINS, leased=True),
+    "hold": Operation({}),
+    "stop": Operation({}),
+    "start": Operation({"handle": HANDLE} | GAINS, leased=True),
+    "move_joints": Operation(
+        {"handle": HANDLE, "q": Argument("vector", size=7), "speed": JOINT_SPEED},
+        leased=True,
+        values=lambda q, speed: (*q, speed),
+    ),
+    "reset": Operation({"handle": HANDLE, "speed": JOINT_SPEED}, leased=True, values=lambda speed: (speed,)),
+    "recover": Operation({"handle": HANDLE}, leased=True, values=tuple),
+    "gripper": Operation(
+        {
+            "handle": HANDLE,
+            "action": Argument("choice", choices=GRIPPER_ACTIONS),
+            "width": Argument("number", 0.0, 1.0, default=None),
+            "speed": Argument("number", **FRACTION, default=1.0),
+            "force": Argument("number", **FRACTION, default=0.5),
+        },
+        leased=True,
+        values=lambda action, width, speed, force: (
+            GRIPPER_ACTIONS.index(action),
+            math.nan if width is None else width,
+            speed,
+            force,
+        ),
+    ),
+    "job": Operation({"handle": HANDLE}),
+    "task": Operation({}),
+    "reset_task": Operation(
+        {"handle": HANDLE, "seed": Argument("whole", 0, 2**31, default=None)},
+        leased=True,
+        values=lambda seed: (math.nan if seed is None else seed,),
+    ),
+}
+
+
+def checked(op: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of an operation, defaults filled in; raises Refused."""
+    known = OPERATIONS[op].arguments
+    values = {}
+    for name, argument in known.items():
+        if name in arguments:
+            values[name] = argument.check(name, arguments[name])
+        elif argument.default is REQUIRED:
+            raise Refused("bad_argument", f"{op} needs {name!r}")
+        else:
+            values[name] = argument.default
+    for name in arguments:
+        if name not in known:
+            raise Refused("bad_argument", f"{op} has no {name!r:.40}, it has {[*known]}")
+    return values
+
+
+def parse(body: list[bytes]) -> dict[str, Any]:
+    """The request, with fields of the right types; raises Refused."""
+    import msgpack
+
+    if len(body) != 1:
+        raise Refused("malformed", f"{len(body)} frames, send one")
+    limits = {"max_str_len": 256, "max_bin_len": 0, "max_ext_len": 0, "max_array_len": 64, "max_map_len": 64}
+    try:
+        request = msgpack.unpackb(body[0], **limits)
+    except (ValueError, RecursionError) as error:
+        raise Refused("malformed", f"no msgpack within the limits: {str(error)[:80]}") from None
+    if not isinstance(request, dict):
+        raise Refused("malformed", "not a map")
+    if type(request.get("v")) is not int or request["v"] != PROTOCOL_VERSION:
+        raise Refused("version", f"this server speaks version {PROTOCOL_VERSION}")
+    types = {"v": int, "op": str, "id": (int, str), "token": str, "args": dict}
+    for key, value in request.items():
+        if key not in types or not isinstance(value, types[key]) or isinstance(value, bool):
+            raise Refused("malformed", f"{key!r:.40}: unknown, or of the wrong type")
+    if len(str(request.get("id", ""))) > 64:
+        raise Refused("malformed", "id: at most 64 characters")
+    return request
+
+
+# --- Front ------------------------------------------------------------------------------------------------------------
+MAX_CONNECTIONS = 128
+MAX_FRAMES = 8  # of a message
+MAX_UNDERWAY = 1 << 18  # bytes that a connection has sent and that no message here has brought
+MAX_ALL_UNDERWAY = 1 << 20  # the same of all together
+MAX_GROWTH = 40 << 20  # bytes of memory of a front; then another one takes over
+
+
+class Connection:
+    def __init__(self, fd: int, now: float):
+        self.socket = socket.socket(fileno=os.dup(fd))  # ours is the same connection, whatever becomes of the number
+        self.address = self.socket.getpeername()[0]
+        self.since = now
+        self.taken = 0  # bytes received that messages have brought
+        self.heard = False  # a message came since the last look
+        self.received = 0
+        self.was_cut = False
+        self.acked = 0  # bytes that the peer has taken
+        self.acked_at = now
+
+    def facts(self) -> tuple[int, int, int, int]:
+        """Bytes taken by the peer, bytes received, bytes that wait for the peer, ms since it last sent something:
+        Linux's struct tcp_info."""
+        info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        silent_ms = struct.unpack_from("<I", info, 52)[0]
+        acked, received = struct.unpack_from("<QQ", info, 120)
+        waiting = struct.unpack_from("<I", info, 144)[0]
+        return acked, received, waiting, silent_ms
+
+
+class Doors:
+    """Who is connected, and who must go. libzmq bounds the length of a frame and the answers that wait, but not what
+    comes in: frames of a message without end pile up, and a bound on messages (RCVHWM) lets a peer that closes amid a
+    flood abort the process (libzmq 4841). So there is no such bound, and connections are looked at from outside:
+    Linux counts what came through each of them, libzmq says which one brought a message. Whoever has sent much more
+    than arrived here as messages is cut."""
+
+    def __init__(self, sockets: Sequence[Any], encrypted: bool):
+        import zmq
+
+        events = zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED
+        failed = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+        failed |= zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+        self.monitors = [s.get_monitor_socket(events | failed) for s in sockets]
+        self.overhead = 33 if encrypted else 0  # bytes per frame, of CURVE
+        self.connections: dict[int, Connection] = {}
+        self.left = 0  # bytes that connections which are gone have left in libzmq
+        self.failed: deque[str] = deque(maxlen=100)  # handshakes whose connection is not gone yet
+        self.strangers: Counter[str] = Counter()
+        self.cuts: Counter[str] = Counter()
+
+    def came(self, fd: int, frames: Sequence[bytes]) -> None:
+        """A message has been read from this connection."""
+        size = sum(len(frame) + (2 if len(frame) < 256 else 9) + self.overhead for frame in frames)
+        if connection := self.connections.get(fd):
+            connection.heard = True
+            connection.taken += size
+        else:
+            self.left = max(self.left - size, 0)
+
+    def look(self, now: float, drained: bool) -> None:
+        """Learns who came and went, and cuts whom it must. `drained`: all that libzmq has read is here."""
+        self.hear_monitors(now)
+        if drained:
+            self.left = 0
+        underway: list[tuple[int, Connection]] = []
+        silent: list[tuple[int, Connection]] = []
+        for connection in self.connections.values():
             try:
-                shot, fault = self.shoot({name for _, _, names in batch for name in names}), None
-            except Exception as error:
-                if self.seq >= 0:  # the first time
-                    log.exception("cameras")
-                shot, fault, self.seq = {}, str(error), -1
-            for envelope, request, names in batch:
-                arrays, images = zip(*(shot[name] for name in names)) if shot and names else ((), ())
-                self.done.put((envelope, request, fault, arrays, images))
-            self.wake()
+                acked, connection.received, waiting, silent_ms = connection.facts()
+            except OSError:
+                continue
+            if connection.heard and drained:
+                connection.taken = connection.received  # what is not of messages, as heartbeats, does not add up
+            connection.heard = False
+            if acked != connection.acked or not waiting:
+                connection.acked = acked
+                connection.acked_at = now
+            elif now - connection.acked_at > 2:
+                self.cut(connection, "does not read")
+            underway.append((connection.received - connection.taken, connection))
+            if not connection.was_cut:
+                silent.append((silent_ms, connection))
+        self.limit_underway(underway)
+        silent.sort(key=lambda pair: pair[0], reverse=True)
+        for _, connection in silent[: max(len(silent) - MAX_CONNECTIONS, 0)]:
+            self.cut(connection, "too many connections")
 
-    def shoot(self, names: set[str]) -> dict[str, tuple[dict[str, Any], bytes]]:
-        """Camera -> description and bytes of one image; raises RuntimeError where there is no OpenGL."""
-        if self.twin is None:
-            import gymnasium as gym
+    def limit_underway(self, underway: list[tuple[int, Connection]]) -> None:
+        underway.sort(key=lambda pair: pair[0], reverse=True)
+        total = self.left + sum(size for size, _ in underway)
+        for size, connection in underway:
+            if size < MAX_UNDERWAY and (total < MAX_ALL_UNDERWAY or size < 4096):
+                return
+            total -= size
+            self.cut(connection, "sends more than can be read")
 
-            self.twin = gym.make(self.args.env_id).unwrapped.sim
-        arm, size = self.control.arm, self.args.image_size
-        arm.scene_ready.clear()
-        arm.scene_wanted.set()
-        if not arm.scene_ready.wait(1.0):
-            raise RuntimeError("the simulation stands still")
-        taken, scene, self.seq = time.monotonic(), dict(arm.scene), self.seq + 1
-        about = {"dtype": "|u1", "shape": [size, size, 3], "seq": self.seq, "robot_time": scene.pop("time")}
-        self.twin.set_state(scene)
-        images = {name: self.twin.render(name, size, size).tobytes() for name in names}
-        age = time.monotonic() - taken
-        return {name: (about | {"name": name, "age": age}, image) for name, image in images.items()}
+    def hear_monitors(self, now: float) -> None:
+        import zmq
+        from zmq.utils.monitor import recv_monitor_message
+
+        for monitor in self.monitors:
+            while monitor.poll(0):
+                message = recv_monitor_message(monitor)
+                event, fd = message["event"], message["value"]
+                if event == zmq.EVENT_ACCEPTED:
+                    self.forget(int(fd))
+                    with contextlib.suppress(OSError):  # it is gone already, or there are no descriptors left
+                        self.connections[int(fd)] = Connection(int(fd), now)
+                elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
+                    connection = self.connections.get(int(fd))
+                    if connection and not connection.taken and self.failed:
+                        self.strangers[f"{connection.address} {self.failed.pop()}"] += 1
+                    self.forget(int(fd))
+                else:  # then comes the end of that connection
+                    refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
+                    self.failed.append("keys refused" if refused else "no handshake: no keys, or no ZeroMQ")
+
+    def forget(self, fd: int) -> None:
+        if connection := self.connections.pop(fd, None):
+            self.left += max(connection.received - connection.taken, 0)
+            connection.socket.close()
+
+    def cut(self, connection: Connection, why: str) -> None:
+        if connection.was_cut:
+            return
+        connection.was_cut = True
+        self.cuts[f"{connection.address} {why}"] += 1
+        with contextlib.suppress(OSError):
+            connection.socket.shutdown(socket.SHUT_RDWR)
 
 
-# --- Server -----------------------------------------------------------------------------------------------------------
-def number(name: str, value: object, low: float, high: float) -> float:
-    """A finite float within bounds; raises Refused otherwise."""
-    if type(value) not in (int, float) or not low <= value <= high:  # NaN fails, too
-        raise Refused("bad_argument", f"{name}: give a number from {low:g} to {high:g}, not {value!r:.40}")
-    return float(value)
+class Front:
+    """Answers requests and publishes the state. Methods `op_*` are the operations that only the front carries out, or
+    that want more than a look at their arguments."""
 
+    def __init__(self, args: Args, link: socket.socket, board: Board, scene: Board, facts: dict[str, Any]):
+        self.args = args
+        self.link = link
+        self.board = board
+        self.scene = scene
+        self.facts = facts  # what `hello` tells
+        self.limiter = Limiter(args)
+        self.number = board.read()["number"]
+        self.unanswered: dict[str, dict[str, Any]] = {}  # a job that the robot thread has not heard of yet
+        self.refusals: Counter[str] = Counter()
+        self.complained = 0.0
+        lease = board.read()["lease"]  # of the front before this one
+        self.name = lease["name"]
+        self.token = lease["token"]
+        self.ttl = lease["ttl"]
+        self.seq = lease["seq"]
+        self.lease_until = lease["until"]
 
-def vector(name: str, value: object, size: int) -> np.ndarray:
-    """(size,) floats, maybe not finite; raises Refused for anything else."""
-    if not isinstance(value, list) or len(value) != size or any(type(x) not in (int, float) for x in value):
-        raise Refused("bad_argument", f"{name}: give {size} numbers")
-    return np.array(value, np.float64)
+    # Sockets
+    def open_sockets(self, fds: Sequence[int]) -> None:
+        import zmq
 
-
-def text(name: str, value: object, low: int, high: int) -> str:
-    if not isinstance(value, str) or not low <= len(value) <= high or not value.isprintable():
-        raise Refused("bad_argument", f"{name}: give a text of {low} to {high} characters")
-    return value
-
-
-def nests_deeper(value: object, levels: int) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return levels == 0 or any(nests_deeper(item, levels - 1) for item in items if isinstance(item, dict | list))
-
-
-class Server:
-    """Answers requests and publishes the state, in the main thread. Methods `op_*` are the operations of the header."""
-
-    LEASED = ("release", "target", "gains", "start", "move_joints", "reset", "recover", "gripper", "reset_task")
-
-    def __init__(self, args: Args):
-        self.args, self.id, self.stopping, self.seen, self.stale = args, secrets.token_hex(4), False, 0.0, 0.0
-        self.name, self.token, self.ttl, self.seq = None, b"", 1.0, None  # of the lease
-        self.jobs: OrderedDict[str, Job] = OrderedDict()
-        self.refusals, self.complained = Counter(), 0.0
-        self.open_sockets()  # before the robot thread: theirs must not inherit its real-time priority
-        hand = "sim" if args.robot == "sim" else "franka-hand"
-        try:
-            self.gripper = GRIPPERS[hand if args.gripper == "auto" else args.gripper](args)
-        except GripperError as error:
-            fail(str(error))
-        self.control = Control(args, self.gripper)
-        self.renderer = Renderer(args, self.control, lambda: self.waker.send(b""))
-        for thread in (self.gripper.thread, self.renderer, self.control):
-            thread.start()
-        self.control.ready.wait()
-        if self.control.failure:
-            fail(self.control.failure)
-        self.ops = {name[3:]: getattr(self, name) for name in dir(self) if name.startswith("op_")}
-        self.parameters = {name: dict(inspect.signature(op).parameters) for name, op in self.ops.items()}
-        for parameters in self.parameters.values():
-            if parameters.pop("changes", None):
-                parameters |= {f.name: f for f in fields(Gains)}
-
-    def open_sockets(self) -> None:
-        args, context = self.args, zmq.Context.instance()
+        args = self.args
+        context = zmq.Context.instance()
         self.router, self.publisher = sockets = context.socket(zmq.ROUTER), context.socket(zmq.PUB)
         if args.keys:
-            try:
-                public, secret = zmq.auth.load_certificate(Path(args.keys) / "server.key_secret")
-            except OSError as error:
-                fail(f"--keys {args.keys}: {error}; make them with --keygen")
+            import zmq.auth
+            from zmq.auth.thread import ThreadAuthenticator
+
+            public, secret = zmq.auth.load_certificate(Path(args.keys) / "server.key_secret")
             self.authenticator = ThreadAuthenticator(context)
             self.authenticator.start()
             self.authenticator.configure_curve(domain="*", location=args.keys)  # every *.key in there may connect
-        try:
-            for i, s in enumerate(sockets):
-                s.linger, s.maxmsgsize, s.rcvhwm, s.sndhwm, s.tcp_keepalive = 0, 1 << 16, 100, 100, 1
-                s.heartbeat_ivl, s.heartbeat_timeout = 1000, 3000  # ms: forgets peers whose cable was pulled
-                if args.keys:
-                    s.curve_publickey, s.curve_secretkey, s.curve_server = public, secret, True
-                s.bind(f"tcp://{args.bind}:{args.port + i if args.port else '*'}")
-        except zmq.ZMQError as error:
-            fail(f"--bind {args.bind} --port {args.port}: {error}; does another server run?")
-        self.ports = [int(s.last_endpoint.rsplit(b":", 1)[1]) for s in sockets]
-        self.woken, self.waker = context.socket(zmq.PULL), context.socket(zmq.PUSH)
-        self.woken.bind("inproc://wake")
-        self.waker.connect("inproc://wake")
+        for s, fd, longest in zip(sockets, fds, (1 << 16, 256)):
+            s.linger = 0
+            s.maxmsgsize = longest
+            s.rcvhwm = 0  # see Doors
+            s.sndhwm = 200  # answers that wait for a peer; more are dropped
+            s.handshake_ivl = 1000  # ms
+            s.tcp_keepalive = 1
+            s.tcp_keepalive_idle = 5  # s
+            s.tcp_maxrt = 5000  # ms until a pulled cable ends a connection
+            s.ipv6 = True
+            if args.keys:
+                s.curve_publickey = public
+                s.curve_secretkey = secret
+                s.curve_server = True
+            s.use_fd = fd  # the robot process listens, so that nobody is turned away while there is no front
+            s.bind("tcp://127.0.0.1:1")  # a name only
+        self.doors = Doors(sockets, bool(args.keys))
+        self.poller = zmq.Poller()
+        for s in (self.router, self.link.fileno(), *self.doors.monitors):
+            self.poller.register(s, zmq.POLLIN)
 
     def serve(self) -> None:
-        """Until a signal."""
-        for number_ in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number_, self.signalled)
-        print(f"serving on tcp://{self.args.bind}:{self.ports[0]} (state: {self.ports[1]})", flush=True)
-        log.info("serving %s on %s %s", self.args.robot, self.args.bind, self.ports)
-        poller, due, shown = zmq.Poller(), time.monotonic(), 0.0
-        poller.register(self.router, zmq.POLLIN)
-        poller.register(self.woken, zmq.POLLIN)
-        while not self.stopping:
-            before = time.monotonic()
-            poller.poll(max(0, math.ceil((due - before) * 1000)))
+        """Until the robot process ends."""
+        due = looked = time.monotonic()
+        heap = memory_bytes()
+        while True:
+            wait = due - time.monotonic()
+            events = dict(self.poller.poll(max(0, math.ceil(wait * 1000))))
+            if self.link.fileno() in events and not self.link.recv(1):
+                return
+            drained = False
             for _ in range(20):  # then the state has its turn
                 if not self.answer():
+                    drained = True
                     break
-            if time.monotonic() - self.control.ticked > 0.01:  # the robot thread must not starve in a flood of requests
-                time.sleep(0.002)
-            while self.woken.poll(0):
-                self.woken.recv()
-            while not self.renderer.done.empty():
-                envelope, request, fault, arrays, images = self.renderer.done.get()
-                self.reply(envelope, request, {"arrays": arrays}, fault and Refused("unavailable", fault), images)
             now = time.monotonic()
-            self.watch(now - before)
             if now >= due:
                 due = max(due + 0.01, now)
-                self.publisher.send(self.packed({"op": "state"}, self.op_state()), zmq.DONTWAIT)
-            if now - shown > 0.25:
-                shown = now
-                self.show(now)
-        self.shut_down()
+                self.send("alive")
+                self.publish()
+            if now - looked > 0.01:
+                looked = now
+                self.doors.look(now, drained)
+                if (grown := memory_bytes() - heap) > MAX_GROWTH:
+                    log.error("the front has grown by %d MB: another one takes over", grown >> 20)
+                    return
+                self.complain(now)
 
-    def signalled(self, number_: int, _) -> None:
-        if self.stopping:
-            os._exit(1)
-        self.stopping = True
-        log.info("%s", signal.Signals(number_).name)
+    def complain(self, now: float) -> None:
+        """What was refused goes to the log in sums."""
+        if now - self.complained > 5:
+            for what in (self.refusals, self.doors.strangers, self.doors.cuts):
+                if what:
+                    self.complained = now
+                    log.warning("refused: %s", dict(what.most_common(10)))
+                    what.clear()
 
-    def shut_down(self) -> None:
-        self.control.stopping.set()
-        self.gripper.stopping.set()
-        self.control.join(8)
-        self.router.close(0)
-        self.publisher.close(0)
-        if hangs := self.control.is_alive():
-            log.error("the robot's SDK does not return")
-            print("\nthe robot's SDK does not return: use the stop button", file=sys.stderr)
-        log.info("end")
-        logging.shutdown()
-        print(end="\n" * sys.stdout.isatty(), flush=True)
-        os._exit(1 if hangs else 0)  # not through the SDKs' destructors: they may abort
+    # The robot process
+    def status(self) -> dict[str, Any]:
+        return self.board.read()
 
-    def watch(self, passed: float) -> None:
-        """The robot thread itself may hang inside an SDK. Only time in which this thread ran counts."""
-        c, tick = self.control, self.control.ticked
-        self.stale, self.seen = 0.0 if tick != self.seen else self.stale + min(passed, 0.012), tick
-        limit = 0.5 if c.phase == "idle" or c.arm.has_task else self.args.frozen_after_s  # a busy machine is no fault
-        if self.stale > limit and time.monotonic() > c.may_block_until and c.fault is None:
-            c.latch("frozen", "the robot thread hangs in the SDK: connection lost?")
+    def send(self, kind: str, values: Sequence[float] = (), text: str = "", name: str = "") -> None:
+        self.number += 1
+        command = Command(kind, self.number, self.lease_until, values, text, name)
+        with contextlib.suppress(BlockingIOError):  # the robot thread is busy in its SDK; the watchdog looks after it
+            self.link.send(command.pack())
 
+    def command(self, kind: str, values: Sequence[float] = (), text: str = "", name: str = "") -> dict[str, Any]:
+        """Sends it and waits until the robot thread has acted on it, so that the reply shows it, but not while that is
+        busy in its SDK. Its answer; raises Refused."""
+        self.send(kind, values, text, name)
+        while (status := self.status())["number"] < self.number:
+            if time.monotonic() - status["ticked"] > 0.05:
+                return {"job": None}
+            time.sleep(0.0005)
+        answer = status["answer"]
+        if answer["code"]:
+            raise Refused(answer["code"], answer["message"])
+        return answer
+
+    # Requests
     def answer(self) -> bool:
         """Receives one request and answers it; False when there is none."""
+        import zmq
+
         try:
-            frames = self.router.recv_multipart(zmq.DONTWAIT)
+            first = self.router.recv(zmq.DONTWAIT, copy=False)
         except zmq.Again:
             return False
+        frames = [first.bytes]
+        fd = first.get(zmq.MessageOption.SRCFD)
+        count = 1
+        while self.router.getsockopt(zmq.RCVMORE):
+            frame = self.router.recv(zmq.DONTWAIT)
+            count += 1
+            if count <= MAX_FRAMES:
+                frames.append(frame)
+        self.doors.came(fd, frames[1:])
+        if count > MAX_FRAMES:
+            if connection := self.doors.connections.get(fd):
+                self.doors.cut(connection, f"sends messages of {count} frames")
+            return True
         cut = frames.index(b"", 1) + 1 if b"" in frames[1:4] else 1
-        envelope, request, result, refused = frames[:cut], {}, None, None
+        request: dict[str, Any] = {}
+        result = refused = None
         try:
-            request = self.parse(frames[cut:])
-            result = self.carry_out(envelope, request)
-            if result is None:
-                return True  # answered later
+            request = parse(frames[cut:])
+            result = self.carry_out(request)
         except Refused as error:
             refused = error
         except Exception:
             log.exception("request")
             refused = Refused("internal", "a bug, see the server's log")
-        self.reply(envelope, request, result, refused)
+        with contextlib.suppress(zmq.ZMQError):  # a peer that is gone, or does not read
+            self.router.send_multipart([*frames[:cut], self.packed(request, result, refused)], zmq.DONTWAIT)
         return True
 
-    def parse(self, body: list[bytes]) -> dict[str, Any]:
-        """The request, with fields of the right types; raises Refused."""
-        if len(body) != 1:
-            raise Refused("malformed", f"{len(body)} frames, send one")
-        limits = {"max_str_len": 256, "max_bin_len": 0, "max_ext_len": 0, "max_array_len": 64, "max_map_len": 64}
-        try:
-            request = msgpack.unpackb(body[0], **limits)
-        except (ValueError, RecursionError) as error:
-            raise Refused("malformed", f"no msgpack within the limits: {str(error)[:80]}") from None
-        if not isinstance(request, dict):
-            raise Refused("malformed", "not a map")
-        if type(request.get("v")) is not int or request["v"] != PROTOCOL_VERSION:
-            raise Refused("version", f"this server speaks version {PROTOCOL_VERSION}")
-        types = {"v": int, "op": str, "id": (int, str), "token": str, "args": dict}
-        for key, value in request.items():
-            if key not in types or not isinstance(value, types[key]) or isinstance(value, bool):
-                raise Refused("malformed", f"{key!r:.40}: unknown, or of the wrong type")
-        if len(str(request.get("id", ""))) > 64:
-            raise Refused("malformed", "id: at most 64 characters")
-        if nests_deeper(request, 8):
-            raise Refused("malformed", "nested too deep")
-        return request
-
-    def carry_out(self, envelope: list[bytes], request: dict[str, Any]) -> dict[str, Any] | None:
-        """The result, None when the renderer will have it; raises Refused."""
-        op, arguments, token = request.get("op"), request.get("args", {}), request.get("token", "").encode()
-        if op not in self.ops:
-            raise Refused("unknown_op", f"{op!r:.40}: there are {' '.join(self.ops)}")
-        known = self.parameters[op]
-        if wrong := arguments.keys() - known.keys():
-            raise Refused("bad_argument", f"{op} has no {min(wrong, key=str)!r:.40}, it has {[*known]}")
-        if missing := [n for n, p in known.items() if n not in arguments and p.default is inspect.Parameter.empty]:
-            raise Refused("bad_argument", f"{op} needs {missing[0]!r}")
-        if (holder := self.holder()) and secrets.compare_digest(token, self.token):
-            self.control.lease_until = time.monotonic() + self.ttl
-        elif op in self.LEASED:
+    def carry_out(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The result; raises Refused."""
+        op = request.get("op")
+        if op not in OPERATIONS:
+            raise Refused("unknown_op", f"{op!r:.40}: there are {' '.join(OPERATIONS)}")
+        arguments = checked(op, request.get("args", {}))
+        token = request.get("token", "")
+        holder = self.holder()
+        if holder and secrets.compare_digest(token.encode(), self.token.encode()):
+            self.lease_until = time.monotonic() + self.ttl
+        elif OPERATIONS[op].leased:
             raise Refused("no_lease", f"the lease is {holder}'s" if holder else "acquire a lease first: yours ended")
-        if op != "frames":
-            return self.ops[op](**arguments)
-        self.renderer.requests.put((envelope, request, self.op_frames(**arguments)))
-        return None
+        if values := OPERATIONS[op].values:
+            handle = arguments.pop("handle")
+            return self.begin(op, handle, values(**arguments))
+        return getattr(self, f"op_{op}")(**arguments)
 
     def holder(self) -> str | None:
-        return self.name if time.monotonic() <= self.control.lease_until else None
+        return self.name if time.monotonic() <= self.lease_until else None
 
     def packed(self, request: dict[str, Any], result: Any, error: Refused | None = None) -> bytes:
+        import msgpack
+
         if error:
             self.refusals[error.code] += 1
-        c, now = self.control, time.monotonic()
+        status = self.status()
+        now = time.monotonic()
         return msgpack.packb(
             {
                 "v": PROTOCOL_VERSION,
@@ -1620,216 +2295,338 @@ class Server:
                 "ok": error is None,
                 "error": {"code": error.code, "message": str(error)} if error else None,
                 "result": None if error else result,
-                "server_id": self.id,
+                "server_id": self.facts["server_id"],
                 "server_time": now,
-                "robot_time": c.state.time,
-                "state_age": now - c.state.at,
-                "mode": c.mode,
-                "reference": c.limiter.reference.tolist(),
+                "robot_time": status["robot_time"],
+                "state_age": now - status["at"],
+                "mode": status["mode"],
+                "reference": status["reference"],
                 "lease": self.holder(),
-                "fault": c.fault,
+                "fault": status["fault"],
                 "seq": self.seq,
+                "jobs": status["jobs"],
             }
         )
 
-    def reply(self, envelope, request: dict[str, Any], result: Any, error: Refused | None = None, raw=()) -> None:
-        with contextlib.suppress(zmq.ZMQError):  # a peer that is gone, or does not read
-            self.router.send_multipart([*envelope, self.packed(request, result, error), *raw], zmq.DONTWAIT)
+    def publish(self) -> None:
+        import zmq
 
-    def show(self, now: float) -> None:
-        """The terminal's status line; refusals go to the log, in sums."""
-        c, s = self.control, self.control.state
-        if self.refusals and now - self.complained > 10:
-            log.warning("refused: %s", dict(self.refusals))
-            self.refusals, self.complained = Counter(), now
-        if sys.stdout.isatty():
-            x, y, z = s.tcp_pose[:3]
-            line = (
-                f"{c.mode:9} lease {self.holder() or '-':8} {s.time:8.2f} s  xyz {x:6.3f} {y:6.3f} {z:6.3f} m  force "
-            )
-            line += (
-                f"{norm(s.wrench[:3]):4.1f} N  width {self.gripper.state.width:5.3f} m  link {s.success_rate:4.0%}  "
-            )
-            line += f"late {c.overruns}  " + (f"{c.fault['code']}: {c.fault['message']}" if c.fault else c.held)
-            print("\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K", end="", flush=True)
+        with contextlib.suppress(zmq.Again):
+            self.publisher.send(self.packed({"op": "state"}, self.op_state()), zmq.DONTWAIT)
 
     # Operations
     def op_hello(self) -> dict[str, Any]:
-        args, g = self.args, self.gripper
-        limits = {name: value for name, value in vars(args).items() if name.startswith(("max_", "workspace_"))}
-        limits |= {"max_rotational_stiffness": args.max_stiffness / 10, "max_rotational_clip": args.max_clip * 10}
-        versions = {"python": platform.python_version(), "platform": platform.platform(), "pyzmq": zmq.__version__}
-        cameras = args.cameras if self.control.arm.has_task else ()
-        return {
-            "protocol": PROTOCOL_VERSION,
-            "server_id": self.id,
-            "server": versions | {"control_hz": args.control_hz, "publish_hz": 100.0},
-            "robot": self.control.arm.info,
-            "gripper": {"kind": g.kind, "max_width": g.max_width, "max_force": g.max_force, "max_speed": g.max_speed},
-            "cameras": [{"name": name, "height": args.image_size, "width": args.image_size} for name in cameras],
-            "limits": limits,
-            "watchdog": {"hold_s": args.hold_after_s, "stop_s": args.stop_after_s, "frozen_s": args.frozen_after_s},
-            "gains": asdict(self.control.wanted_gains),
-            "reset_joints": list(args.reset_joints),
-            "lease": self.holder(),
-        }
+        return self.facts | {"gains": self.status()["gains"], "lease": self.holder()}
 
     def op_state(self) -> dict[str, Any]:
-        c, g, s = self.control, self.gripper.state, self.control.state
-        return {
-            **{name: getattr(s, name).tolist() for name in ("tcp_pose", "tcp_vel", "q", "dq")},
-            "tcp_force": s.wrench[:3].tolist(),
-            "tcp_torque": s.wrench[3:].tolist(),
-            **{f"gripper_{name}": value for name, value in vars(g).items()},
-            **{"robot_mode": s.robot_mode, "errors": s.errors, "success_rate": s.success_rate},
-            **{"overruns": c.overruns, "reflexes": c.reflexes, "limited": c.limiter.limited},
-        }
+        return self.status()["result"]
 
-    def op_acquire(self, name, token, ttl=1.0, takeover=False) -> dict[str, Any]:
-        text("name", name, 1, 32)
-        token, ttl, holder = text("token", token, 16, 64).encode(), number("ttl", ttl, 0.2, 10), self.holder()
-        if type(takeover) is not bool:
-            raise Refused("bad_argument", "takeover: give true or false")
-        if holder is None or not secrets.compare_digest(token, self.token):
-            if holder and not takeover:
-                raise Refused("lease_taken", f"{holder} has the lease; takeover=true takes it")
+    def op_acquire(self, name: str, token: str, ttl: float, takeover: bool) -> dict[str, Any]:
+        holder = self.holder()
+        is_new = holder is None or not secrets.compare_digest(token.encode(), self.token.encode())
+        if is_new and holder and not takeover:
+            raise Refused("lease_taken", f"{holder} has the lease; takeover=true takes it")
+        if is_new:
             log.info("lease: %s%s", name, f", taken from {holder}" if holder else "")
-            self.seq, c = None, self.control
-            c.lease_began, c.target_at = time.monotonic(), min(c.target_at, time.monotonic() - self.args.hold_after_s)
-            self.let_tick()  # the old one's job ends, or its target
-        self.name, self.token, self.ttl, self.control.lease_until = name, token, ttl, time.monotonic() + ttl
+            self.seq = None
+        self.name = name
+        self.token = token
+        self.ttl = ttl
+        self.lease_until = time.monotonic() + ttl
+        self.command("lease", (ttl, is_new), token, name)
         return {"ttl": ttl}
 
-    def let_tick(self) -> None:
-        """Waits, not for long, until the robot thread has seen what was just asked for, so that the reply shows it."""
-        asked = time.monotonic()
-        while self.control.ticked < asked and time.monotonic() < asked + 0.02:
-            time.sleep(0.0005)
-
     def op_release(self) -> dict[str, Any]:
-        self.control.lease_until = -math.inf
-        self.let_tick()
+        self.lease_until = -math.inf
+        self.command("alive")
         return {}
 
-    def op_target(self, pose, seq=None) -> dict[str, Any]:
-        c, target = self.control, vector("pose", pose, 7)
-        self.ready_for("target")
-        if seq is not None:
-            if type(seq) is not int:
-                raise Refused("bad_argument", "seq: give a whole number")
-            if self.seq is not None and seq <= self.seq:
-                raise Refused("stale", f"seq {seq} after {self.seq}")
-        if reason := c.limiter.refusal(target, c.limiter.reference):
+    def op_target(self, pose: list[float], seq: int | None, closure: float | None) -> dict[str, Any]:
+        status = self.status()
+        check_mode("target", status)
+        if closure is not None and self.facts["gripper"]["kind"] == "none":
+            raise Refused("unavailable", "there is no gripper")
+        if seq is not None and self.seq is not None and seq <= self.seq:
+            raise Refused("stale", f"seq {seq} after {self.seq}")
+        if reason := self.limiter.refusal(np.array(pose), np.array(status["reference"])):
             raise Refused("refused", reason)
-        self.seq, c.target, c.target_at = self.seq if seq is None else seq, target, time.monotonic()
-        if c.phase == "hold":
-            self.let_tick()
+        values = (*pose, math.nan if closure is None else closure, -1 if seq is None else seq)
+        if status["mode"] == "hold" or closure not in (None, status["result"]["gripper_closure"]):
+            self.command("target", values)
+        else:
+            self.send("target", values)
+        self.seq = self.seq if seq is None else seq
         return self.op_state()
 
-    def ready_for(self, op: str) -> None:
-        """Raises Refused if the mode does not allow `op`: target, or an arm's job."""
-        c = self.control
-        if c.job is not None:
-            raise Refused("busy", f"{c.job.op} is going on")
-        if c.fault is not None and op != "recover":
-            raise Refused("fault", f"{c.fault['code']}: {c.fault['message']}; look at the robot, then recover")
-        if op == "target" and c.held:
-            raise Refused("held", f"{c.held}; start again")
-        if op == "target" and c.phase not in ("streaming", "hold"):
-            raise Refused("not_streaming", "start first: the controller does not run")
+    def op_gains(self, **changes: Any) -> dict[str, Any]:
+        gains = self.changed_gains(changes)
+        self.command("gains", gain_values(gains))
+        return gains
 
-    def op_gains(self, **changes) -> dict[str, Any]:
-        self.control.wanted_gains = gains = self.changed_gains(changes)
-        return asdict(gains)
-
-    def changed_gains(self, changes: dict[str, Any]) -> Gains:
-        values = asdict(self.control.wanted_gains)
-        for name, value in changes.items():
-            clip = name.endswith("clip")
-            values[name] = tuple(vector(name, value, 3).tolist()) if clip else number(name, value, 0, 1e5)
-        check_gains(values, self.args)
-        return Gains(**values)
+    def changed_gains(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """All gains; raises Refused for those beyond the limits."""
+        gains = self.status()["gains"] | {name: value for name, value in changes.items() if value is not None}
+        check_gains(gains, self.args)
+        return gains
 
     def op_hold(self) -> dict[str, Any]:
-        self.control.hold_wish = "a client asked to hold", time.monotonic()
-        self.let_tick()
+        self.command("hold")
         return {}
 
     def op_stop(self) -> dict[str, Any]:
-        self.control.stop_wish = "a client asked to stop", time.monotonic()
-        self.let_tick()
+        self.command("stop")
         return {}
 
-    def op_job(self, handle) -> dict[str, Any]:
-        if text("handle", handle, 8, 64) not in self.jobs:
-            raise Refused("unknown_handle", f"no job {handle}")
-        return self.jobs[handle].report()
+    def op_job(self, handle: str) -> dict[str, Any]:
+        for job in self.status()["jobs"].values():
+            if job and job["handle"] == handle:
+                return job
+        waits = self.unanswered.get(handle)
+        try:
+            job = self.command("job", text=handle)["job"]
+        except Refused as error:
+            if not waits:
+                raise
+            return waits | {"status": "failed", "error": f"not begun: {error}"}
+        if job is None and not waits:
+            raise Refused("busy", "the robot's SDK takes its time: ask again")
+        return job or waits
 
-    def begin(
-        self, handle: object, op: str, steps: Iterator[None], submit: Callable[[Job], None] | None = None
-    ) -> dict:
-        """A new job of the arm, or with `submit` of the gripper; with a known handle how that one goes."""
-        if text("handle", handle, 8, 64) not in self.jobs:
-            job = Job(handle, op, steps)
-            if submit:
-                submit(job)
-            else:
-                self.ready_for(op)
-                self.control.job = job
-            self.jobs[handle] = job
-            if len(self.jobs) > 256:
-                self.jobs.popitem(last=False)
-        return self.jobs[handle].report()
+    def begin(self, op: str, handle: str, values: Sequence[float] = ()) -> dict[str, Any]:
+        """The report of a new job, or of the one with that handle."""
+        if job := self.command(op, values, handle)["job"]:
+            return job
+        if len(self.unanswered) > 16:
+            self.unanswered.clear()
+        self.unanswered[handle] = {"handle": handle, "op": op, "status": "queued", "error": None, "seconds": 0.0}
+        return self.unanswered[handle]
 
-    def op_start(self, handle, **changes) -> dict[str, Any]:
-        gains = self.changed_gains(changes)
-        return self.begin(handle, "start", self.control.start_streaming(gains))
-
-    def op_move_joints(self, handle, q, speed=0.2) -> dict[str, Any]:
-        q, speed = vector("q", q, 7), number("speed", speed, 0.01, 1)
-        if not within_joint_limits(q):  # nor is NaN
-            raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
-        return self.begin(handle, "move_joints", self.control.move_joints(q, speed))
-
-    def op_reset(self, handle, speed=0.2) -> dict[str, Any]:
-        speed = number("speed", speed, 0.01, 1)
-        return self.begin(handle, "reset", self.control.move_joints(None, speed))
-
-    def op_recover(self, handle) -> dict[str, Any]:
-        return self.begin(handle, "recover", self.control.recover())
-
-    def op_gripper(self, handle, action, width=None, speed=1.0, force=0.5) -> dict[str, Any]:
-        if self.gripper.kind == "none":
-            raise Refused("unavailable", "there is no gripper")
-        if action not in ("open", "close", "move", "activate", "stop"):
-            raise Refused("bad_argument", "action: give open, close, move, activate or stop")
-        width = number("width", width, 0, self.gripper.max_width) if action == "move" or width is not None else 0.0
-        speed, force = number("speed", speed, 0, 1), number("force", force, 0, 1)
-        return self.begin(
-            handle, "gripper", iter(()), lambda job: self.gripper.submit(job, action, width, speed, force)
-        )
-
-    def need_scene(self) -> None:
-        if not self.control.arm.has_task:
-            raise Refused("unavailable", "only the simulated robot has this")
-
-    def op_frames(self, cameras=None) -> list[str]:
-        self.need_scene()
-        names = list(self.args.cameras) if cameras is None else cameras
-        if not isinstance(names, list) or not all(isinstance(n, str) and n in self.args.cameras for n in names):
-            raise Refused("bad_argument", f"cameras: give some of {list(self.args.cameras)}")
-        if self.renderer.requests.qsize() > 100:
-            raise Refused("busy", "too many requests for frames are waiting")
-        return names
+    def op_start(self, handle: str, **changes: Any) -> dict[str, Any]:
+        return self.begin("start", handle, gain_values(self.changed_gains(changes)))
 
     def op_task(self) -> dict[str, Any]:
-        self.need_scene()
-        return {"env_id": self.args.env_id} | self.control.arm.task
+        if not self.facts["robot"]["task"]:
+            raise Refused("unavailable", "only the simulated robot has this")
+        return self.scene.read()
 
-    def op_reset_task(self, handle, seed=None) -> dict[str, Any]:
-        self.need_scene()
-        seed = None if seed is None else int(number("seed", seed, 0, 2**31))
-        return self.begin(handle, "reset_task", self.control.reset_task(seed))
+
+def memory_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def run_front(order: str) -> None:
+    """A front's main program: a spare one waits here until the robot process sends the facts."""
+    import msgpack  # noqa: F401  so that a spare front has everything
+    import zmq.utils.monitor
+
+    order = json.loads(order)
+    if order["args"]["keys"]:
+        import zmq.auth.thread  # noqa: F401
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the robot process decides when it is over
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
+    link = socket.socket(fileno=order["link"])
+    memory = mmap.mmap(order["memory"], 2 * Board.SIZE, prot=mmap.PROT_READ)
+    facts = link.recv(1 << 16)
+    if facts:
+        link.setblocking(False)
+        args = Args(**order["args"] | {"gains": Gains(**order["args"]["gains"])})
+        front = Front(args, link, Board(memory, 0), Board(memory, Board.SIZE), json.loads(facts))
+        front.open_sockets(order["listening"])
+        front.serve()
+    os._exit(0)  # not through libzmq's end, which waits for its peers
+
+
+# --- Robot process ----------------------------------------------------------------------------------------------------
+class FrontProcess:
+    """A front, or a spare one, as the robot process sees it."""
+
+    def __init__(self, args: Args, memory: int, listening: Sequence[socket.socket]):
+        self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        fds = [s.fileno() for s in listening]
+        order = {"link": theirs.fileno(), "memory": memory, "listening": fds, "args": asdict(args)}
+        script = Path(__file__).resolve()
+        program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import {script.stem} as server"
+        command = [sys.executable, "-c", f"{program}; server.run_front(sys.argv[1])", json.dumps(order)]
+        with open(args.log_file, "ab") as output:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                pass_fds=(theirs.fileno(), memory, *fds),
+            )
+        theirs.close()
+        self.link.setblocking(False)
+
+    def go(self, facts: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it has ended: the next look sees that
+            self.link.send(json.dumps(facts).encode())
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        self.link.close()
+
+
+class Robot:
+    """The robot process's main thread: starts everything, puts a spare front in the place of one that ends or hangs,
+    looks after the robot thread, and shows on the terminal how it goes."""
+
+    def __init__(self, args: Args):
+        self.args = args
+        self.id = secrets.token_hex(4)
+        self.ending = False
+        self.silent = 0.0  # s for which the front has said nothing
+        self.heard = 0.0
+        self.stale = 0.0  # s for which the robot thread has not ticked
+        self.seen = 0.0
+        self.fronts = 0
+        self.listening = listen_on(args.bind, args.port)
+        self.ports = [s.getsockname()[1] for s in self.listening]
+        self.memory = os.memfd_create("robot")
+        os.ftruncate(self.memory, 2 * Board.SIZE)
+        memory = mmap.mmap(self.memory, 2 * Board.SIZE)
+        hand = "sim" if args.robot == "sim" else "franka-hand"
+        try:
+            self.gripper = GRIPPERS[hand if args.gripper == "auto" else args.gripper](args)
+        except GripperError as error:
+            fail(str(error))
+        self.control = Control(args, self.gripper, Board(memory, 0), Board(memory, Board.SIZE))
+        self.front = self.new_front()
+        self.spare = self.new_front()
+        self.gripper.thread.start()
+        self.control.start()
+        self.control.ready.wait()
+        if self.control.failure:
+            fail(self.control.failure)
+        self.enter(self.front)
+
+    def new_front(self) -> FrontProcess:
+        return FrontProcess(self.args, self.memory, self.listening)
+
+    def enter(self, front: FrontProcess) -> None:
+        """From now on the robot thread listens to this one."""
+        self.fronts += 1
+        self.silent = 0.0
+        front.go(self.facts())
+        self.control.link = front.link
+
+    def facts(self) -> dict[str, Any]:
+        """What `hello` tells."""
+        args, g = self.args, self.gripper
+        limits = {name: value for name, value in vars(args).items() if name.startswith(("max_", "workspace_"))}
+        limits |= {"max_rotational_stiffness": args.max_stiffness / 10, "max_rotational_clip": args.max_clip * 10}
+        versions = {"python": platform.python_version(), "platform": platform.platform()}
+        versions["pyzmq"] = importlib.metadata.version("pyzmq")
+        return {
+            "protocol": PROTOCOL_VERSION,
+            "server_id": self.id,
+            "server": versions | {"control_hz": args.control_hz, "publish_hz": 100.0, "fronts": self.fronts},
+            "robot": self.control.arm.info,
+            "gripper": {"kind": g.kind, "max_width": g.max_width, "max_force": g.max_force, "max_speed": g.max_speed},
+            "limits": limits,
+            "watchdog": {"hold_s": args.hold_after_s, "stop_s": args.stop_after_s, "frozen_s": args.frozen_after_s},
+            "reset_joints": list(args.reset_joints),
+        }
+
+    def run(self) -> None:
+        """Until a signal."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.signalled)
+        shown = 0.0
+        before = time.monotonic()
+        told = False
+        while not self.ending:
+            time.sleep(0.01)
+            now = time.monotonic()
+            passed = min(now - before, 0.012)  # only time in which this thread ran counts
+            before = now
+            self.watch_front(passed)
+            self.watch_control(passed)
+            if not told and self.control.front_heard > 0:
+                told = True
+                host = f"[{self.args.bind}]" if ":" in self.args.bind else self.args.bind
+                print(f"serving on tcp://{host}:{self.ports[0]} (state: {self.ports[1]})", flush=True)
+                log.info("serving %s on %s %s", self.args.robot, host, self.ports)
+            if now - shown > 0.25 and sys.stdout.isatty():
+                shown = now
+                print("\r" + self.status_line() + "\x1b[K", end="", flush=True)
+        self.shut_down()
+
+    def watch_front(self, passed: float) -> None:
+        """One that has ended, or says nothing for 3 s, is replaced by the spare one."""
+        heard = self.control.front_heard
+        self.silent = 0.0 if heard != self.heard else self.silent + passed
+        self.heard = heard
+        hangs = self.silent > (3.0 if heard > 0 else 30.0) and not self.stale
+        if self.front.process.poll() is None and not hangs:
+            return
+        code = "hangs" if hangs else f"ended with {self.front.process.returncode}"
+        log.error("front %d %s: the next one takes over", self.fronts, code)
+        self.control.link = None
+        self.front.end()
+        self.front = self.spare
+        self.enter(self.front)
+        self.spare = self.new_front()
+
+    def watch_control(self, passed: float) -> None:
+        """The robot thread itself may hang inside an SDK."""
+        c = self.control
+        may_block = time.monotonic() < c.may_block_until
+        self.stale = 0.0 if c.ticked != self.seen or may_block else self.stale + passed
+        self.seen = c.ticked
+        limit = 0.5 if c.phase == "idle" or c.arm.has_task else self.args.frozen_after_s  # a busy machine is no fault
+        if self.stale > limit and c.fault is None:
+            c.note_fault("frozen", "the robot thread hangs in the SDK: connection lost?")
+            c.publish()
+
+    def signalled(self, number: int, _) -> None:
+        if self.ending:
+            os._exit(1)
+        self.ending = True
+        log.info("%s", signal.Signals(number).name)
+
+    def shut_down(self) -> None:
+        self.control.stopping.set()
+        self.gripper.stopping.set()
+        self.control.join(8)
+        for front in (self.front, self.spare):
+            front.end()
+        if hangs := self.control.is_alive():
+            log.error("the robot's SDK does not return")
+            print("\nthe robot's SDK does not return: use the stop button", file=sys.stderr)
+        log.info("end")
+        logging.shutdown()
+        print(end="\n" * sys.stdout.isatty(), flush=True)
+        os._exit(1 if hangs else 0)  # not through the SDKs' destructors: they may abort
+
+    def status_line(self) -> str:
+        c, s = self.control, self.control.state
+        x, y, z = s.tcp_pose[:3]
+        holder = c.lease["name"] if time.monotonic() < c.lease_until else "-"
+        line = f"{c.mode:9} lease {holder:8} {s.time:8.2f} s  xyz {x:6.3f} {y:6.3f} {z:6.3f} m  "
+        line += f"force {norm(s.wrench[:3]):4.1f} N  width {self.gripper.state.width:5.3f} m  "
+        line += f"link {s.success_rate:4.0%}  late {c.overruns}  fronts {self.fronts}  "
+        line += f"{c.fault['code']}: {c.fault['message']}" if c.fault else c.held
+        return line[: shutil.get_terminal_size().columns - 1]
+
+
+def listen_on(host: str, port: int) -> list[socket.socket]:
+    """Listening sockets for requests and for the state, on `port` and the next one (0: any two that are free)."""
+    sockets = []
+    try:
+        for number in (port, port + 1 if port else 0):
+            family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+            s = socket.socket(family, kind, protocol)
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            s.bind(address)
+            s.listen(4096)
+            sockets.append(s)
+    except OSError as error:
+        fail(f"--bind {host} --port {port}: {error}; does another server run?")
+    return sockets
 
 
 # --- Doctor -----------------------------------------------------------------------------------------------------------
@@ -1874,8 +2671,8 @@ def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
     fix = "cable into the control cabinet, this PC in its subnet, brakes open, FCI activated in Desk"
     try:
         yield True, f"robot at {ip}: interface version {reach(ip)}", fix
-    except ArmError:
-        yield False, f"robot at {ip} does not answer", fix
+    except ArmError as error:
+        yield False, "robot at " + str(error).removeprefix("--robot-ip ").partition(" (")[0], fix
     if not shutil.which("ping"):
         yield None, "round trip not measured", "sudo apt install iputils-ping"
         return
@@ -1896,8 +2693,10 @@ def run_doctor(args: Args) -> int:
     return failed
 
 
-# --- Main -------------------------------------------------------------------------------------------------------------
+# --- Keys -------------------------------------------------------------------------------------------------------------
 def make_keys(folder: Path) -> None:
+    import zmq.auth
+
     if folder.exists():
         fail(f"--keygen: {folder} exists; take another folder, or remove it and give every client the new keys")
     folder.mkdir(parents=True, mode=0o700)
@@ -1906,6 +2705,53 @@ def make_keys(folder: Path) -> None:
     print(f"wrote {folder}: copy server.key, client.key and client.key_secret to the client's machine, nothing else")
 
 
+def check_keys(folder: Path) -> None:
+    """Exits with one line when a key file is missing, unreadable or does not belong to the others."""
+    import zmq
+    import zmq.auth
+
+    remedy = f"make new ones with --keygen --keys {folder}-new"
+    files = sorted(folder.glob("*.key"))
+    keys: dict[str, bytes] = {}
+    for path in [folder / "server.key_secret", *files]:
+        try:
+            public, secret = zmq.auth.load_certificate(path)
+            valid = len(zmq.utils.z85.decode(public)) == 32
+            if secret is not None:
+                valid = valid and zmq.curve_public(secret) == public
+        except (OSError, ValueError, KeyError, struct.error, zmq.ZMQError) as error:
+            fail(f"--keys {folder}: {path.name}: {error or 'no key'}; {remedy}")
+        if not valid or (path.suffix == ".key_secret" and secret is None):
+            fail(f"--keys {folder}: {path.name} holds no key, or a secret of another one; {remedy}")
+        if path.suffix == ".key" and secret is not None:
+            fail(f"--keys {folder}: {path.name} holds a secret, it should be in {path.name}_secret; {remedy}")
+        keys[path.name] = public
+    if keys.get("server.key") != keys["server.key_secret"]:
+        fail(f"--keys {folder}: server.key and server.key_secret do not belong together; {remedy}")
+    if len(files) < 2:
+        fail(f"--keys {folder}: there is no client's key, nobody could connect; {remedy}")
+    mode = (folder / "server.key_secret").stat().st_mode
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        message = f"--keys {folder}: others can read server.key_secret: chmod 600 {folder}/server.key_secret"
+        print(message, file=sys.stderr)
+        log.warning(message)
+
+
+def in_a_child(function: Callable[..., None], *values: Any) -> None:
+    """Calls it in a process of its own, so that this one never has ZeroMQ; exits as that one does."""
+    child = os.fork()
+    if child == 0:
+        try:
+            function(*values)
+        except SystemExit as error:
+            print(error, file=sys.stderr)
+            os._exit(1)
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        raise SystemExit(1)
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     check(args)
     if args.keygen:
@@ -1916,10 +2762,18 @@ def main(args: Args) -> None:
         handler = logging.handlers.RotatingFileHandler(args.log_file, maxBytes=5_000_000, backupCount=3)
     except OSError as error:
         fail(f"--log-file {args.log_file}: {error}")
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, handlers=[handler])
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO, handlers=[handler])
+    if args.keys:
+        in_a_child(check_keys, Path(args.keys))
     sys.setswitchinterval(5e-4)  # a thread that computes gives way to the robot thread after 0.5 ms
-    Server(args).serve()
+    Robot(args).run()
+
+
+def parse_args() -> Args:
+    import tyro  # here, so that a front need not wait for it
+
+    return tyro.cli(Args, description=__doc__)
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args())

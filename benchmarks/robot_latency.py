@@ -7,12 +7,14 @@
 robot_round_trip.csv: what it costs a client on the server's machine to send a target and to learn the state while the
 arm moves in real time, its physics at 1 kHz. Contender `ours` is RobotClient.target, whose answer brings the state. The
 others ask a Flask development server in JSON, which has no arm at all to move: `flask` with POST /pose and POST
-/getstate, as SERL does (serl_robot_infra/robot_servers/franka_server.py), `flask_single` with one POST for both, over a
-connection that stays open, which is as fast as this way can be.
-robot_period.csv: the period of FrankaReal-v0's steps at 10 Hz with two cameras, over episodes of 100 steps; `serl_loop`
-waits 1/hz after each command and then reads state and images, as SERL's env does (franka_env/envs/franka_env.py:229).
-`machine` waits for the same beats and does nothing else: what the machine itself adds. drift_ms is the whole
-episode's length against its schedule.
+/getstate, as SERL does (serl_robot_infra/robot_servers/franka_server.py), `flask_single` with one POST for both, by
+Python's own http.client over a connection that stays open, which is as fast as this way can be.
+robot_period.csv: the period of FrankaReal-v0's steps at 10 Hz with two cameras and a random policy that opens and
+closes the gripper, over episodes of 100 steps: as the environment itself reports it (mean_period_ms, late_*_ms,
+overruns), and as a clock outside saw the ends of the steps (jitter_*_ms; drift_ms, the whole episode's length against
+its schedule). `serl_loop` waits 0.6 s for the gripper, 1/hz after each command, and then reads state and images, as
+SERL's env does (franka_env/envs/franka_env.py:229). `machine` waits for the same beats and does nothing else: what the
+machine itself adds.
 robot_load.csv: CPU of one core and memory of the server while it streams with all its publications, and how many of its
 control ticks came more than 5 ms late; `machine_late` counts the same in a process that only sleeps.
 On a machine that others use, too, start it with `chrt -f 20`: all contenders then go before the others. The column
@@ -75,16 +77,18 @@ server.serve_forever()
 """
 # Its client. Asks as often as standard input says and prints what each time took, in ms.
 FLASK_CLIENT = """
-import json, sys, time
+import http.client, json, sys, time
 import requests
 url, single = f"http://127.0.0.1:{sys.argv[1]}/", sys.argv[2] == "flask_single"
-session, target = requests.Session(), {"arr": [0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0]}
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+headers, target = {"Content-Type": "application/json"}, {"arr": [0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0]}
 for line in sys.stdin:
     times = []
     for _ in range(int(line)):
         start = time.perf_counter()
         if single:
-            session.post(url + "both", json=target).json()
+            connection.request("POST", "/both", json.dumps(target), headers)
+            json.loads(connection.getresponse().read())
         else:
             requests.post(url + "pose", json=target)
             requests.post(url + "getstate").json()
@@ -136,10 +140,13 @@ def serving_at(process: subprocess.Popen, output: Any) -> str:
 
 
 def usage(pid: int) -> tuple[float, float]:
-    """CPU time of a process so far (s) and its largest resident memory (MB)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(peak) / 1024
+    """CPU time of a server's processes so far (s) and their largest resident memory (MB)."""
+    seconds = megabytes = 0.0
+    for process in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        megabytes += int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) / 1024
+    return seconds, megabytes
 
 
 # --- Round trips ------------------------------------------------------------------------------------------------------
@@ -221,38 +228,54 @@ def periods(times: list[float], hz: float) -> dict[str, float]:
     return names | {"jitter_max_ms": round(float(jitter.max()), 3), "drift_ms": round(drift, 3)}
 
 
+def reported(beats: list[tuple[float, float]]) -> dict[str, float]:
+    """Of the periods and latenesses (s) that a loop reports, in ms."""
+    period, late = 1000 * np.array(beats).T
+    percentiles = {f"late_p{p}_ms": round(float(np.percentile(late, p)), 4) for p in (50, 99)}
+    return {"mean_period_ms": round(float(period.mean()), 4), **percentiles, "late_max_ms": round(float(late.max()), 3)}
+
+
+def serl_step(robot: robot_client.FrankaEnv, action: np.ndarray) -> None:
+    closed = float(action[-1] > 0)
+    if abs(action[-1]) > robot_client.GRIPPER_THRESHOLD and closed != robot.closure:
+        robot.closure = robot.ordered = closed
+        robot.client.target(robot.client.state()["reference"], closed)
+        time.sleep(0.6)
+    robot.client.target(robot.client.state()["reference"], robot.ordered)
+    time.sleep(1 / robot.config.hz)
+    robot.look()
+    robot.observe()
+
+
 def episodes(args: Args) -> list[dict[str, object]]:
     lines = []
     with server("--env-id", "FrankaPegInsert-v0") as (address, pid):
         config = replace(robot_client.PEG, server=address)
         env = gym.make("robot_client:FrankaReal-v0", config=config)
         robot, actions = env.unwrapped, np.random.default_rng(0)
-
-        def our_step(action: np.ndarray) -> None:
-            *_, info = env.step(action)
-            if info["fault"]:
-                raise SystemExit(f"the episode broke off: {info['fault']}")
-
-        def serl_step(action: np.ndarray) -> None:
-            robot.client.target(robot.client.state()["reference"])
-            time.sleep(1 / config.hz)
-            robot.state = robot.client.state()
-            robot.client.frames([camera.name for camera in config.cameras])
-
         for episode in range(args.episodes):
-            for name, step in {"ours": our_step, "serl_loop": serl_step, "machine": None}.items():
+            for name in ("ours", "serl_loop", "machine"):
                 env.reset(seed=episode)
-                rate, times = robot_client.Rate(config.hz), []
+                pace, beats, times = robot_client.Pace(config.hz), [], []
                 for _ in range(100):
-                    if step is None:
-                        rate.sleep()
+                    action = actions.uniform(-1, 1, env.action_space.shape).astype(np.float32)
+                    action[:-1] *= 0.3
+                    if name == "ours":
+                        *_, info = env.step(action)
+                        if info["fault"]:
+                            raise SystemExit(f"the episode broke off: {info['fault']}")
+                        beats.append((info["period_s"], info["late_s"]))
+                    elif name == "serl_loop":
+                        serl_step(robot, action)
                     else:
-                        step(0.3 * actions.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+                        beats.append(pace.wait())
                     times.append(time.perf_counter())
-                lines.append({"contender": name, "episode": episode, "steps": 100, "hz": config.hz})
-                lines[-1] |= {"cameras": len(config.cameras), **periods(times, config.hz)}
-                lines[-1]["server_mb"] = round(usage(pid)[1], 1)
-                print(f"{name:14} {lines[-1]}")
+                line = {"contender": name, "episode": episode, "steps": 100, "hz": config.hz, "cameras": 2}
+                line |= reported(beats) if beats else dict.fromkeys(reported([(0, 0)]), "")
+                line["overruns"] = info["overruns"] if name == "ours" else ""
+                line |= periods(times, config.hz) | {"server_mb": round(usage(pid)[1], 1)}
+                lines.append(line)
+                print(f"{name:14} {line}")
         env.close()
     return lines
 
@@ -282,12 +305,12 @@ def load(args: Args) -> list[dict[str, object]]:
         start, before, (cpu, _) = client.state()["reference"], client.state(), usage(pid)
         command = [sys.executable, "-c", LATE, str(seconds), str(LATE_S)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sleeper:
-            rate, began = robot_client.Rate(10), time.monotonic()
+            pace, began = robot_client.Pace(10), time.monotonic()
             while sleeper.poll() is None:
                 pose = start.copy()
-                pose[:2] += 0.05 * np.sin(2 * rate.deadline), 0.05 * np.cos(2 * rate.deadline) - 0.05
+                pose[:2] += 0.05 * np.sin(2 * pace.deadline), 0.05 * np.cos(2 * pace.deadline) - 0.05
                 client.target(pose)
-                rate.sleep()
+                pace.wait()
             machine_late, machine_worst = map(float, sleeper.stdout.read().split())
         elapsed, after, (cpu_after, peak_mb) = time.monotonic() - began, client.state(), usage(pid)
         client.close()
@@ -300,7 +323,7 @@ def load(args: Args) -> list[dict[str, object]]:
     return [line]
 
 
-def write(path: Path, lines: list[dict[str, object]]) -> None:
+def write(path: Path, lines: list[dict[str, object]], command: str = "python benchmarks/robot_latency.py") -> None:
     """The file anew, each line with where and when it was measured."""
     facts = {
         "version": ", ".join(f"{name} {version(name)}" for name in ("pyzmq", "msgpack", "mujoco")),
@@ -308,7 +331,7 @@ def write(path: Path, lines: list[dict[str, object]]) -> None:
         "commit": commit(),
         "hardware": hardware(),
         "priority": {os.SCHED_FIFO: "real-time", os.SCHED_OTHER: f"nice {os.nice(0)}"}[os.sched_getscheduler(0)],
-        "command": "python benchmarks/robot_latency.py",
+        "command": command,
     }
     write_anew(path, [line | facts for line in lines])
 

@@ -1,5 +1,6 @@
 """Seeded roll-outs of a policy, side by side; their curve and video, and their recording as a Minari dataset."""
 
+import copy
 import math
 import sys
 import tempfile
@@ -13,7 +14,7 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor
 
-from common.envs import Episode, Recorder, episode_seed
+from common.envs import Episode, Recorder, episode_seed, say_once
 from common.setup import fail
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
@@ -95,10 +96,14 @@ def evaluate(
     rollouts = roll_out(policy, envs, episodes, seed, stop)
     if not rollouts:
         return {}
+    verdicts = [success(rollout.info) for rollout in rollouts]
+    names = [name for name in rollouts[0].info if "succ" in str(name).lower()]
+    if names and np.isnan(verdicts).all():
+        say_once(f"whether episodes succeed is unknown; the task's info has {names}: read one of them in success()")
     return {
         "eval/episodic_return": float(np.mean([sum(rollout.rewards) for rollout in rollouts])),
         "eval/episodic_length": float(np.mean([len(rollout.rewards) for rollout in rollouts])),
-        "eval/success_rate": float(np.mean([success(rollout.info) for rollout in rollouts])),
+        "eval/success_rate": float(np.mean(verdicts)),
         "eval/episodes": float(episodes),
     }
 
@@ -133,8 +138,11 @@ def record(
         if not math.isnan(verdict):  # known at the end only
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
-    boxes = {"observation_space": space, "action_space": env.action_space}
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.unwrapped.spec, **boxes, **about)
+    spec = copy.deepcopy(env.unwrapped.spec)
+    if callable(spec.entry_point):  # a class, where Minari wants its name
+        spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
+    both = {"observation_space": space, "action_space": env.action_space}
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=spec, **both, **about)
 
 
 def store_evaluation(

@@ -81,12 +81,14 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
         print(help_text(Args, doc))
         raise SystemExit(0)
     given = dict(zip(argv, argv[1:], strict=False))
-    args = tyro.cli(Args, args=argv, default=Args(**Args.recipe(given)))
-    run_dir = args.resume or args.eval_only
+    recipe = Args.recipe(given) if issubclass(Args, RunArgs) else {}
+    args = tyro.cli(Args, args=argv, default=Args(**recipe))
+    resume, eval_only = (getattr(args, name, None) for name in ("resume", "eval_only"))  # not every script has them
+    run_dir = resume or eval_only
     if run_dir:
         if Path(run_dir).is_file():  # a checkpoint in the run's folder
             run_dir = str(Path(run_dir).parent)
-        saved = read_flags(Args, run_dir, "--resume" if args.resume else "--eval-only")
+        saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in vars(saved).keys() - set(may_change.split()):
             theirs = getattr(saved, name)
@@ -121,6 +123,8 @@ def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
     """The flags in `run_dir`. Exits with one line that names `option` when there are none."""
     try:
         saved = json.loads((Path(run_dir) / "args.json").read_text())
+        if option == "--eval-only" and saved.get("record_dataset"):
+            saved["record_dataset"] = None  # that was the training's last evaluation
         args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         args.check()
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -138,6 +142,19 @@ def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_
             fail(f"{flag(name)} {value}: give a number that is not negative")
         if name in fractions and value > 1:
             fail(f"{flag(name)} {value}: give a number from 0 to 1")
+
+
+def to_flags(args: object) -> list[str]:
+    """The command line that gives these arguments."""
+    tokens = []
+    for name, value in vars(args).items():
+        if isinstance(value, bool):
+            tokens.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        elif isinstance(value, tuple):
+            tokens += [flag(name), *map(str, value)]
+        elif value is not None:
+            tokens += [flag(name), str(value)]
+    return tokens
 
 
 def help_text(Args: type, doc: str) -> str:  # noqa: N803
@@ -178,9 +195,12 @@ def check_new_folder(folder: str | Path) -> None:
     """Exits with one line when a run cannot be written there; makes nothing."""
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        fail(f"--run-dir {folder}: is a file; give another name")
-    if folder.exists() and any(folder.iterdir()):
-        fail(f"--run-dir {folder}: is not empty; --resume it, or give another name")
+        fail(f"--run-dir {folder}: cannot be written, it is a file; give another name")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if "args.json" in names:
+        fail(f"--run-dir {folder}: has a run; --resume it, or give another name")
+    if names - {"lost+found", "run.json.tmp"} and "run.json" not in names:  # with it: a run that was killed in there
+        fail(f"--run-dir {folder}: is not empty; give another name")
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         fail(f"--run-dir {folder}: cannot be written, for {parent} takes no files; give another folder")
@@ -188,17 +208,38 @@ def check_new_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def ends_well(args: RunArgs) -> Iterator[None]:
-    """Ctrl-C and a full disk end the program inside with one line that says how to go on."""
+    """Ctrl-C, a task's fault and a full or read-only disk end the program with one line that says how to go on."""
     try:
-        yield
+        with bar_closed():
+            yield
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {go_on(args)}") from None
     except Fault as error:
-        fail(str(error))
+        fail(f"{error}; then {go_on(args)}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        fail(f"{error}; make room, then {go_on(args)}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"{error}; make room, then {go_on(args)}")
+        ours = args.run_dir and error.filename and Path(args.run_dir) in Path(error.filename).parents
+        if ours and error.errno in (errno.EROFS, errno.EACCES):
+            fail(f"{error}; make the folder writable, then {go_on(args)}")
+        raise
+
+
+@contextlib.contextmanager
+def bar_closed() -> Iterator[None]:
+    """Ends the progress bar's line, so that what is said next has one of its own."""
+    from tqdm import tqdm
+
+    try:
+        yield
+    finally:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()
+
+
+def has_checkpoint(run_dir: str | Path | None) -> bool:
+    """Whether a run has saved something to go on with."""
+    return run_dir is not None and any((Path(run_dir) / f"checkpoint.{name}").exists() for name in ("pt", "previous"))
 
 
 def go_on(args: RunArgs) -> str:
@@ -206,9 +247,9 @@ def go_on(args: RunArgs) -> str:
     run_dir = args.run_dir
     if run_dir is None or not (Path(run_dir) / "args.json").exists():
         return "run the same command again"
-    if (Path(run_dir) / "checkpoint.pt").exists() or (Path(run_dir) / "checkpoint.previous").exists():
+    if has_checkpoint(run_dir):
         return f"go on with --resume {run_dir}"
-    return f"nothing was saved yet: --resume {run_dir} begins it again"
+    return f"begin again with --resume {run_dir}, nothing was saved yet"
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

@@ -41,6 +41,7 @@ class MockRobotiq:
         `delay_s`: until a write shows in what is read."""
         self.port, self.object_at, self.activation_s, self.delay_s = Path(port), object_at, activation_s, delay_s
         self.silent, self.writes, self.reads = False, [], 0
+        self.stuck = False  # the fingers do not move, and it says for ever that they do
         self.running, self.master = True, None
         self.power_up()
         self.plug()
@@ -176,7 +177,7 @@ class MockRobotiq:
                 self.fault = 7 if not self.output[0] & 1 else 5
         if self.fault == 5 and self.activated:
             self.fault = 0
-        if not (self.activated and self.output[0] & 8) or self.fault or self.object_status:
+        if not (self.activated and self.output[0] & 8) or self.fault or self.object_status or self.stuck:
             return
         goal = min(max(self.output[3], OPEN), CLOSED)
         step = (20 + 130 * self.output[4] / 255) / 85 * (CLOSED - OPEN) * elapsed  # 20 to 150 mm/s

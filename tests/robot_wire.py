@@ -15,19 +15,30 @@ import zmq
 import zmq.auth
 from conftest import popen_script, wait_until
 
+from robot_server import PROTOCOL_VERSION
+
 TOKEN = "a" * 16
-SERVING = re.compile(r"serving on tcp://([\d.]+):(\d+) \(state: (\d+)\)")
+SERVING = re.compile(r"serving on tcp://([\d.]+|\[[\da-f:]+\]):(\d+) \(state: (\d+)\)")
+
+
+def message(op: object, number: object = 1, token: object = TOKEN, /, **args: object) -> bytes:
+    """A request's frame."""
+    return msgpack.packb({"v": PROTOCOL_VERSION, "op": op, "id": number, "token": token, "args": args})
 
 
 class Wire:
-    """One connection; every request waits `timeout` s for its own reply."""
+    """One connection; every request waits `timeout` s for its own reply, and is sent `tries` times."""
 
-    def __init__(self, address: str, token: str = TOKEN, keys: Path | None = None, timeout: float = 20.0):
+    def __init__(
+        self, address: str, token: str = TOKEN, keys: Path | None = None, timeout: float = 20.0, tries: int = 1
+    ):
         self.context, self.timeout, self.token, self.count = zmq.Context.instance(), timeout, token, itertools.count(1)
+        self.tries = tries
         self.socket = self.context.socket(zmq.REQ)
         for option in (zmq.REQ_RELAXED, zmq.REQ_CORRELATE):
             self.socket.setsockopt(option, 1)
-        for option, value in ((zmq.LINGER, 0), (zmq.HEARTBEAT_IVL, 500), (zmq.HEARTBEAT_TIMEOUT, 10_000)):
+        options = {zmq.LINGER: 0, zmq.HEARTBEAT_IVL: 500, zmq.HEARTBEAT_TIMEOUT: 10_000, zmq.RECONNECT_IVL: 20}
+        for option, value in (options | {zmq.IPV6: 1}).items():
             self.socket.setsockopt(option, value)
         if keys is not None:
             use_keys(self.socket, keys)
@@ -39,19 +50,17 @@ class Wire:
     def __exit__(self, *_) -> None:
         self.socket.close()
 
-    def frames(self, op: str, token: str | None = None, **args: object) -> list[bytes]:
-        """Every frame of the reply. Raises TimeoutError."""
+    def call(self, op: str, token: str | None = None, **args: object) -> dict:
+        """The whole reply, of whatever kind. Raises TimeoutError."""
         token = token or self.token
         args |= {"token": token} if op == "acquire" else {}
-        message = {"v": 1, "op": op, "id": next(self.count), "token": token, "args": args}
-        self.socket.send(msgpack.packb(message))
-        if not self.socket.poll(self.timeout * 1000):
-            raise TimeoutError(op)
-        return self.socket.recv_multipart()
-
-    def call(self, op: str, token: str | None = None, **args: object) -> dict:
-        """The whole reply, of whatever kind."""
-        return msgpack.unpackb(self.frames(op, token, **args)[0])
+        frame = message(op, next(self.count), token, **args)
+        for _ in range(self.tries):
+            self.socket.send(frame)
+            if self.socket.poll(self.timeout * 1000):
+                (reply,) = self.socket.recv_multipart()
+                return msgpack.unpackb(reply)
+        raise TimeoutError(op)
 
     def ask(self, op: str, token: str | None = None, **args: object) -> dict:
         """The whole reply of a request that must be accepted."""
@@ -147,9 +156,11 @@ def watch(address: str, seconds: float) -> list[dict]:
 
 
 @contextlib.contextmanager
-def serving(cwd: Path, *flags: object, timeout: float = 60.0) -> Iterator[Popen]:
+def serving(
+    cwd: Path, *flags: object, timeout: float = 60.0, script: str | Path = "robot_server.py"
+) -> Iterator[Popen]:
     """`python robot_server.py --port 0 *flags`, once it serves; process.requests and process.states are addresses."""
-    with popen_script("robot_server.py", "--port", 0, *flags, cwd=cwd) as process:
+    with popen_script(script, "--port", 0, *flags, cwd=cwd) as process:
         found: list[re.Match] = []
 
         def ready() -> bool:
@@ -177,7 +188,19 @@ def follow(wire: Wire, targets: Callable[[float], list[float]], seconds: float, 
     return replies
 
 
+def status_of(pid: int, name: str) -> int:
+    """A number in /proc/PID/status."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1])
+
+
+def fronts(pid: int) -> list[int]:
+    """Process ids of a server's fronts: the one that serves first (libzmq has threads), then the spare one."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    alive = [int(child) for child in children if "State:\tZ" not in Path(f"/proc/{child}/status").read_text()]
+    return sorted(alive, key=lambda child: -status_of(child, "Threads"))
+
+
 def memory_mb(pid: int) -> float:
-    """Resident memory of a process."""
-    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
-    return int(line.split()[1]) / 1024
+    """Resident memory of a server: the robot process and the front that serves."""
+    return (status_of(pid, "VmRSS") + status_of(fronts(pid)[0], "VmRSS")) / 1024

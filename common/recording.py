@@ -1,0 +1,243 @@
+"""A Minari dataset that grows by whole episodes, whatever happens; contact sheet and videos of what it holds."""
+
+import dataclasses
+import fcntl
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+
+from common import envs
+from common.setup import fail, write_atomically
+
+SPARE_BYTES = 100e6  # disk that is left free, for videos and for other programs
+
+
+# --- Dataset ----------------------------------------------------------------------------------------------------------
+def dataset_folder(dataset_id: str, option: str) -> Path:
+    """Where Minari keeps this dataset. Exits with one line when it is no name for one."""
+    from minari.dataset.minari_dataset import parse_dataset_id
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    try:
+        parse_dataset_id(dataset_id)
+    except (ValueError, TypeError):  # TypeError: no version
+        fail(f"{option} {dataset_id}: is no name that Minari takes; give one such as hil/demos-v0")
+    return get_dataset_path(dataset_id)
+
+
+class Recording:
+    """A Minari dataset in `folder`, one file for each episode; the file that Minari reads holds links to them.
+
+    Every file is replaced as a whole, so that at any moment, also after kill -9, the dataset is one that Minari reads,
+    and holds every episode whose `add` returned. `episodes` are their attributes, in order; `labels` their infos/label.
+    """
+
+    def __init__(self, folder: Path, dataset_id: str, env: gym.Env, about: dict):
+        """Begins the dataset or goes on with it; `about` is kept with it, and must be the same.
+
+        Exits with one line when another process records to it, or when it is of another set-up.
+        """
+        import minari
+
+        self.name = dataset_id
+        self.folder = folder
+        self.data = folder / "data"
+        self.lock()
+        about = about | {"fingerprint": envs.fingerprint(env)}
+        if not self.data.exists():
+            self.create(env, about | {"dataset_id": dataset_id, "minari_version": minari.__version__})
+        self.check(about)
+        self.find_episodes()
+
+    def lock(self) -> None:
+        """Keeps a second recorder away for as long as this process lives."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock_file = (self.folder / "record.lock").open("a+")
+        try:
+            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.lock_file.seek(0)
+            fail(f"{self.name}: process {self.lock_file.read()} is recording to it; end that one, or give another name")
+        self.lock_file.truncate(0)
+        self.lock_file.write(str(os.getpid()))
+        self.lock_file.flush()
+
+    def create(self, env: gym.Env, about: dict) -> None:
+        from minari.dataset.minari_storage import MinariStorage
+
+        new = self.folder / ".new"
+        shutil.rmtree(new, ignore_errors=True)  # of one that was killed right here
+        new.mkdir()
+        task = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)
+        spaces = (env.observation_space, env.action_space)
+        storage = MinariStorage.new(new, *spaces, env_spec=task, jpeg_encoding=False)
+        storage.update_metadata(about)
+        new.rename(self.data)
+
+    def check(self, about: dict) -> None:
+        """Exits with one line unless the dataset is of this set-up."""
+        self.metadata = json.loads((self.data / "metadata.json").read_text())
+        if "fingerprint" not in self.metadata:
+            fail(f"{self.name}: exists, and was not recorded here; give another name or version")
+        envs.check_fingerprint(self.name, self.metadata["fingerprint"], about["fingerprint"])
+        for name, value in about.items():
+            if self.metadata[name] != value:
+                fail(f"{self.name}: its {name} is {self.metadata[name]}, not {value}; give another name")
+
+    def find_episodes(self) -> None:
+        """Reads what is there, and links what a crash left without a link."""
+        import h5py
+
+        self.episodes: list[dict] = []
+        self.labels: list[np.ndarray] = []
+        for number in range(len(list(self.data.glob("episode_*.hdf5")))):
+            path = self.data / f"episode_{number}.hdf5"
+            try:
+                with h5py.File(path) as file:
+                    labels = file["infos/label"][:] if "infos/label" in file else np.zeros(0, np.int8)
+                    self.remember(dict(file.attrs), labels)
+            except OSError as error:
+                fail(f"{self.name}: {path} cannot be read ({error}); episodes are numbered without gaps")
+        self.write_links()
+        self.write_totals()
+
+    def remember(self, attributes: dict, labels: np.ndarray) -> None:
+        self.episodes.append(attributes)
+        self.labels.append(labels)
+
+    def add(self, fields: dict, attributes: dict) -> None:
+        """One more episode: arrays by name, at any depth, in Minari's layout; and what is said about it."""
+        number = len(self.episodes)
+        attributes = {"id": number, "total_steps": len(fields["rewards"])} | attributes
+        self.write(f"episode_{number}.hdf5", lambda file: put(file, fields, attributes))
+        self.remember(attributes, fields["infos"].get("label", np.zeros(0, np.int8)))
+        self.write_links()
+        self.write_totals()
+
+    def undo(self) -> dict:
+        """Removes the last episode. Returns its attributes."""
+        undone = self.episodes.pop()
+        self.labels.pop()
+        self.write_totals()
+        self.write_links()
+        (self.data / f"episode_{undone['id']}.hdf5").unlink()
+        return undone
+
+    def write_links(self) -> None:
+        import h5py
+
+        def link(file: h5py.File) -> None:
+            for number in range(len(self.episodes)):
+                file[f"episode_{number}"] = h5py.ExternalLink(f"episode_{number}.hdf5", "/")
+
+        self.write("main_data.hdf5", link)
+
+    def write_totals(self) -> None:
+        self.metadata["total_episodes"] = len(self.episodes)
+        self.metadata["total_steps"] = int(sum(episode["total_steps"] for episode in self.episodes))
+        self.metadata["dataset_size"] = round(sum(path.stat().st_size for path in self.data.iterdir()) / 1e6, 1)  # MB
+        write_atomically(self.data / "metadata.json", json.dumps(self.metadata).encode())
+
+    def write(self, name: str, fill: Callable) -> None:
+        """An HDF5 file, put together in memory."""
+        import h5py
+
+        with h5py.File(name, "w", driver="core", backing_store=False) as file:
+            fill(file)
+            file.flush()
+            image = file.id.get_file_image()
+        write_atomically(self.data / name, image)
+
+    def check_disk(self, env: gym.Env) -> None:
+        """Exits with one line when the disk has no room for the longest episode."""
+        steps = min(env.spec.max_episode_steps or math.inf, 1000)
+        step_bytes = sum(math.prod(box.shape) * box.dtype.itemsize for box in envs.leaves(env.observation_space))
+        needed = steps * step_bytes + SPARE_BYTES
+        free = shutil.disk_usage(self.data).free
+        if free < needed:
+            fail(
+                f"{self.name}: {free / 1e6:.0f} MB are free in {self.data}, an episode may take {needed / 1e6:.0f} MB; "
+                f"make room, then go on: the {len(self.episodes)} episodes that have ended are there"
+            )
+
+    def write_pictures(self, episodes: list, env: gym.Env) -> Path | None:
+        """A video of each of Minari's `episodes`, with the cameras side by side, and a contact sheet of the newest: six
+        pictures of each, or of each of their labels. Returns the sheet's path; None when no pictures are observed."""
+        cameras = cameras_of(env)
+        if not cameras:
+            return None
+        rows = []
+        for episode in episodes:
+            frames = np.concatenate([episode.observations[name] for name in cameras], axis=2)  # (T + 1, H, K * W, 3)
+            path = self.folder / f"episode_{episode.id}.mp4"
+            source = self.data / f"episode_{episode.id}.hdf5"
+            if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:  # new, or recorded after an undo
+                write_video(frames, path, env.metadata.get("render_fps", 10))
+            kinds = {self.episodes[episode.id]["verdict"]: np.arange(len(frames))}
+            if "label" in episode.infos:
+                labels = episode.infos["label"]
+                kinds = {f"label {label}": 1 + np.flatnonzero(labels == label) for label in np.unique(labels)}
+            for kind, numbers in kinds.items():
+                shown = numbers[np.linspace(0, len(numbers) - 1, 6).round().astype(int)]
+                rows.append((f"{episode.id} {kind}", frames[shown]))
+        write_sheet(rows[-60:], self.folder / "contact_sheet.png")
+        return self.folder / "contact_sheet.png"
+
+
+def put(group, fields: dict, attributes: dict) -> None:
+    """Arrays and attributes into an HDF5 group; pictures are compressed one by one, without loss."""
+    group.attrs.update(attributes)
+    for name, value in fields.items():
+        if isinstance(value, dict):
+            put(group.create_group(name), value, {})
+        elif value.dtype == np.uint8 and value.ndim == 4:
+            chunks = (1, *value.shape[1:])
+            group.create_dataset(name, data=value, chunks=chunks, compression="gzip", compression_opts=1)
+        else:
+            group.create_dataset(name, data=value)
+
+
+def stacked(observations: list):
+    """Observations with a leading time axis, at any depth."""
+    if isinstance(observations[0], dict):
+        return {name: stacked([obs[name] for obs in observations]) for name in observations[0]}
+    return np.stack(observations)
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+def cameras_of(env: gym.Env) -> list[str]:
+    """Names of the pictures in a task's observations."""
+    parts = getattr(env.observation_space, "spaces", {})
+    return [name for name, space in parts.items() if envs.looks_like_image(space) and space.shape[-1] == 3]
+
+
+def write_video(frames: np.ndarray, path: Path, hz: float) -> None:
+    """Frames (T, H, W, 3) as an mp4."""
+    import imageio.v2 as imageio
+
+    with imageio.get_writer(path, fps=hz, macro_block_size=1) as video:
+        for frame in frames:
+            video.append_data(frame)
+
+
+def write_sheet(rows: list[tuple[str, np.ndarray]], path: Path, height: int = 96) -> None:
+    """A PNG with a row for each (title, frames (N, H, W, 3))."""
+    from PIL import Image, ImageDraw
+
+    frames = rows[0][1]
+    width = round(height * frames.shape[2] / frames.shape[1])
+    columns = max(len(frames) for _, frames in rows)
+    sheet = Image.new("RGB", (90 + columns * (width + 2), len(rows) * (height + 2)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, (title, frames) in enumerate(rows):
+        top = i * (height + 2)
+        draw.text((4, top + height // 2 - 6), title, "black")
+        for k, frame in enumerate(frames):
+            sheet.paste(Image.fromarray(frame).resize((width, height)), (90 + k * (width + 2), top))
+    sheet.save(path)

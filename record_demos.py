@@ -1,0 +1,562 @@
+"""Demonstrations, or labelled frames for a success classifier: steered by hand or by the scripted expert, through the
+robot (robot_server.py, real or simulated) or a simulated gymnasium task.
+
+    python record_demos.py --env-id FrankaPegInsert-v0 --teleop expert --episodes 3
+    python record_demos.py --teleop expert                # needs robot_server.py --env-id FrankaPegInsert-v0
+    python record_demos.py --teleop spacemouse            # needs robot_server.py and a SpaceMouse
+    python record_demos.py --mode classifier              # needs robot_server.py and a terminal
+    python record_demos.py --classifier classifier.pt     # needs robot_server.py, a terminal, a classifier
+
+Keys, typed into the terminal; those of --teleop keyboard that move the arm are shown at the start:
+    y success   n failure   x discard   z undo the last episode   t label   p pause   Enter go on   q quit
+
+A person's verdict ends an episode; where nobody steers (--teleop expert), the task's does. Then the episode is written,
+whole or not at all, so that after a crash, or kill -9, every finished one is there, and the same command goes on. Kept
+are successes and failures; discarded episodes, and those that a fault ended, are not. What comes out is an ordinary
+Minari dataset with pictures, states, the actions as they were executed and as they were asked for, who steered, and a
+fingerprint of the set-up, by which everything that reads it refuses another one. Beside it stand a contact sheet and a
+video of every episode: look at them.
+
+In --mode classifier a key toggles the label, which is that of the frame the robot is in; frames close to a change of
+label are left out. Linger in the success, leave it, come back, and miss it closely, in many positions and lights.
+
+Sources: HIL-SERL arXiv:2410.21845 (commit 5d02aed, examples/record_demos.py and record_success_fail.py).
+Differs from them: a person's verdict counts, the classifier's is a suggestion; each episode is written when it ends,
+not all of them after the last; undo, discard, pause; time limits truncate; labels are a state, not key presses.
+New task: `grep -n TASK: record_demos.py` shows the place to edit.
+"""
+
+import dataclasses
+import datetime
+import errno
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+
+import franka_sim  # noqa: F401  registers the simulated tasks
+from common import envs
+from common.recording import Recording, dataset_folder, stacked
+from common.setup import Fault, fail, flag, git_commit, parse
+from robot_client import KEYS, SERVER, TASKS, Keyboard, Pace, RobotError, ScriptedExpert, SpaceMouse, Teleop, Terminal
+
+NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, for each frame with it
+NEAR_MISSES = 0.5  # and how many of them shortly before or after a success
+NEAR_S = 2.0  # what "shortly" is
+VERDICTS = ("success", "failure", "discard")
+
+
+# --- Args -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args:
+    # recording
+    dataset: str | None = None
+    """local Minari dataset that is begun or goes on (default: hil/demos-v0; in mode classifier hil/frames-v0)"""
+    mode: Literal["demos", "classifier"] = "demos"
+    """demonstrations, or frames with labels for reward_classifier.py"""
+    episodes: int = 20
+    """mode demos: it ends when the dataset has this many successes"""
+    frames: int = 200
+    """mode classifier: it ends when the dataset has this many frames of each label, twice as many without success"""
+    classes: int = 2
+    """mode classifier: number of labels; with 2 they are no success and success"""
+    margin: int = 3
+    """mode classifier: steps on either side of a change of label that get no label"""
+    classifier: str | None = None
+    """file of reward_classifier.py: it suggests a verdict; disagreements are counted"""
+    wait_for_key: bool = False
+    """an episode begins with Enter, when the scene is restored, instead of with the first input"""
+    seed: int = 1
+    """seed of the episodes' resets and of the expert's noise"""
+    # environment
+    env_id: str = "robot_client:FrankaReal-v0"
+    """gymnasium id: the robot, or a simulated task, also module:Env-v0"""
+    # robot
+    teleop: Literal["keyboard", "spacemouse", "expert"] = "keyboard"
+    """who steers; the expert is the simulated task's"""
+    noise: float = 0.1
+    """standard deviation of noise on the expert's actions, in [-1, 1]: shows how to recover"""
+    task: str = "peg"
+    """which task on the robot: one of TASKS in robot_client.py"""
+    server: str = SERVER
+    """address of robot_server.py"""
+    keys: str | None = None
+    """directory with the CURVE keys of robot_server.py --keygen"""
+
+    MAY_CHANGE = ""  # of a run that goes on: there is none
+
+    def check(self) -> None:
+        """Exits with one line when a value is out of its range or contradicts another."""
+        self.dataset = self.dataset or {"demos": "hil/demos-v0", "classifier": "hil/frames-v0"}[self.mode]
+        for name, least in (("episodes", 1), ("frames", 1), ("classes", 2), ("margin", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                fail(f"{flag(name)} {getattr(self, name)}: give at least {least}")
+        if not 0 <= self.noise <= 1:
+            fail(f"--noise {self.noise}: give a number from 0 to 1")
+        if self.classes > 2 and self.teleop == "expert":
+            fail(f"--classes {self.classes}: a person labels them; the expert's task knows success only")
+        if self.task not in TASKS:
+            fail(f"--task {self.task}: there are {', '.join(TASKS)}; add yours to TASKS")
+
+
+# --- Environment ------------------------------------------------------------------------------------------------------
+def make_env(args: Args) -> gym.Env:
+    """The task, with the observations and actions that are recorded."""
+    if args.env_id == "robot_client:FrankaReal-v0":
+        config = dataclasses.replace(
+            TASKS[args.task],  # TASK: yours
+            server=args.server,
+            keys=args.keys,
+            reward="task" if args.teleop == "expert" else "none",  # otherwise a person says what success is
+            terminate_on_success=args.mode == "demos",
+        )
+        return envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
+    options = {"image_obs": True} if args.env_id.startswith("Franka") else {}  # TASK: keyword options of your task
+    return envs.make(args.env_id, **options)
+
+
+def success(info: dict) -> float:
+    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+
+
+# --- Hands ------------------------------------------------------------------------------------------------------------
+class Expert(ScriptedExpert):
+    """The simulated task's scripted expert, in every step, with noise on its actions."""
+
+    def __init__(self, noise: float, seed: int):
+        super().__init__(seed=seed)
+        self.noise = noise
+
+    def read(self, env: gym.Env) -> np.ndarray:
+        space = env.action_space
+        eps = self.noise * (space.high - space.low) / 2 * self.rng.standard_normal(space.shape)
+        return np.clip(env.unwrapped.expert_action() + eps, space.low, space.high).astype(space.dtype)
+
+
+class Rover(Expert):
+    """For frames of all kinds: the expert steers to success and on in it; in between, the arm wanders off."""
+
+    TOWARDS = (25, 50)  # steps
+    AWAY = (5, 20)
+
+    def forget(self) -> None:
+        self.drift: np.ndarray | None = None  # none: towards success
+        self.left = int(self.rng.integers(*self.TOWARDS))
+
+    def read(self, env: gym.Env) -> np.ndarray:
+        action = super().read(env)
+        if self.left == 0:
+            turns_back = self.drift is not None
+            self.drift = None if turns_back else self.rng.uniform(-0.7, 0.7, 3)
+            self.left = int(self.rng.integers(*(self.TOWARDS if turns_back else self.AWAY)))
+        self.left -= 1
+        if self.drift is not None:
+            action[:3] = self.drift
+        return action
+
+
+def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
+    """Who steers, and where keys are typed: nowhere, if the expert steers and there is no terminal."""
+    terminal = Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
+    if terminal:
+        print(KEYS)
+    if args.teleop == "keyboard":
+        return Keyboard(terminal=terminal), terminal
+    if args.teleop == "spacemouse":
+        return SpaceMouse(), terminal
+    if not hasattr(env.unwrapped, "expert_action"):
+        fail(f"--teleop expert: {args.env_id} has no expert_action(); steer it by --teleop keyboard")
+    if args.wait_for_key and terminal is None:
+        fail("--wait-for-key: standard input is no terminal; start the script in one, or leave the flag out")
+    kind = Expert if args.mode == "demos" else Rover
+    return kind(args.noise, args.seed), terminal
+
+
+# --- Labels -----------------------------------------------------------------------------------------------------------
+def settled(labels: np.ndarray, margin: int) -> np.ndarray:
+    """(T,) labels, -1 (left out) for those less than `margin` steps before or after a change."""
+    result = labels.copy()
+    for change in np.flatnonzero(np.diff(labels)) + 1:
+        result[max(change - margin, 0) : change + margin] = -1
+    return result
+
+
+def near_misses(labels: np.ndarray, steps: int) -> np.ndarray:
+    """(T,) whether a frame shows no success, but was taken at most so many steps before or after one."""
+    near = np.zeros(len(labels), bool)
+    for t in np.flatnonzero(labels == 1):
+        near[max(t - steps, 0) : t + steps + 1] = True
+    return near & (labels == 0)
+
+
+def count_labels(labels: list[np.ndarray], classes: int, hz: float) -> dict[str, int]:
+    """Frames of each kind in the labels (T,) of several episodes."""
+    together = np.concatenate([np.zeros(0, np.int8), *labels])
+    counts = {f"label {label}": int((together == label).sum()) for label in range(classes)}
+    counts["near misses"] = sum(int(near_misses(part, round(NEAR_S * hz)).sum()) for part in labels)
+    return counts
+
+
+# --- Recording --------------------------------------------------------------------------------------------------------
+class Session:
+    """Episode after episode, until there are enough or somebody quits."""
+
+    def __init__(self, args: Args, env: gym.Env, recording: Recording, hand: Teleop, terminal: Terminal | None):
+        self.args = args
+        self.env = env
+        self.recording = recording
+        self.hand = hand
+        self.terminal = terminal
+        self.detector = load_detector(args.classifier, env) if args.classifier else None
+        self.person = args.teleop != "expert"
+        self.paces_itself = hasattr(env.unwrapped, "stand_still")
+        self.hz = float(env.metadata.get("render_fps", 10))
+        self.first = len(recording.episodes)  # of this session: older ones are not undone
+        self.attempt = 1 + max([int(episode["attempt"]) for episode in recording.episodes], default=-1)
+        self.label = 0
+        self.stopped = False
+        self.commit = git_commit(Path(__file__).parent)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def on_signal(self, *_) -> None:
+        """Ctrl-C is as the key q; a second one ends the program at once."""
+        if self.stopped:
+            raise KeyboardInterrupt
+        self.stopped = True
+        os.write(2, b"\nstopping after this step or reset; Ctrl-C again stops at once\n")
+
+    def run(self) -> None:
+        while not self.stopped and self.missing():
+            self.recording.check_disk(self.env)
+            obs = self.wait_for_start(self.reset())
+            if self.stopped:
+                break
+            observations, steps, verdict = self.record(obs)
+            if verdict in ("discard", "fault"):
+                say(f"episode {len(self.recording.episodes)} is not kept")
+            else:
+                self.keep(observations, steps, verdict)
+            self.attempt += 1
+
+    def missing(self) -> str:
+        """What is still to be recorded; nothing when there is enough."""
+        if self.args.mode == "demos":
+            left = self.args.episodes - sum(bool(episode["success"]) for episode in self.recording.episodes)
+            return f"{left} successes" if left > 0 else ""
+        wanted = {f"label {label}": self.args.frames for label in range(self.args.classes)}
+        wanted["label 0"] = round(NEGATIVES * self.args.frames)
+        wanted["near misses"] = round(NEAR_MISSES * self.args.frames)
+        there = count_labels(self.recording.labels, self.args.classes, self.hz)
+        left = {name: count - there[name] for name, count in wanted.items() if count > there[name]}
+        return ", ".join(f"{count} of {name}" for name, count in left.items())
+
+    # --- keys ---
+    def commands(self) -> list[str]:
+        if self.terminal is None:
+            return []
+        if self.terminal.fault:
+            raise RobotError(self.terminal.fault)
+        commands = self.terminal.commands()
+        self.stopped |= "quit" in commands
+        return commands
+
+    def obey(self, command: str) -> None:
+        """What a key does at any time."""
+        if command == "label":
+            self.label = (self.label + 1) % self.args.classes
+        elif command == "undo" and len(self.recording.episodes) == self.first:
+            say("nothing of this session to undo")
+        elif command == "undo":
+            undone = self.recording.undo()
+            say(f"undone: episode {undone['id']} ({undone['verdict']}, {undone['total_steps']} steps)")
+
+    def wait(self, text: str, obs: dict | None, *ends: str) -> tuple[str, dict | None]:
+        """The arm stands still until one of these commands comes, or "input", the first motion of the hand.
+
+        Returns it, "discard" when somebody quits, and the newest observation.
+        """
+        say(f"\a{text}")
+        while not self.stopped:
+            for command in self.commands():
+                if command in ends:
+                    return command, self.stand_still(obs)
+                self.obey(command)
+            if "input" in ends and self.hand.read(self.env) is not None:
+                return "input", obs
+            obs = self.stand_still(obs)
+            motion, gripper = self.hand.motion()
+            show(f"{self.label_text()}hand {np.round(motion, 2)} {gripper:+.0f} {self.hand.fault}")
+        return "discard", obs
+
+    def stand_still(self, obs: dict | None) -> dict | None:
+        """One period without a step. Returns the newest observation, where there is one."""
+        if obs is None or not self.paces_itself:
+            time.sleep(1 / self.hz)  # a simulated task stands still by itself
+            return obs
+        obs, fault = self.env.unwrapped.stand_still()
+        if fault:
+            raise RobotError(fault)
+        return obs
+
+    # --- before an episode ---
+    def reset(self) -> dict | None:
+        """The first observation: FrankaEnv has seen the arm stand still at its pose, and new pictures since then."""
+        show("reset ...")
+        obs = None
+        while obs is None and not self.stopped:
+            try:
+                obs, _ = self.env.reset(seed=self.seed())
+            except RobotError as error:
+                if not self.person:
+                    raise
+                self.wait(f"{error}. Enter tries again, q ends", None, "go on")
+        pressed = [command for command in self.commands() if command != "quit"]
+        if pressed:
+            say(f"pressed during the reset, so without effect: {', '.join(pressed)}")
+        self.hand.forget()
+        self.label = 0
+        return obs
+
+    def seed(self) -> int:
+        return envs.episode_seed(self.args.seed, 2, self.attempt)
+
+    def wait_for_start(self, obs: dict | None) -> dict | None:
+        """Waits for Enter or the first input, so that idling before it is no part of the episode."""
+        if self.stopped or not (self.person or self.args.wait_for_key):
+            return obs
+        if self.args.wait_for_key:
+            return self.wait(f"ready: restore the scene, then Enter; to go: {self.missing()}", obs, "go on")[1]
+        return self.wait(f"ready: move to begin; to go: {self.missing()}", obs, "go on", "input")[1]
+
+    # --- an episode ---
+    def record(self, obs: dict) -> tuple[list, list[dict], str]:
+        """T + 1 observations, what belongs to each of the T steps, and the verdict: one of VERDICTS, "none" (mode
+        classifier) or "fault"."""
+        pace = Pace(self.hz) if self.person and not self.paces_itself else None
+        space = self.env.action_space
+        observations, steps, verdict, seconds = [obs], [], "", 0.0
+        if self.detector:
+            self.detector.reset()
+        while not verdict:
+            steered = self.hand.read(self.env)
+            asked = np.zeros(space.shape, space.dtype) if steered is None else steered
+            obs, reward, terminated, truncated, info = self.env.step(asked)
+            late_s = pace.wait()[1] if pace else info.get("late_s", 0.0)
+            seconds += info.get("period_s", 1 / self.hz)
+            step = {
+                "action": info.get("executed_action", np.clip(asked, space.low, space.high)),
+                "asked_action": info.get("asked_action", asked),
+                "reward": reward,
+                "terminated": terminated,
+                "intervened": steered is not None,
+                "time_s": seconds,
+                "late_s": late_s,
+                "suggestion": bool(self.detector(obs)) if self.detector else False,
+            }
+            observations.append(obs)
+            steps.append(step)
+            verdict = self.judge(observations, len(steps), terminated or truncated, info)
+            step["label"] = self.label if self.person else int(success(info) == 1)
+            show(self.status(len(steps)))
+        return observations, steps, verdict
+
+    def judge(self, observations: list, step: int, ended: bool, info: dict) -> str:
+        """The verdict, if there is one: a fault's, a person's, or where nobody steers the task's."""
+        if info.get("fault"):
+            say(f"episode {len(self.recording.episodes)}, step {step}: {info['fault']}")
+            return "fault"
+        verdict = self.heed(observations)
+        if verdict or self.args.mode == "classifier":
+            return verdict or ("none" if ended else "")
+        if self.person:
+            return self.wait("it has ended: y success, n failure, x discard", None, *VERDICTS)[0] if ended else ""
+        if ended and math.isnan(success(info)):
+            fail(f"--env-id {self.args.env_id}: does not say what success is; say it in success()")
+        return "success" if success(info) == 1 else "failure" if ended else ""
+
+    def heed(self, observations: list) -> str:
+        """A person's verdict, if there is one; "discard" when somebody quits.
+
+        After a pause the episode goes on from what is seen then.
+        """
+        commands = self.commands() + ["pause"] * bool(self.hand.fault)
+        for command in commands:
+            if command == "pause":
+                text = f"{self.hand.fault or 'paused'}: Enter goes on"
+                command, observations[-1] = self.wait(text, observations[-1], "go on", "pause", *VERDICTS)
+                self.hand.forget()
+            if command in VERDICTS:
+                return command
+            self.obey(command)
+        return "discard" if self.stopped else ""
+
+    def status(self, step: int) -> str:
+        probability = f" | classifier {self.detector.probability:.2f}" if self.detector else ""
+        return f"{self.label_text()}episode {len(self.recording.episodes)} | step {step}{probability}"
+
+    def label_text(self) -> str:
+        return f"LABEL {self.label} | " if self.args.mode == "classifier" else ""
+
+    # --- after an episode ---
+    def keep(self, observations: list, steps: list[dict], verdict: str) -> None:
+        """Writes the episode and says so."""
+
+        def column(name: str) -> np.ndarray:
+            return np.array([step[name] for step in steps])
+
+        demos = self.args.mode == "demos"
+        won = demos and verdict == "success"
+        last = np.arange(len(steps)) == len(steps) - 1  # (T,)
+        if demos and self.person:
+            rewards, terminations = (last & won).astype(float), last & won
+        elif demos:
+            rewards, terminations = column("reward"), column("terminated")
+        attributes = {
+            "seed": self.seed(),
+            "attempt": self.attempt,
+            "verdict": verdict if demos else "none",
+            "success": won,
+            "decided_by": "person" if self.person else "task",
+            "recorded_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "git_commit": self.commit,
+        }
+        infos = {name: column(name) for name in ("asked_action", "intervened", "time_s", "late_s")}
+        infos["success"] = last & won
+        if not demos:
+            infos["label"] = settled(column("label").astype(np.int8), self.args.margin)
+            rewards, terminations = (infos["label"] == 1).astype(float), np.zeros_like(last)
+        if self.detector:
+            infos["suggestion"] = column("suggestion")
+            attributes["suggested"] = bool(infos["suggestion"].any())
+            attributes["disagreement"] = demos and attributes["suggested"] != won
+        fields = {
+            "observations": stacked(observations),
+            "actions": column("action"),
+            "rewards": rewards,
+            "terminations": terminations,
+            "truncations": last & ~terminations,
+            "infos": infos,
+        }
+        self.recording.add(fields, attributes)
+        opinion = "; THE CLASSIFIER DISAGREES" if attributes.get("disagreement") else ""
+        done = f"episode {len(self.recording.episodes) - 1}: {attributes['verdict']}, {len(steps)} steps{opinion}"
+        say(f"{done}; to go: {self.missing() or 'nothing'}")
+
+
+def load_detector(path: str, env: gym.Env):
+    """The success classifier in a file of reward_classifier.py. Exits with one line when it does not fit the task."""
+    from common.success import SuccessDetector
+
+    try:
+        return SuccessDetector.load(path, envs.fingerprint(env))
+    except ValueError as error:
+        fail(f"--classifier {error}")
+
+
+def show(text: str) -> None:
+    """A line that the next one overwrites; only in a terminal."""
+    if sys.stdout.isatty():
+        print(f"\r{text}\033[K", end="", flush=True)
+
+
+def say(text: str) -> None:
+    """A line that stays."""
+    print(f"\r{text}\033[K" if sys.stdout.isatty() else text.strip("\a"), flush=True)
+
+
+# --- Report -----------------------------------------------------------------------------------------------------------
+def report(recording: Recording, env: gym.Env) -> None:
+    """What was recorded, in numbers, as a contact sheet, and as videos: they show what is wrong with it."""
+    import minari
+
+    if not recording.episodes:
+        print("nothing is recorded yet")
+        return
+    hz = float(env.metadata.get("render_fps", 10))
+    lengths = np.array([int(episode["total_steps"]) for episode in recording.episodes])
+    print(f"{recording.name}: {len(lengths)} episodes, {lengths.sum():,} steps, {lengths.sum() / hz:.0f} s")
+    if recording.metadata["mode"] == "demos":
+        report_demos(lengths, np.array([bool(episode["success"]) for episode in recording.episodes]))
+    else:
+        report_labels(recording, hz)
+    if any("suggested" in episode for episode in recording.episodes):
+        others = [int(episode["id"]) for episode in recording.episodes if episode.get("disagreement")]
+        print(f"classifier and verdict disagree in {len(others)} episodes: {others}")
+    episodes = list(minari.load_dataset(recording.name).iterate_episodes())
+    actions = np.concatenate([episode.actions for episode in episodes])
+    late_s = np.concatenate([episode.infos["late_s"] for episode in episodes])
+    report_actions(actions, 1000 * late_s)
+    sheet = recording.write_pictures(episodes, env)
+    print(f"look at {sheet} and the videos beside it" if sheet else "no pictures are observed: no videos")
+
+
+def report_demos(lengths: np.ndarray, won: np.ndarray) -> None:
+    """`lengths` (N,) of the episodes, and whether they succeeded."""
+    print(f"successes: {won.sum()} of {len(won)}")
+    if not won.any():
+        print("warning: no success is among them, so nothing can be learned from them", file=sys.stderr)
+        return
+    median = float(np.median(lengths[won]))
+    print(f"length of a success: median {median:g}, {lengths[won].min()} to {lengths[won].max()} steps")
+    print(f"episodes of twice the median leave time to recover: max_episode_steps = {math.ceil(2 * median)}")
+    if not won.all():
+        print(f"to clone the successes only: bc_flow_offline.py --top-fraction {math.floor(1000 * won.mean()) / 1000}")
+
+
+def report_labels(recording: Recording, hz: float) -> None:
+    counts = count_labels(recording.labels, recording.metadata["classes"], hz)
+    print("frames: " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
+    print(f"near misses are those of label 0 at most {NEAR_S:g} s before or after label 1")
+    left_out = sum(int((labels < 0).sum()) for labels in recording.labels)
+    print(f"left out, close to a change of label: {left_out} frames")
+
+
+def report_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
+    """`actions` (N, A), and how late (N,) the steps were."""
+    saturated = (np.abs(actions) > 0.99).mean(0)
+    print(f"saturated actions, of each entry: {' '.join(f'{share:.0%}' for share in saturated)}")
+    if late_ms.any():
+        median, slow = np.percentile(late_ms, (50, 99))
+        print(f"steps come {median:.1f} ms late at the median, {slow:.1f} ms at p99, {late_ms.max():.1f} ms at most")
+    with_gripper = actions.shape[1] in (4, 7)  # as for robot_client.Teleop
+    if with_gripper and actions[:, -1].max() < 0.5:
+        print("warning: the gripper is never told to close, in none of the episodes", file=sys.stderr)
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+def main(args: Args) -> None:
+    env = make_env(args)
+    about = {"mode": args.mode, "classes": args.classes}
+    recording = Recording(dataset_folder(args.dataset, "--dataset"), args.dataset, env, about)
+    if recording.episodes:
+        print(f"{args.dataset}: {len(recording.episodes)} episodes are there; recording goes on")
+    hand = None
+    try:
+        hand, terminal = make_hand(args, env)
+        Session(args, env, recording, hand, terminal).run()
+    except KeyboardInterrupt:
+        say("stopped at once")
+    except (RobotError, Fault) as error:
+        fail(f"{error}. The {len(recording.episodes)} episodes that have ended are kept; the same command goes on")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        fail(f"--dataset {args.dataset}: {error}; make room and go on: the episodes that ended before are there")
+    finally:
+        if hand:
+            hand.close()
+        env.close()
+    report(recording, env)
+
+
+if __name__ == "__main__":
+    main(parse(Args, __doc__, Args.MAY_CHANGE))

@@ -1,0 +1,238 @@
+"""common/recording.py: a dataset that is whole after every write; fingerprints that name what differs."""
+
+import dataclasses
+
+import imageio.v3 as imageio
+import minari
+import numpy as np
+import pytest
+import recorded_tasks  # noqa: F401  registers its tasks
+
+from common import envs, recording
+from common.recording import Recording, dataset_folder, stacked, write_sheet, write_video
+
+ABOUT = {"mode": "demos", "classes": 2}
+
+
+@pytest.fixture
+def env(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return envs.make("recorded_tasks:Reach-v0")
+
+
+def opened(env, about: dict = ABOUT) -> Recording:
+    return Recording(dataset_folder("hil/x-v0", "--dataset"), "hil/x-v0", env, about)
+
+
+def fields(env, length: int) -> dict:
+    """An episode whose rewards are its length."""
+    observations = [env.reset(seed=t)[0] for t in range(length + 1)]
+    return {
+        "observations": stacked(observations),
+        "actions": np.zeros((length, 3), np.float32),
+        "rewards": np.full(length, float(length)),
+        "terminations": np.zeros(length, bool),
+        "truncations": np.arange(length) == length - 1,
+        "infos": {"success": np.zeros(length, bool), "label": np.full(length, length % 3 - 1, np.int8)},
+    }
+
+
+def lengths() -> list[int]:
+    """Of the episodes as Minari reads them; each is checked to be whole."""
+    dataset = minari.load_dataset("hil/x-v0")
+    found = []
+    for episode in dataset.iterate_episodes():
+        assert episode.observations["front"].shape == (len(episode) + 1, 16, 24, 3)
+        assert episode.rewards.tolist() == [len(episode)] * len(episode)
+        found.append(len(episode))
+    assert dataset.total_steps == sum(found)
+    return found
+
+
+def test_episodes_come_back_without_loss(env):
+    store = opened(env)
+    written = [fields(env, length) for length in (3, 5)]
+    for number, episode in enumerate(written):
+        store.add(episode, {"verdict": "success", "seed": 7 + number})
+        assert lengths() == [3, 5][: number + 1]  # after each
+    dataset = minari.load_dataset("hil/x-v0")
+    for episode, before in zip(dataset.iterate_episodes(), written, strict=True):
+        assert np.array_equal(episode.observations["front"], before["observations"]["front"])
+        assert np.array_equal(episode.observations["state"], before["observations"]["state"])
+        assert episode.truncations.tolist() == before["truncations"].tolist()
+        assert np.array_equal(episode.infos["label"], before["infos"]["label"])
+    about = list(dataset.storage.get_episode_metadata([0, 1]))
+    assert [(a["verdict"], a["seed"], a["total_steps"]) for a in about] == [("success", 7, 3), ("success", 8, 5)]
+    again = dataset.recover_environment()
+    assert again.spec.id == "Reach-v0" and again.spec.max_episode_steps == 30
+    assert dataset.storage.metadata["mode"] == "demos"
+
+
+class Killed(BaseException):
+    pass
+
+
+def cut(monkeypatch, writes: int) -> None:
+    """The process ends at this write, counted from 0: the file is not there yet."""
+    real, left = recording.write_atomically, [writes]
+
+    def write(path, data):
+        if left[0] == 0:
+            raise Killed
+        left[0] -= 1
+        real(path, data)
+
+    monkeypatch.setattr(recording, "write_atomically", write)
+
+
+def reopened(store: Recording, env, monkeypatch) -> Recording:
+    monkeypatch.undo()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(store.folder.parent.parent))
+    store.lock_file.close()
+    return opened(env)
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_end_at_any_write_of_an_episode(env, monkeypatch, writes):
+    store = opened(env)
+    store.add(fields(env, 3), {})
+    cut(monkeypatch, writes)
+    if writes < 3:  # the episode, the links, the totals
+        with pytest.raises(Killed):
+            store.add(fields(env, 5), {})
+    else:
+        store.add(fields(env, 5), {})
+    assert lengths() == ([3, 5] if writes == 3 else [3])  # as others read it at once
+    store = reopened(store, env, monkeypatch)
+    assert lengths() == ([3, 5] if writes > 0 else [3])  # what is on disk is not lost
+    store.add(fields(env, 4), {})
+    assert lengths()[-1] == 4 and [episode["id"] for episode in store.episodes] == list(range(len(lengths())))
+
+
+@pytest.mark.parametrize("writes", range(3))
+def test_end_at_any_write_of_an_undo(env, monkeypatch, writes):
+    store = opened(env)
+    store.add(fields(env, 3), {})
+    store.add(fields(env, 5), {"verdict": "failure"})
+    cut(monkeypatch, writes)
+    if writes < 2:  # the totals, the links
+        with pytest.raises(Killed):
+            store.undo()
+    else:
+        assert store.undo()["verdict"] == "failure"
+    assert lengths() == ([3] if writes > 0 else [3, 5])
+    store = reopened(store, env, monkeypatch)
+    assert lengths() == ([3] if writes == 2 else [3, 5])  # undone as a whole or not at all
+    assert [part.tolist() for part in store.labels] == [[-1] * 3, [1] * 5][: len(lengths())]
+
+
+def test_end_while_the_dataset_is_made(env, monkeypatch, tmp_path):
+    (tmp_path / "hil/x-v0/.new").mkdir(parents=True)
+    (tmp_path / "hil/x-v0/.new/metadata.json").write_text("{")
+    store = opened(env)
+    store.add(fields(env, 3), {})
+    assert lengths() == [3]
+
+
+def test_missing_file_is_named(env):
+    store = opened(env)
+    for length in (3, 4, 5):
+        store.add(fields(env, length), {})
+    (store.data / "episode_1.hdf5").unlink()
+    store.lock_file.close()
+    with pytest.raises(SystemExit, match=r"episode_1.hdf5 cannot be read .*numbered without gaps"):
+        opened(env)
+
+
+def test_lock(env):
+    store = opened(env)
+    with pytest.raises(SystemExit, match=r"hil/x-v0: process \d+ is recording to it"):
+        opened(env)
+    store.lock_file.close()
+    opened(env)
+
+
+def test_other_uses_of_the_name_are_refused(env):
+    opened(env).lock_file.close()
+    with pytest.raises(SystemExit, match="hil/x-v0: its mode is demos, not classifier"):
+        opened(env, ABOUT | {"mode": "classifier"})
+    with pytest.raises(SystemExit, match=r'is of another set-up: .*task is "Reach-v0" there, "Gripper-v0" here'):
+        opened(envs.make("recorded_tasks:Gripper-v0"))
+    for name in ("x", "hil/x", "hil x-v0"):
+        with pytest.raises(SystemExit, match=f"--dataset {name}: is no name that Minari takes"):
+            dataset_folder(name, "--dataset")
+
+
+def test_foreign_dataset_is_left_alone(env, tmp_path):
+    foreign = tmp_path / "hil/x-v0/data/metadata.json"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('{"dataset_id": "hil/x-v0", "total_episodes": 3}')
+    with pytest.raises(SystemExit, match="hil/x-v0: exists, and was not recorded here; give another name"):
+        opened(env)
+    assert [path.name for path in foreign.parent.iterdir()] == ["metadata.json"]
+
+
+def test_room_for_the_longest_episode(env, monkeypatch):
+    store = opened(env)
+    needed = 30 * (12 + 16 * 24 * 3) + recording.SPARE_BYTES
+    usage = recording.shutil.disk_usage("/")
+    monkeypatch.setattr(recording.shutil, "disk_usage", lambda path: usage._replace(free=int(needed)))
+    store.check_disk(env)
+    monkeypatch.setattr(recording.shutil, "disk_usage", lambda path: usage._replace(free=int(needed) - 1))
+    with pytest.raises(SystemExit, match=r"100 MB are free in .*, an episode may take 100 MB; make room"):
+        store.check_disk(env)
+
+
+def test_pictures(tmp_path):
+    frames = np.zeros((4, 32, 48, 3), np.uint8)
+    frames[2, :, :24] = 200
+    write_video(frames, tmp_path / "v.mp4", 10)
+    video = np.stack(list(imageio.imiter(tmp_path / "v.mp4")))
+    assert video.shape == frames.shape and abs(video.astype(int) - frames).mean() < 6
+    write_sheet([("a", frames), ("b", frames[2:3])], tmp_path / "s.png", height=32)
+    sheet = imageio.imread(tmp_path / "s.png")
+    assert sheet.shape == (68, 90 + 4 * 50, 3)
+    assert (sheet[:32, 190:238] == frames[2]).all() and (sheet[34:66, 90:138] == frames[2]).all()
+    assert (sheet[34:66, 140:] == 255).all()
+
+
+# --- Fingerprints -----------------------------------------------------------------------------------------------------
+def test_fingerprint_of_a_simulated_task(env):
+    assert envs.fingerprint(env) == {
+        "version": 1,
+        "task": "Reach-v0",
+        "options": {},
+        "hz": 20,
+        "observations": {"front": [16, 24, 3], "state": [3]},
+        "actions": [[-1.0] * 3, [1.0] * 3],
+    }
+
+
+def test_fingerprint_of_the_robot_names_what_differs():
+    from robot_client import PEG, CameraConfig, FrankaEnv
+
+    ours = envs.fingerprint(FrankaEnv(PEG))
+    assert ours == PEG.fingerprint()
+    envs.check_fingerprint("x", ours, ours)
+    cameras = (CameraConfig("front", crop=(0.1, 0.0, 0.9, 1.0)), CameraConfig("side"))
+    other = envs.fingerprint(FrankaEnv(dataclasses.replace(PEG, hz=20.0, cameras=cameras)))
+    with pytest.raises(SystemExit) as refused:
+        envs.check_fingerprint("--demos x", ours, other)
+    assert str(refused.value).endswith(
+        "--demos x: is of another set-up: cameras.front.crop is null there, [0.1, 0.0, 0.9, 1.0] here; "
+        "cameras.side is only here; cameras.wrist is only there; hz is 10.0 there, 20.0 here"
+    )
+
+
+def test_robot_task_comes_back_from_a_dataset(env):
+    """A recorded dataset knows the robot's task with all of its settings."""
+    import gymnasium as gym
+
+    from robot_client import PEG
+
+    robot = gym.make("robot_client:FrankaReal-v0", config=PEG, disable_env_checker=True)
+    Recording(dataset_folder("hil/x-v0", "--dataset"), "hil/x-v0", robot, ABOUT)
+    again = minari.load_dataset("hil/x-v0").recover_environment().unwrapped
+    assert again.config.fingerprint() == PEG.fingerprint()
+    assert again.config.compliance == PEG.compliance or list(again.config.compliance.clip) == list(PEG.compliance.clip)
+    assert again.observation_space == robot.observation_space and again.action_space == robot.action_space
