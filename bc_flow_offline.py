@@ -85,7 +85,6 @@ from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150
 CROP_PADDING = 4  # training images are shifted by up to this many pixels
-EVAL_ENVS = 50  # episodes that run side by side, their actions computed as one batch
 UPDATES_PER_LAUNCH = 20  # for which batches are gathered at once; on a GPU they are one CUDA graph
 
 
@@ -136,6 +135,8 @@ class Args(RunArgs):
     """updates between files checkpoint_STEP.pt that are kept (0 or less: none)"""
     eval_episodes: int = 50
     """episodes per evaluation"""
+    eval_envs: int = 50
+    """episodes that run side by side, their actions computed as one batch"""
     video_episodes: int = 0
     """episodes with video in each evaluation, beside eval_episodes"""
     video_frame_skip: int = 3
@@ -178,11 +179,9 @@ class Args(RunArgs):
     checkpoint_activations: bool = False
     """compute the encoders' activations twice instead of keeping them: less memory, more time"""
 
-    MAY_CHANGE = (
-        "run_dir resume eval_only capture_video track compile threads offline_steps eval_episodes dataset_path "
-    )
-    MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading save_dir execution_horizon "
-    MAY_CHANGE += "flow_steps flow_solver"
+    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads offline_steps eval_episodes eval_envs "
+    MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading dataset_path save_dir "
+    MAY_CHANGE += "execution_horizon flow_steps flow_solver"
     MAY_BE_ZERO = ("seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers")
 
     @classmethod
@@ -1028,7 +1027,7 @@ class Evaluation:
     def scores(self, agent: BCAgent, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Means over eval_episodes by name, unless the task cannot run here or `stop` gives it up; validation_loss."""
         started = time.perf_counter()
-        count = min(EVAL_ENVS, self.args.eval_episodes)
+        count = min(self.args.eval_envs, self.args.eval_episodes)
         rollouts = []
         try:
             while self.envs and len(self.envs) < count:

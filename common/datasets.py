@@ -36,7 +36,7 @@ import numpy as np
 from gymnasium import spaces
 
 from common.envs import HUGE, Checked, Episode, layout, looks_like_image
-from common.setup import fail
+from common.setup import Fault, fail
 
 
 class Misfit(Exception):  # noqa: N818  of the data, not of the program
@@ -177,8 +177,8 @@ def checked(where: str, observations, actions, rewards, terminations, truncation
 def check_values(name: str, x: np.ndarray) -> None:
     """Raises Misfit when these are no numbers, not finite, or so large that they are no measurements."""
     if x.dtype.kind not in "fiub":
-        example = x.flat[0] if x.size else x.dtype
-        raise Misfit(f"{name} hold {example!r}, not numbers")
+        example = x.ravel()[:1].tolist() or [x.dtype]
+        raise Misfit(f"{name} hold {example[0]!r}, not numbers")
     if x.dtype.kind == "f":
         wrong = ~(np.abs(x) <= HUGE)  # NaN as well
         if wrong.any():
@@ -200,7 +200,7 @@ def per_step(name: str, x, steps: int) -> np.ndarray:
 def as_flags(name: str, x: np.ndarray) -> np.ndarray:
     """Ends of episodes as bool. Raises Misfit unless all are true or false, 0 or 1: text is never false."""
     if x.dtype.kind not in "fiub" or not np.isin(x, (0, 1)).all():
-        raise Misfit(f"{name} hold {x.flat[0]!r} and the like, not true or false")
+        raise Misfit(f"{name} hold {x.ravel()[0].item()!r} and the like, not true or false")
     return x.astype(bool)
 
 
@@ -534,7 +534,7 @@ def convert_ogbench(env_name: str) -> tuple[str, str]:
 
         env, *parts = ogbench.make_env_and_datasets(env_name)
     except ImportError as error:
-        fail(f"--env-name {env_name}: {one_line(error)}; pip install {error.name or 'ogbench'}")
+        fail(f"--env-name {env_name}: {one_line(error)}; pip install {pip_name(error.name or 'ogbench')}")
     except Exception as error:  # noqa: BLE001  it downloads and makes a task: errors of several libraries
         ways_on = WAYS_ON.format("load it on another machine, and copy ~/.ogbench/data from there")
         fail(f"--env-name {env_name}: ogbench says {one_line(error)}; {ways_on}")
@@ -625,10 +625,8 @@ def download_minari(name: str, also_known: Iterable[str]) -> str:
         minari.load_dataset(name, download=True)
     except ImportError as error:
         cause = error.__cause__ or error.__context__ or error
-        missing = getattr(cause, "name", None) or "huggingface_hub"
-        fail(
-            f"--env-name {name}: Minari downloads with huggingface_hub, and {missing} is missing; pip install {missing}"
-        )
+        missing = pip_name(getattr(cause, "name", None) or "huggingface_hub")
+        fail(f"--env-name {name}: Minari downloads with huggingface_hub; pip install {missing}, which is missing")
     except Exception as error:  # noqa: BLE001  the hub's client raises errors of several libraries
         fail(f"--env-name {name}: {one_line(error, 200)}{nearest(name, also_known)}; {ways_on}")
     return name
@@ -688,12 +686,12 @@ def make_task(dataset, render: bool = False) -> gym.Env | None:
     """
     options = {"render_mode": "rgb_array"} if render else {}
     try:
-        env = recover(dataset, options)
-        env = Checked(env, f"the task of {dataset.id}")
+        env = Foreign(Checked(recover(dataset, options), f"the task of {dataset.id}"))
         env.reset(seed=0)
     except Exception as error:  # noqa: BLE001
-        remedy = f"; pip install {error.name}" if isinstance(error, ImportError) and error.name else ""
-        said = one_line(error) if isinstance(error, ImportError | gym.error.Error | Misfit) else where_raised(error)
+        remedy = f"; pip install {pip_name(error.name)}" if isinstance(error, ImportError) and error.name else ""
+        plain = isinstance(error, ImportError | gym.error.Error | Misfit | Fault)
+        said = one_line(error) if plain else where_raised(error)
         print(f"no evaluation: the task of {dataset.id} does not run here ({said}{remedy})", file=sys.stderr)
         return None
     ours, theirs = env.observation_space, dataset.observation_space
@@ -704,6 +702,24 @@ def make_task(dataset, render: bool = False) -> gym.Env | None:
         print(f"no evaluation: {dataset.id} has {what} {theirs}, the task here {ours}", file=sys.stderr)
         return None
     return env
+
+
+class Foreign(gym.Wrapper):
+    """Somebody else's task: whatever its code raises becomes a Fault, in one line with the place that raised it."""
+
+    def reset(self, **kwargs):
+        return self.guarded(self.env.reset, **kwargs)
+
+    def step(self, action):
+        return self.guarded(self.env.step, action)
+
+    def guarded(self, function: Callable, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Fault:
+            raise
+        except Exception as error:
+            raise Fault(f"the task fails: {where_raised(error)}") from error
 
 
 def recover(dataset, options: dict) -> gym.Env:
@@ -794,6 +810,11 @@ class AsD4RL(gym.Wrapper):
             reward -= 0.2 * np.linalg.norm(hand[self.kind]())
         terminated = terminated or (self.kind == "pen" and obs[26] < 0.075)
         return self.observed(obs), reward, terminated, truncated, info
+
+
+def pip_name(module: str) -> str:
+    """What to install for a module that is missing; robosuite in the version that takes the other pins."""
+    return {"robosuite": "robosuite==1.5.1"}.get(module, module.partition(".")[0].replace("_", "-"))
 
 
 def where_raised(error: Exception) -> str:
