@@ -143,7 +143,7 @@ class Expert(ScriptedExpert):
 
 
 class Rover(Expert):
-    """For frames of all kinds: the expert steers, to success and on in it; now and then the arm wanders off, often up."""
+    """For frames of all kinds: the expert steers, to success and on in it; now and then the arm wanders off."""
 
     TOWARDS = (15, 45)  # steps
     AWAY = (4, 12)
@@ -550,7 +550,7 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         say("stopped at once")
     except (RobotError, Fault) as error:
-        fail(f"{error}. The {len(recording.episodes)} episodes that have ended are kept; the same command goes on")
+        fail(f"{error}; the {len(recording.episodes)} episodes that have ended are kept, the same command goes on")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -27,7 +27,7 @@ that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
 A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
-answers for 2 s, or is one more than 256: then the one that was silent for longest. A client's own heartbeats are
+answers for 2 s, or is one more than 128: then the one that was silent for longest. A client's own heartbeats are
 answered.
 
 modes       idle: no controller runs, the robot holds itself; streaming; hold: the controller runs, the reference
@@ -109,7 +109,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
-import tyro
 
 PROTOCOL_VERSION = 2
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -1533,9 +1532,7 @@ class Control(threading.Thread):
                 raise Refused("handle_used", f"{handle} is the handle of {self.jobs[handle].op}: make up a new one")
             return self.jobs[handle]
         if op == "gripper":
-            job = Job(handle, op, iter(()))
-            self.closure = None
-            self.gripper.submit(job, GRIPPER_ACTIONS[int(values[0])], *values[1:4])
+            job = self.begin_gripper(handle, GRIPPER_ACTIONS[int(values[0])], *values[1:4])
         else:
             check_mode(op, self.status())
             job = self.job = self.last_job = Job(handle, op, self.steps_of(op, values))
@@ -1543,6 +1540,17 @@ class Control(threading.Thread):
         ended = [name for name, other in self.jobs.items() if other.ended is not None]
         for name in ended[: max(len(self.jobs) - 256, 0)]:
             del self.jobs[name]
+        return job
+
+    def begin_gripper(self, handle: str, action: str, width: float, speed: float, force: float) -> Job:
+        most = self.gripper.max_width
+        if self.gripper.kind == "none":
+            raise Refused("unavailable", "there is no gripper")
+        if action == "move" and not 0 <= width <= most:  # nor NaN
+            raise Refused("bad_argument", f"width: give a number from 0 to {most:g}")
+        job = Job(handle, "gripper", iter(()))
+        self.closure = None
+        self.gripper.submit(job, action, width, speed, force)
         return job
 
     def steps_of(self, op: str, values: Sequence[float]) -> Iterator[None]:
@@ -1555,6 +1563,8 @@ class Control(threading.Thread):
             return self.move_joints(q, values[7])
         if op == "reset":
             return self.move_joints(None, values[0])
+        if op == "reset_task" and not self.arm.has_task:
+            raise Refused("unavailable", "only the simulated robot has this")
         if op == "reset_task":
             return self.reset_task(None if math.isnan(values[0]) else int(values[0]))
         return self.recover()
@@ -1768,7 +1778,7 @@ class Control(threading.Thread):
                 "number": self.number,
                 "answer": self.answer,
                 "lease": self.lease | {"until": self.lease_until},
-                "gains": asdict(self.wanted_gains),
+                "gains": vars(self.wanted_gains),
                 "robot_time": state.time,
                 "at": state.at,
                 "reference": self.limiter.reference.tolist(),
@@ -1851,6 +1861,7 @@ class Argument:
 class Operation:
     arguments: dict[str, Argument]
     leased: bool = False  # needs the lease's token
+    values: Callable[..., Sequence[float]] | None = None  # of a job: what the robot process gets of the arguments
 
 
 HANDLE = Argument("text", 8, 64)
@@ -1889,9 +1900,13 @@ OPERATIONS = {
     "hold": Operation({}),
     "stop": Operation({}),
     "start": Operation({"handle": HANDLE} | GAINS, leased=True),
-    "move_joints": Operation({"handle": HANDLE, "q": Argument("vector", size=7), "speed": JOINT_SPEED}, leased=True),
-    "reset": Operation({"handle": HANDLE, "speed": JOINT_SPEED}, leased=True),
-    "recover": Operation({"handle": HANDLE}, leased=True),
+    "move_joints": Operation(
+        {"handle": HANDLE, "q": Argument("vector", size=7), "speed": JOINT_SPEED},
+        leased=True,
+        values=lambda q, speed: (*q, speed),
+    ),
+    "reset": Operation({"handle": HANDLE, "speed": JOINT_SPEED}, leased=True, values=lambda speed: (speed,)),
+    "recover": Operation({"handle": HANDLE}, leased=True, values=tuple),
     "gripper": Operation(
         {
             "handle": HANDLE,
@@ -1901,10 +1916,20 @@ OPERATIONS = {
             "force": Argument("number", **FRACTION, default=0.5),
         },
         leased=True,
+        values=lambda action, width, speed, force: (
+            GRIPPER_ACTIONS.index(action),
+            math.nan if width is None else width,
+            speed,
+            force,
+        ),
     ),
     "job": Operation({"handle": HANDLE}),
     "task": Operation({}),
-    "reset_task": Operation({"handle": HANDLE, "seed": Argument("whole", 0, 2**31, default=None)}, leased=True),
+    "reset_task": Operation(
+        {"handle": HANDLE, "seed": Argument("whole", 0, 2**31, default=None)},
+        leased=True,
+        values=lambda seed: (math.nan if seed is None else seed,),
+    ),
 }
 
 
@@ -1950,7 +1975,7 @@ def parse(body: list[bytes]) -> dict[str, Any]:
 
 
 # --- Front ------------------------------------------------------------------------------------------------------------
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 128
 MAX_FRAMES = 8  # of a message
 MAX_UNDERWAY = 1 << 18  # bytes that a connection has sent and that no message here has brought
 MAX_ALL_UNDERWAY = 1 << 20  # the same of all together
@@ -2082,7 +2107,8 @@ class Doors:
 
 
 class Front:
-    """Answers requests and publishes the state. Methods `op_*` are the operations of the header."""
+    """Answers requests and publishes the state. Methods `op_*` are the operations that only the front carries out, or
+    that want more than a look at their arguments."""
 
     def __init__(self, args: Args, link: socket.socket, board: Board, scene: Board, facts: dict[str, Any]):
         self.args = args
@@ -2105,13 +2131,14 @@ class Front:
     # Sockets
     def open_sockets(self, fds: Sequence[int]) -> None:
         import zmq
-        import zmq.auth
-        from zmq.auth.thread import ThreadAuthenticator
 
         args = self.args
         context = zmq.Context.instance()
         self.router, self.publisher = sockets = context.socket(zmq.ROUTER), context.socket(zmq.PUB)
         if args.keys:
+            import zmq.auth
+            from zmq.auth.thread import ThreadAuthenticator
+
             public, secret = zmq.auth.load_certificate(Path(args.keys) / "server.key_secret")
             self.authenticator = ThreadAuthenticator(context)
             self.authenticator.start()
@@ -2120,7 +2147,7 @@ class Front:
             s.linger = 0
             s.maxmsgsize = longest
             s.rcvhwm = 0  # see Doors
-            s.sndhwm = 50  # answers that wait for a peer; more are dropped
+            s.sndhwm = 200  # answers that wait for a peer; more are dropped
             s.handshake_ivl = 1000  # ms
             s.tcp_keepalive = 1
             s.tcp_keepalive_idle = 5  # s
@@ -2245,6 +2272,9 @@ class Front:
             self.lease_until = time.monotonic() + self.ttl
         elif OPERATIONS[op].leased:
             raise Refused("no_lease", f"the lease is {holder}'s" if holder else "acquire a lease first: yours ended")
+        if values := OPERATIONS[op].values:
+            handle = arguments.pop("handle")
+            return self.begin(op, handle, values(**arguments))
         return getattr(self, f"op_{op}")(**arguments)
 
     def holder(self) -> str | None:
@@ -2374,36 +2404,10 @@ class Front:
     def op_start(self, handle: str, **changes: Any) -> dict[str, Any]:
         return self.begin("start", handle, gain_values(self.changed_gains(changes)))
 
-    def op_move_joints(self, handle: str, q: list[float], speed: float) -> dict[str, Any]:
-        if not within_joint_limits(np.array(q)):  # nor is NaN
-            raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
-        return self.begin("move_joints", handle, (*q, speed))
-
-    def op_reset(self, handle: str, speed: float) -> dict[str, Any]:
-        return self.begin("reset", handle, (speed,))
-
-    def op_recover(self, handle: str) -> dict[str, Any]:
-        return self.begin("recover", handle)
-
-    def op_gripper(self, handle: str, action: str, width: float | None, speed: float, force: float) -> dict[str, Any]:
-        gripper = self.facts["gripper"]
-        if gripper["kind"] == "none":
-            raise Refused("unavailable", "there is no gripper")
-        if action == "move" and (width is None or width > gripper["max_width"]):
-            raise Refused("bad_argument", f"width: give a number from 0 to {gripper['max_width']:g}")
-        return self.begin("gripper", handle, (GRIPPER_ACTIONS.index(action), width or 0.0, speed, force))
-
-    def need_scene(self) -> None:
+    def op_task(self) -> dict[str, Any]:
         if not self.facts["robot"]["task"]:
             raise Refused("unavailable", "only the simulated robot has this")
-
-    def op_task(self) -> dict[str, Any]:
-        self.need_scene()
         return self.scene.read()
-
-    def op_reset_task(self, handle: str, seed: int | None) -> dict[str, Any]:
-        self.need_scene()
-        return self.begin("reset_task", handle, (math.nan if seed is None else seed,))
 
 
 def memory_bytes() -> int:
@@ -2414,9 +2418,11 @@ def memory_bytes() -> int:
 def run_front(order: str) -> None:
     """A front's main program: a spare one waits here until the robot process sends the facts."""
     import msgpack  # noqa: F401  so that a spare front has everything
-    import zmq.auth.thread  # noqa: F401
+    import zmq.utils.monitor
 
     order = json.loads(order)
+    if order["args"]["keys"]:
+        import zmq.auth.thread  # noqa: F401
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the robot process decides when it is over
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
@@ -2763,5 +2769,11 @@ def main(args: Args) -> None:
     Robot(args).run()
 
 
+def parse_args() -> Args:
+    import tyro  # here, so that a front need not wait for it
+
+    return tyro.cli(Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args())

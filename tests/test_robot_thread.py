@@ -286,7 +286,7 @@ def test_what_may_follow_what(world, op, mode):
     code = robot_server.FOLLOWS[op][robot_server.MODES.index(mode)]
     q = {"q": [0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0]}
     if op == "reset_task":
-        world.front.facts["robot"]["task"] = "a task"
+        world.arm.has_task = True
         world.arm.reset_task = lambda seed: None
     args = {"target": {"pose": near(world.reference, 0, 0, 0)}, "move_joints": q}.get(op, {})
     if code:
