@@ -17,42 +17,29 @@ Sources: flow matching arXiv:2210.02747; action chunks and names: Q-chunking arX
 Differs from Q-chunking: no critic; a chunk is sampled only when the last one is used up; episodes run side by side and
 are seeded; the last evaluation is at offline_steps (there: one step earlier); HalfCheetah, Hopper, Walker2d and Ant.
 Numbers are comparable only with numbers from the same data: Minari's medium is not D4RL's, so each run prints its data.
-New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit.
+New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit. common/ holds what is not learning.
 """
 
 import contextlib
 import copy
-import ctypes
 import dataclasses
-import difflib
-import errno
-import hashlib
-import http.client
 import io
-import json
 import math
 import os
 import random
 import re
 import shutil
 import signal
-import socket
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 import warnings
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
 
@@ -63,59 +50,61 @@ import torch.distributed as dist
 import torch.distributed.nn  # now: later its default arguments would keep a process group, and that aborts at exit
 import torch.nn.functional as F
 import torch.utils.checkpoint
-import tyro
 from gymnasium import spaces
 from torch import Tensor, nn
+from tqdm import tqdm
 
-import franka_sim  # registers the Franka tasks  # TASK: import the module that registers yours
+import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+from common import datasets, envs
+from common.datasets import StoredImages, each
+from common.evaluation import (
+    CsvLogger,
+    LoggingHelper,
+    Watched,
+    film,
+    get_wandb_video,
+    means,
+    plot_curves,
+    roll_out,
+    write_video,
+)
+from common.run import Run, write_atomically
+from common.setup import (
+    Fault,
+    Graphed,
+    RunArgs,
+    check_new_folder,
+    ends_well,
+    fail,
+    flag,
+    go_on,
+    parse,
+    set_up_torch,
+)
+from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
-MAY_BE_ZERO = {"seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers"}  # whole numbers
-MAY_CHANGE = "run_dir resume eval_only capture_video track cuda compile threads offline_steps eval_episodes eval_envs "
-MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading save_dir updates_per_launch "
-MAY_CHANGE += "dataset_path d4rl_url"  # flags that may change in a run that goes on
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150
+CROP_PADDING = 4  # training images are shifted by up to this many pixels
+EVAL_ENVS = 50  # episodes that run side by side, their actions computed as one batch
+UPDATES_PER_LAUNCH = 20  # for which batches are gathered at once; on a GPU they are one CUDA graph
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
 @dataclass
-class Args:
+class Args(RunArgs):
     # experiment
-    run_group: str = "BC"
-    """group of runs: part of the run directory, group and tag in Weights & Biases"""
     seed: int = 0
     """seed of everything: networks, batches, noise, evaluation episodes"""
+    run_group: str = "BC"
+    """group of runs: part of the run directory, group and tag in Weights & Biases"""
     save_dir: str = "runs/fbc/"
-    """runs are written to SAVE_DIR/WANDB_PROJECT_NAME/RUN_GROUP/ENV_NAME/sdSEED_TIME"""
-    run_dir: str | None = None
-    """write to this directory instead"""
-    resume: str | None = None
-    """run directory to continue; its own flags are used, only a few (such as offline_steps) may change"""
-    eval_only: str | None = None
-    """run directory or checkpoint file to evaluate: eval_episodes episodes and a video, no training"""
-    capture_video: bool = True
-    """write an mp4 of the policy at the end (needs OpenGL: EGL or OSMesa)"""
-    track: bool = False
-    """log to Weights & Biases as well"""
-    wandb_project_name: str = "robot-learning"
-    """Weights & Biases project"""
-    cuda: bool = True
-    """use a GPU when there is one"""
-    compile: bool = True
-    """on a GPU: compile the loss and launch updates_per_launch updates as one CUDA graph (a CPU is faster without)"""
-    updates_per_launch: int = 20
-    """updates in one CUDA graph; batches are gathered for as many at once"""
-    threads: int = 2
-    """CPU threads for PyTorch"""
-    amp: bool = False
-    """bfloat16 matrix products: faster on a GPU, and on CPUs with AVX512-BF16 or AMX"""
+    """runs are written to SAVE_DIR/robot-learning/RUN_GROUP/ENV_NAME/sdSEED_TIME"""
     # data and environment
     env_name: str = "FrankaPickCube-v0"  # TASK: your task or dataset
     """D4RL name, Minari id (namespace/name-v0), robomimic (lift-mh-low_dim), OGBench (...-singletask-v0), or gymnasium
     id of a task with a scripted expert, whose demonstrations are collected; RECIPES has other defaults for some"""
     dataset_path: str | None = None
-    """HDF5 file of D4RL's or robomimic's layout to read instead of downloading it"""
-    d4rl_url: str = "http://rail.eecs.berkeley.edu/datasets/offline_rl"
-    """where D4RL's files are"""
+    """HDF5 file of D4RL's or robomimic's layout to read; with a name of your own it is your data"""
     dataset_proportion: float = 1.0
     """use only this first part of the data"""
     sparse: bool = False
@@ -125,12 +114,11 @@ class Args:
     validation_fraction: float = 0.0
     """fraction of the episodes held out for eval/validation_loss; robomimic's own choice where its file has one
     (OGBench has validation data apart from this)"""
-    clip_actions: bool = False
-    """clip dataset actions that are outside the task's bounds, instead of refusing the data"""
+    action_bounds: Literal["task", "clip", "data"] = "task"
+    """actions of the data outside the task's bounds are refused (task) or clipped; data: the bounds are the least and
+    largest that the data holds, which fits absolute actions (positions instead of changes)"""
     demos: int = 200
     """demonstrations to collect from a task's scripted expert"""
-    demo_noise: float = 0.0
-    """standard deviation of the noise on what the expert executes; what is learned is its choice without noise"""
     frame_stack: int = 1
     """observations of this many steps are stacked"""
     data_loading: Literal["auto", "memory", "workers"] = "auto"
@@ -148,8 +136,6 @@ class Args:
     """updates between files checkpoint_STEP.pt that are kept (0 or less: none)"""
     eval_episodes: int = 50
     """episodes per evaluation"""
-    eval_envs: int = 50
-    """episodes that run side by side, their actions computed as one batch"""
     video_episodes: int = 0
     """episodes with video in each evaluation, beside eval_episodes"""
     video_frame_skip: int = 3
@@ -185,92 +171,65 @@ class Args:
     """64 fixed sines and cosines of the flow's time instead of the time itself"""
     hidden_dims: tuple[int, ...] = (512, 512, 512, 512)
     """units of the hidden layers"""
-    layer_norm: bool = False
-    """LayerNorm after each activation"""
     normalize_observations: bool = False
     """scale states by the data's mean and standard deviation"""
     encoder: Literal["small", "resnet10", "impala_small"] | None = None
     """network for images (default: impala_small where there are images)"""
-    random_crop: bool = True
-    """shift training images by up to 4 pixels"""
     checkpoint_activations: bool = False
     """compute the encoders' activations twice instead of keeping them: less memory, more time"""
+
+    MAY_CHANGE = (
+        "run_dir resume eval_only capture_video track compile threads offline_steps eval_episodes dataset_path "
+    )
+    MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading save_dir execution_horizon "
+    MAY_CHANGE += "flow_steps flow_solver"
+    MAY_BE_ZERO = ("seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers")
+
+    @classmethod
+    def recipe(cls, given: dict[str, str]) -> dict[str, Any]:
+        """Defaults of the task that the command line names."""
+        return RECIPES.get(given.get("--env-name", cls.env_name), {})
+
+    @property
+    def horizon(self) -> int:
+        """Actions that are predicted at once."""
+        return self.horizon_length if self.action_chunking else 1
+
+    def check(self) -> None:
+        """Exits with one line about a flag that makes no sense."""
+        for name, value in vars(self).items():
+            least = 1 if type(value) is int and name not in Args.MAY_BE_ZERO else 0
+            if type(value) in (int, float) and name != "save_interval" and not least <= value < math.inf:
+                fail(f"{flag(name)} {value}: give at least {least}")
+        for name in ("dataset_proportion", "top_fraction", "validation_fraction", "ema", "discount"):
+            if getattr(self, name) > 1:
+                fail(f"{flag(name)} {getattr(self, name)}: give at most 1")
+        for name, nothing in (("dataset_proportion", 0), ("top_fraction", 0), ("validation_fraction", 1), ("ema", 1)):
+            if getattr(self, name) == nothing:
+                fail(f"{flag(name)} {getattr(self, name)}: leaves nothing to learn from")
+        if self.batch_size % (self.grad_accum_steps * world_size()):
+            parts = f"--grad-accum-steps {self.grad_accum_steps} on {world_size()} processes"
+            fail(f"--batch-size {self.batch_size}: does not divide into {parts}; give a multiple")
+        if not self.hidden_dims or min(self.hidden_dims) < 1:
+            fail(f"--hidden-dims {self.hidden_dims}: give at least one layer of at least one unit")
+        if self.execution_horizon > self.horizon:
+            fail(f"--execution-horizon {self.execution_horizon}: a chunk has {self.horizon} actions (--horizon-length)")
 
 
 BCAgentConfig = Args  # an agent needs no other settings than these
 RECIPES: dict[str, dict[str, Any]] = {  # TASK: defaults of your task where they differ from the above
-    "FrankaPickCube-v0": {"offline_steps": 5_000, "log_interval": 500, "eval_interval": 2_500, "action_chunking": True}
-    | {"lr": 1e-3, "lr_schedule": "cosine", "ema": 0.995, "normalize_observations": True, "hidden_dims": (256,) * 3},
+    "FrankaPickCube-v0": {
+        "offline_steps": 5_000,
+        "log_interval": 500,
+        "eval_interval": 2_500,
+        "action_chunking": True,
+        "lr": 1e-3,
+        "lr_schedule": "cosine",
+        "ema": 0.995,
+        "normalize_observations": True,
+        "hidden_dims": (256, 256, 256),
+    },
 }
-
-
-def fail(message: str) -> NoReturn:
-    """Ends the program with one line on stderr and exit code 1."""
-    raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
-
-
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def normalize_flags(argv: list[str]) -> list[str]:
-    """`--x_y=v` as `--x-y v`; `--x=True`, `--x True` and `--x=False` as tyro's `--x` and `--no-x`."""
-    tokens, bools = [], {flag(field.name) for field in dataclasses.fields(Args) if field.type is bool}
-    for token in argv:
-        name, equals, value = token.partition("=")
-        is_flag = re.fullmatch(r"--[A-Za-z][\w-]*", name)
-        tokens += [flag(name[2:]), *([value] if equals else [])] if is_flag else [token]
-        if len(tokens) > 1 and tokens[-2] in bools and tokens[-1].lower() in ("true", "false"):
-            tokens[-2:] = [tokens[-2] if tokens[-1].lower() == "true" else f"--no-{tokens[-2][2:]}"]
-    return tokens
-
-
-def read_args(argv: list[str] | None = None) -> Args:
-    """The command line, over the defaults of the task's recipe, or of the run that --resume or --eval-only names.
-
-    Exits with one line when flags contradict each other or the run.
-    """
-    tokens = normalize_flags(sys.argv[1:] if argv is None else argv)
-    given = dict(zip(tokens, [*tokens[1:], ""], strict=False))
-    args = Args(**RECIPES.get(given.get("--env-name", Args.env_name), {}))
-    if run_dir := given.get("--resume") or given.get("--eval-only"):
-        path = Path(run_dir).parent if Path(run_dir).is_file() else Path(run_dir)
-        try:
-            saved = json.loads((path / "flags.json").read_text())
-            args = Args(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
-            check_args(args)
-        except (OSError, ValueError, TypeError, AttributeError) as error:
-            name = "--resume" if "--resume" in given else "--eval-only"
-            fail(f"{name} {run_dir}: no run of this script there ({error})")
-    saved, args = args, tyro.cli(Args, args=tokens, description=__doc__, default=args)
-    if run_dir:
-        may_change = MAY_CHANGE + " execution_horizon flow_steps flow_solver" * bool(args.eval_only)
-        for name in vars(saved).keys() - set(may_change.split()):
-            if getattr(args, name) != (theirs := getattr(saved, name)):
-                fail(f"{flag(name)}: {path} has {theirs}; leave the flag out, or start a new run")
-        args.run_dir = str(path)
-    check_args(args)
-    return args
-
-
-def check_args(args: Args) -> None:
-    """Exits with one line about a flag that makes no sense."""
-    for name, value in vars(args).items():
-        least = 1 if type(value) is int and name not in MAY_BE_ZERO else 0
-        if type(value) in (int, float) and name != "save_interval" and not least <= value < math.inf:
-            fail(f"{flag(name)} {value}: give at least {least}")
-        if name in ("dataset_proportion", "top_fraction", "validation_fraction", "ema", "discount") and value > 1:
-            fail(f"{flag(name)} {value}: give at most 1")
-    for name, value in (("dataset_proportion", 0), ("top_fraction", 0), ("validation_fraction", 1), ("ema", 1)):
-        if getattr(args, name) == value:
-            fail(f"{flag(name)} {value}: leaves nothing to learn from")
-    if args.batch_size % (args.grad_accum_steps * world_size()):
-        parts = f"--grad-accum-steps {args.grad_accum_steps} on {world_size()} processes"
-        fail(f"--batch-size {args.batch_size}: does not divide into {parts}; give a multiple")
-    if not args.hidden_dims or min(args.hidden_dims) < 1:
-        fail(f"--hidden-dims {args.hidden_dims}: give at least one layer of at least one unit")
-    if args.execution_horizon > (horizon := args.horizon_length if args.action_chunking else 1):
-        fail(f"--execution-horizon {args.execution_horizon}: a chunk has {horizon} actions (--horizon-length)")
 
 
 def world_size() -> int:
@@ -283,37 +242,19 @@ def rank() -> int:
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
-def each(function: Callable, *xs):
-    """`function` of arrays, or, of dicts of arrays, entry by entry."""
-    return {k: each(function, *(x[k] for x in xs)) for k in xs[0]} if isinstance(xs[0], dict) else function(*xs)
-
-
 def arrange(space: spaces.Space, observations):
     """Observations with a leading time axis as the policy takes them: states (T, O) float32, everything flat, in the
     order of sorted names; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose entries here."""
-    flat, images = [], {}
-
-    def walk(space: spaces.Space, x, path: str) -> None:
-        if isinstance(space, spaces.Dict):
-            for key in sorted(space):
-                walk(space[key], x[key], f"{path}/{key}")
-        elif is_image(space):
-            images[image_name(path)] = np.asarray(x)
+    states = []
+    images = {}
+    for path, box, x in datasets.entries(space, observations):
+        if envs.looks_like_image(box):
+            images[datasets.image_name(path)] = datasets.as_images(path, box, x)
         else:
-            flat.append(np.asarray(x, np.float32).reshape(len(x), -1))
-
-    walk(space, observations, "observations")
-    states = {"state": np.concatenate(flat, -1)} if flat else {}
-    return states | images if images or not flat else states["state"]
-
-
-def image_name(path: str) -> str:
-    """observations/front/rgb -> front_rgb, observations -> image."""
-    return re.sub(r"\W", "_", path.partition("/")[2]) or "image"
-
-
-def is_image(space: spaces.Space) -> bool:
-    return isinstance(space, spaces.Box) and len(space.shape) == 3 and space.dtype == np.uint8
+            states.append(np.asarray(x, np.float32).reshape(len(x), -1))
+    if not images:
+        return np.concatenate(states, -1)
+    return images | ({"state": np.concatenate(states, -1)} if states else {})
 
 
 class PolicyInput(gym.Wrapper):
@@ -321,95 +262,41 @@ class PolicyInput(gym.Wrapper):
 
     def __init__(self, env: gym.Env, actions: spaces.Box, frame_stack: int = 1):
         super().__init__(env)
-        self.stored, self.action_space = actions, spaces.Box(-1, 1, (math.prod(actions.shape),), np.float32)
-        self.raw_space, self.frames = env.observation_space, deque(maxlen=frame_stack)
+        self.stored = actions  # those of the data
+        self.raw_space = env.observation_space
+        self.action_space = spaces.Box(-1, 1, (math.prod(actions.shape),), np.float32)
+        self.frames = deque(maxlen=frame_stack)
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
         self.frames.extend([self.arranged(obs)] * self.frames.maxlen)
-        return each(lambda *frames: np.concatenate(frames, -1), *self.frames), info
+        return self.stacked(), info
 
     def step(self, action):
-        box, task = self.stored, self.env.action_space
-        action = box.low + (action.reshape(box.shape) + 1) / 2 * (box.high - box.low)
+        low, high = self.stored.low, self.stored.high
+        action = low + (action.reshape(low.shape) + 1) / 2 * (high - low)
+        task = self.env.action_space
         obs, *ends, info = self.env.step(action.clip(task.low, task.high).astype(task.dtype))
         self.frames.append(self.arranged(obs))
-        return each(lambda *frames: np.concatenate(frames, -1), *self.frames), *ends, info
+        return self.stacked(), *ends, info
 
     def arranged(self, obs):
-        return each(lambda x: x[0], arrange(self.raw_space, each(lambda x: np.asarray(x)[None], obs)))
+        batch = each(lambda x: np.asarray(x)[None], obs)
+        return each(lambda x: x[0], arrange(self.raw_space, batch))
+
+    def stacked(self):
+        return each(lambda *frames: np.concatenate(frames, -1), *self.frames)
 
 
-class RobosuiteTask(gym.Env):
-    """A robosuite task as a robomimic file describes it: low-dimensional observations, success ends the episode."""
-
-    HORIZON = {"lift": 300, "can": 300, "square": 400, "transport": 800, "tool_hang": 1000}  # qc robomimic_utils.py:34
-
-    def __init__(self, task: str, env_args: dict, keys: list[str], render_mode: str | None = None):
-        import robosuite
-
-        off = dict.fromkeys(("has_renderer", "has_offscreen_renderer", "use_camera_obs"), False) | {"ignore_done": True}
-        self.sim, self.keys = robosuite.make(env_args["env_name"], **env_args["env_kwargs"] | off), keys
-        self.horizon, self.render_mode, self.metadata = self.HORIZON[task], render_mode, {"render_fps": 20}
-        low, high = self.sim.action_spec
-        self.action_space = spaces.Box(np.float32(low), np.float32(high))
-        self.observation_space = spaces.Box(-np.inf, np.inf, self.observe(self.sim.reset()).shape, np.float32)
-
-    def observe(self, raw: dict) -> np.ndarray:
-        names = {"object": "object-state"}  # robomimic's name: robosuite's
-        return np.concatenate([np.float32(raw[names.get(key, key)]).ravel() for key in self.keys])
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            np.random.seed(seed)  # noqa: NPY002  robosuite before 1.5 places objects with numpy's global generator
-            self.sim.rng = np.random.default_rng(seed)
-        self.steps, self.renderer = 0, None
-        return self.observe(self.sim.reset()), {"success": False}
-
-    def step(self, action):
-        raw, reward, *_ = self.sim.step(action)
-        self.steps, success = self.steps + 1, bool(self.sim._check_success())
-        return self.observe(raw), float(reward), success, self.steps >= self.horizon, {"success": success}
-
-    def render(self):
-        model, data = self.sim.sim.model._model, self.sim.sim.data._data
-        self.renderer = self.renderer or franka_sim.new_renderer(model, 256, 256)
-        self.renderer.update_scene(data, "agentview")
-        return self.renderer.render()
+def make_env(dataset: "Dataset", args: Args, render: bool = False) -> gym.Env | None:
+    """The task that the data is of, as the policy sees it; None, with a line, where there is none to run."""
+    env = datasets.make_task(dataset.source, render)
+    return None if env is None else PolicyInput(env, dataset.box, args.frame_stack)
 
 
-def make_env(dataset, args: Args, render: bool = False) -> gym.Env | None:
-    """The task that a Minari dataset is of, as the policy sees it; None, with a line, where there is none to run."""
-    about, options = dataset.storage.metadata, {"render_mode": "rgb_array"} if render else {}
-    try:
-        if "robomimic" in about:
-            env = RobosuiteTask(**json.loads(about["robomimic"]), **options)
-        elif "ogbench" in about:
-            import ogbench
-
-            env = ogbench.make_env_and_datasets(about["ogbench"], env_only=True, **options)
-        else:
-            with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
-                env = dataset.recover_environment(eval_env=True, **options)
-    except (gym.error.Error, ImportError, KeyError, ValueError) as error:
-        remedy = f"; pip install {error.name}" if isinstance(error, ImportError) and error.name else ""
-        print(f"no evaluation: the task of {dataset.id} does not run here ({error}{remedy})", file=sys.stderr)
-        return None
-    theirs, ours = dataset.observation_space, env.observation_space
-    if layout(theirs) != layout(ours) or dataset.action_space.shape != env.action_space.shape:
-        print(f"no evaluation: {dataset.id} has observations {theirs}, the task here {ours}", file=sys.stderr)
-        return None
-    return PolicyInput(env, dataset.action_space, args.frame_stack)
-
-
-def layout(space: spaces.Space) -> object:
-    return {k: layout(v) for k, v in space.items()} if isinstance(space, spaces.Dict) else space.shape
-
-
-def episode_seed(seed: int, stream: int, episode: int) -> int:
-    """The seed of an episode's reset; streams keep training (0), evaluation (1), demonstrations (2) apart."""
-    return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
+def success(info: dict) -> float:
+    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -426,14 +313,14 @@ class FourierFeatures(nn.Module):
 
 
 class FeedForward(nn.Sequential):
-    """[linear, GELU, LayerNorm] * len(hidden_dims), linear; (B, in) -> (B, out); qc utils/networks.py:53-80."""
+    """[linear, GELU] * len(hidden_dims), linear; (B, in) -> (B, out); qc utils/networks.py:53-80."""
 
-    def __init__(self, in_dim: int, hidden_dims: tuple[int, ...], out_dim: int, layer_norm: bool):
-        layers, dims = [], (in_dim, *hidden_dims)
-        for pair in zip(dims[:-1], dims[1:], strict=True):
-            layers += [nn.Linear(*pair), nn.GELU(approximate="tanh")]  # flax's GELU
-            layers += [nn.LayerNorm(pair[1], eps=1e-6)] if layer_norm else []  # flax's eps
-        super().__init__(*layers, nn.Linear(dims[-1], out_dim))
+    def __init__(self, in_dim: int, hidden_dims: tuple[int, ...], out_dim: int):
+        layers = []
+        for dim in hidden_dims:
+            layers += [nn.Linear(in_dim, dim), nn.GELU(approximate="tanh")]  # flax's GELU
+            in_dim = dim
+        super().__init__(*layers, nn.Linear(in_dim, out_dim))
         self.apply(xavier)
 
 
@@ -449,8 +336,9 @@ class ActorVectorField(nn.Module):
 
     def __init__(self, in_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.time, time_dim = (FourierFeatures(), 64) if args.use_fourier_features else (nn.Identity(), 1)
-        self.mlp = FeedForward(in_dim + action_dim + time_dim, args.hidden_dims, action_dim, args.layer_norm)
+        self.time = FourierFeatures() if args.use_fourier_features else nn.Identity()
+        time_dim = 64 if args.use_fourier_features else 1
+        self.mlp = FeedForward(in_dim + action_dim + time_dim, args.hidden_dims, action_dim)
 
     def forward(self, features: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         return self.mlp(torch.cat([features, x_t, self.time(t)], -1))
@@ -461,7 +349,7 @@ class GaussianPolicy(nn.Module):
 
     def __init__(self, in_dim: int, action_dim: int, args: Args):
         super().__init__()
-        self.mlp = FeedForward(in_dim, args.hidden_dims, 2 * action_dim, args.layer_norm)
+        self.mlp = FeedForward(in_dim, args.hidden_dims, 2 * action_dim)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.mlp(features).chunk(2, -1)
@@ -480,7 +368,8 @@ class Normalizer(nn.Module):
     def update(self, obs: Tensor) -> None:
         """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
         total = self.count + len(obs)
-        delta, weight = obs.mean(0) - self.mean, len(obs) / total
+        delta = obs.mean(0) - self.mean
+        weight = len(obs) / total
         self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
         self.mean += weight * delta
         self.count.copy_(total)
@@ -489,107 +378,23 @@ class Normalizer(nn.Module):
         return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
 
 
-def random_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
-    """Images (N, H, W, C) padded with their edge, then cut at offsets (N, 2) = row, column in 0 ... 2 * padding.
-
-    DrQ arXiv:2004.13649, SERL vision/data_augmentations.py:7.
-    """
-    n, height, width, channels = images.shape
-    number, device = torch.arange(n, device=images.device), images.device
-    rows = (torch.arange(height, device=device) + offsets[:, :1] - padding).clamp(0, height - 1)  # (N, H)
-    columns = (torch.arange(width, device=device) + offsets[:, 1:] - padding).clamp(0, width - 1)  # (N, W)
-    pixels = (number[:, None] * height + rows)[..., None] * width + columns[:, None]  # (N, H, W)
-    return images.reshape(-1, channels).index_select(0, pixels.flatten()).view_as(images)
-
-
-class Standardize(nn.Module):
-    """Images (N, H, W, 3 * T) -> (N, 3 * T, H, W), scaled by ImageNet's mean and deviation; memory stays NHWC."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        for name, values in (("mean", (0.485, 0.456, 0.406)), ("std", (0.229, 0.224, 0.225))):
-            self.register_buffer(name, 255 * torch.tensor(values).repeat(channels // 3), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return ((images - self.mean) / self.std).permute(0, 3, 1, 2)
-
-
-class SmallTrunk(nn.Module):
-    """Convolutions 3x3 with ReLU; SERL vision/small_encoders.py."""
-
-    def __init__(self, in_channels: int, channels: tuple[int, ...], strides: tuple[int, ...], padding: int = 0):
-        super().__init__()
-        pairs = zip((in_channels, *channels[:-1]), channels, strides, strict=True)
-        self.convs = nn.ModuleList(nn.Conv2d(a, b, 3, stride, padding) for a, b, stride in pairs)
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = images.permute(0, 3, 1, 2) / 255
-        for conv in self.convs:
-            x = conv(x).relu()
-        return x
-
-
-def pad_same(x: Tensor, kernel: int, stride: int, value: float = 0.0) -> Tensor:
-    """Padding like flax's SAME, where it differs from PyTorch's: (0, 1) for kernel 3 with stride 2 on even sizes."""
-    totals = [max((math.ceil(size / stride) - 1) * stride + kernel - size, 0) for size in (x.shape[3], x.shape[2])]
-    return F.pad(x, [side for total in totals for side in (total // 2, total - total // 2)], value=value)
-
-
-class ResNetBlock(nn.Module):
-    """Two convolutions 3x3 beside a shortcut; SERL vision/resnet_v1.py:131."""
-
-    def __init__(self, in_channels: int, channels: int, stride: int):
-        super().__init__()
-        self.stride, self.project = stride, stride != 1 or in_channels != channels
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, bias=False)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.norm1, self.norm2 = nn.GroupNorm(4, channels), nn.GroupNorm(4, channels)
-        if self.project:
-            self.conv_proj = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
-            self.norm_proj = nn.GroupNorm(4, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm1(self.conv1(pad_same(x, 3, self.stride))).relu()
-        y = self.norm2(self.conv2(y))
-        return ((self.norm_proj(self.conv_proj(x)) if self.project else x) + y).relu()
-
-
-class ResNetTrunk(nn.Module):
-    """ResNet-10 with GroupNorm, without its last pooling and layer; SERL vision/resnet_v1.py:189."""
-
-    def __init__(self, in_channels: int, channels: tuple[int, ...] = (64, 128, 256, 512)):
-        super().__init__()
-        self.standardize, self.conv_init = (
-            Standardize(in_channels),
-            nn.Conv2d(in_channels, channels[0], 7, 2, 3, bias=False),
-        )
-        self.norm_init = nn.GroupNorm(4, channels[0])
-        pairs = zip((channels[0], *channels[:-1]), channels, strict=True)
-        self.blocks = nn.ModuleList(ResNetBlock(a, b, 2 if i else 1) for i, (a, b) in enumerate(pairs))
-
-    def forward(self, images: Tensor) -> Tensor:
-        x = self.norm_init(self.conv_init(self.standardize(images))).relu()
-        x = F.max_pool2d(pad_same(x, 3, 2, -math.inf), 3, 2)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
 class ImpalaTrunk(nn.Module):
     """(B, H, W, C) uint8 -> (B, 32, H / 8, W / 8); impala_small of qc utils/encoders.py: one residual block a stage."""
 
     def __init__(self, in_channels: int):
         super().__init__()
-        dims = ((in_channels, 16), (16, 32), (32, 32))
-        convs = ([nn.Conv2d(width, b, 3, padding=1) for width in (a, b, b)] for a, b in dims)
-        self.stages = nn.ModuleList(map(nn.ModuleList, convs))
+        self.stages = nn.ModuleList()
+        for channels in (16, 32, 32):
+            convs = [nn.Conv2d(width, channels, 3, padding=1) for width in (in_channels, channels, channels)]
+            self.stages.append(nn.ModuleList(convs))
+            in_channels = channels
         self.apply(xavier)
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2) / 255
-        for first, *block in self.stages:
+        for first, second, third in self.stages:
             x = F.max_pool2d(pad_same(first(x), 3, 2, -math.inf), 3, 2)
-            x = x + block[1](block[0](x.relu()).relu())
+            x = x + third(second(x.relu()).relu())
         return x.relu()
 
 
@@ -600,8 +405,10 @@ class ImageEncoder(nn.Module):
         super().__init__()
         if args.encoder == "small":
             self.trunk = SmallTrunk(shape[-1], (32, 64, 128, 256), (2, 2, 2, 2))  # SERL agents/continuous/drq.py:140
+        elif args.encoder == "resnet10":
+            self.trunk = ResNetTrunk(shape[-1])
         else:
-            self.trunk = ResNetTrunk(shape[-1]) if args.encoder == "resnet10" else ImpalaTrunk(shape[-1])
+            self.trunk = ImpalaTrunk(shape[-1])
         try:
             size = self.trunk(torch.zeros(1, *shape, dtype=torch.uint8)).numel()
         except RuntimeError:  # too small, or not RGB
@@ -619,11 +426,14 @@ class ObservationEncoder(nn.Module):
     def __init__(self, shape: tuple[int, ...] | dict[str, tuple[int, ...]], args: Args):
         super().__init__()
         shapes = shape if isinstance(shape, dict) else {"state": shape}
+        state_dim = shapes["state"][0] if "state" in shapes else 0
         cameras = [name for name in shapes if name != "state"]
+        if args.encoder and not cameras:
+            fail(f"--encoder {args.encoder}: the observations are states, without images; leave it out")
         self.images = nn.ModuleDict({name: ImageEncoder(shapes[name], args) for name in cameras})
-        dim = shapes["state"][0] if "state" in shapes else 0
-        self.normalizer = Normalizer(dim) if args.normalize_observations and dim else nn.Identity()
-        self.dim, self.checkpointing = dim + 512 * len(cameras), args.checkpoint_activations
+        self.normalizer = Normalizer(state_dim) if args.normalize_observations and state_dim else nn.Identity()
+        self.dim = state_dim + 512 * len(cameras)
+        self.checkpointing = args.checkpoint_activations
 
     def forward(self, observations) -> Tensor:
         if not self.images:
@@ -643,444 +453,18 @@ class Policy(nn.Module):
     def __init__(self, observation_shape, action_dim: int, args: Args):
         super().__init__()
         self.encoder = ObservationEncoder(observation_shape, args)
-        self.head = {"flow": ActorVectorField, "gaussian": GaussianPolicy}[args.policy](
-            self.encoder.dim, action_dim, args
-        )
+        head = ActorVectorField if args.policy == "flow" else GaussianPolicy
+        self.head = head(self.encoder.dim, action_dim, args)
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
-# Whatever the name, the data becomes a local Minari dataset first, and that is what is trained from.
-D4RL_TASKS = {  # family: task of today, steps per episode, returns of a random policy and an expert (d4rl/infos.py:106)
-    "halfcheetah": ("HalfCheetah-v5", 1000, -280.178953, 12135.0),
-    "hopper": ("Hopper-v5", 1000, -20.272305, 3234.3),
-    "walker2d": ("Walker2d-v5", 1000, 1.629008, 4592.3),
-    "ant": ("Ant-v5", 1000, -325.6, 3879.7),
-    "antmaze": (None, 1000, 0.0, 1.0),
-    "kitchen": (None, 280, 0.0, 4.0),
-    "pen": ("gymnasium_robotics:AdroitHandPen-v1", 100, 96.262799, 3076.8331),
-    "hammer": ("gymnasium_robotics:AdroitHandHammer-v1", 200, -274.856578, 12794.1348),
-    "relocate": ("gymnasium_robotics:AdroitHandRelocate-v1", 200, -6.425911, 4233.8778),
-    "door": ("gymnasium_robotics:AdroitHandDoor-v1", 200, -56.512833, 2880.5693),
-    "maze2d-umaze": (None, 300, 23.85, 161.86),
-    "maze2d-medium": (None, 600, 13.13, 277.39),
-    "maze2d-large": (None, 800, 6.7, 273.99),
-    "maze2d-umaze-dense": (None, 300, 68.537689, 193.662856),
-    "maze2d-medium-dense": (None, 600, 44.264742, 297.455274),
-    "maze2d-large-dense": (None, 800, 30.569041, 303.485738),
-}
-ROBOMIMIC = re.compile(r"(lift|can|square|transport|tool_hang)-(mh|ph|mg)-low_dim")
-ROBOMIMIC_KEYS = ("eef_pos", "eef_quat", "gripper_qpos")  # of each arm, then object; qc robomimic_utils.py:27
-WAYS_ON = (
-    "three ways on: {}; "
-    "name a dataset that is here (`minari list local`); leave --env-name out, the default makes its own data"
-)
-FETCH = "fetch the file on another machine and give it with --dataset-path FILE"
-
-
-def d4rl_files() -> dict[str, str]:
-    """D4RL's names and the paths of their files on its server; Farama-Foundation/D4RL d4rl/infos.py."""
-    files = {}
-    for env in ("halfcheetah", "hopper", "walker2d", "ant"):
-        for kind in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
-            file = f"{env}_{kind.replace('-', '_')}"
-            files |= {f"{env}-{kind}-{v}": f"gym_mujoco_{v}/{file}-{v}.hdf5" for v in ("v1", "v2")}
-    for env in ("pen", "hammer", "relocate", "door"):
-        files |= {f"{env}-{kind}-v1": f"hand_dapg_v1/{env}-{kind}-v1.hdf5" for kind in ("human", "cloned", "expert")}
-    kinds = {"umaze": "u-maze_noisy_multistart_False_multigoal_False"}
-    kinds["umaze-diverse"] = "u-maze_noisy_multistart_True_multigoal_True"
-    for maze, word in (("medium", "big"), ("large", "hardest")):
-        kinds[f"{maze}-play"] = f"{word}-maze_noisy_multistart_True_multigoal_False"
-        kinds[f"{maze}-diverse"] = f"{word}-maze_noisy_multistart_True_multigoal_True"
-    files |= {f"antmaze-{kind}-v2": f"ant_maze_v2/Ant_maze_{file}_sparse_fixed.hdf5" for kind, file in kinds.items()}
-    for maze in ("umaze", "medium", "large"):
-        files[f"maze2d-{maze}-v1"] = f"maze2d/maze2d-{maze}-sparse-v1.hdf5"
-        files[f"maze2d-{maze}-dense-v1"] = f"maze2d/maze2d-{maze}-dense-v1.hdf5"
-    kinds = {
-        "complete": "mini_kitchen_microwave_kettle_light_slider",
-        "partial": "kitchen_microwave_kettle_light_slider",
-    }
-    kinds["mixed"] = "kitchen_microwave_kettle_bottomburner_light"
-    return files | {f"kitchen-{kind}-v0": f"kitchen/{file}-v0.hdf5" for kind, file in kinds.items()}
-
-
-def find_dataset(args: Args) -> tuple[str, str | None]:
-    """Ids of the local Minari datasets, for training and for validation, that `env_name` means. Collects, converts or
-    downloads what is not there yet; exits with one line when that cannot be done."""
-    import minari
-
-    name, path, files = args.env_name, args.dataset_path, d4rl_files()
-    if name in files:
-        return convert_hdf5(args, Path(path) if path else download_d4rl(args, files[name])), None
-    if robomimic := ROBOMIMIC.fullmatch(name):
-        task, kind = robomimic.groups()
-        file = f"{task}/{kind}/low_dim_{'sparse_' * (kind == 'mg')}v15.hdf5"
-        path = Path(path or Path.home() / ".robomimic" / file)
-        if not path.exists():
-            way = f"python -m robomimic.scripts.download_datasets --tasks {task} --dataset_types {kind}"
-            way += " --hdf5_types low_dim --download_dir ~/.robomimic"
-            fail(f"--env-name {name}: there is no {path}; `{way}` (robomimic 0.5), or give --dataset-path FILE")
-        return convert_hdf5(args, path), None
-    if path:
-        fail(f"--dataset-path {path}: goes with a D4RL or robomimic name, {name} is none")
-    if name in minari.list_local_datasets():
-        return name, None
-    if name in gym.registry:
-        return collect_demos(args), None
-    if "singletask" in name:
-        return convert_ogbench(args)
-    if re.fullmatch(r"[-_\w]+(/[-_\w]+)+-v\d+", name):
-        return download_minari(args), None
-    fail(f"--env-name {name}: no dataset of that name is known{nearest(name)}")
-
-
-def nearest(name: str) -> str:
-    """What the user may have meant, as the end of a message."""
-    import minari
-
-    known = [*minari.list_local_datasets(), *d4rl_files(), *RECIPES]
-    known += [f"{task}-{kind}-low_dim" for task in RobosuiteTask.HORIZON for kind in ("mh", "ph")]
-    near = difflib.get_close_matches(name, known, 3, 0.5)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
-    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
-    dataset, in a hidden folder that is then renamed: all of it is there, or nothing. An id that exists is left."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    root, before = get_dataset_path(), os.environ.get("MINARI_DATASETS_PATH")
-    for left in root.glob(".storing-*"):  # by a process that was killed
-        if time.time() - left.stat().st_mtime > 86_400:
-            shutil.rmtree(left, ignore_errors=True)
-    if dataset_id in minari.list_local_datasets():
-        return dataset_id
-    temporary = root / f".storing-{os.getpid()}-{time.time_ns()}"
-    os.environ["MINARI_DATASETS_PATH"] = str(temporary)
-    try:
-        buffers = (
-            EpisodeBuffer(i, None, None, *checked(f"episode {i}", *episode)) for i, episode in enumerate(episodes)
-        )
-        with warnings.catch_warnings(action="ignore"):  # about author and permalink
-            minari.create_dataset_from_buffers(dataset_id, buffers, **about).storage.update_metadata(metadata or {})
-        (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
-        for file in temporary.rglob("namespace_metadata.json"):
-            if not (target := root / file.relative_to(temporary)).exists():
-                shutil.copy(file, target)
-        try:
-            (temporary / dataset_id).rename(root / dataset_id)
-        except OSError:
-            if not (root / dataset_id).exists():  # else another process was faster
-                raise
-    finally:
-        os.environ.pop("MINARI_DATASETS_PATH")
-        os.environ |= {"MINARI_DATASETS_PATH": before} if before else {}
-        shutil.rmtree(temporary, ignore_errors=True)
-    return dataset_id
-
-
-def checked(where: str, observations, actions, rewards, *ends) -> tuple:
-    """An episode's parts. Exits with one line when they hold numbers that are not finite."""
-    for what, x in (("observations", observations), ("actions", actions), ("rewards", rewards)):
-        finite = []
-        each(lambda x, finite=finite: finite.append(x.dtype.kind != "f" or np.isfinite(x).all()), x)
-        if not all(finite):
-            fail(
-                f"{where} of the data: {what} hold numbers that are not finite (NaN); repair or leave out that episode"
-            )
-    return observations, actions, rewards, *ends
-
-
-def collect_demos(args: Args) -> str:
-    """Demonstrations of the task's scripted expert, successes only. It executes its choice plus noise, so that the data
-    shows how to recover; the choice itself is stored (DART, arXiv:1703.09327)."""
-    import minari
-    from tqdm import tqdm
-
-    settings = f"{args.env_name}, {args.demos} successes, noise {args.demo_noise}, seed {args.seed}"
-    digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
-    dataset_id = f"scripted/{re.sub(r'-v[0-9]+$|[^-_a-zA-Z0-9]', '', args.env_name)}-{digest}-v0"
-    if dataset_id in minari.list_local_datasets():
-        return dataset_id
-    try:
-        env = gym.make(args.env_name)
-    except (gym.error.Error, ImportError) as error:
-        fail(f"--env-name {args.env_name}: {error}")
-    if not hasattr(env.unwrapped, "expert_action"):
-        fail(f"--env-name {args.env_name}: has no expert_action(); name a dataset of it (`minari list local`)")
-    rng, space = np.random.default_rng(args.seed), env.action_space
-
-    def demonstration(attempt: int) -> tuple | None:
-        observations, steps, done = [env.reset(seed=episode_seed(args.seed, 2, attempt))[0]], [], False
-        while not done:
-            action = np.asarray(env.unwrapped.expert_action(), space.dtype)
-            noise = args.demo_noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
-            executed = np.clip(action + noise, space.low, space.high).astype(space.dtype)
-            obs, reward, terminated, truncated, info = env.step(executed)
-            observations.append(obs)
-            steps.append((action, float(reward), terminated, truncated))
-            done = terminated or truncated
-        parts = (each(lambda *xs: np.stack(xs), *observations), *map(np.array, zip(*steps, strict=True)))
-        return None if success(info) == 0 else parts
-
-    def demonstrations() -> Iterator[tuple]:
-        with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
-            for attempt in range(10 * args.demos):
-                if parts := demonstration(attempt):
-                    yield parts
-                    bar.update()
-                if bar.n == args.demos:
-                    return
-        fail(f"--demo-noise {args.demo_noise}: the scripted expert fails too often; lower it")
-
-    return store(dataset_id, demonstrations(), env=env.spec, algorithm_name="scripted expert", description=settings)
-
-
-def convert_hdf5(args: Args, path: Path) -> str:
-    """A file of D4RL's or robomimic's layout as a local Minari dataset, named by the file's contents."""
-    import h5py
-    import minari
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    kind = "robomimic" if ROBOMIMIC.fullmatch(args.env_name) else "d4rl"
-    name, version = (args.env_name, "v15") if kind == "robomimic" else args.env_name.rsplit("-", 1)
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
-        dataset_id = f"{kind}/{name}-{digest}-{version}"
-        if dataset_id in minari.list_local_datasets():
-            return dataset_id
-        check_space(get_dataset_path(), 1.5 * path.stat().st_size, dataset_id)
-        print(f"converting {path} to the Minari dataset {dataset_id}", flush=True)
-        with h5py.File(path) as file:
-            return (store_robomimic if kind == "robomimic" else store_d4rl)(dataset_id, args.env_name, file)
-    except FileNotFoundError:
-        fail(f"--dataset-path {path}: there is no such file")
-    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:  # h5py's for missing or damaged parts
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        fail(f"{path}: is cut off, damaged or not of {kind}'s layout ({error}); delete it and fetch it again")
-
-
-def store_d4rl(dataset_id: str, name: str, file) -> str:
-    """Rows (N, ...) of D4RL cut into episodes, d4rl/__init__.py:69-140 and qc d4rl_utils.py:16-58."""
-    keys = ("observations", "actions", "rewards", "terminals")
-    if missing := [key for key in keys if key not in file]:
-        raise KeyError(f"there is no {', '.join(missing)}")
-    observations, actions, rewards, terminals = (file[key][:] for key in keys)
-    rewards, terminals = rewards.reshape(-1), terminals.reshape(-1).astype(bool)
-    if len({len(x) for x in (observations, actions, rewards, terminals)}) > 1 or not len(rewards):
-        raise ValueError(f"{', '.join(keys)} are not of one length above 0")
-    task, steps, worst, best = D4RL_TASKS[
-        name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]
-    ]
-    following = file["next_observations"][:] if "next_observations" in file else None
-    ends = np.zeros_like(terminals) if name.startswith("antmaze") else terminals.copy()  # a goal does not end antmaze
-    if "timeouts" in file:
-        ends |= file["timeouts"][:].reshape(-1).astype(bool)
-    if following is not None:
-        ends[:-1] |= np.abs(observations[1:] - following[:-1]).max(-1) > 1e-6
-    ends[-1], first = True, 0
-    for row in range(len(ends)) if "timeouts" not in file else ():  # cut where the time limit must have been
-        ends[row] |= row - first + 1 == steps
-        first = row + 1 if ends[row] else first
-
-    def episodes() -> Iterator[tuple]:
-        first = 0
-        for last in np.flatnonzero(ends):
-            # Nothing follows the last row. A terminated episode does not need it; another one loses its last action,
-            # as in D4RL, unless the file has next_observations.
-            known = following is not None or terminals[last]
-            rows = slice(first, last + known)
-            after = following[last] if following is not None else observations[last]
-            truncations = np.arange(first, last + known) == last - (not known)
-            if len(truncations):
-                obs = np.concatenate([observations[first : last + known], after[None]])
-                yield obs, actions[rows], rewards[rows], terminals[rows], truncations & ~terminals[rows]
-            first = last + 1
-
-    spec, low = None, -np.ones(actions.shape[1:], np.float32)
-    with contextlib.suppress(gym.error.Error, ImportError):  # no gymnasium-robotics: no evaluation
-        spec = dataclasses.replace(gym.spec(task), max_episode_steps=steps) if task else None
-    box = spaces.Box(-np.inf, np.inf, observations.shape[1:], observations.dtype)
-    options = {"env": spec, "observation_space": box, "action_space": spaces.Box(low, -low)}
-    return store(
-        dataset_id, episodes(), {"ref_min_score": worst, "ref_max_score": best, "reference": "D4RL"}, **options
-    )
-
-
-def store_robomimic(dataset_id: str, name: str, file) -> str:
-    """data/demo_I of robomimic: low-dimensional observations in one vector, qc robomimic_utils.py:111-137. With the
-    environment's settings, and the numbers of the validation episodes where the file names some."""
-    names = sorted(file["data"], key=lambda demo: int(demo.removeprefix("demo_")))
-    if not names:
-        raise ValueError("it has no demonstrations")
-    first = file["data"][names[0]]
-    arms = [arm for arm in ("robot0", "robot1") if f"{arm}_eef_pos" in first["obs"]]
-    keys = [f"{arm}_{key}" for arm in arms for key in ROBOMIMIC_KEYS] + ["object"]
-    env_args = json.loads(file["data"].attrs["env_args"])
-    settings = {"env_args": {key: env_args[key] for key in ("env_name", "env_kwargs")}, "keys": keys}
-    about = {"robomimic": json.dumps(settings | {"task": name.partition("-")[0]})}
-    if "mask/valid" in file:
-        about["validation"] = [names.index(demo.decode()) for demo in file["mask/valid"][:]]
-
-    def episodes() -> Iterator[tuple]:
-        for demo in (file["data"][demo] for demo in names):
-            obs = np.concatenate([demo["obs"][key][:] for key in keys], -1)  # (T, O)
-            last = demo["next_obs"] if "next_obs" in demo else demo["obs"]
-            obs = np.concatenate([obs, np.concatenate([last[key][-1:] for key in keys], -1)])
-            terminations = demo["dones"][:].astype(bool)
-            truncations = np.arange(1, len(terminations) + 1) == len(terminations)
-            yield obs, demo["actions"][:], demo["rewards"][:], terminations, truncations & ~terminations
-
-    box = spaces.Box(-np.inf, np.inf, (sum(first["obs"][key].shape[-1] for key in keys),), np.float64)
-    low = -np.ones(first["actions"].shape[1:], np.float32)
-    return store(dataset_id, episodes(), about, observation_space=box, action_space=spaces.Box(low, -low))
-
-
-def convert_ogbench(args: Args) -> tuple[str, str]:
-    """Training and validation part of an OGBench dataset, through its own package, as local Minari datasets."""
-    import minari
-
-    name, version = args.env_name.rsplit("-", 1)
-    ids = f"ogbench/{name}-{version}", f"ogbench/{name}-val-{version}"
-    if set(ids) <= set(minari.list_local_datasets()):
-        return ids
-    try:
-        import ogbench
-
-        env, *parts = ogbench.make_env_and_datasets(args.env_name)
-    except ImportError:
-        fail(f"--env-name {args.env_name}: pip install ogbench")
-    except (OSError, ValueError, KeyError, gym.error.Error) as error:
-        ways_on = WAYS_ON.format("load it on another machine, and copy ~/.ogbench/data from there")
-        fail(f"--env-name {args.env_name}: ogbench says {error}; {ways_on}")
-
-    def episodes(part: dict) -> Iterator[tuple]:
-        first = 0
-        for last in np.flatnonzero(part["terminals"]):
-            rows, first = slice(first, last + 1), last + 1
-            obs = np.concatenate([part["observations"][rows], part["next_observations"][last : last + 1]])
-            terminations = part["masks"][rows] == 0
-            truncations = (np.arange(1, len(terminations) + 1) == len(terminations)) & ~terminations
-            yield obs, part["actions"][rows], part["rewards"][rows], terminations, truncations
-
-    box = {"observation_space": env.observation_space, "action_space": env.action_space}
-    for dataset_id, part in zip(ids, parts, strict=True):
-        store(dataset_id, episodes(part), {"ogbench": args.env_name}, **box)
-    return ids
-
-
-def check_space(folder: Path, size: float, what: str) -> None:
-    """Exits with one line when `size` bytes are not free: HDF5 does not survive a full disk."""
-    if (free := shutil.disk_usage(folder).free) < size:
-        fail(f"{folder}: {free / 1e6:.0f} MB are free, {what} needs {size / 1e6:.0f}; make room")
-
-
-def reachable(url: str, timeout_s: float = 4.0) -> bool:
-    """Whether the server of this address takes connections; True without a try where a proxy is set."""
-    parts, answers = urllib.parse.urlsplit(url), []
-
-    def connect() -> None:
-        with contextlib.suppress(OSError):
-            port = parts.port or (443 if parts.scheme == "https" else 80)
-            answers.append(socket.create_connection((parts.hostname, port), timeout_s))
-
-    if urllib.request.getproxies().get(parts.scheme):
-        return True
-    thread = threading.Thread(target=connect, daemon=True)  # looking up a name has no time limit of its own
-    thread.start()
-    thread.join(timeout_s)
-    for connection in answers:
-        connection.close()
-    return bool(answers)
-
-
-def download_d4rl(args: Args, path: str) -> Path:
-    """The file of a D4RL dataset, in the folder where the d4rl package keeps it too; downloaded once."""
-    from tqdm import tqdm
-
-    folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
-    url, target = f"{args.d4rl_url}/{path}", folder / Path(path).name
-    if target.exists():
-        return target
-    if not reachable(url):
-        fail(f"--env-name {args.env_name}: {url} cannot be reached; {WAYS_ON.format(FETCH)}")
-    folder.mkdir(parents=True, exist_ok=True)
-    part, written = target.with_name(f"{target.name}.{os.getpid()}.part"), 0
-    try:
-        with urllib.request.urlopen(url, timeout=20) as response, part.open("wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            check_space(folder, 2.5 * size, f"{target.name}, with its conversion,")
-            with tqdm(total=size or None, desc=target.name, unit="B", unit_scale=True) as bar:
-                while block := response.read(1 << 20):
-                    written += file.write(block)
-                    bar.update(len(block))
-        if written != size != 0:
-            fail(f"{url}: the connection ended after {written} of {size} bytes; run the command again")
-        part.replace(target)
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
-        fail(f"--env-name {args.env_name}: {url}: {' '.join(str(error).split())}; {WAYS_ON.format(FETCH)}")
-    finally:
-        part.unlink(missing_ok=True)
-    return target
-
-
-def download_minari(args: Args) -> str:
-    """A dataset of Minari's public collection, or of the one that MINARI_REMOTE names."""
-    import minari
-
-    name, hub = args.env_name, os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    ways_on = f"`minari download {name}` on another machine, and copy ~/.minari/datasets/{name} from there"
-    ways_on = WAYS_ON.format(ways_on)
-    if not os.environ.get("MINARI_REMOTE") and not reachable(hub):
-        fail(f"--env-name {name}: is not here, and {hub} cannot be reached{nearest(name)}; {ways_on}")
-    try:
-        minari.load_dataset(name, download=True)
-    except ImportError:
-        fail(f"--env-name {name}: pip install huggingface_hub, Minari downloads with it")
-    except Exception as error:  # noqa: BLE001  the hub's client raises errors of several libraries
-        fail(f"--env-name {name}: {' '.join(str(error).split())[:200]}{nearest(name)}; {ways_on}")
-    return name
-
-
-class StoredImages:
-    """Images (N, H, W, C) that stay in a Minari dataset's HDF5 file; indexed like an array, in any worker process."""
-
-    def __init__(self, dataset, key: str, space: spaces.Box, lengths: dict[int, int]):
-        self.path, self.key, self.shape = hdf5_file(dataset), key, (sum(lengths.values()), *space.shape)
-        self.jpeg = dataset.storage.jpeg_encoding and min(space.shape[:2]) >= 32  # as Minari decides
-        self.episodes, self.firsts = list(lengths), np.cumsum([0, *lengths.values()])
-        self.pid, self.file = 0, None
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"pid": 0, "file": None}
-
-    def __getitem__(self, rows) -> np.ndarray:
-        import h5py
-        from imageio.v3 import imread
-
-        if self.pid != os.getpid():  # a handle must not be used in two processes
-            self.pid, self.file = os.getpid(), h5py.File(self.path)
-        rows = np.asarray(rows)
-        images = np.empty((rows.size, *self.shape[1:]), np.uint8)
-        for out, row in zip(images, rows.flat, strict=True):
-            number = np.searchsorted(self.firsts, row, "right") - 1
-            data = self.file[f"episode_{self.episodes[number]}/{self.key}"][row - self.firsts[number]]
-            out[:] = imread(data.tobytes(), extension=".jpg") if self.jpeg else data
-        return images.reshape(*rows.shape, *self.shape[1:])
-
-
-def hdf5_file(dataset) -> Path:
-    return Path(dataset.storage.data_path) / "main_data.hdf5"
-
-
 class Dataset(dict):
     """Rows in the layout of Q-chunking: observations, actions, rewards, terminals (1 where an episode ends), masks
     (0 where it terminated), and next_observations where observations are not images; all (N, ...)."""
 
-    source, frame_stack = None, 1  # the Minari dataset that it was read from; steps in an observation
+    source = None  # the Minari dataset that it was read from
+    box = None  # the actions of that dataset that are -1 and 1 here
+    args = None  # the flags that it was read with
 
     @classmethod
     def create(cls, **fields) -> "Dataset":
@@ -1098,9 +482,11 @@ class Dataset(dict):
 
     def stacked(self, idxs: np.ndarray):
         """Observations (B, ...) of rows, those of the last steps of the episode stacked; qc utils/datasets.py:74."""
-        if self.frame_stack == 1:
+        frames = self.args.frame_stack if self.args else 1
+        if frames == 1:
             return each(lambda x: x[idxs], self["observations"])
-        rows = np.maximum(idxs[:, None] - np.arange(self.frame_stack)[::-1], self.bounds()[0][idxs][:, None])
+        first, _ = self.bounds()
+        rows = np.maximum(idxs[:, None] - np.arange(frames)[::-1], first[idxs][:, None])
         return each(lambda x: np.concatenate([x[row] for row in rows.T], -1), self["observations"])
 
     def sample(self, batch_size: int, idxs: np.ndarray | None = None) -> dict:
@@ -1109,9 +495,9 @@ class Dataset(dict):
             idxs = np.random.randint(self.size, size=batch_size)  # noqa: NPY002  seeded by main, as the original
         batch = {key: each(lambda x: x[idxs], value) for key, value in self.items() if key != "observations"}
         batch["observations"] = self.stacked(idxs)
-        if self.frame_stack > 1 and "next_observations" in batch:
+        if "next_observations" in batch:
             following = batch["next_observations"]
-            kept = batch["observations"][..., following.shape[-1] :]
+            kept = batch["observations"][..., following.shape[-1] :]  # of a stack, all but the oldest
             batch["next_observations"] = np.concatenate([kept, following], -1)
         return batch
 
@@ -1130,7 +516,8 @@ class Dataset(dict):
             idxs = np.random.randint(self.size - sequence_length + 1, size=batch_size)  # noqa: NPY002
         rows = idxs[:, None] + np.arange(sequence_length)  # (B, L)
         batch = {key: each(lambda x: x[rows], value) for key, value in self.items()}
-        batch["full_observations"], batch["observations"] = batch["observations"], self.stacked(idxs)
+        batch["full_observations"] = batch["observations"]
+        batch["observations"] = self.stacked(idxs)
         batch["next_actions"] = self["actions"][np.minimum(rows + 1, self.size - 1)]
         batch["rewards"] = (batch["rewards"] * discount ** np.arange(sequence_length)).cumsum(-1)
         batch["masks"] = np.minimum.accumulate(batch["masks"], -1)
@@ -1139,137 +526,88 @@ class Dataset(dict):
         return batch
 
 
-def image_spaces(space: spaces.Space, path: str = "observations") -> dict[str, spaces.Box]:
-    """Paths of the images in an episode, with their spaces."""
-    if isinstance(space, spaces.Dict):
-        return {k: v for key, part in space.items() for k, v in image_spaces(part, f"{path}/{key}").items()}
-    return {path: space} if is_image(space) else {}
+def collect_demos(args: Args) -> str:
+    """Demonstrations of the task's scripted expert, successes only, as a local Minari dataset; its id."""
+    settings = f"{args.env_name}, {args.demos} successes, noise 0.0, seed {args.seed}"
+    dataset_id = datasets.id_for("scripted", args.env_name, settings)
+    if datasets.is_local(dataset_id):
+        return dataset_id
+    env = envs.make(args.env_name, option="--env-name")
+    if not hasattr(env.unwrapped, "expert_action"):
+        fail(f"--env-name {args.env_name}: has no expert_action(); name a dataset of it (`minari list local`)")
+
+    def demonstrations() -> Iterator[tuple]:
+        attempts = 10 * args.demos
+        with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
+            for episode in envs.expert_episodes(attempts, env, args.seed, noise=0.0):
+                if success(episode.info) != 0:
+                    yield datasets.as_stored(episode)
+                    bar.update()
+                if bar.n == args.demos:
+                    return
+        fail(f"--env-name {args.env_name}: its scripted expert succeeds in {bar.n} of {attempts} episodes only")
+
+    about = {"env": gym.spec(args.env_name), "algorithm_name": "scripted expert", "description": settings}
+    return datasets.store(dataset_id, demonstrations(), **about)
 
 
-def stored_episodes(dataset, numbers: Iterable[int], on_disk: bool) -> Iterator[tuple]:
-    """(space, observations, actions, rewards, terminations) of episodes; `on_disk`: without their images."""
-    if not on_disk:
-        for episode in dataset.iterate_episodes(numbers):
-            parts = (episode.observations, episode.actions, episode.rewards, episode.terminations)
-            yield dataset.observation_space, *checked(f"{dataset.id}, episode {episode.id}", *parts)
-        return
-    import h5py
-
-    def without_images(space: spaces.Space) -> spaces.Dict:
-        parts = {k: without_images(v) if isinstance(v, spaces.Dict) else v for k, v in getattr(space, "items", dict)()}
-        return spaces.Dict({k: v for k, v in parts.items() if not is_image(v)})
-
-    def read(space: spaces.Space, group):
-        return {k: read(v, group[k]) for k, v in space.items()} if isinstance(space, spaces.Dict) else group[:]
-
-    space = without_images(dataset.observation_space)
-    with h5py.File(hdf5_file(dataset)) as file:
-        for number in numbers:
-            group = file[f"episode_{number}"]
-            parts = (group[key][:] for key in ("actions", "rewards", "terminations"))
-            yield space, *checked(f"{dataset.id}, episode {number}", read(space, group["observations"]), *parts)
+def dataset_ids(args: Args) -> tuple[str, str | None]:
+    """Ids of the local Minari datasets, for training and for validation, that `env_name` means."""
+    is_task = args.env_name in gym.registry and not args.dataset_path
+    if is_task and not datasets.is_local(args.env_name):
+        return collect_demos(args), None
+    return datasets.find_dataset(args.env_name, args.dataset_path, also_known=RECIPES)
 
 
-def load_rows(dataset, lengths: dict[int, int], args: Args, on_disk: bool) -> Dataset:
-    """Episodes {number: length} of a Minari dataset as rows, actions in [-1, 1]. Exits when they break the bounds."""
-    space, fields, row, total = dataset.action_space, {}, 0, sum(lengths.values())
-    low, high = space.low.astype(float), space.high.astype(float)
+def choose_episodes(dataset, returns: dict[int, float], held_out_too: bool, args: Args) -> tuple[list[int], list[int]]:
+    """Numbers of the episodes to learn from, and of those `held_out_too` for validation_fraction."""
+    held_out = []
+    if args.validation_fraction and held_out_too:
+        order = np.random.default_rng(args.seed).permutation(list(returns)).tolist()
+        count = math.ceil(args.validation_fraction * len(order))
+        held_out = dataset.storage.metadata.get("validation") or order[:count]
+    best_first = sorted(set(returns) - set(held_out), key=lambda number: (-returns[number], number))
+    kept = best_first[: math.ceil(args.top_fraction * len(best_first))]
+    if not kept:
+        fail(f"{dataset.id}: no episode is left to learn from; --validation-fraction {args.validation_fraction}")
+    return sorted(kept), sorted(held_out)
 
-    def put(field: np.ndarray, x: np.ndarray) -> None:
-        field[row : row + len(x)] = x
 
-    parts = stored_episodes(dataset, lengths, on_disk)
-    for number, (space, observations, actions, rewards, terminations) in zip(lengths, parts, strict=True):
-        actions = (2 * (actions - low) / (high - low) - 1).reshape(len(rewards), -1)  # (T, A)
-        if (reach := np.abs(actions).max()) > 1.001 and not args.clip_actions:
-            where = f"{dataset.id}, episode {number}: actions reach {reach:.3g} times the bounds {low} to {high}"
-            fail(f"{where}; --clip-actions clips them")
-        arranged = arrange(space, observations)  # (T + 1, ...)
-        values = {"observations": each(lambda x: x[:-1], arranged)}
-        values |= {} if isinstance(arranged, dict) else {"next_observations": arranged[1:]}
-        values |= {"actions": actions.clip(ACTION_CLIP_EPS - 1, 1 - ACTION_CLIP_EPS), "rewards": rewards}
-        values |= {"terminals": np.arange(1, len(rewards) + 1) == len(rewards), "masks": 1.0 - terminations}
-        dtypes = each(lambda x: np.uint8 if x.dtype == np.uint8 else np.float32, values)
-        fields = fields or each(lambda x, dtype: np.empty((total, *x.shape[1:]), dtype), values, dtypes)
-        each(put, fields, values)
-        row += len(rewards)
-    if on_disk:
-        states, _ = fields["observations"], fields.pop("next_observations", None)
-        fields["observations"] = states if isinstance(states, dict) else {"state": states}
-        for key, image in image_spaces(dataset.observation_space).items():
-            fields["observations"][image_name(key)] = StoredImages(dataset, key, image, lengths)
-    rows = Dataset.create(**fields)
-    rows.source, rows.frame_stack = dataset, args.frame_stack
+def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args: Args) -> Dataset:
+    """Episodes of a Minari dataset as rows, actions in [-1, 1]. Exits when they break the bounds."""
+    lengths = {number: len(rewards[number]) for number in numbers}
+    box = datasets.action_box(dataset, own_bounds=args.action_bounds == "data")
+    on_disk = datasets.images_stay_on_disk(dataset, args.data_loading)
+    clip = args.action_bounds == "clip"
+    rows = Dataset.create(**datasets.read_rows(dataset, lengths, arrange, box, clip, on_disk, ACTION_CLIP_EPS))
+    rows.source = dataset
+    rows.box = box
+    rows.args = args
     return rows
-
-
-def episode_rewards(dataset) -> dict[int, np.ndarray]:
-    """The rewards (T,) of every episode, where possible without reading the rest."""
-    if dataset.storage.FORMAT != "hdf5":
-        return {int(episode.id): np.asarray(episode.rewards) for episode in dataset.iterate_episodes()}
-    import h5py
-
-    with h5py.File(hdf5_file(dataset)) as file:
-        return {int(i): file[f"episode_{i}/rewards"][:] for i in dataset.episode_indices}
-
-
-def images_stay_on_disk(dataset, args: Args) -> bool:
-    """By --data-loading; auto: when the images would take more than half of the free memory."""
-    pixels = sum(math.prod(space.shape) for space in image_spaces(dataset.observation_space).values())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
-    too_large = args.data_loading == "auto" and pixels * int(dataset.total_steps) > free / 2
-    on_disk = pixels > 0 and (too_large or args.data_loading == "workers")
-    if on_disk and dataset.storage.FORMAT != "hdf5":
-        fail(f"{dataset.id}: is stored as {dataset.storage.FORMAT}, workers read hdf5; --data-loading memory")
-    return on_disk
 
 
 def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows of what `env_name` means; prints what the data is."""
-    import minari
-
-    dataset, validation = (minari.load_dataset(name) if name else None for name in find_dataset(args))
-    space = dataset.action_space
-    if not isinstance(space, spaces.Box) or not space.is_bounded():
-        fail(f"--env-name {args.env_name}: actions must be a bounded Box, {dataset.id} has {space}")
-    rewards, on_disk = episode_rewards(dataset), images_stay_on_disk(dataset, args)
+    train_id, validation_id = dataset_ids(args)
+    dataset = datasets.open_dataset(train_id)
+    rewards = datasets.episode_rewards(dataset)
     returns = {number: float(values.sum()) for number, values in rewards.items()}
-    held_out = []
-    if args.validation_fraction and validation is None:
-        order = np.random.default_rng(args.seed).permutation(list(returns)).tolist()
-        count = math.ceil(args.validation_fraction * len(order))
-        held_out = dataset.storage.metadata.get("validation") or order[:count]
-    kept = sorted(set(returns) - set(held_out), key=lambda number: (-returns[number], number))
-    kept = sorted(kept[: math.ceil(args.top_fraction * len(kept))])
-    if not kept:
-        fail(f"{dataset.id}: no episode is left to learn from; --validation-fraction {args.validation_fraction}")
-    train, val = load_rows(dataset, {i: len(rewards[i]) for i in kept}, args, on_disk), None
-    if validation is not None:
-        val = load_rows(validation, {i: len(x) for i, x in episode_rewards(validation).items()}, args, on_disk)
+    kept, held_out = choose_episodes(dataset, returns, validation_id is None, args)
+    train = load_rows(dataset, rewards, kept, args)
+    val = None
+    if validation_id is not None:
+        other = datasets.open_dataset(validation_id)
+        other_rewards = datasets.episode_rewards(other)
+        val = load_rows(other, other_rewards, list(other_rewards), args)
     elif held_out:
-        val = load_rows(dataset, {i: len(rewards[i]) for i in sorted(held_out)}, args, on_disk)
+        val = load_rows(dataset, rewards, held_out, args)
     if rank() == 0:
-        (worst, best), source = reference_scores(dataset)
-        scores = (
-            f"{source}'s references: score 0 is {worst:.6g}, 100 is {best:.6g}" if source else "no reference scores"
-        )
-        where = f"images read by {args.num_workers} workers" if on_disk else "in memory"
-        where += ", for memory is short" if on_disk and args.data_loading == "auto" else ""
-        size, used = f"{dataset.storage.get_size():.0f} MB, {where}", [returns[number] for number in kept]
-        print(f"data: {dataset.id}, {size}, {len(used)} of {len(returns)} episodes, {train.size:,} steps")
-        print(f"data: mean return {np.mean(used):.6g}, best {max(used):.6g}; {scores}", flush=True)
+        where = "in memory"
+        if datasets.images_stay_on_disk(dataset, args.data_loading):
+            short = ", for memory is short" if args.data_loading == "auto" else ""
+            where = f"images read by {args.num_workers} workers{short}"
+        datasets.describe(dataset, [returns[number] for number in kept], len(returns), train.size, where)
     return train, val
-
-
-def reference_scores(dataset) -> tuple[tuple[float, float], str]:
-    """Returns that count as 0 and 100, and whose they are: the dataset's own, or D4RL's for the same robot."""
-    about, task = dataset.storage.metadata, dataset.env_spec.id if dataset.env_spec else ""
-    if about.get("ref_max_score") is not None and about.get("ref_min_score") is not None:
-        return (about["ref_min_score"], about["ref_max_score"]), about.get("reference", "Minari")
-    for name, _, worst, best in D4RL_TASKS.values():
-        if name and task and name.rpartition("-")[0] == task.rpartition("-")[0]:
-            return (worst, best), "D4RL"
-    return (math.nan, math.nan), ""
 
 
 def make_env_and_datasets(env_name: str, args: Args | None = None):
@@ -1277,19 +615,22 @@ def make_env_and_datasets(env_name: str, args: Args | None = None):
     here, val_dataset where there is none. eval_env can render. qc envs/env_utils.py:91."""
     args = dataclasses.replace(args or Args(), env_name=env_name)
     train_dataset, val_dataset = load_datasets(args)
-    env = make_env(train_dataset.source, args)
-    return env, make_env(train_dataset.source, args, render=True) if env else None, train_dataset, val_dataset
+    env = make_env(train_dataset, args)
+    eval_env = None if env is None else make_env(train_dataset, args, render=True)
+    return env, eval_env, train_dataset, val_dataset
 
 
-def process_train_dataset(ds: Dataset, args: Args) -> Dataset:
+def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
     """First part only, robomimic's reward, sparse reward, in the order of qc main.py:108-136."""
+    args = args or ds.args or Args()
     if args.dataset_proportion < 1:
         size = int(ds.size * args.dataset_proportion)
         if size == 0:
             fail(f"--dataset-proportion {args.dataset_proportion}: leaves nothing of {ds.size} steps")
         for key, value in ds.items():
             ds[key] = each(lambda x: x if isinstance(x, StoredImages) else x[:size], value)
-    if ROBOMIMIC.fullmatch(args.env_name) or (args.env_name.startswith("antmaze") and args.env_name in d4rl_files()):
+    is_antmaze = args.env_name.startswith("antmaze") and datasets.is_d4rl(args.env_name)
+    if datasets.ROBOMIMIC.fullmatch(args.env_name) or is_antmaze:
         ds["rewards"] = ds["rewards"] - 1
     if args.sparse:
         if len(np.unique(ds["rewards"][:1000])) > 2:
@@ -1303,22 +644,22 @@ class Batches(torch.utils.data.Dataset):
     worker processes and several GPUs all draw the same."""
 
     def __init__(self, dataset: Dataset, args: Args, device: torch.device):
-        self.args, self.horizon = args, args.horizon_length if args.action_chunking else 1
-        self.count = dataset.size - self.horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
+        self.args = args
+        self.count = dataset.size - args.horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
         if self.count < 1:
-            fail(f"--horizon-length {self.horizon}: the data has only {dataset.size} steps")
-        observations = dataset["observations"]
-        arrays = list(observations.values()) if isinstance(observations, dict) else [observations]
+            fail(f"--horizon-length {args.horizon}: the data has only {dataset.size} steps")
+        arrays = [dataset["actions"], *datasets.arrays(dataset["observations"])]
         self.on_disk = any(isinstance(x, StoredImages) for x in arrays)
-        size = 0 if self.on_disk else sum(x.nbytes for x in (*arrays, dataset["actions"]))
-        fits = device.type == "cuda" and not self.on_disk and size < torch.cuda.mem_get_info()[0] / 2
+        fits = False
+        if device.type == "cuda" and not self.on_disk:
+            fits = sum(x.nbytes for x in arrays) < torch.cuda.mem_get_info()[0] / 2
         self.device = device if fits else torch.device("cpu")
+        self.observations = each(self.tensor, dataset["observations"])
+        self.actions = self.tensor(dataset["actions"])
+        self.starts, self.ends = map(self.tensor, dataset.bounds())
 
-        def tensor(x):
-            return x if isinstance(x, StoredImages) else torch.from_numpy(x).to(self.device)
-
-        self.observations, self.actions = each(tensor, dataset["observations"]), tensor(dataset["actions"])
-        self.starts, self.ends = map(tensor, dataset.bounds())
+    def tensor(self, x):
+        return x if isinstance(x, StoredImages) else torch.from_numpy(x).to(self.device)
 
     def rows(self, step: int) -> np.ndarray:
         """(B,) the rows of an update's samples, of this process."""
@@ -1327,7 +668,7 @@ class Batches(torch.utils.data.Dataset):
 
     def gather(self, rows: Tensor) -> tuple:
         """Observations (..., O), chunks (..., h * A) and their valid steps (..., h) at rows (...)."""
-        chunk = rows.unsqueeze(-1) + torch.arange(self.horizon, device=self.device)  # (..., h)
+        chunk = rows.unsqueeze(-1) + torch.arange(self.args.horizon, device=self.device)  # (..., h)
         back = torch.arange(self.args.frame_stack - 1, -1, -1, device=self.device)
         stack = torch.maximum(rows.unsqueeze(-1) - back, self.starts[rows].unsqueeze(-1))  # (..., N)
 
@@ -1343,32 +684,50 @@ class Batches(torch.utils.data.Dataset):
 
     def open(self, start: int, stop: int, pin_memory: bool) -> None:
         """Starts the workers, if images are on disk, for updates `start` to `stop`."""
-        if self.on_disk:
-            workers = self.args.num_workers
-            options = {"prefetch_factor": 4, "persistent_workers": True} if workers else {}
-            options |= {"batch_size": None, "sampler": range(start, stop), "num_workers": workers}
-            self.loader = iter(torch.utils.data.DataLoader(self, pin_memory=pin_memory, **options))
+        if not self.on_disk:
+            return
+        options = {"batch_size": None, "sampler": range(start, stop), "num_workers": self.args.num_workers}
+        if self.args.num_workers:
+            options |= {"prefetch_factor": 4, "persistent_workers": True}
+        self.loader = iter(torch.utils.data.DataLoader(self, pin_memory=pin_memory, **options))
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.loader = None
 
     def take(self, step: int, count: int, device: torch.device) -> tuple:
         """Samples of `count` updates from `step` on: observations (K, B, ...), chunks (K, B, hA), valid (K, B, h)."""
         if self.on_disk:
-            samples = zip(*(next(self.loader) for _ in range(count)), strict=True)
+            parts = zip(*(next(self.loader) for _ in range(count)))  # observations, chunks, valid of each update
 
             def moved(*xs: Tensor) -> Tensor:  # from pinned memory, so before they are stacked
                 return torch.stack([x.to(device, non_blocking=True) for x in xs])
 
-            return tuple(each(moved, *parts) for parts in samples)
-        rows = torch.from_numpy(np.stack([self.rows(step + k) for k in range(count)])).to(self.device)
-        return tuple(each(lambda x: x.to(device), part) for part in self.gather(rows))
+            return tuple(each(moved, *part) for part in parts)
+        rows = np.stack([self.rows(step + k) for k in range(count)])
+        samples = self.gather(torch.from_numpy(rows).to(self.device))
+        return tuple(each(lambda x: x.to(device), part) for part in samples)
+
+    def fixed(self, count: int, device: torch.device) -> tuple:
+        """The same samples (count, B, ...) at every call, to validate on."""
+        rows = np.random.default_rng(0).integers(self.count, size=(count, self.args.batch_size))
+        samples = self.gather(torch.from_numpy(rows).to(self.device))
+        return tuple(each(lambda x: x.to(device), part) for part in samples)
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
 class BCAgent:
     """Behaviour cloning of action chunks, as a flow (qc agents/acfql.py:54-81, 207-223) or a tanh-Gaussian."""
 
+    SHAPING = "policy action_chunking horizon_length use_fourier_features hidden_dims encoder frame_stack "
+    SHAPING += "normalize_observations"  # flags that a checkpoint must share
+
     def __init__(self, observation_shape, action_dim: int, args: Args, device: torch.device):
-        self.args, self.device, self.action_dim = args, device, action_dim
-        self.shape, self.horizon = observation_shape, args.horizon_length if args.action_chunking else 1
+        self.args = args
+        self.device = device
+        self.shape = observation_shape
+        self.action_dim = action_dim
+        self.horizon = args.horizon
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the network's initialisation
         self.actor = Policy(observation_shape, self.horizon * action_dim, args).to(device)
@@ -1378,18 +737,23 @@ class BCAgent:
         self.updates = torch.zeros((), device=device)  # float32 counts exactly up to 16 million
         options = {"weight_decay": args.weight_decay, "fused": True, "capturable": device.type == "cuda"}
         self.actor_optimizer = torch.optim.AdamW(self.parameters, self.lr, **options)
-        self.use_graph = args.compile and device.type == "cuda" and world_size() == 1
-        self.graph, self.launches, self.pool, self.parts = None, 0, None, args.grad_accum_steps
+        self.parts = args.grad_accum_steps
+        self.pool = None
         threads = max(1, args.threads // world_size())
-        if threads > 1 and device.type == "cpu":
+        if threads > 1 and device.type == "cpu":  # parts of a batch side by side beat threads inside each product
             self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-            self.parts *= threads  # a CPU computes parts side by side, which beats threads inside each product
+            self.parts *= threads
+        self.learn_launch = self.learn_eagerly
         if args.compile and device.type == "cuda":
             self.loss = torch.compile(self.loss)
+            if world_size() == 1:
+                self.learn_launch = Graphed(self.learn_eagerly, self.generator, eager=2)
 
     @classmethod
     def create(cls, observation_shape, action_dim: int, config: Args, device: torch.device | None = None) -> "BCAgent":
-        """`observation_shape`: (O,), or {"state": (S,), NAME: (H, W, C)} with images; `config`: BCAgentConfig()."""
+        """`observation_shape`: O, (O,), or {"state": (S,), NAME: (H, W, C)} with images; `config`: BCAgentConfig()."""
+        if isinstance(observation_shape, int):
+            observation_shape = (observation_shape,)
         return cls(observation_shape, action_dim, config, device or torch.device("cpu"))
 
     def observe(self, states: Tensor) -> None:
@@ -1412,20 +776,19 @@ class BCAgent:
 
     def step(self, observations, x_1: Tensor, valid: Tensor) -> Tensor:
         """One update; the loss. Noise is drawn for the samples of all processes, and each takes its own."""
-        shape = (len(x_1) * world_size(), x_1.shape[1])
+        own = slice(rank(), None, world_size())
+        count = len(x_1) * world_size()
         noise = {"generator": self.generator, "device": self.device}
-        draws = [torch.randn(shape, **noise), torch.rand(shape[0], 1, **noise)]
-        if isinstance(observations, dict) and self.args.random_crop:
-            offsets = torch.randint(0, 9, (shape[0], 2), **noise)[rank() :: world_size()]
-            observations = {k: v if k == "state" else random_crop(v, offsets, 4) for k, v in observations.items()}
-        inputs = (observations, x_1, valid, *(draw[rank() :: world_size()] for draw in draws))
-        count = min(self.parts, len(x_1))
-        parts = [tuple(each(lambda x, i=i: x.tensor_split(count)[i], x) for x in inputs) for i in range(count)]
-        weights = [len(part[1]) / len(x_1) for part in parts]
-        losses, gradients = zip(*(self.pool.map if self.pool else map)(self.gradient, parts, weights), strict=True)
-        loss = torch.stack(losses).sum()
-        for parameter, *terms in zip(self.parameters, *gradients, strict=True):
-            parameter.grad = sum(terms[1:], terms[0])
+        x_0 = torch.randn(count, x_1.shape[1], **noise)[own]
+        t = torch.rand(count, 1, **noise)[own]
+        if isinstance(observations, dict):
+            offsets = torch.randint(0, 2 * CROP_PADDING + 1, (count, 2), **noise)[own]
+            for name, x in observations.items():
+                if name != "state":
+                    observations = observations | {name: random_crop(x, offsets, CROP_PADDING)}
+        loss, gradients = self.gradient(observations, x_1, valid, x_0, t)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
         if world_size() > 1:
             loss = self.average_gradients(loss)
         if self.args.lr_schedule == "cosine":
@@ -1439,11 +802,21 @@ class BCAgent:
                 mean.lerp_(parameter.detach(), weight)
         return loss
 
-    def gradient(self, samples: tuple, weight: float) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The loss of a part of the batch times its weight, and its gradient."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
-            loss = weight * self.loss(*samples)
-        return loss.detach(), torch.autograd.grad(loss, self.parameters)
+    def gradient(self, *inputs) -> tuple[Tensor, list[Tensor]]:
+        """Loss and gradient of a batch, computed in parts: one after the other, or side by side on a CPU's threads."""
+        size = len(inputs[1])
+        count = min(self.parts, size)
+
+        def part(i: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+            samples = [each(lambda x: x.tensor_split(count)[i], x) for x in inputs]
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp):
+                loss = len(samples[1]) / size * self.loss(*samples)
+            return loss.detach(), torch.autograd.grad(loss, self.parameters)
+
+        run = self.pool.map if self.pool else map
+        losses, gradients = zip(*run(part, range(count)))
+        sums = [sum(terms[1:], terms[0]) for terms in zip(*gradients)]
+        return torch.stack(losses).sum(), sums
 
     def average_gradients(self, loss: Tensor) -> Tensor:
         """Mean of gradients and loss over the processes, in one message."""
@@ -1456,50 +829,40 @@ class BCAgent:
 
     def learn(self, samples: tuple) -> dict[str, Tensor]:
         """K updates from `Batches.take`; their mean loss, and the size of the last gradient, as detached tensors."""
-        return (self.replay if self.use_graph else self.learn_eagerly)(samples)
+        observations, chunks, valid = samples
+        whole = len(chunks) == UPDATES_PER_LAUNCH
+        return (self.learn_launch if whole else self.learn_eagerly)(*datasets.arrays(observations), chunks, valid)
 
-    def learn_eagerly(self, samples: tuple) -> dict[str, Tensor]:
-        losses = [self.step(*(each(lambda x, k=k: x[k], x) for x in samples)) for k in range(len(samples[1]))]
-        loss, gradients = torch.stack(losses).mean(), [p.grad for p in self.parameters]
-        name = "actor/bc_flow_loss" if self.args.policy == "flow" else "actor/bc_nll_loss"
-        info = {"actor/actor_loss": loss, name: loss.clone(), "lr": self.lr.clone()}
-        info["grad/norm"] = torch.stack(torch._foreach_norm(gradients)).sum()  # of leaves, qc utils/flax_utils.py:145
-        info["grad/max"] = torch.stack([g.max() for g in gradients]).max()
-        return info | {"grad/min": torch.stack([g.min() for g in gradients]).min()}
-
-    def replay(self, samples: tuple) -> dict[str, Tensor]:
-        """`learn_eagerly` as one CUDA graph; the first launches run as usual on a side stream, then one is captured."""
-        if len(samples[1]) != self.args.updates_per_launch or self.launches < 2:
-            self.launches += 1
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                info = self.learn_eagerly(samples)
-            torch.cuda.current_stream().wait_stream(stream)
-            return info
-        if self.graph is None:
-            static_samples, graph = tuple(each(torch.clone, x) for x in samples), torch.cuda.CUDAGraph()
-            graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # the loader pins memory meanwhile
-                info = self.learn_eagerly(static_samples)
-            self.graph = graph, static_samples, info
-        graph, static_samples, info = self.graph
-        for static, x in zip(static_samples, samples, strict=True):
-            each(lambda a, b: a.copy_(b), static, x)
-        graph.replay()
-        return info
+    def learn_eagerly(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """`tensors`: observations (K, B, ...), by name where they are several; chunks (K, B, hA); valid (K, B, h)."""
+        *observations, chunks, valid = tensors
+        losses = []
+        for k in range(len(chunks)):
+            obs = [x[k] for x in observations]
+            obs = dict(zip(self.shape, obs, strict=True)) if isinstance(self.shape, dict) else obs[0]
+            losses.append(self.step(obs, chunks[k], valid[k]))
+        loss = torch.stack(losses).mean()
+        gradients = [p.grad for p in self.parameters]
+        return {
+            "actor/actor_loss": loss,
+            "actor/bc_flow_loss" if self.args.policy == "flow" else "actor/bc_nll_loss": loss.clone(),
+            "lr": self.lr.clone(),
+            "grad/norm": torch.stack(torch._foreach_norm(gradients)).sum(),  # of leaves, qc utils/flax_utils.py:145
+            "grad/max": torch.stack([g.max() for g in gradients]).max(),
+            "grad/min": torch.stack([g.min() for g in gradients]).min(),
+        }
 
     def update(self, batch: dict) -> dict[str, float]:
         """One update, in place, from a batch (B, ...) of Dataset.sample, or with chunks of Dataset.sample_sequence."""
-        observations = self.tensors(batch["observations"])
         actions = torch.as_tensor(np.asarray(batch["actions"]), dtype=torch.float32, device=self.device)
         valid = torch.ones(len(actions), 1, device=self.device)
         if self.args.action_chunking:
             valid = torch.as_tensor(np.asarray(batch["valid"]), dtype=torch.float32, device=self.device)
         elif actions.ndim == 3:
             actions = actions[:, 0]  # qc agents/acfql.py:59
-        samples = (each(lambda x: x.unsqueeze(0), x) for x in (observations, actions.flatten(1), valid))
-        return {key: float(value) for key, value in self.learn(tuple(samples)).items()}
+        samples = (self.tensors(batch["observations"]), actions.flatten(1), valid)
+        info = self.learn(tuple(each(lambda x: x.unsqueeze(0), x) for x in samples))
+        return {key: float(value) for key, value in info.items()}
 
     def batch_update(self, batch: dict) -> dict[str, float]:
         """As many updates as the batch's leading axis is long, (U, B, ...); the mean of their infos."""
@@ -1507,29 +870,34 @@ class BCAgent:
         return {key: float(np.mean([info[key] for info in infos])) for key in infos[0]}
 
     def tensors(self, observations):
-        """Observations on the device, states as float32."""
+        """Observations on the device, states as float32, in the order of their shapes."""
+        if isinstance(self.shape, dict):
+            observations = {name: observations[name] for name in self.shape}
         tensors = each(lambda x: torch.as_tensor(np.asarray(x), device=self.device), observations)
         return each(lambda x: x if x.dtype == torch.uint8 else x.float(), tensors)
 
     @torch.inference_mode()
     def sample_actions(self, observations, rng: torch.Generator | None = None, noise=None) -> np.ndarray:
         """Chunks (..., h * A) in [-1, 1] for one observation or a batch. A flow starts at `noise`, drawn if None."""
-        x, name = self.tensors(observations), next(iter(observations)) if isinstance(observations, dict) else None
-        single = x[name].ndim == len(self.shape[name]) if name else x.ndim == len(self.shape)
-        features = self.mean_actor.encoder(each(lambda x: x.unsqueeze(0), x) if single else x)  # (B, F)
+        x = self.tensors(observations)
+        single = len(datasets.arrays(x)[0].shape) == len(datasets.arrays(self.shape)[0])
+        if single:
+            x = each(lambda x: x.unsqueeze(0), x)
+        features = self.mean_actor.encoder(x)  # (B, F)
         if self.args.policy == "gaussian":
             actions = self.mean_actor.head(features)[0].tanh()
         else:
             shape = (len(features), self.horizon * self.action_dim)
             if noise is None:
                 noise = torch.randn(shape, generator=rng or self.generator, device=self.device)
-            x = torch.as_tensor(noise, dtype=torch.float32, device=self.device).reshape(shape)
-            actions = self.integrate(features, x).clamp(-1, 1)
+            x_0 = torch.as_tensor(noise, dtype=torch.float32, device=self.device).reshape(shape)
+            actions = self.integrate(features, x_0).clamp(-1, 1)
         return (actions[0] if single else actions).cpu().numpy()
 
     def integrate(self, features: Tensor, x: Tensor) -> Tensor:
         """From noise (B, h * A) along the velocity to actions, by Euler's or Heun's method."""
-        dt, velocity_at = 1 / self.args.flow_steps, self.mean_actor.head
+        dt = 1 / self.args.flow_steps
+        velocity_at = self.mean_actor.head
         for i in range(self.args.flow_steps):
             velocity = velocity_at(features, x, torch.full_like(x[:, :1], i * dt))
             # The last step is Euler's, as the field is not smooth at t = 1; arXiv:2206.00364 algorithm 1.
@@ -1539,29 +907,45 @@ class BCAgent:
             x = x + dt * velocity
         return x
 
+    def act(self, observations: list, rngs: list[np.random.Generator]) -> np.ndarray:
+        """Actions (N, k, A) to execute next in N episodes, whose generators give the noise."""
+        noise = np.stack([rng.standard_normal(self.horizon * self.action_dim) for rng in rngs])
+        chunks = self.sample_actions(each(lambda *xs: np.stack(xs), *observations), noise=noise)
+        return chunks.reshape(len(rngs), self.horizon, -1)[:, : self.args.execution_horizon or None]
+
     @torch.inference_mode()
     def validation_loss(self, samples: tuple) -> float:
         """The loss of the averaged policy on samples (K, B, ...), with the same noise at every call."""
-        noise, losses = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}, []
+        noise = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}
+        losses = []
         learned, self.actor = self.actor, self.mean_actor
         for k, x_1 in enumerate(samples[1]):
-            draws = torch.randn(x_1.shape, **noise), torch.rand(len(x_1), 1, **noise)
-            losses.append(self.loss(*(each(lambda x, k=k: x[k], x) for x in samples), *draws))
+            x_0 = torch.randn(x_1.shape, **noise)
+            t = torch.rand(len(x_1), 1, **noise)
+            batch = [each(lambda x: x[k], part) for part in samples]  # noqa: B023
+            losses.append(self.loss(*batch, x_0, t))
         self.actor = learned
         return float(torch.stack(losses).mean())
 
     def state_dict(self) -> dict:
         """The note's keys, critics empty as there are none, and what an exact continuation needs."""
-        state = {"actor": self.actor.state_dict(), "critic": {}, "target_critic": {}, "critic_optimizer": {}}
-        state |= {"actor_optimizer": self.actor_optimizer.state_dict(), "step": int(self.updates)}
-        state |= {"config": dataclasses.asdict(self.args), "generator": self.generator.get_state()}
-        return state | {"mean_actor": self.mean_actor.state_dict() if self.args.ema else {}}
+        return {
+            "actor": self.actor.state_dict(),
+            "critic": {},
+            "target_critic": {},
+            "actor_optimizer": self.actor_optimizer.state_dict(),
+            "critic_optimizer": {},
+            "config": dataclasses.asdict(self.args),
+            "step": int(self.updates),
+            "generator": self.generator.get_state(),
+            "mean_actor": self.mean_actor.state_dict() if self.args.ema else {},
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError, ValueError or RuntimeError when the state is of another network."""
-        names = "policy action_chunking horizon_length use_fourier_features hidden_dims layer_norm encoder frame_stack"
-        for name in [*names.split(), "normalize_observations"]:
-            if (theirs := state["config"][name]) != (ours := getattr(self.args, name)):
+        for name in self.SHAPING.split():
+            theirs, ours = state["config"][name], getattr(self.args, name)
+            if theirs != ours:
                 raise ValueError(f"was saved with {flag(name)} {theirs}, not {ours}")
         self.actor.load_state_dict(state["actor"])
         if state["mean_actor"] and self.mean_actor is self.actor:  # a config without ema: what is evaluated is averaged
@@ -1571,71 +955,38 @@ class BCAgent:
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         group = self.actor_optimizer.param_groups[0]
         self.lr.copy_(torch.as_tensor(group["lr"]))
-        group["lr"], group["capturable"] = self.lr, self.device.type == "cuda"
+        group["lr"] = self.lr
+        group["capturable"] = self.device.type == "cuda"
         self.updates.fill_(state["step"])
         if state["generator"].shape == self.generator.get_state().shape:
             self.generator.set_state(state["generator"].cpu())
         else:  # written on a GPU and read on a CPU, or the other way: the run goes on, with other random numbers
             self.generator.manual_seed(self.args.seed + state["step"])
 
-    def save(self, path: str | Path, **more) -> None:
-        """Writes a checkpoint that loads with weights_only=True; `more`: plain entries beside the agent's."""
+    def save(self, path: str | Path) -> None:
+        """Writes a checkpoint that loads with weights_only=True."""
         data = io.BytesIO()
-        torch.save(self.state_dict() | more, data)
+        torch.save(self.state_dict(), data)
         write_atomically(Path(path), data.getbuffer())
 
-    def load(self, path: str | Path) -> dict:
-        """Takes over a checkpoint, and returns it. Exits when it is damaged or of another network."""
+    def load(self, path: str | Path) -> None:
+        """Takes over a checkpoint of `save`. Raises OSError when it is not there, ValueError when it is damaged or of
+        another network."""
         try:
             with warnings.catch_warnings(action="ignore"):  # it advises to load without weights_only
                 state = torch.load(path, map_location=self.device, weights_only=True)
-        except FileNotFoundError:
-            fail(f"{path}: there is no such checkpoint")
-        except Exception as error:  # noqa: BLE001  a damaged file raises what it likes
-            fail(f"{path}: damaged, cannot be read ({type(error).__name__}); use an older one, or start a new run")
+        except OSError:
+            raise
+        except Exception as error:  # a damaged file raises what it likes
+            raise ValueError(f"{path}: damaged, cannot be read ({type(error).__name__}); use another one") from error
         try:
             self.load_state_dict(state)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            fail(f"{path}: does not fit this task and these flags ({' '.join(str(error).split())[:300]})")
-        return state
+            what = " ".join(str(error).split())[:300]
+            raise ValueError(f"{path}: does not fit this task and these flags ({what})") from error
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
-def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", math.nan)))
-
-
-class Episode:
-    """One evaluation episode in progress; `frame_skip`: steps per rendered frame, 0 for no video."""
-
-    def __init__(self, env: gym.Env, number: int, seed: int, frame_skip: int):
-        self.env, self.number, self.frame_skip = env, number, frame_skip
-        self.rng = np.random.default_rng(episode_seed(seed, 1, number))  # noise, whatever else runs side by side
-        self.obs, _ = env.reset(seed=episode_seed(seed, 1, number))
-        self.queue, self.done, self.frames, self.trajectory = deque(), False, [], defaultdict(list)
-
-    def step(self, keep_observations: bool) -> None:
-        """Executes the next action of the queue."""
-        action = self.queue.popleft()
-        next_obs, reward, terminated, truncated, self.info = self.env.step(action)
-        self.done = terminated or truncated
-        step = {"action": action, "reward": float(reward), "done": float(self.done)}
-        if keep_observations:
-            step |= {"observation": self.obs, "next_observation": next_obs, "info": self.info}
-        for key, value in step.items():
-            self.trajectory[key].append(value)
-        if self.frame_skip and (len(self.trajectory["done"]) % self.frame_skip == 0 or self.done):
-            self.frames.append(self.env.render())
-        self.obs = next_obs
-
-    def scalars(self) -> dict[str, float]:
-        """Return, length and success, and the numbers of the last info, as qc evaluation.py:120."""
-        rewards, number = self.trajectory["reward"], (int, float, np.number, np.bool_)
-        known = {"episodic_return": sum(rewards), "episodic_length": len(rewards), "success_rate": success(self.info)}
-        return known | {key: float(value) for key, value in self.info.items() if isinstance(value, number)}
-
-
 def evaluate(
     agent: BCAgent,
     env: gym.Env | list[gym.Env],
@@ -1644,356 +995,166 @@ def evaluate(
     num_video_episodes: int = 0,
     video_frame_skip: int = 3,
     seed: int = 0,
-    keep_observations: bool = True,
 ) -> tuple[dict[str, float], list[dict], list[np.ndarray]]:
-    """Means over seeded episodes, their trajectories, and frames (T, H, W, 3) of the video episodes after them.
+    """Means over seeded episodes, their trajectories, and frames (T, H, W, 3) of video episodes beside them.
 
     With several environments the episodes run side by side; the policy is asked only for those whose queue of actions
     is used up, for all of them in one batch. The outcome of an episode does not depend on the others.
     """
-    envs, total = env if isinstance(env, list) else [env], num_eval_episodes + num_video_episodes
-    if num_video_episodes and envs[0].render_mode != "rgb_array":
-        fail("evaluate: num_video_episodes needs an environment made with render_mode='rgb_array'")
-    waiting, finished = iter(range(total)), []
-
-    def begin(free: gym.Env) -> list[Episode]:
-        numbers = [] if (number := next(waiting, None)) is None else [number]
-        return [Episode(free, n, seed, video_frame_skip if n >= num_eval_episodes else 0) for n in numbers]
-
-    running = [episode for free in envs for episode in begin(free)]
-    while running:
-        if asking := [episode for episode in running if not episode.queue]:
-            observations = each(lambda *xs: np.stack(xs), *(episode.obs for episode in asking))
-            noise = np.stack([episode.rng.standard_normal(agent.horizon * action_dim) for episode in asking])
-            chunks = agent.sample_actions(observations, noise=noise).reshape(len(asking), -1, action_dim)
-            for episode, chunk in zip(asking, chunks, strict=True):
-                episode.queue.extend(chunk[: agent.args.execution_horizon or None])
-        for episode in running:
-            episode.step(keep_observations)
-        finished += [episode for episode in running if episode.done]
-        running = [new for old in running for new in (begin(old.env) if old.done else [old])]
-    finished.sort(key=lambda episode: episode.number)
-    counted, shown = finished[:num_eval_episodes], finished[num_eval_episodes:]
-    scalars = [episode.scalars() for episode in counted]
-    stats = {key: float(np.mean([x.get(key, math.nan) for x in scalars])) for key in (scalars or [{}])[0]}
-    trajectories = [dict(episode.trajectory) for episode in counted]
-    return stats | {"episodes": float(len(counted))}, trajectories, [np.stack(episode.frames) for episode in shown]
+    environments = env if isinstance(env, list) else [env]
+    if action_dim != agent.action_dim:
+        raise ValueError(f"action_dim is {action_dim}, the agent's actions have {agent.action_dim} numbers")
+    watched = [Watched(env) for env in environments]
+    rollouts = roll_out(agent.act, watched, num_eval_episodes, seed)
+    trajectories = [rollout.env.trajectories.pop(0) for rollout in rollouts]  # each environment's are in their order
+    renders = []
+    if num_video_episodes:
+        if environments[0].render_mode != "rgb_array":
+            raise ValueError("num_video_episodes needs an environment made with render_mode='rgb_array'")
+        renders = film(agent.act, environments[0], num_video_episodes, video_frame_skip, seed)
+    return means(rollouts, success), trajectories, renders
 
 
-def video_grid(renders: list[np.ndarray]) -> np.ndarray:
-    """Videos (T, H, W, 3) side by side as one; shorter ones end in their last frame, darker. qc log_utils.py:101."""
-    length, columns = max(map(len, renders)), math.ceil(math.sqrt(len(renders)))
-    renders = [np.concatenate([r, np.repeat(r[-1:] // 2, length - len(r), 0)]) for r in renders]
-    renders = [np.pad(r, ((0, 0), (1, 1), (1, 1), (0, 0))) for r in renders]
-    renders += [np.zeros_like(renders[0])] * (-len(renders) % columns)
-    rows = [np.concatenate(renders[i : i + columns], 2) for i in range(0, len(renders), columns)]
-    return np.concatenate(rows, 1)
+class Evaluation:
+    """A run's evaluations. The environments are made when first needed; where they fail, learning goes on without."""
+
+    def __init__(self, args: Args, dataset: Dataset, env: gym.Env | None, validation: tuple | None):
+        self.args = args
+        self.dataset = dataset
+        self.envs = [env] if env else []  # the first can render
+        self.validation = validation  # samples
+        (self.worst, self.best), self.reference = datasets.reference_scores(dataset.source)
+
+    def scores(self, agent: BCAgent, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
+        """Means over eval_episodes by name, unless the task cannot run here or `stop` gives it up; validation_loss."""
+        started = time.perf_counter()
+        count = min(EVAL_ENVS, self.args.eval_episodes)
+        rollouts = []
+        try:
+            while self.envs and len(self.envs) < count:
+                self.envs.append(make_env(self.dataset, self.args))
+            if self.envs:
+                rollouts = roll_out(agent.act, self.envs, self.args.eval_episodes, self.args.seed, stop)
+        except Fault as error:
+            print(f"no evaluation: {error}", file=sys.stderr)
+            self.envs = []
+        if self.envs and not rollouts:
+            return {}  # given up
+        stats = {}
+        if rollouts:
+            stats = means(rollouts, success) | {"seconds": time.perf_counter() - started}
+            if self.reference:  # the name says whose scores 0 and 100 are
+                score = 100 * (stats["episodic_return"] - self.worst) / (self.best - self.worst)
+                stats[f"normalized_score_{self.reference.lower()}"] = score
+        if self.validation:
+            stats["validation_loss"] = agent.validation_loss(self.validation)
+        return stats
+
+    def video(self, agent: BCAgent, episodes: int, path: Path) -> None:
+        """Writes a video of the first evaluation episodes; a line says so where that fails."""
+        args = self.args
+        try:
+            if self.envs and episodes:
+                renders = film(agent.act, self.envs[0], episodes, args.video_frame_skip, args.seed)
+                fps = max(int(30 / args.video_frame_skip), 1)
+                if args.track and not args.eval_only:
+                    import wandb
+
+                    wandb.log({"eval/video": get_wandb_video(renders, fps, path)})
+                else:
+                    write_video(renders, path, fps)
+        except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
+            print(f"no video: {error}; afterwards --eval-only {args.run_dir} writes it", file=sys.stderr)
+
+    def log(self, agent: BCAgent, run: Run, logger: LoggingHelper) -> dict[str, float]:
+        """A row of eval.csv, with video_episodes a video beside it."""
+        stats = self.scores(agent, run.impatient)
+        if not stats:
+            return stats
+        if rating(stats) >= rating(run.best):
+            run.best = stats
+        known = [key for key in ("success_rate", "episodic_return") if math.isfinite(stats.get(key, math.nan))]
+        run.bar.set_postfix({key: f"{stats[key]:.3g}" for key in known})
+        logger.log(stats, "eval", run.step)
+        self.video(agent, self.args.video_episodes, run.dir / f"video_{run.step}.mp4")
+        return stats
 
 
-def write_video(renders: list[np.ndarray], path: Path, fps: int) -> None:
-    import imageio.v2 as imageio
-
-    with imageio.get_writer(path, fps=fps, macro_block_size=1) as video:
-        for frame in video_grid(renders):
-            video.append_data(frame)
+def rating(stats: dict[str, float]) -> tuple[float, float]:
+    """What makes an evaluation better than another: success, then return; unknown is worst."""
+    values = (stats.get(key, math.nan) for key in ("success_rate", "episodic_return"))
+    return tuple(-math.inf if math.isnan(value) else value for value in values)
 
 
-def get_wandb_video(renders: list[np.ndarray], fps: int = 15, path: Path | None = None):
-    """A grid of videos for Weights & Biases, written to `path`, or to a temporary file."""
-    import wandb
-
-    path = path or Path(tempfile.mkdtemp(), "video.mp4")
-    write_video(renders, path, fps)
-    return wandb.Video(str(path), format="mp4")
-
-
-# --- Run directory ----------------------------------------------------------------------------------------------------
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file is the old one or the new one, whenever the program or the machine stops."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def git_commit() -> str:
-    """Commit that this script belongs to, with a + when files differ from it."""
-    git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no git, or no repository
-        here = Path(__file__).resolve().parent
-        return subprocess.run(git, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    return "unknown"
-
-
-def get_exp_name(seed: int) -> str:
-    """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; with milliseconds, so that no two runs share it."""
-    job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
-    return f"sd{seed:03d}{job}{datetime.now():%Y%m%d_%H%M%S_%f}"[:-3]
-
-
-class CsvLogger:
-    """Rows of numbers; the first row fixes the columns. Goes on with a file that is there, up to `last_step`."""
-
-    def __init__(self, path: str | Path, last_step: int = 0):
-        self.path, self.columns = Path(path), []
-        if self.path.exists():
-            header, *rows = [*self.path.read_text().split("\n")[:-1], ""]  # without what a crash cut off
-            rows = [row for row in rows if row and int(row.split(",")[0]) <= last_step]
-            write_atomically(self.path, "".join(row + "\n" for row in (header, *rows) if row).encode())
-            self.columns = header.split(",") if header else []
-        self.file = self.path.open("a")
-
-    def log(self, row: dict, step: int) -> None:
-        numbers = {"step": step} | {k: v for k, v in row.items() if isinstance(v, int | float | np.number | Tensor)}
-        if not self.columns:
-            self.columns = list(numbers)
-            self.file.write(",".join(self.columns) + "\n")
-        self.file.write(",".join(f"{float(numbers[k]):.9g}" if k in numbers else "" for k in self.columns) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        self.file.close()
-
-
-@dataclass
-class LoggingHelper:
-    """A CSV file for each prefix, and the same numbers as PREFIX/NAME to Weights & Biases and TensorBoard."""
-
-    csv_loggers: dict[str, CsvLogger]
-    wandb_logger: Any = None  # the module, or a run
-    writer: Any = None  # TensorBoard's SummaryWriter
-
-    def log(self, data: dict, prefix: str, step: int) -> None:
-        self.csv_loggers[prefix].log(data, step)
-        if self.wandb_logger is not None:
-            self.wandb_logger.log({f"{prefix}/{key}": value for key, value in data.items()}, step=step)
-        for key, value in data.items() if self.writer else ():
-            if isinstance(value, int | float | np.number | Tensor):
-                self.writer.add_scalar(f"{prefix}/{key}", float(value), step)
-
-
-class RunFolder:
-    """A directory that can be read, resumed and run again: scripts, flags, CSV, TensorBoard, checkpoints, pictures."""
-
-    def __init__(self, args: Args):
-        name = re.sub(r"[^-\w.]", "-", args.env_name)
-        default = Path(args.save_dir, args.wandb_project_name, args.run_group, name, get_exp_name(args.seed))
-        self.dir, self.signals, self.wandb_run = Path(args.run_dir or default), 0, None
-        if not (args.resume or args.eval_only) and self.dir.exists() and any(self.dir.iterdir()):
-            fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
-        self.dir.parent.mkdir(parents=True, exist_ok=True)
-        args.run_dir = str(self.dir)
-
-    def create(self, args: Args) -> None:
-        """Fills the directory under another name and renames it, so that every run directory can be resumed."""
-        temporary = self.dir.with_name(self.dir.name + ".tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for source in (__file__, franka_sim.__file__):
-            shutil.copy(source, temporary)
-        versions = {m.__name__: m.__version__ for m in (torch, np, gym)} | {"python": sys.version.split()[0]}
-        about = {"command": sys.argv, "git_commit": git_commit(), "versions": versions, "cpus": os.cpu_count()}
-        about["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-        (temporary / "run.json").write_text(json.dumps(about, indent=2))
-        (temporary / "flags.json").write_text(json.dumps(dataclasses.asdict(args) | {"run_dir": None}, indent=2))
-        temporary.replace(self.dir)
-
-    def catch_signals(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
-
-    def stop(self, *_) -> None:
-        """Ctrl-C and SIGTERM end the loop after the current updates; a second one ends the program at once."""
-        self.signals += 1
-        if self.signals > 1:
-            raise KeyboardInterrupt
-
-    def open_logs(self, args: Args, step: int) -> LoggingHelper:
-        """CSV files, TensorBoard, wandb; what was written after the checkpoint at `step` is removed."""
-        from torch.utils.tensorboard import SummaryWriter
-
-        if args.track:
-            import wandb  # WANDB_MODE=offline keeps the files here, for `wandb sync`
-
-            options = {"project": args.wandb_project_name, "group": args.run_group, "tags": [args.run_group]}
-            config = dataclasses.asdict(args)
-            self.wandb_run = wandb.init(name=self.dir.name, config=config, dir=self.dir, **options)
-        evaluated = step - (step == args.offline_steps)  # the last evaluation comes after the checkpoint
-        csv_loggers = {"eval": CsvLogger(self.dir / "eval.csv", evaluated)}
-        csv_loggers["offline_agent"] = CsvLogger(self.dir / "offline_agent.csv", step)
-        return LoggingHelper(csv_loggers, self.wandb_run, SummaryWriter(self.dir, purge_step=step + 1))
-
-    def save(self, agent: BCAgent, **more) -> None:
-        """Writes checkpoint.pt, and keeps the one before as checkpoint.previous."""
-        path = self.dir / "checkpoint.pt"
-        agent.save(path.with_suffix(".new"), **more)
-        if path.exists():
-            path.replace(path.with_suffix(".previous"))
-        path.with_suffix(".new").replace(path)
-
-    def newest(self) -> Path | None:
-        """The checkpoint to go on from, if there is one; killed between `save`'s renames it is the one before."""
-        paths = [self.dir / f"checkpoint.{suffix}" for suffix in ("pt", "previous")]
-        return next((path for path in paths if path.exists()), None)
-
-    def plot(self) -> None:
-        """Writes curve.png: the evaluations and the training loss over updates."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        keys = {"eval": ("success_rate", "episodic_return", "validation_loss"), "offline_agent": ("actor/actor_loss",)}
-        curves = []
-        for name, columns in keys.items():
-            if (self.dir / f"{name}.csv").stat().st_size:
-                table = np.genfromtxt(self.dir / f"{name}.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-                known = [key for key in columns if key in table.dtype.names and np.isfinite(table[key]).any()]
-                curves += [(key, table["step"], table[key]) for key in known]
-        figure, axes = plt.subplots(1, max(len(curves), 1), figsize=(5 * len(curves), 3.5), squeeze=False)
-        for axis, (key, steps, values) in zip(axes[0], curves, strict=False):
-            axis.plot(steps, values, marker="o", markersize=3)
-            axis.set(xlabel="updates", ylabel=key.replace("_", " "))
-            axis.grid(alpha=0.3)
-        figure.suptitle(self.dir.name, fontsize=9)
-        figure.tight_layout()
-        figure.savefig(self.dir / "curve.png", dpi=150)
-        plt.close(figure)
+def summarize(name: str, stats: dict[str, float]) -> None:
+    """One line for the terminal about an evaluation."""
+    known = ("success_rate", "episodic_return", "validation_loss")
+    shown = [key for key in stats if (key in known or key.startswith("normalized")) and math.isfinite(stats[key])]
+    numbers = ", ".join(f"{key} {stats[key]:.4g}" for key in shown)
+    print(f"{name}: {numbers or 'no evaluation'} over {stats.get('episodes', 0):.0f} episodes")
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
+class Follower(Run):
+    """The run as the processes beside the first see it: they read its checkpoint and write nothing."""
+
+    def create(self) -> None:
+        pass
+
+    def open(self, total: int, unit: str = "step") -> None:
+        self.bar = tqdm(disable=True)
+        self.restart_timer()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def save(self, finished: bool = False) -> None:
+        pass
+
+
 def prepare_torch(args: Args) -> torch.device:
     """Seeds, precision, threads and memory for speed, the group of processes; the device."""
     random.seed(args.seed)
     np.random.seed(args.seed)  # noqa: NPY002  for Dataset.sample, as the original
     torch.manual_seed(args.seed)
-    torch.set_num_threads(max(1, args.threads // world_size()))
-    torch.set_float32_matmul_precision("medium")  # a GPU's TF32; on a CPU oneDNN, on AMD twice as fast as MKL
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations, rather than have the
-        libc.mallopt(-3, 1 << 25)  # system map them anew in every update
-    on_gpu = args.cuda and torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
-    if on_gpu:
-        torch.cuda.set_device(device)
+    device = set_up_torch(args.threads // world_size(), args.amp)
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if world_size() > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=2))  # rank 0 may evaluate long
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may evaluate long
     return device
 
 
-class Evaluation:
-    """The environments of a run's evaluations, made when first needed."""
-
-    def __init__(self, args: Args, dataset, eval_env: gym.Env | None):
-        self.args, self.dataset, self.envs = args, dataset, [eval_env] if eval_env else []
-        self.reference_scores, self.reference = reference_scores(dataset)
-
-    def __call__(self, agent: BCAgent, video_episodes: int = 0, scalars: bool = True) -> tuple[dict[str, Any], list]:
-        """Scalars by name, and videos (T, H, W, 3); nothing where the task cannot run here."""
-        args, stats, renders, started = self.args, {}, [], time.perf_counter()
-        if not self.envs:
-            return stats, renders
-        action_dim = math.prod(self.envs[0].action_space.shape)
-        if scalars:
-            while len(self.envs) < min(args.eval_envs, args.eval_episodes):
-                self.envs.append(make_env(self.dataset, args))
-            stats = evaluate(agent, self.envs, action_dim, args.eval_episodes, 0, 3, args.seed, False)[0]
-            stats["seconds"] = time.perf_counter() - started
-            if self.reference:  # the name says whose scores 0 and 100 are
-                worst, best = self.reference_scores
-                score = 100 * (stats["episodic_return"] - worst) / (best - worst)
-                stats[f"normalized_score_{self.reference.lower()}"] = score
-        if video_episodes:
-            try:
-                options = (0, video_episodes, args.video_frame_skip, args.seed, False)
-                renders = evaluate(agent, self.envs[0], action_dim, *options)[2]
-            except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
-                print(f"no video: {error}; afterwards --eval-only {args.run_dir} writes it", file=sys.stderr)
-        return stats, renders
-
-
-class Meter:
-    """Clock, progress bar, and best evaluation of a run."""
-
-    bar = None
-
-    def __init__(self, args: Args, state: dict, step: int):
-        from tqdm import tqdm
-
-        self.best, self.begun = state.get("best", {}), time.perf_counter() - state.get("elapsed", 0.0)
-        self.step, self.since, self.paused = step, time.perf_counter(), 0.0
-        interval, quiet = 0.2 if sys.stderr.isatty() else 30.0, rank() > 0
-        Meter.bar = tqdm(
-            total=args.offline_steps, initial=step, unit="update", mininterval=interval, smoothing=0.05, disable=quiet
-        )
-
-    def state(self) -> dict:
-        """What a checkpoint holds of it."""
-        return {"best": self.best, "elapsed": time.perf_counter() - self.begun}
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Time inside does not count as learning."""
-        started = time.perf_counter()
-        yield
-        self.paused += time.perf_counter() - started
-
-    def updates_per_second(self, step: int) -> float:
-        """Since the last call."""
-        now = time.perf_counter()
-        rate = (step - self.step) / (now - self.since - self.paused)
-        self.step, self.since, self.paused = step, now, 0.0
-        return rate
-
-    def evaluated(self, stats: dict[str, float]) -> None:
-        """Keeps the best, by success rate or return."""
-        rank_of = [self.rank_of(x) for x in (stats, self.best)]
-        self.best = stats if rank_of[0] >= rank_of[1] else self.best
-        shown = {k: f"{v:.3g}" for k, v in stats.items() if k in ("success_rate", "episodic_return") and v == v}
-        self.bar.set_postfix(shown)
-
-    @staticmethod
-    def rank_of(stats: dict[str, float]) -> tuple[float, float]:
-        known = [stats.get(key, math.nan) for key in ("success_rate", "episodic_return")]
-        return tuple(-math.inf if math.isnan(value) else value for value in known)
-
-
-def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluation, tuple | None]:
-    """The agent before its first update, its batches, evaluation, and validation samples if the data has some."""
+def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluation]:
+    """The agent before its first update, its batches, and its evaluation."""
     if rank() > 0:
         dist.barrier()  # rank 0 collects, converts or downloads
     _, eval_env, train_dataset, val_dataset = make_env_and_datasets(args.env_name, args)
     if world_size() > 1 and rank() == 0:
         dist.barrier()
-    train_dataset = process_train_dataset(train_dataset, args)
-    batches, observations = Batches(train_dataset, args, device), train_dataset["observations"]
+    train_dataset = process_train_dataset(train_dataset)
+    batches = Batches(train_dataset, args, device)
     if args.action_chunking:
         example_batch = train_dataset.sample_sequence(args.batch_size, args.horizon_length, args.discount)
     else:
         example_batch = train_dataset.sample(args.batch_size)
     observation_shape = each(lambda x: x.shape[1:], example_batch["observations"])
     agent = BCAgent.create(observation_shape, example_batch["actions"].shape[-1], args, device)
+    observations = train_dataset["observations"]
     states = observations.get("state") if isinstance(observations, dict) else observations
     if args.normalize_observations and states is not None:
         agent.observe(torch.from_numpy(states))
-    validation = None
-    if val_dataset is not None:
-        validation = Batches(val_dataset, args, device)
-        rows = np.random.default_rng(0).integers(validation.count, size=(10, args.batch_size))
-        samples = validation.gather(torch.from_numpy(rows).to(validation.device))
-        validation = tuple(each(lambda x: x.to(device), part) for part in samples)
-    return agent, batches, Evaluation(args, train_dataset.source, eval_env), validation
+    validation = Batches(val_dataset, args, device).fixed(10, device) if val_dataset is not None else None
+    return agent, batches, Evaluation(args, train_dataset, eval_env, validation)
 
 
-def next_event(step: int, args: Args) -> int:
-    """The next update after `step` at which something is logged, evaluated or saved, or training ends."""
-    intervals = [every for every in (args.log_interval, args.eval_interval, args.save_interval) if every > 0]
-    return min(args.offline_steps, *(step - step % every + every for every in intervals))
+def until_event(step: int, args: Args) -> int:
+    """Updates from `step` until something is logged, evaluated or saved, or training ends."""
+    intervals = (args.log_interval, args.eval_interval, args.save_interval)
+    return min(args.offline_steps - step, *(every - step % every for every in intervals if every > 0))
 
 
-def stopped(run: RunFolder, device: torch.device) -> bool:
+def stopped(run: Run, device: torch.device) -> bool:
     """Whether any process was asked to stop; all of them learn it after the same update."""
     if world_size() == 1:
         return run.signals > 0
@@ -2002,147 +1163,121 @@ def stopped(run: RunFolder, device: torch.device) -> bool:
     return bool(signals > 0)
 
 
-def summarize(name: str, stats: dict[str, Any]) -> None:
-    """One line for the terminal about an evaluation."""
-    keys = [
-        k for k in stats if k in ("success_rate", "episodic_return", "validation_loss") or k.startswith("normalized")
-    ]
-    numbers = ", ".join(f"{key} {stats[key]:.4g}" for key in keys if math.isfinite(stats[key]))
-    print(f"{name}: {numbers or 'no evaluation'} over {stats.get('episodes', 0):.0f} episodes")
+def get_exp_name(seed: int) -> str:
+    """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; with milliseconds, so that no two runs share it."""
+    job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
+    return f"sd{seed:03d}{job}{datetime.now():%Y%m%d_%H%M%S_%f}"[:-3]
 
 
-def frames_per_second(args: Args) -> int:
-    return max(int(30 / args.video_frame_skip), 1)
-
-
-def evaluate_only(args: Args, run: RunFolder, agent: BCAgent, evaluation: Evaluation) -> None:
+def evaluate_only(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation) -> None:
     """--eval-only: scalars on the terminal, video.mp4 in the run directory."""
     path = Path(args.eval_only)
-    if path.is_dir():
-        path = path / "final_model.pt" if (path / "final_model.pt").exists() else run.newest()
-    if path is None:
-        fail(f"--eval-only {run.dir}: stopped before its first checkpoint; --resume it")
-    agent.load(path)
-    stats, renders = evaluation(agent, (args.video_episodes or 4) * args.capture_video)
-    if renders:
-        write_video(renders, run.dir / "video.mp4", frames_per_second(args))
+    if path.is_file():
+        try:
+            agent.load(path)
+        except (OSError, ValueError) as error:
+            fail(str(error))
+    stats = evaluation.scores(agent)
+    evaluation.video(agent, (args.video_episodes or 4) * args.capture_video, run.dir / "video.mp4")
     summarize(f"{path.name}, update {int(agent.updates)}", stats)
 
 
-def log_evaluation(
-    args: Args, run: RunFolder, progress: Meter, agent: BCAgent, evaluation: Evaluation, validation, logger
-) -> dict[str, float]:
-    """A row of eval.csv, with video_episodes a video beside it."""
-    step = int(agent.updates)
-    eval_info, renders = evaluation(agent, args.video_episodes)
-    if validation:
-        eval_info["validation_loss"] = agent.validation_loss(validation)
-    progress.evaluated(eval_info)
-    if renders:
-        fps, path = frames_per_second(args), run.dir / f"video_{step}.mp4"
-        if run.wandb_run:
-            eval_info = eval_info | {"video": get_wandb_video(renders, fps, path)}
-        else:
-            write_video(renders, path, fps)
-    if eval_info:
-        logger.log(eval_info, "eval", step)
-    return eval_info
-
-
-def complete(
-    args: Args, run: RunFolder, progress: Meter, agent: BCAgent, evaluation: Evaluation, validation, logger
+def train(
+    args: Args, run: Run, agent: BCAgent, batches: Batches, evaluation: Evaluation, logger: LoggingHelper | None
 ) -> None:
+    """The loop. Only the first process has a logger."""
+    while run.step < args.offline_steps and not stopped(run, agent.device):
+        # Learn: as many updates as until the next event, at most one launch's.
+        to_event = until_event(run.step, args)
+        count = min(to_event, UPDATES_PER_LAUNCH - run.step % UPDATES_PER_LAUNCH)
+        offline_info = agent.learn(batches.take(run.step, count, agent.device))
+        run.advance(count)
+        # Log.
+        if count == to_event and not math.isfinite(loss := float(offline_info["actor/actor_loss"])):
+            fail(f"the loss is {loss} after {run.step} updates; lower --lr ({run.dir} has the checkpoint before)")
+        if logger and run.due(args.log_interval):
+            logger.log(offline_info | {"SPS": run.speed()["charts/SPS"]}, "offline_agent", run.step)
+        # Evaluate.
+        if logger and args.eval_interval and run.due(args.eval_interval) and run.step < args.offline_steps:
+            with run.phase("eval"):
+                evaluation.log(agent, run, logger)
+        # Save.
+        if logger and args.save_interval > 0 and run.due(args.save_interval):
+            agent.save(run.dir / f"checkpoint_{run.step}.pt")
+        if run.due(args.log_interval):
+            run.save()
+    batches.close()
+
+
+def complete(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation, logger: LoggingHelper) -> None:
     """The last evaluation, final_model.pt, curve, video, token.tk."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)  # from here on they end the program at once
-    last = log_evaluation(args, run, progress, agent, evaluation, validation, logger)
-    agent.save(run.dir / "final_model.pt", progress=progress.state())
-    run.plot()
-    renders = evaluation(agent, args.video_episodes or 4, scalars=False)[1] if args.capture_video else []
-    if renders:
-        write_video(renders, run.dir / "video.mp4", frames_per_second(args))
+    last = evaluation.log(agent, run, logger)
+    agent.save(run.dir / "final_model.pt")
+    tables = {"eval": ("success_rate", "episodic_return", "validation_loss"), "offline_agent": ("actor/actor_loss",)}
+    plot_curves(run.dir, tables, "updates", run.elapsed())
+    evaluation.video(agent, (args.video_episodes or 4) * args.capture_video, run.dir / "video.mp4")
     for csv_logger in logger.csv_loggers.values():
         csv_logger.close()
-    logger.writer.close()
-    url = getattr(run.wandb_run, "url", None)  # None offline
+    url = None
+    if args.track:
+        import wandb
+
+        url = wandb.run.url  # None offline
     write_atomically(run.dir / "token.tk", (url or str(run.dir.resolve())).encode())
+    run.save(finished=True)
+    run.close()
     summarize("last", last)
-    summarize("best", progress.best)
-    print(f"{progress.state()['elapsed']:.0f} s in all; see {run.dir}")
+    summarize("best", run.best)
+    print(f"{run.elapsed():.0f} s in all; see {run.dir}")
 
 
 def learn_offline(args: Args) -> None:
-    device, run, state = prepare_torch(args), RunFolder(args), {}
-    agent, batches, evaluation, validation = prepare(args, device)
+    begun = time.perf_counter()
+    if args.run_dir is None:
+        name = re.sub(r"[^-\w.]", "-", args.env_name)
+        args.run_dir = str(Path(args.save_dir, "robot-learning", args.run_group, name, get_exp_name(args.seed)))
+    if not (args.resume or args.eval_only):
+        check_new_folder(args.run_dir)
+    device = prepare_torch(args)
+    agent, batches, evaluation = prepare(args, device)
+    run = (Run if rank() == 0 else Follower)(args, args.env_name, __file__, device)
+    run.keep(agent=agent)
     if args.eval_only:
         return evaluate_only(args, run, agent, evaluation)
-    if rank() == 0 and not args.resume:
-        run.create(args)
-    run.catch_signals()
-    if args.resume and (path := run.newest()):
-        state = agent.load(path)["progress"]
-    step = int(agent.updates)
-    if step >= args.offline_steps and (run.dir / "token.tk").exists():  # which is written last
-        fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {step}; give a larger number")
-    (run.dir / "token.tk").unlink(missing_ok=True)
-    logger = run.open_logs(args, step) if rank() == 0 else None
-    print(f"run directory {run.dir}" if logger else "", end="\n" * bool(logger), flush=True)
-    progress = Meter(args, state, step)
-    batches.open(step, args.offline_steps, device.type == "cuda")
-
-    while step < args.offline_steps and not stopped(run, device):
-        # Learn: as many updates as until the next event, at most one launch's.
-        count = args.updates_per_launch - step % args.updates_per_launch
-        count = min(count, next_event(step, args) - step)
-        offline_info = agent.learn(batches.take(step, count, device))
-        step += count
-        progress.bar.update(count)
-        # Log.
-        if step == next_event(step - 1, args) and not math.isfinite(loss := float(offline_info["actor/actor_loss"])):
-            fail(f"the loss is {loss} after {step} updates; lower --lr ({run.dir} has the checkpoint before)")
-        if logger and step % args.log_interval == 0:
-            offline_info = {key: float(value) for key, value in offline_info.items()}
-            offline_info["SPS"] = progress.updates_per_second(step)
-            logger.log(offline_info, "offline_agent", step)
-        # Evaluate and save.
-        with progress.pause():
-            if logger and args.eval_interval and step % args.eval_interval == 0 and step < args.offline_steps:
-                log_evaluation(args, run, progress, agent, evaluation, validation, logger)
-            if logger and args.save_interval > 0 and step % args.save_interval == 0:
-                agent.save(run.dir / f"checkpoint_{step}.pt", progress=progress.state())
-            if logger and step % args.log_interval == 0:
-                run.save(agent, progress=progress.state())
-
-    batches.loader = None  # ends its workers
-    if logger:
-        run.save(agent, progress=progress.state())
-        if step < args.offline_steps:
-            raise KeyboardInterrupt
-        complete(args, run, progress, agent, evaluation, validation, logger)
-
-
-def go_on(args: Args) -> str:
-    begun = Path(args.run_dir or "", "flags.json").exists() and args.run_dir
-    return f"go on with --resume {args.run_dir}" if begun else "run the same command again"
+    if run.state and run.state["finished"] and run.step >= args.offline_steps:
+        fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {run.step}; give a larger number")
+    run.unit = "the update"
+    os.environ.setdefault("WANDB_RUN_GROUP", args.run_group)
+    os.environ.setdefault("WANDB_TAGS", args.run_group)
+    run.open(args.offline_steps, unit="update")
+    run.started = begun  # collecting and converting data counts, too
+    batches.open(run.step, args.offline_steps, device.type == "cuda")
+    with contextlib.closing(run.bar):
+        if rank() > 0:
+            return train(args, run, agent, batches, evaluation, None)
+        shutil.copy(run.dir / "args.json", run.dir / "flags.json")  # the note's name
+        (run.dir / "token.tk").unlink(missing_ok=True)
+        csv_loggers = {name: CsvLogger(run.dir / f"{name}.csv") for name in ("eval", "offline_agent")}
+        logger = LoggingHelper(csv_loggers, writer=run.writer)  # wandb mirrors the writer
+        train(args, run, agent, batches, evaluation, logger)
+        run.end_of_training()
+        if run.step < args.offline_steps:
+            raise KeyboardInterrupt  # another process was asked to stop
+        complete(args, run, agent, evaluation, logger)
 
 
 def main(args: Args) -> None:
     try:
-        learn_offline(args)
-    except KeyboardInterrupt:
-        raise SystemExit(f"stopped; {go_on(args)}") from None
-    except OSError as error:  # a full disk, above all; the newest checkpoint is whole
-        fail(f"{error}; make room, then {go_on(args)}")
+        with ends_well(args):
+            learn_offline(args)
     except RuntimeError as error:
         if world_size() == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):
             raise
         fail(f"process {rank()}: another process of this job has ended, see its message; {go_on(args)}")
     finally:
-        if Meter.bar:
-            Meter.bar.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(read_args())
+    main(parse(Args, __doc__, Args.MAY_CHANGE))

@@ -39,7 +39,7 @@ OPENGL_HELP = (
 )
 try:
     import mujoco
-except (AttributeError, OSError) as error:  # how PyOpenGL fails when MUJOCO_GL names what is not installed
+except (AttributeError, OSError, RuntimeError) as error:  # MUJOCO_GL names what is not installed, or nothing known
     raise ImportError(f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not load. {OPENGL_HELP}") from error
 
 
@@ -410,13 +410,13 @@ class FrankaSim:
             self._renderers.popitem()[1].close()
 
 
-def new_renderer(model: mujoco.MjModel, height: int, width: int) -> mujoco.Renderer:
+def new_renderer(model: mujoco.MjModel, height: int, width: int) -> "mujoco.Renderer":
     """Load OpenGL, through EGL or OSMesa where MUJOCO_GL is unset and there is no display, and start a renderer."""
     if sys.platform == "linux" and not any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))):
         os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
-    try:
-        importlib.reload(mujoco.rendering.classic.gl_context)  # it looked at MUJOCO_GL when mujoco was imported
-        return mujoco.Renderer(model, height, width)
+    try:  # gl_context looked at MUJOCO_GL when mujoco was imported; where that failed, mujoco 3.8 has no Renderer
+        importlib.reload(importlib.import_module("mujoco.rendering.classic.gl_context"))
+        return importlib.import_module("mujoco.rendering.classic.renderer").Renderer(model, height, width)
     except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as error:
         backend = os.environ.get("MUJOCO_GL", "glfw")
         raise RuntimeError(f"Images need OpenGL, and MUJOCO_GL={backend} does not load. {OPENGL_HELP}") from error

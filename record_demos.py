@@ -44,8 +44,7 @@ import numpy as np
 import franka_sim  # noqa: F401  registers the simulated tasks
 from common import envs
 from common.recording import Recording, dataset_folder, stacked
-from common.run import git_commit
-from common.setup import Fault, fail, flag, parse
+from common.setup import Fault, fail, flag, git_commit, parse
 from robot_client import KEYS, SERVER, TASKS, Keyboard, Pace, RobotError, ScriptedExpert, SpaceMouse, Teleop, Terminal
 
 NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, for each frame with it

@@ -26,6 +26,7 @@ import copy
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -40,17 +41,22 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
-import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, link, setup
 from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
 from common.run import Run, report
-from common.setup import RunArgs, ends_well, fail, flag, parse
+from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
+
+try:
+    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+except ImportError as error:  # its tasks are missing then, others run
+    print(error, file=sys.stderr)
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
 FIXED_STD = 0.1  # of --std-parameterization fixed
 EXPLORE_STEPS = 20  # how long --explore-prob holds a value
 PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
+FIRST_STATISTICS = 32  # observations from which statistics of them start
 ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it waits
 
 
@@ -141,8 +147,8 @@ class Args(RunArgs):
     curve_keys: str | None = None
     """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
 
-    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads total_timesteps "
-    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys"
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads amp total_timesteps "
+    MAY_CHANGE += "eval_every eval_episodes final_eval_episodes address curve_keys"
     SHAPING = "env_id action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
     SHAPING += "std_parameterization"
 
@@ -153,8 +159,8 @@ class Args(RunArgs):
         setup.check_numbers(self, may_be_zero, fractions, any_sign={"target_entropy_per_dim"})
         if self.num_min_qs > self.num_qs:
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
-        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init:
-            fail("--hidden-dims and --alpha-init must be above 0")
+        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or self.dropout == 1:
+            fail("--hidden-dims and --alpha-init must be above 0, --dropout below 1")
         if self.utd_ratio == 0 and self.role == "both":
             fail("--utd-ratio 0: is for --role learner, which learns while an actor acts")
         if self.record_dataset:
@@ -181,7 +187,9 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
     if not space.is_np_flattenable:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
     envs.check_actions(env, args.env_id)
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if not isinstance(env, envs.Checked):  # wrappers of your own
+        env = envs.Checked(env, args.env_id)
+    env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)
     env = gym.wrappers.FlattenObservation(env)
@@ -191,8 +199,11 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+    """Whether the episode whose last info this is was a success, NaN where the task does not say.
+
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
+    """
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -298,16 +309,33 @@ class Critic(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until the first `update`."""
+    """Running mean and variance of observations; the identity until `start`.
+
+    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
+    """
+
+    REACH = 10
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("low", torch.zeros(dim))
+        self.register_buffer("high", torch.zeros(dim))
+
+    def start(self, obs: Tensor) -> None:
+        """The range of the first observations (N, O), without the most extreme hundredth, and at least one, of them."""
+        outer = min(1 + len(obs) // 100, (len(obs) - 1) // 2)
+        self.low.copy_(obs.kthvalue(1 + outer, 0).values)
+        self.high.copy_(obs.kthvalue(len(obs) - outer, 0).values)
 
     def update(self, obs: Tensor) -> None:
         """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
+        reach = self.REACH * (self.high - self.low).clamp(min=1)
+        obs = obs.clamp(self.low - reach, self.high + reach)
+        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
+        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
         total = self.count + len(obs)
         delta = obs.mean(0) - self.mean
         weight = len(obs) / total
@@ -440,19 +468,19 @@ def fill(column: Tensor, saved: Tensor) -> Tensor:
     return column
 
 
-def load_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
+def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
     """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
-    task = make_env(args)
     episodes = list(envs.demonstrations(args.demos, task, args.seed, args.demo_noise))
     steps = []
     for episode in episodes:
         for action, obs, reward, terminated in envs.replay(episode, task, wrap, args.action_chunk):
             steps.append(pack_step(agent.step_type, action, obs, reward, terminated))
-    task.close()
+    if len(steps) == len(episodes):
+        fail(f"--demos {args.demos}: has no steps")
     demos = agent.make_buffer(len(steps) - len(episodes))
     for step in steps:
         demos.add(step)
-    agent.observe(demos.newest_observations(len(demos)))
+    agent.observe(demos, len(demos))
     print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
     return demos
 
@@ -517,6 +545,8 @@ class Agent:
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         action = mean.tanh()[0].cpu().numpy()
+        if not np.isfinite(action).all():
+            fail(f"the policy's actions are {action}: training has diverged; give a smaller --lr or smaller rewards")
         if self.args.explore_prob and not deterministic:
             self.explore(action)
         return action
@@ -539,10 +569,18 @@ class Agent:
         """The deterministic actions (N, A) that are evaluated."""
         return np.stack([self.act(obs, deterministic=True) for obs in observations])
 
-    def observe(self, observations: Tensor) -> None:
-        """Takes observations (N, O) into the running statistics."""
-        if self.args.normalize_observations:
-            self.normalizer.update(observations)
+    def observe(self, buffer: ReplayBuffer, count: int) -> None:
+        """Takes the newest `count` observations into the running statistics, which start when there are enough."""
+        if not self.args.normalize_observations:
+            return
+        starts = self.normalizer.count == 0
+        if starts and len(buffer) < min(FIRST_STATISTICS, buffer.capacity):
+            return
+        observations = buffer.newest_observations(len(buffer) if starts else count)
+        if starts:
+            self.normalizer.start(observations)
+        for part in observations.split(count):
+            self.normalizer.update(part)
 
     @property
     def alpha(self) -> Tensor:
@@ -662,9 +700,13 @@ class Agent:
 
     def policy_tensors(self) -> list[Tensor]:
         """What acting needs: the actor's parameters and the normalizer's statistics."""
-        return [*self.actor.state_dict().values(), *self.normalizer.state_dict().values()]
+        statistics = [self.normalizer.mean, self.normalizer.var] if self.args.normalize_observations else []
+        return [*self.actor.state_dict().values(), *statistics]
 
     def state_dict(self) -> dict:
+        """Exits with one line, so that it is not saved, when training has diverged."""
+        if not all(torch.isfinite(parameter).all() for parameter in (*self.critic_parameters, *self.actor_parameters)):
+            fail("the networks' weights are not finite: training has diverged; give a smaller --lr or smaller rewards")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state["raw_alpha"] = self.raw_alpha.detach()
         state["critic_updates"] = self.critic_updates
@@ -686,7 +728,7 @@ class Agent:
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
-def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: dict[str, Tensor]) -> None:
+def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env | None, metrics: dict[str, Tensor]) -> None:
     """Rows of train.csv and eval.csv, where they are due."""
     if run.due(max(args.eval_every // 2, 1)):
         run.log("train", run.episodes() | run.speed() | metrics)
@@ -702,6 +744,7 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
     scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
     if args.record_dataset:
         store_evaluation(args.record_dataset, task, env, args.seed, success)
+    task.close()
     if args.capture_video:
         record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars
@@ -709,29 +752,34 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def start(
-    args: Args, env: gym.Env, wrap: Callable[[gym.Env], gym.Env]
+    args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
     """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
     device = setup.set_up_torch(args.threads, args.amp)
+    env = wrap(task)
     agent = Agent(env.observation_space, env.action_space, args, device)
     buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps))
     demos = None
-    if args.demos != "0" and (args.resume or args.eval_only):
+    if args.demos != "0" and has_checkpoint(args.run_dir):
         demos = agent.make_buffer(1)  # grows when it is loaded
     elif args.demos != "0":
-        demos = load_demos(args, agent, wrap)
+        demos = load_demos(args, agent, task, wrap)
     return Run(args, args.env_id, __file__, device), agent, buffer, demos
 
 
 def train(args: Args) -> None:
     """One process that acts and learns."""
     wrap = partial(wrap_states, args=args)
-    env = wrap(make_env(args))
-    run, agent, buffer, demos = start(args, env, wrap)
+    task = make_env(args)
+    run, agent, buffer, demos = start(args, task, wrap)
     run.keep(agent=agent, buffer=buffer, demos=demos)
     if args.eval_only:
+        task.close()
         return report("checkpoint", final_evaluation(args, agent, run, wrap))
-    eval_env = wrap(make_env(args))
+    env = wrap(task)
+    eval_env = None  # a second one only where it is needed: a task may own a robot or a port
+    if args.eval_every < args.total_timesteps:
+        eval_env = wrap(make_env(args))
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
@@ -749,7 +797,7 @@ def train(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Store: `terminated` cuts the bootstrap, `truncated` does not.
         buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
-        agent.observe(buffer.newest_observations(1))
+        agent.observe(buffer, 1)
         run.advance()
         # Reset: each episode has a seed of its own, so that a run goes on from here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
@@ -772,6 +820,9 @@ def train(args: Args) -> None:
             if run.signals:
                 break
 
+    env.close()
+    if eval_env:
+        eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -779,8 +830,11 @@ def train(args: Args) -> None:
 def learner(args: Args) -> None:
     """Receives steps, learns, publishes the policy: SERL's learner."""
     wrap = partial(wrap_states, args=args)
-    env = wrap(make_env(args))  # for its spaces, and to evaluate
-    run, agent, buffer, demos = start(args, env, wrap)
+    task = make_env(args)  # for its spaces, demonstrations, evaluation
+    run, agent, buffer, demos = start(args, task, wrap)
+    eval_env = wrap(task)
+    if args.eval_every >= args.total_timesteps:
+        task.close()
     actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
@@ -793,13 +847,13 @@ def learner(args: Args) -> None:
         count = 0
         with run.phase("env"):
             wait_ms = 100 if args.utd_ratio else 0
-            received = [] if agent.owed(run.step) else actors.receive(wait_ms)
+            most = args.total_timesteps - run.step
+            received = [] if agent.owed(run.step) else actors.receive(wait_ms, most)
         # Store.
         for actor_name, data in received:
-            if run.step + count < args.total_timesteps:
-                count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
+            count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
         if count:
-            agent.observe(buffer.newest_observations(count))
+            agent.observe(buffer, count)
         run.advance(count)
         # Learn.
         updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY
@@ -809,13 +863,14 @@ def learner(args: Args) -> None:
         if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
             actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()))
             published = agent.critic_updates
-        log_and_evaluate(args, run, agent, env, metrics)
+        log_and_evaluate(args, run, agent, eval_env, metrics)
         # Save: actors may then forget what they sent.
         if run.should_save(2 * args.eval_every):
             run.save()
             actors.saved()
 
     actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done=not run.signals)
+    eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -868,6 +923,8 @@ def actor(args: Args) -> None:
             with run.phase("env"):
                 obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
             learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+            if run.should_save(2 * args.eval_every):
+                run.save()
         # Log.
         if run.due(max(args.eval_every // 2, 1)):
             run.log("train", run.episodes() | run.speed())
@@ -877,8 +934,11 @@ def actor(args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    if args.eval_only and args.role == "actor":
+        fail(f"--eval-only {args.eval_only}: is an actor's run; give its learner's")
+    role = "both" if args.eval_only else args.role
     with ends_well(args):
-        {"both": train, "learner": learner, "actor": actor}[args.role](args)
+        {"both": train, "learner": learner, "actor": actor}[role](args)
 
 
 if __name__ == "__main__":

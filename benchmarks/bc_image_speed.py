@@ -53,7 +53,7 @@ def store_demonstrations(args: Args) -> None:
     sys.path.insert(0, str(REPO))
     import gymnasium as gym
 
-    import bc_flow_offline
+    from common.datasets import store
 
     env = gym.make("FrankaPickCube-v0", image_obs=True, image_size=args.image_size)
 
@@ -69,7 +69,7 @@ def store_demonstrations(args: Args) -> None:
         return parts[0], *map(np.array, parts[1:])
 
     episodes = map(demonstration, range(args.episodes))
-    bc_flow_offline.store("franka/images-v0", episodes, env=env.spec, algorithm_name="expert", description="benchmark")
+    store("franka/images-v0", episodes, env=env.spec, algorithm_name="expert", description="benchmark")
     env.close()
 
 

@@ -21,7 +21,6 @@ On a machine that others use, too, start it with `chrt -f 20`: all contenders th
 `priority` says so. server_mb is the server's largest resident memory, with OpenGL where there are cameras.
 """
 
-import csv
 import json
 import os
 import re
@@ -43,6 +42,7 @@ import gymnasium as gym
 import numpy as np
 import tyro
 from run import REPO, RESULTS, commit, hardware
+from speed import write_anew
 
 sys.path.insert(0, str(REPO))
 import robot_client
@@ -324,7 +324,7 @@ def load(args: Args) -> list[dict[str, object]]:
 
 
 def write(path: Path, lines: list[dict[str, object]], command: str = "python benchmarks/robot_latency.py") -> None:
-    """Replace the file: old numbers of another version say nothing beside new ones."""
+    """The file anew, each line with where and when it was measured."""
     facts = {
         "version": ", ".join(f"{name} {version(name)}" for name in ("pyzmq", "msgpack", "mujoco")),
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
@@ -333,13 +333,7 @@ def write(path: Path, lines: list[dict[str, object]], command: str = "python ben
         "priority": {os.SCHED_FIFO: "real-time", os.SCHED_OTHER: f"nice {os.nice(0)}"}[os.sched_getscheduler(0)],
         "command": command,
     }
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [*lines[0], *facts], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(line | facts for line in lines)
-    temporary.replace(path)
-    print(f"wrote {path}")
+    write_anew(path, [line | facts for line in lines])
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------

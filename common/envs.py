@@ -5,7 +5,9 @@ import json
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -19,10 +21,11 @@ HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32
 
 
 # --- Making -----------------------------------------------------------------------------------------------------------
-def make(env_id: str, render: bool = False, **options) -> gym.Env:
+def make(env_id: str, render: bool = False, option: str = "--env-id", **options) -> gym.Env:
     """gym.make, also of `module:Env-v0` with the module in the current folder; steps are `Checked`.
 
-    Exits with one line when gymnasium does not know the task. A task without a time limit gets one, with a warning.
+    Exits with one line that names `option` when gymnasium does not know the task. One without a registered time limit
+    gets a long one.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -30,20 +33,28 @@ def make(env_id: str, render: bool = False, **options) -> gym.Env:
         options["render_mode"] = "rgb_array"
     try:
         env = gym.make(env_id, disable_env_checker=True, **options)
-    except (gym.error.Error, ModuleNotFoundError) as error:
-        fail(f"--env-id {env_id}: {error}")
-    env = Checked(env, env_id)
-    if env.spec is not None and env.spec.max_episode_steps is None:
-        print(f"{env_id} has no time limit: episodes are cut after {LONGEST_EPISODE:,} steps", file=sys.stderr)
+    except (gym.error.Error, ImportError) as error:
+        fail(f"{option} {env_id}: {error}")
+    if env.spec is None or env.spec.max_episode_steps is None:
+        say_once(f"{env_id} has no registered time limit; its episodes are cut after {LONGEST_EPISODE:,} steps")
         env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
-    return env
+    return Checked(env, env_id)
+
+
+@cache
+def say_once(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 class Checked(gym.Wrapper):
     """Passes on what a task says, and raises Fault, which names the culprit, where it breaks gymnasium's rules.
 
-    Observations are copies, so that a task may write into the same array in each step. Rewards are floats.
+    Observations are copies, so that a task may write into the same array in each step. Rewards are floats. Wrappers of
+    one's own are checked by another one around them.
     """
+
+    RESET = "reset(self, *, seed=None, options=None) must return (observation, info)"
+    STEP = "step(self, action) must return (observation, reward, terminated, truncated, info)"
 
     def __init__(self, env: gym.Env, name: str):
         super().__init__(env)
@@ -52,21 +63,12 @@ class Checked(gym.Wrapper):
 
     def reset(self, **kwargs):
         self.steps = 0
-        result = self.env.reset(**kwargs)
-        if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-            raise Fault(f"{self.name}: reset must return (observation, info); is it written for gym before 0.26?")
-        obs, info = result
+        obs, info = self.called(self.RESET, 2, self.env.reset, **kwargs)
         return self.checked(obs), info
 
     def step(self, action):
-        result = self.env.step(action)
         self.steps += 1
-        if not (isinstance(result, tuple) and len(result) == 5 and isinstance(result[4], dict)):
-            raise Fault(
-                f"{self.name}: step must return (observation, reward, terminated, truncated, info); "
-                "is it written for gym before 0.26?"
-            )
-        obs, reward, terminated, truncated, info = result
+        obs, reward, terminated, truncated, info = self.called(self.STEP, 5, self.env.step, action)
         obs = self.checked(obs)
         if np.size(reward) != 1 or np.asarray(reward).dtype.kind not in "fiub":
             raise Fault(f"{self.name}: the reward of step {self.steps} is {reward!r}, not a number")
@@ -76,6 +78,21 @@ class Checked(gym.Wrapper):
             if np.size(value) != 1 or np.asarray(value).dtype.kind not in "biu":
                 raise Fault(f"{self.name}: {name} of step {self.steps} is {value!r}, not True or False")
         return obs, reward, bool(terminated), bool(truncated), info
+
+    def called(self, rule: str, length: int, function: Callable, *args, **kwargs) -> tuple:
+        """What a method of the task returns. Raises Fault when that, or what it takes, is not by the rule."""
+        try:
+            result = function(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            # Raised in gymnasium's wrappers or here, not in the task: it was called or unpacked in vain.
+            where = traceback.extract_tb(error.__traceback__)[-1].filename
+            if "gymnasium" not in where and where != __file__:
+                raise
+            raise Fault(f"{self.name}: {rule} ({error}); is it written for gym before 0.26?") from error
+        if not (isinstance(result, tuple) and len(result) == length and isinstance(result[-1], dict)):
+            raise Fault(f"{self.name}: {rule}; is it written for gym before 0.26?")
+        info = {key: value for key, value in result[-1].items() if key != "episode"}  # ours: RecordEpisodeStatistics
+        return *result[:-1], info
 
     def checked(self, obs):
         """A copy of the observation. Raises Fault when it does not fit its space."""
@@ -87,14 +104,21 @@ class Checked(gym.Wrapper):
                 given = sorted(value) if isinstance(value, dict) else type(value).__name__
                 raise Fault(f"{self.name}: {name} is {given}, its space has {sorted(space)}")
             return {key: self.checked_part(part, value[key], f"{name}[{key!r}]") for key, part in space.items()}
+        if isinstance(space, spaces.Tuple) and isinstance(value, tuple) and len(value) == len(space):
+            return tuple(self.checked_part(part, value[i], f"{name}[{i}]") for i, part in enumerate(space))
         if not isinstance(space, spaces.Box):
+            if not space.contains(value):
+                raise Fault(f"{self.name}: {name} is {value!r}, which is not in {space}")
             return copy.deepcopy(value)
-        array = np.array(value)  # a copy
+        try:
+            array = np.array(value)  # a copy
+        except (TypeError, ValueError) as error:
+            raise Fault(f"{self.name}: {name} is no array ({error})") from error
         if array.dtype.kind not in "fiub":
             raise Fault(f"{self.name}: {name} is {value!r}, not numbers")
         if array.shape != space.shape:
             raise Fault(f"{self.name}: {name} has shape {array.shape}, its space has {space.shape}")
-        if array.dtype.kind == "f":
+        if array.dtype.itemsize > 1:  # not images
             wrong = ~(np.abs(array) <= HUGE)  # NaN as well
             if wrong.any():
                 where = np.argwhere(wrong)[0].tolist()
@@ -112,10 +136,9 @@ class Checked(gym.Wrapper):
 def check_actions(env: gym.Env, env_id: str) -> None:
     """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1]."""
     space = env.action_space
-    if not isinstance(space, spaces.Box) or len(space.shape) != 1:
-        fail(
-            f"--env-id {env_id}: actions must be a Box of shape (A,), not {space}; reshape them in a wrapper (make_env)"
-        )
+    if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f" or not space.shape[0]:
+        remedy = "change them in a wrapper (make_env)"
+        fail(f"--env-id {env_id}: actions must be a Box of floats of shape (A,), not {space}; {remedy}")
     low, high = np.float64(space.low), np.float64(space.high)
     if not (np.isfinite(high - low) & (high - low < HUGE)).all():
         fail(f"--env-id {env_id}: actions need bounds, not {space}; set them in a wrapper (make_env)")
@@ -144,6 +167,36 @@ def episode_seed(seed: int, stream: int, episode: int) -> int:
 
 
 # --- Wrappers ---------------------------------------------------------------------------------------------------------
+class ScaledActions(gym.ActionWrapper):
+    """Actions in [-1, 1], scaled to the task's bounds; a dimension whose bounds are equal keeps their value."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.low, self.high = env.action_space.low, env.action_space.high
+        self.action_space = spaces.Box(-1, 1, env.action_space.shape, env.action_space.dtype)
+
+    def action(self, action):
+        middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
+        return np.clip(middle + half * action, self.low, self.high).astype(self.action_space.dtype)
+
+
+class AnySuccess(gym.Wrapper):
+    """An episode that succeeds in any of its steps is a success, as Meta-World counts; else the last step's counts."""
+
+    def __init__(self, env: gym.Env, success: Callable[[dict], float]):
+        super().__init__(env)
+        self.success = success
+
+    def reset(self, **kwargs):
+        self.succeeded = False
+        return self.env.reset(**kwargs)
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        self.succeeded = self.succeeded or self.success(info) == 1
+        return obs, reward, terminated, truncated, info | {"success": self.succeeded}
+
+
 class GripperPenalty(gym.Wrapper):
     """Subtracts a penalty when the gripper command, the last action, switches between opening and closing."""
 
@@ -244,7 +297,7 @@ def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterat
     `noise` is the standard deviation on the expert's actions, relative to their range [-1, 1]. Exits with one line when
     the task has no expert, or the dataset is not of this task.
     """
-    if source.isdigit():
+    if source.isdecimal():
         return expert_episodes(int(source), env, seed, noise)
     return minari_episodes(source, env)
 
@@ -279,7 +332,10 @@ def expert_episodes(count: int, env: gym.Env, seed: int, noise: float) -> Iterat
         done = False
         while not done:
             eps = noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
-            action = np.clip(expert() + eps, space.low, space.high).astype(space.dtype)
+            action = np.asarray(expert(), float)
+            if action.shape != space.shape or not np.isfinite(action).all():
+                fail(f"--demos {count}: expert_action() gives {action}, actions are {space}")
+            action = np.clip(action + eps, space.low, space.high).astype(space.dtype)
             _, _, terminated, truncated, _ = recorder.step(action)
             done = terminated or truncated
         yield recorder.episodes.pop()

@@ -1,15 +1,20 @@
-"""Seeded roll-outs of a policy, side by side; their video, and their recording as a Minari dataset."""
+"""Seeded roll-outs of a policy, side by side; their curve and video, and their recording as a Minari dataset."""
 
+import copy
 import math
 import sys
-from collections import deque
+import tempfile
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from torch import Tensor
 
-from common.envs import Episode, Recorder, episode_seed
+from common.envs import Episode, Recorder, episode_seed, say_once
 from common.setup import fail
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
@@ -91,10 +96,14 @@ def evaluate(
     rollouts = roll_out(policy, envs, episodes, seed, stop)
     if not rollouts:
         return {}
+    verdicts = [success(rollout.info) for rollout in rollouts]
+    names = [name for name in rollouts[0].info if "succ" in str(name).lower()]
+    if names and np.isnan(verdicts).all():
+        say_once(f"whether episodes succeed is unknown; the task's info has {names}: read one of them in success()")
     return {
         "eval/episodic_return": float(np.mean([sum(rollout.rewards) for rollout in rollouts])),
         "eval/episodic_length": float(np.mean([len(rollout.rewards) for rollout in rollouts])),
-        "eval/success_rate": float(np.mean([success(rollout.info) for rollout in rollouts])),
+        "eval/success_rate": float(np.mean(verdicts)),
         "eval/episodes": float(episodes),
     }
 
@@ -129,7 +138,11 @@ def record(
         if not math.isnan(verdict):  # known at the end only
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=env.spec, **about)
+    spec = copy.deepcopy(env.unwrapped.spec)
+    if callable(spec.entry_point):  # a class, where Minari wants its name
+        spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
+    both = {"observation_space": space, "action_space": env.action_space}
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=spec, **both, **about)
 
 
 def store_evaluation(
@@ -161,3 +174,158 @@ def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: 
         env.close()
     except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained and saved all the same
         print(f"no video: {error}; afterwards --eval-only {path.parent} writes it", file=sys.stderr)
+
+
+def means(rollouts: list[Rollout], success: Callable[[dict], float]) -> dict[str, float]:
+    """Return, length, success, and the numbers of the last info, as qc evaluation.py:120."""
+    scalars = []
+    for rollout in rollouts:
+        known = {
+            "episodic_return": sum(rollout.rewards),
+            "episodic_length": len(rollout.rewards),
+            "success_rate": success(rollout.info),
+        }
+        for key, value in rollout.info.items():
+            if isinstance(value, int | float | np.number | np.bool_):
+                known[key] = float(value)
+        scalars.append(known)
+    stats = {key: float(np.mean([x.get(key, math.nan) for x in scalars])) for key in (scalars or [{}])[0]}
+    return stats | {"episodes": float(len(rollouts))}
+
+
+class Watched(gym.Wrapper):
+    """Keeps what happens in the episodes that end: `trajectories`; with `frame_skip` also pictures, `renders`."""
+
+    def __init__(self, env: gym.Env, frame_skip: int = 0):
+        super().__init__(env)
+        self.frame_skip = frame_skip  # steps per picture
+        self.trajectories: list[dict[str, list]] = []
+        self.renders: list[np.ndarray] = []
+
+    def reset(self, **kwargs):
+        self.obs, info = self.env.reset(**kwargs)
+        self.trajectory = defaultdict(list)
+        self.frames = []
+        return self.obs, info
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        done = terminated or truncated
+        step = {"observation": self.obs, "next_observation": obs, "action": action, "reward": float(reward)}
+        for key, value in (step | {"done": float(done), "info": info}).items():
+            self.trajectory[key].append(value)
+        self.obs = obs
+        if self.frame_skip and (done or len(self.trajectory["done"]) % self.frame_skip == 0):
+            self.frames.append(self.env.render())
+        if done:
+            self.trajectories.append(dict(self.trajectory))
+            self.renders.append(np.stack(self.frames) if self.frames else None)
+        return obs, reward, terminated, truncated, info
+
+
+def film(policy: Policy, env: gym.Env, episodes: int, frame_skip: int, seed: int) -> list[np.ndarray]:
+    """Pictures (T, H, W, 3), one of `frame_skip` steps, of the first evaluation episodes."""
+    camera = Watched(env, frame_skip)
+    roll_out(policy, [camera], episodes, seed)
+    return camera.renders
+
+
+def video_grid(renders: list[np.ndarray]) -> np.ndarray:
+    """Videos (T, H, W, 3) side by side as one; shorter ones end in their last frame, darker. qc log_utils.py:101."""
+    length = max(map(len, renders))
+    columns = math.ceil(math.sqrt(len(renders)))
+    padded = []
+    for render in renders:
+        rest = np.repeat(render[-1:] // 2, length - len(render), 0)
+        padded.append(np.pad(np.concatenate([render, rest]), ((0, 0), (1, 1), (1, 1), (0, 0))))
+    padded += [np.zeros_like(padded[0])] * (-len(padded) % columns)
+    rows = [np.concatenate(padded[i : i + columns], 2) for i in range(0, len(padded), columns)]
+    return np.concatenate(rows, 1)
+
+
+def write_video(renders: list[np.ndarray], path: Path, fps: int) -> None:
+    import imageio.v2 as imageio
+
+    with imageio.get_writer(path, fps=fps, macro_block_size=1) as video:
+        for frame in video_grid(renders):
+            video.append_data(frame)
+
+
+def get_wandb_video(renders: list[np.ndarray], fps: int = 15, path: Path | None = None):
+    """A grid of videos for Weights & Biases, written to `path`, or to a temporary file."""
+    import wandb
+
+    path = path or Path(tempfile.mkdtemp(), "video.mp4")
+    write_video(renders, path, fps)
+    return wandb.Video(str(path), format="mp4")
+
+
+def plot_curves(folder: Path, tables: dict[str, tuple[str, ...]], x: str, seconds: float) -> None:
+    """Writes curve.png: the columns of `tables` (files NAME.csv) that hold numbers, over their first column, `x`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = []
+    for name, columns in tables.items():
+        path = folder / f"{name}.csv"
+        if path.exists() and path.stat().st_size:
+            table = np.genfromtxt(path, delimiter=",", names=True, deletechars="", ndmin=1)
+            known = [key for key in columns if key in table.dtype.names and np.isfinite(table[key]).any()]
+            curves += [(key, table[table.dtype.names[0]], table[key]) for key in known]
+    width = max(len(curves), 1)
+    figure, axes = plt.subplots(1, width, figsize=(5 * width, 3.5), squeeze=False, layout="constrained")
+    for axis, (key, steps, values) in zip(axes[0], curves, strict=False):
+        axis.plot(steps, values, marker="o", markersize=3)
+        axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
+        axis.grid(alpha=0.3)
+        if key.endswith("success_rate"):
+            axis.set_ylim(-0.03, 1.03)
+    figure.suptitle(f"{folder.name}, {seconds / 60:.1f} min", fontsize=9)
+    figure.savefig(folder / "curve.png", dpi=150)
+    plt.close(figure)
+
+
+# --- Tables -----------------------------------------------------------------------------------------------------------
+class CsvLogger:
+    """Rows of numbers; the first row fixes the columns. Goes on with a file that is there."""
+
+    def __init__(self, path: str | Path):
+        self.file = Path(path).open("a+")  # noqa: SIM115  closed by close()
+        self.file.seek(0)
+        header = self.file.readline().strip()
+        self.columns = header.split(",") if header else []
+
+    def log(self, row: dict, step: int) -> None:
+        numbers = {"step": step} | only_numbers(row)
+        if not self.columns:
+            self.columns = list(numbers)
+            self.file.write(",".join(self.columns) + "\n")
+        cells = [f"{numbers[key]:.9g}" if key in numbers else "" for key in self.columns]
+        self.file.write(",".join(cells) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def only_numbers(row: dict) -> dict[str, float]:
+    return {key: float(x) for key, x in row.items() if isinstance(x, int | float | np.number | Tensor)}
+
+
+@dataclass
+class LoggingHelper:
+    """A CSV file for each prefix, and the same numbers as PREFIX/NAME to Weights & Biases and TensorBoard."""
+
+    csv_loggers: dict[str, CsvLogger]
+    wandb_logger: Any = None  # the module, or a run
+    writer: Any = None  # TensorBoard's SummaryWriter
+
+    def log(self, data: dict, prefix: str, step: int) -> None:
+        self.csv_loggers[prefix].log(data, step)
+        if self.wandb_logger is not None:
+            self.wandb_logger.log({f"{prefix}/{key}": value for key, value in data.items()}, step=step)
+        if self.writer is not None:
+            for key, value in only_numbers(data).items():
+                self.writer.add_scalar(f"{prefix}/{key}", value, step)

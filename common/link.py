@@ -97,6 +97,8 @@ class Learner:
             fail(f"--address {address}: a network needs --curve-keys DIR, which encrypts and authenticates")
         self.hello, self.record_bytes, self.check = hello, record_bytes, check
         self.held: dict[str, int] = {}
+        self.asking: set[str] = set()  # actors that have not been told that it is over
+        self.over = False
         self.in_checkpoint: dict[str, int] = {}
         if keys:
             make_keys(Path(keys))
@@ -111,8 +113,8 @@ class Learner:
         except zmq.ZMQError as error:
             fail(f"--address {address}: {error}; give another port, of which the next one is free too")
 
-    def receive(self, timeout_ms: int) -> list[tuple[str, bytes]]:
-        """New records as (actor, record), each actor's in order; waits at most `timeout_ms` for the first message."""
+    def receive(self, timeout_ms: int, most: float = math.inf) -> list[tuple[str, bytes]]:
+        """At most `most` new records as (actor, record), each actor's in order; waits `timeout_ms` for the first."""
         new = []
         for _ in range(100):  # then learning has its turn
             if not self.router.poll(timeout_ms):
@@ -120,16 +122,20 @@ class Learner:
             timeout_ms = 0
             identity, *frames = self.router.recv_multipart()
             try:
-                actor, records = self.read(frames)
-                reply = {"held": self.held.get(actor, 0), "saved": self.in_checkpoint.get(actor, 0)}
+                actor, records = self.read(frames, most - len(new))
+                reply = {"held": self.held.get(actor, 0), "saved": self.in_checkpoint.get(actor, 0), "over": self.over}
+                self.asking = self.asking - {actor} if self.over else self.asking | {actor}
                 new += [(actor, record) for record in records]
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
                 reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
             self.router.send_multipart([identity, json.dumps(reply).encode()])
         return new
 
-    def read(self, frames: list[bytes]) -> tuple[str, list[bytes]]:
-        """The actor and its records that are new. Raises ValueError, or what a hostile header makes Python raise."""
+    def read(self, frames: list[bytes], most: float) -> tuple[str, list[bytes]]:
+        """The actor and at most `most` of its records that are new.
+
+        Raises ValueError, or what a hostile header makes Python raise.
+        """
         header = json.loads(frames[0])
         if header["protocol"] != PROTOCOL:
             raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}")
@@ -144,9 +150,11 @@ class Learner:
         held = self.held.get(actor, 0)
         if not first <= held < first + count:
             return actor, []
-        self.held[actor] = first + count
-        start = (held - first) * self.record_bytes
-        return actor, [payload[i : i + self.record_bytes] for i in range(start, len(payload), self.record_bytes)]
+        size = self.record_bytes
+        records = [payload[i : i + size] for i in range((held - first) * size, len(payload), size)]
+        records = records[: int(min(most, len(records)))]
+        self.held[actor] = held + len(records)
+        return actor, records
 
     def saved(self) -> None:
         """All that was received is in a checkpoint: actors may drop it."""
@@ -154,8 +162,17 @@ class Learner:
 
     def publish(self, version: int, weights: bytes, done: bool = False) -> None:
         """Sends the weights to all actors; `done` ends them."""
-        header = {"protocol": PROTOCOL, "version": version, "done": done}
+        header = {"protocol": PROTOCOL, "version": version}
         self.publisher.send(json.dumps(header).encode() + b"\n" + weights)
+        if done:
+            self.end()
+
+    def end(self, patience_s: float = 10.0) -> None:
+        """Tells each actor that has sent something that it is over, when it asks; takes nothing more."""
+        self.over = True
+        deadline = time.monotonic() + patience_s
+        while self.asking and time.monotonic() < deadline:
+            self.receive(100, most=0)
 
     def state_dict(self) -> dict:
         return {"held": dict(self.held)}
@@ -246,6 +263,7 @@ class Actor:
         self.name = name_file.read_text()
         self.number = int(self.name[:8], 16)  # for seeds that no other actor has
         self.journal = Journal(folder / "journal", record_bytes)
+        self.staged = folder / "staged.records"
         self.held = self.journal.first  # what came before was saved
         self.done = False
         self.waiting = False  # for a reply
@@ -267,6 +285,33 @@ class Actor:
             if not self.waiting:  # nothing could be sent
                 time.sleep(0.1)
 
+    def stage(self, record: bytes) -> None:
+        """Keeps a record back, on the disk, until `release` or `discard`."""
+        if not self.staged.exists():
+            self.staged.write_bytes(self.journal.written.to_bytes(8, "little"))
+        with self.staged.open("ab") as file:
+            file.write(record)
+        self.exchange(0)
+
+    def release(self) -> int:
+        """Sends what was kept back, also before a crash; how many records."""
+        if not self.staged.exists():
+            return 0
+        data = self.staged.read_bytes()
+        size = self.journal.record_bytes
+        records = [data[i : i + size] for i in range(8, len(data) - size + 1, size)]
+        done = self.journal.written - int.from_bytes(data[:8], "little")  # by a `release` that a crash ended
+        for record in records[done:]:
+            self.journal.append(record)
+        self.staged.unlink()
+        self.exchange(0)
+        return len(records)
+
+    def discard(self) -> int:
+        """Forgets what was kept back; 0 records."""
+        self.staged.unlink(missing_ok=True)
+        return 0
+
     def exchange(self, wait_ms: int) -> None:
         """Takes the learner's answer if it is there, and sends records. Exits when it is silent for too long."""
         if self.waiting and self.dealer.poll(wait_ms):
@@ -274,6 +319,7 @@ class Actor:
             if "error" in reply:
                 fail(f"the learner says: {reply['error']}")
             self.held = reply["held"]
+            self.done = reply["over"]
             self.journal.drop(reply["saved"])
             self.waiting = False
             self.answered = time.monotonic()
@@ -300,10 +346,9 @@ class Actor:
             self.sent = time.monotonic()
 
     def weights(self) -> tuple[int, bytes] | None:
-        """Version and weights, if newer ones have come. `done` is set when the learner has ended."""
+        """Version and weights, if newer ones have come."""
         if not self.subscriber.poll(0):
             return None
         header, _, weights = self.subscriber.recv().partition(b"\n")
         header = json.loads(header)
-        self.done = header["done"]
         return header["version"], weights

@@ -13,8 +13,7 @@ import gymnasium as gym
 import numpy as np
 
 from common import envs
-from common.run import write_atomically
-from common.setup import fail
+from common.setup import fail, write_atomically
 
 SPARE_BYTES = 100e6  # disk that is left free, for videos and for other programs
 

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.setup import Fault, RunArgs, fail, git_commit, write_atomically
+from common.evaluation import plot_curves
+from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, write_atomically
 
+CURVES = ("eval/episodic_return", "eval/success_rate")  # of curve.png
 PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
 
 
@@ -62,6 +64,7 @@ class Run:
         self.files: dict[str, io.TextIOBase] = {}
         self.bar = None
         self.writer = None
+        self.started = time.perf_counter()
         self.signals = 0
         self.signalled_at = math.inf
         self.unit = "the episode"  # what Ctrl-C waits for
@@ -74,33 +77,32 @@ class Run:
         args.run_dir = str(self.dir)
 
     def create(self) -> None:
-        """Fills the folder; args.json comes last and makes it a run."""
+        """Fills the folder, also one that is mounted; run.json comes first, args.json comes last and makes it a run."""
         try:
-            if self.dir.exists() and any(self.dir.iterdir()):
-                fail(f"--run-dir {self.dir}: is not empty; --resume it, or give another name")
+            check_new_folder(self.dir)
             self.dir.mkdir(parents=True, exist_ok=True)
             root = self.script.parent
+            write_atomically(self.dir / "run.json", json.dumps(self.about(), indent=2).encode())
             for file in {self.script, *own_modules(root)}:
                 target = self.dir / file.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, target)
-            versions = {
-                name: sys.modules[name].__version__
-                for name in ("torch", "numpy", "gymnasium", "mujoco")
-                if name in sys.modules
-            }
-            about = {
-                "command": sys.argv,
-                "git_commit": git_commit(root),
-                "versions": versions | {"python": sys.version.split()[0]},
-                "cpus": os.cpu_count(),
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            }
-            write_atomically(self.dir / "run.json", json.dumps(about, indent=2).encode())
             flags = dataclasses.asdict(self.args) | {"run_dir": None}
             write_atomically(self.dir / "args.json", json.dumps(flags, indent=2).encode())
         except OSError as error:
             fail(f"--run-dir {self.dir}: cannot be written ({error}); give another folder")
+
+    def about(self) -> dict[str, object]:
+        """What beside code and flags a run depends on."""
+        names = [name for name in ("torch", "numpy", "gymnasium", "mujoco") if name in sys.modules]
+        versions = {name: sys.modules[name].__version__ for name in names}
+        return {
+            "command": sys.argv,
+            "git_commit": git_commit(self.script.parent),
+            "versions": versions | {"python": sys.version.split()[0]},
+            "cpus": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        }
 
     def load(self, device: torch.device | str) -> dict | None:
         """The newest checkpoint, or None when the run has none yet. Exits when it cannot be read."""
@@ -151,6 +153,8 @@ class Run:
             "finished": finished,
         }
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"run": progress}
+        if self.writer is not None:
+            self.writer.flush()  # what a checkpoint is behind of, is not written again
         data, path = io.BytesIO(), self.dir / "checkpoint.pt"
         torch.save(state, data)
         write_atomically(path.with_suffix(".new"), data.getbuffer())
@@ -160,16 +164,16 @@ class Run:
         self.saved_at = self.step
 
     # --- while it runs ---
-    def open(self, total: int, unit: str = "step") -> None:
+    def open(self, total: int, unit: str = "step", option: str = "--total-timesteps") -> None:
         """CSV files, TensorBoard, wandb, progress bar, signals; what was written after the checkpoint is removed.
 
-        Exits with one line when a finished run is asked for no more than it has.
+        Exits with one line that names `option` when a finished run is asked for no more than it has.
         """
         from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
         if self.state and self.state["finished"] and self.step >= total:
-            fail(f"{self.dir} is finished, at {self.step} of {total}: give a larger number to go on")
+            fail(f"{self.dir} is finished: {option} {total}: it has {self.step}; give a larger number to go on")
         for path in self.dir.glob("*.csv"):
             newest = self.step
             if path.stem == "eval" and self.step >= total:  # the last evaluation comes after the checkpoint
@@ -309,25 +313,9 @@ class Run:
         self.bar.close()
         self.writer.close()
 
-    def plot(self, x: str = "environment steps") -> None:
-        """Writes curve.png: return and success rate of the evaluations over steps."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        table = np.genfromtxt(self.dir / "eval.csv", delimiter=",", names=True, deletechars="", ndmin=1)
-        keys = [k for k in ("eval/episodic_return", "eval/success_rate") if np.isfinite(table[k]).any()]
-        figure, axes = plt.subplots(1, len(keys), figsize=(5 * len(keys), 3.5), squeeze=False, layout="constrained")
-        for axis, key in zip(axes[0], keys, strict=True):
-            axis.plot(table["global_step"], table[key], marker="o", markersize=3)
-            axis.set(xlabel=x, ylabel=key.removeprefix("eval/").replace("_", " "))
-            axis.grid(alpha=0.3)
-            if key == "eval/success_rate":
-                axis.set_ylim(-0.03, 1.03)
-        figure.suptitle(f"{self.dir.name}, {table['wall_s'][-1] / 60:.1f} min", fontsize=9)
-        figure.savefig(self.dir / "curve.png", dpi=150)
-        plt.close(figure)
+    def plot(self, x: str = "environment steps", name: str = "eval", keys: tuple[str, ...] = CURVES) -> None:
+        """Writes curve.png: columns of a table over steps; by default return and success rate of the evaluations."""
+        plot_curves(self.dir, {name: keys}, x, self.elapsed())
 
 
 def drop_rows_after(path: Path, newest: int) -> None:

@@ -52,6 +52,11 @@ class RunArgs:
     amp: bool = False
     """bfloat16 matrix products: faster on a GPU, and on CPUs with AVX512-BF16 or AMX"""
 
+    @classmethod
+    def recipe(cls, given: dict[str, str]) -> dict[str, object]:
+        """Defaults that depend on other flags, by name; `given`: what the command line says, --FLAG to value."""
+        return {}
+
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
 
@@ -71,14 +76,18 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
     `may_change` names, separated by spaces, the flags that may differ from the run's. Exits with one line when flags
     contradict each other or the run. --help shows `doc`, then the flags in groups.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = absl_flags(Args, sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         print(help_text(Args, doc))
         raise SystemExit(0)
-    args = tyro.cli(Args, args=argv)
+    given = dict(zip(argv, argv[1:], strict=False))
+    recipe = Args.recipe(given) if issubclass(Args, RunArgs) else {}
+    args = tyro.cli(Args, args=argv, default=Args(**recipe))
     resume, eval_only = (getattr(args, name, None) for name in ("resume", "eval_only"))  # not every script has them
     run_dir = resume or eval_only
     if run_dir:
+        if Path(run_dir).is_file():  # a checkpoint in the run's folder
+            run_dir = str(Path(run_dir).parent)
         saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in vars(saved).keys() - set(may_change.split()):
@@ -90,10 +99,32 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
     return args
 
 
+def absl_flags(Args: type, argv: list[str]) -> list[str]:  # noqa: N803
+    """`--x_y=v` as `--x-y v`; for switches `--x=True` or `=1` as `--x`, `--x=False` or `=0` or `--nox` as `--no-x`."""
+    switches = {flag(field.name) for field in dataclasses.fields(Args) if field.type is bool}
+    tokens: list[str] = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        if re.fullmatch(r"--[A-Za-z][\w-]*", name):
+            name = flag(name[2:])
+            if name.startswith("--no") and "--" + name[4:] in switches:
+                name = "--no-" + name[4:]
+            tokens += [name, value] if equals else [name]
+        else:
+            tokens.append(token)
+        if len(tokens) > 1 and tokens[-2] in switches and tokens[-1].lower() in ("true", "1", "false", "0"):
+            value = tokens.pop().lower()
+            if value in ("false", "0"):
+                tokens[-1] = f"--no-{tokens[-1][2:]}"
+    return tokens
+
+
 def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
     """The flags in `run_dir`. Exits with one line that names `option` when there are none."""
     try:
         saved = json.loads((Path(run_dir) / "args.json").read_text())
+        if option == "--eval-only" and saved.get("record_dataset"):
+            saved["record_dataset"] = None  # that was the training's last evaluation
         args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         args.check()
     except (OSError, ValueError, TypeError, AttributeError) as error:
@@ -111,6 +142,19 @@ def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_
             fail(f"{flag(name)} {value}: give a number that is not negative")
         if name in fractions and value > 1:
             fail(f"{flag(name)} {value}: give a number from 0 to 1")
+
+
+def to_flags(args: object) -> list[str]:
+    """The command line that gives these arguments."""
+    tokens = []
+    for name, value in vars(args).items():
+        if isinstance(value, bool):
+            tokens.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        elif isinstance(value, tuple):
+            tokens += [flag(name), *map(str, value)]
+        elif value is not None:
+            tokens += [flag(name), str(value)]
+    return tokens
 
 
 def help_text(Args: type, doc: str) -> str:  # noqa: N803
@@ -147,19 +191,55 @@ def usage(name: str, hint: object, default: object) -> str:
     return f"{flag(name)} {value}  ({'none' if default is None else default})"
 
 
+def check_new_folder(folder: str | Path) -> None:
+    """Exits with one line when a run cannot be written there; makes nothing."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        fail(f"--run-dir {folder}: cannot be written, it is a file; give another name")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if "args.json" in names:
+        fail(f"--run-dir {folder}: has a run; --resume it, or give another name")
+    if names - {"lost+found", "run.json.tmp"} and "run.json" not in names:  # with it: a run that was killed in there
+        fail(f"--run-dir {folder}: is not empty; give another name")
+    parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        fail(f"--run-dir {folder}: cannot be written, for {parent} takes no files; give another folder")
+
+
 @contextlib.contextmanager
 def ends_well(args: RunArgs) -> Iterator[None]:
-    """Ctrl-C and a full disk end the program inside with one line that says how to go on."""
+    """Ctrl-C, a task's fault and a full or read-only disk end the program with one line that says how to go on."""
     try:
-        yield
+        with bar_closed():
+            yield
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {go_on(args)}") from None
     except Fault as error:
-        fail(str(error))
+        fail(f"{error}; then {go_on(args)}")
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        fail(f"{error}; make room, then {go_on(args)}")
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            fail(f"{error}; make room, then {go_on(args)}")
+        ours = args.run_dir and error.filename and Path(args.run_dir) in Path(error.filename).parents
+        if ours and error.errno in (errno.EROFS, errno.EACCES):
+            fail(f"{error}; make the folder writable, then {go_on(args)}")
+        raise
+
+
+@contextlib.contextmanager
+def bar_closed() -> Iterator[None]:
+    """Ends the progress bar's line, so that what is said next has one of its own."""
+    from tqdm import tqdm
+
+    try:
+        yield
+    finally:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()
+
+
+def has_checkpoint(run_dir: str | Path | None) -> bool:
+    """Whether a run has saved something to go on with."""
+    return run_dir is not None and any((Path(run_dir) / f"checkpoint.{name}").exists() for name in ("pt", "previous"))
 
 
 def go_on(args: RunArgs) -> str:
@@ -167,9 +247,9 @@ def go_on(args: RunArgs) -> str:
     run_dir = args.run_dir
     if run_dir is None or not (Path(run_dir) / "args.json").exists():
         return "run the same command again"
-    if (Path(run_dir) / "checkpoint.pt").exists() or (Path(run_dir) / "checkpoint.previous").exists():
+    if has_checkpoint(run_dir):
         return f"go on with --resume {run_dir}"
-    return f"nothing was saved yet: --resume {run_dir} begins it again"
+    return f"begin again with --resume {run_dir}, nothing was saved yet"
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
@@ -282,7 +362,7 @@ class Graphed:
             graph = torch.cuda.CUDAGraph()
             static_inputs = [tensor.clone() for tensor in inputs]
             graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader pins memory meanwhile
                 results = self.function(*static_inputs, **options)
             self.graphs[key] = graph, static_inputs, results
         graph, static_inputs, results = self.graphs[key]

@@ -12,13 +12,17 @@ Tests that need minutes, a GPU or a robot carry @pytest.mark.slow, gpu or robot 
 import contextlib
 import csv
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell, and their children, ignore it
@@ -125,3 +129,75 @@ def wait_until(condition: Callable[[], object], timeout: float = 120.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"waited {timeout} s in vain"
         time.sleep(0.05)
+
+
+# --- Runs read back ---------------------------------------------------------------------------------------------------
+TIMES = ("wall_s", "charts/SPS", "time/act_ms", "time/env_ms", "time/update_ms")
+
+
+def read_checkpoint(run_dir: Path) -> dict:
+    import torch
+
+    return torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+
+
+def leaves(state: object, path: str = "") -> dict[str, object]:
+    """Path -> leaf, of nested dicts and lists."""
+    if isinstance(state, dict):
+        parts = state.items()
+    elif isinstance(state, list | tuple):
+        parts = enumerate(state)
+    else:
+        return {path: state}
+    return {name: leaf for key, part in parts for name, leaf in leaves(part, f"{path}/{key}").items()}
+
+
+def same(one: object, other: object) -> bool:
+    """Equal numbers or tensors; NaN is NaN."""
+    import torch
+
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    return one == other or (one != one and other != other)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Names of what differs between two runs' checkpoints, but for the time that they took."""
+    ours, theirs = (leaves(read_checkpoint(run_dir)) for run_dir in (one, other))
+    names = (ours.keys() | theirs.keys()) - {"/run/elapsed"}
+    return sorted(
+        name for name in names if name not in ours or name not in theirs or not same(ours[name], theirs[name])
+    )
+
+
+def table(run_dir: Path, name: str) -> dict[str, list[str]]:
+    """A CSV without the columns that measure time; comparable with ==, NaN is NaN."""
+    return {key: [str(x) for x in column] for key, column in read_csv(run_dir, name).items() if key not in TIMES}
+
+
+def one_line(result: Finished, name: str) -> str:
+    """The error of script `name`, which must have ended with one line on stderr and no traceback."""
+    assert result.returncode not in (0, None), result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    lines = re.split("[\r\n]", result.stderr)
+    errors = [line for line in lines if line.strip() and not re.search(r"(step|update)/s|s/(step|update)", line)]
+    assert len(errors) == 1 and errors[0].startswith(f"{name}: "), result.stderr
+    return errors[0]
+
+
+def free_port() -> int:
+    """A port with a free one above it."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            with contextlib.suppress(OSError):
+                other.bind(("127.0.0.1", one.getsockname()[1] + 1))
+                return one.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory) -> Finished:
+    """A run of sac_state_sim.py to read; tests that change it copy it first."""
+    from state_runs import WITH_DEMOS, run
+
+    return run(*WITH_DEMOS, "--capture-video", "--run-dir", "run", cwd=tmp_path_factory.mktemp("finished"))

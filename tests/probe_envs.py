@@ -1,5 +1,7 @@
 """Tiny tasks of known value, and tasks that misbehave: `--env-id probe_envs:NAME-v0` with this folder in PYTHONPATH."""
 
+import time
+
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -193,6 +195,64 @@ class Sequences(Probe):
     observation_space = spaces.Sequence(spaces.Box(-1, 1, (2,)))
 
 
+class InPlace(Point):
+    """Point that writes its observation into the same arrays and the same dict in each step."""
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(render_mode)
+        self.kept = {"point": np.zeros(2), "goal": np.zeros(2)}
+
+    def observe(self):
+        self.kept["point"][:] = self.point
+        self.kept["goal"][:] = self.goal
+        return self.kept
+
+
+class OnlyOne(Point):
+    """Owns something, such as a robot or a port: there may be one at a time. Each is noted in instances.txt."""
+
+    alive = 0
+
+    def __init__(self, render_mode: str | None = None):
+        super().__init__(render_mode)
+        if OnlyOne.alive:
+            raise RuntimeError("the robot is in use")
+        OnlyOne.alive = 1
+        with open("instances.txt", "a") as file:
+            file.write("made\n")
+
+    def close(self):
+        OnlyOne.alive = 0
+
+
+class Endless(ConstantReward):
+    """Never ends an episode, and has no registered time limit; 5 ms a step."""
+
+    def step(self, action):
+        time.sleep(0.005)
+        return self.observe(), 1.0, False, False, {}
+
+
+class Spiky(Point):
+    """One observation of 1e5 in the 60th step of the process; success under an unusual name."""
+
+    steps = 0
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        Spiky.steps += 1
+        if Spiky.steps == 60:
+            obs["goal"][1] = 1e5
+        return obs, reward, terminated, truncated, {"task_succeeded": info["success"]}
+
+
+class NanStart(Point):
+    """Its very first observation is NaN."""
+
+    def observe(self):
+        return super().observe() | {"goal": np.full(2, np.nan)}
+
+
 class OtherPoint(Point):
     """Point with one more number in the observation."""
 
@@ -251,7 +311,10 @@ class NoOpenGL(DictImages):
 
 for task in (
     *(ConstantReward, TruncatedReward, ObservedReward, TwoSteps, ActionReward, ObservedAction),
-    *(Point, OtherPoint, IdleExpert, NeverTwiceTheSame, NanReward, NanObservation, NanReset),
+    *(Point, OtherPoint, IdleExpert, NeverTwiceTheSame, NanReward, NanObservation, NanReset, NanStart, InPlace, Spiky),
+    *(OnlyOne, Endless),
     *(Images, DictImages, Unbounded, Sequences, PixelPoint, OtherCameras, GreyImages, NoOpenGL),
 ):
-    gym.register(f"{task.__name__}-v0", f"probe_envs:{task.__name__}", disable_env_checker=True)
+    limit = None if task is Endless else 1000
+    entry_point = f"probe_envs:{task.__name__}"
+    gym.register(f"{task.__name__}-v0", entry_point, max_episode_steps=limit, disable_env_checker=True)

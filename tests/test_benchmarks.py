@@ -36,7 +36,8 @@ def test_results_were_measured_with_the_rows_command():
     rows, _ = report.results_in(run.RESULTS)
     for name, lines in rows.items():
         for line in lines:
-            assert line["command"] == f"python {run.ROWS[name].command} --seed {line['seed']}"
+            row = run.ROWS[name]
+            assert line["command"] in [f"python {c} --seed {line['seed']}" for c in (row.command, row.formerly)]
             assert not line["commit"].endswith("-dirty")
             curve = run.RESULTS / name / f"seed{line['seed']}_eval.csv"
             assert run.last_evaluation(curve, line["metric"]) == (line["global_step"], float(line["value"]))

@@ -574,6 +574,7 @@ MISSING = "import ctypes.util\nctypes.util.find_library = lambda name: None\nimp
         (MISSING + "franka_sim.FrankaSim().render('front', 8, 8)", {"DISPLAY": ":987"}),
         (MISSING + "franka_sim.FrankaSim().render('front', 8, 8)", {"MUJOCO_GL": "osmesa"}),
         (BROKEN, {"MUJOCO_GL": "osmesa"}),
+        ("import franka_sim", {"MUJOCO_GL": "foo"}),
     ],
 )
 def test_missing_opengl_is_named_with_its_remedy(code, env):

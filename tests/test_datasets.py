@@ -1,4 +1,4 @@
-"""Data of bc_flow_offline.py: each format read from small files of its layout, and what happens when it cannot be."""
+"""common/datasets.py, through bc_flow_offline.py: formats from small files of their layout, and what goes wrong."""
 
 import contextlib
 import shutil
@@ -22,6 +22,7 @@ from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, w
 
 import bc_flow_offline
 from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
+from common import datasets
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 SCRIPT, CPU = "bc_flow_offline.py", torch.device("cpu")
@@ -34,6 +35,7 @@ def _folders(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setenv("D4RL_DATASET_DIR", str(tmp_path / "d4rl"))
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("D4RL_URL", "http://127.0.0.1:9")  # where nothing listens
     monkeypatch.setattr("sys.argv", [SCRIPT])
 
 
@@ -55,7 +57,7 @@ def assert_no_chunk_crosses(dataset, episode_of: np.ndarray, horizon: int) -> No
     inside = episode_of[rows[:, None] + np.arange(horizon)] == episode_of[rows][:, None]
     batch = dataset.sample_sequence(len(rows), horizon, 0.99, idxs=rows)
     np.testing.assert_array_equal(batch["valid"], inside)
-    args = Args(action_chunking=True, horizon_length=horizon, cuda=False)
+    args = Args(action_chunking=True, horizon_length=horizon)
     _, actions, valid = Batches(dataset, args, CPU).gather(torch.from_numpy(rows))
     np.testing.assert_array_equal(valid, inside)
     np.testing.assert_array_equal(actions, batch["actions"].reshape(len(rows), -1))
@@ -123,7 +125,7 @@ def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path):
     dataset = minari.load_dataset(name)
     assert "halfcheetah-medium" in name and dataset.total_episodes == 5 and dataset.total_steps == 20
     assert [len(episode.rewards) for episode in dataset.iterate_episodes()] == [length for length, _ in EPISODES]
-    assert isinstance(dataset.recover_environment().unwrapped, gym.make("HalfCheetah-v5").unwrapped.__class__)
+    assert datasets.make_task(dataset).spec.id == "HalfCheetah-v4"
     about = dataset.storage.metadata
     assert (about["ref_min_score"], about["ref_max_score"]) == (-280.178953, 12135.0)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*.hdf5")}
@@ -135,28 +137,28 @@ def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "env", "worst", "best"),
+    ("name", "kind", "worst", "best"),
     [
-        ("halfcheetah-medium-replay-v2", "HalfCheetah-v5", -280.178953, 12135.0),
-        ("hopper-medium-expert-v2", "Hopper-v5", -20.272305, 3234.3),
-        ("walker2d-random-v2", "Walker2d-v5", 1.629008, 4592.3),
-        ("ant-expert-v2", "Ant-v5", -325.6, 3879.7),
-        ("antmaze-large-diverse-v2", None, 0.0, 1.0),
-        ("kitchen-mixed-v0", None, 0.0, 4.0),
-        ("pen-human-v1", None, 96.262799, 3076.8331),
-        ("hammer-cloned-v1", None, -274.856578, 12794.1348),
-        ("relocate-expert-v1", None, -6.425911, 4233.8778),
-        ("door-human-v1", None, -56.512833, 2880.5693),
-        ("maze2d-umaze-v1", None, 23.85, 161.86),
-        ("maze2d-medium-v1", None, 13.13, 277.39),
-        ("maze2d-large-v1", None, 6.7, 273.99),
-        ("maze2d-umaze-dense-v1", None, 68.54, 193.66),
-        ("maze2d-large-dense-v1", None, 30.57, 303.49),
+        ("halfcheetah-medium-replay-v2", "halfcheetah", -280.178953, 12135.0),
+        ("hopper-medium-expert-v2", "hopper", -20.272305, 3234.3),
+        ("walker2d-random-v2", "walker2d", 1.629008, 4592.3),
+        ("ant-expert-v2", "ant", -325.6, 3879.7),
+        ("antmaze-large-diverse-v2", "antmaze", 0.0, 1.0),
+        ("kitchen-mixed-v0", "kitchen", 0.0, 4.0),
+        ("pen-human-v1", "pen", 96.262799, 3076.8331),
+        ("hammer-cloned-v1", "hammer", -274.856578, 12794.1348),
+        ("relocate-expert-v1", "relocate", -6.425911, 4233.8778),
+        ("door-human-v1", "door", -56.512833, 2880.5693),
+        ("maze2d-umaze-v1", "maze2d-umaze", 23.85, 161.86),
+        ("maze2d-medium-v1", "maze2d-medium", 13.13, 277.39),
+        ("maze2d-large-v1", "maze2d-large", 6.7, 273.99),
+        ("maze2d-umaze-dense-v1", "maze2d-umaze-dense", 68.54, 193.66),
+        ("maze2d-large-dense-v1", "maze2d-large-dense", 30.57, 303.49),
     ],
 )
-def test_d4rl_reference_scores(tmp_path, name, env, worst, best, capsys):
+def test_d4rl_reference_scores(tmp_path, name, kind, worst, best, capsys):
     """D4RL infos.py:106-295, printed with the data; the data's returns are sums of its rewards."""
-    dims = {"HalfCheetah-v5": (17, 6), "Hopper-v5": (11, 3), "Walker2d-v5": (17, 6)}.get(env, (7, 3))
+    dims = datasets.D4RL_FAMILIES[kind].dims
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((4, "timeout"), (2, "timeout")), *dims))
     bc_flow_offline.load_datasets(Args(env_name=name, dataset_path=str(path)))
     (dataset_id,) = minari.list_local_datasets()
@@ -262,9 +264,9 @@ def test_an_action_out_of_bounds(tmp_path, value):
     rows = d4rl_rows()
     rows["actions"][10, 3] = value
     path = write_hdf5(tmp_path / "x.hdf5", rows)
-    with pytest.raises(SystemExit, match=r"episode 2.*--clip-actions"):
+    with pytest.raises(SystemExit, match=r"episode 2.*--action-bounds clip"):
         train_rows("halfcheetah-medium-v2", dataset_path=str(path))
-    train = train_rows("halfcheetah-medium-v2", dataset_path=str(path), clip_actions=True)
+    train = train_rows("halfcheetah-medium-v2", dataset_path=str(path), action_bounds="clip")
     assert train["actions"][10, 3] == pytest.approx(np.sign(value) * (1 - 1e-5))
 
 
@@ -297,7 +299,7 @@ def test_unknown_names_suggest_the_nearest(capsys, name, near):
 def test_a_local_dataset_is_suggested_too(capsys):
     write_minari("point/expert-v0", gym.make("probe_envs:Point-v0"), episodes=1)
     with pytest.raises(SystemExit, match="point/expert-v0"):
-        make_env_and_datasets("pont/expert-v0", Args(d4rl_url="http://127.0.0.1:9"))
+        make_env_and_datasets("pont/expert-v0", Args())
 
 
 # --- robomimic --------------------------------------------------------------------------------------------------------
@@ -379,7 +381,7 @@ def edit(path: Path, change) -> Path:
         (lambda file: file["data/demo_3"].__delitem__("actions"), "actions"),
         (lambda file: file["data/demo_3/obs"].__delitem__("object"), "object"),
         (lambda file: file.__delitem__("data"), "data"),
-        (lambda file: [file["data"].__delitem__(f"demo_{i}") for i in range(12)], "layout"),
+        (lambda file: [file["data"].__delitem__(f"demo_{i}") for i in range(12)], "demonstrations"),
         (lambda file: file["data"].move("demo_3", "other"), ""),
         (lambda file: file["data/demo_3/actions"].__setitem__((0, 0), np.nan), "finite"),
     ],
@@ -435,9 +437,10 @@ def _no_proxy(monkeypatch):
 
 
 @pytest.fixture
-def d4rl_server(tmp_path) -> Iterator[offline_data.FileServer]:
+def d4rl_server(tmp_path, monkeypatch) -> Iterator[offline_data.FileServer]:
     data = write_hdf5(tmp_path / "source" / "x.hdf5", d4rl_rows()).read_bytes()
     with serve({D4RL_PATH: data}) as server:
+        monkeypatch.setenv("D4RL_URL", server.url)
         yield server
 
 
@@ -459,14 +462,14 @@ def d4rl_server(tmp_path) -> Iterator[offline_data.FileServer]:
 )
 def test_addresses_of_d4rl_files(name, path):
     """D4RL infos.py:297-330."""
-    assert bc_flow_offline.d4rl_files()[name] == path
+    assert datasets.d4rl_files()[name] == path
 
 
 def test_a_d4rl_file_is_downloaded_once(tmp_path, d4rl_server, capsys):
-    args = Args(env_name="halfcheetah-medium-v2", d4rl_url=d4rl_server.url + "/offline_rl")
+    args = Args(env_name="halfcheetah-medium-v2")
     train = make_env_and_datasets(args.env_name, args)[2]
     np.testing.assert_array_equal(train["observations"], d4rl_rows()["observations"])
-    assert d4rl_server.requests == [("GET", f"/offline_rl/{D4RL_PATH}", None)]
+    assert d4rl_server.requests == [("GET", f"/{D4RL_PATH}", None)]
     assert "100%" in capsys.readouterr().err  # the progress bar
     assert [path.name for path in (tmp_path / "d4rl").iterdir()] == ["halfcheetah_medium-v2.hdf5"]
     make_env_and_datasets(args.env_name, args)
@@ -486,26 +489,26 @@ def test_downloads_that_fail(tmp_path, d4rl_server, capsys, how):
         d4rl_server.extra = 100
     else:
         d4rl_server.files = {}
-    message = refused(capsys, "halfcheetah-medium-v2", d4rl_url=url)
+    message = refused(capsys, "halfcheetah-medium-v2")
     assert url in message and ("404" in message or "again" in message)
     assert not list((tmp_path / "d4rl").iterdir())
     d4rl_server.extra = 0
     d4rl_server.files = {D4RL_PATH: (tmp_path / "source" / "x.hdf5").read_bytes()}
-    assert train_rows("halfcheetah-medium-v2", d4rl_url=d4rl_server.url).size == 20
+    assert train_rows("halfcheetah-medium-v2").size == 20
 
 
 def test_no_disk_space_for_a_download(tmp_path, d4rl_server, capsys, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    message = refused(capsys, "halfcheetah-medium-v2", d4rl_url=d4rl_server.url)
+    message = refused(capsys, "halfcheetah-medium-v2")
     assert "d4rl" in message and "free" in message and "room" in message
     assert not list((tmp_path / "d4rl").iterdir())
 
 
 def test_the_disk_fills_up_during_a_download(tmp_path, d4rl_server):
     """A file may not grow beyond 3 kB: one line that names it, and nothing half is left."""
-    flags = ("--env-name", "halfcheetah-medium-v2", "--d4rl-url", d4rl_server.url, "--run-dir", "run")
-    env = {"D4RL_DATASET_DIR": str(tmp_path / "d4rl"), "HOME": str(tmp_path)}
+    flags = ("--env-name", "halfcheetah-medium-v2", "--run-dir", "run")
+    env = {"D4RL_URL": d4rl_server.url, "D4RL_DATASET_DIR": str(tmp_path / "d4rl"), "HOME": str(tmp_path)}
     result = run_forked(SCRIPT, *flags, cwd=tmp_path, env=env, max_file_bytes=3000, check=False, timeout=30)
     assert result.returncode == 1 and "Traceback" not in result.stderr
     last = result.stderr.splitlines()[-1]
@@ -518,7 +521,7 @@ def test_no_network_is_one_message_in_seconds(capsys):
     started = time.monotonic()
     ways = {"halfcheetah-medium-v2": "--dataset-path FILE", "mujoco/halfcheetah/medium-v0": "minari download"}
     for name, way in ways.items():
-        message = refused(capsys, name, d4rl_url="http://127.0.0.1:9")
+        message = refused(capsys, name)
         for word in (name, way, "minari list local", "leave --env-name out"):
             assert word in message
         assert ("--dataset-path" in message) == ("/" not in name)
@@ -533,7 +536,7 @@ def test_a_network_that_swallows_packets_is_given_up_soon(capsys, monkeypatch):
 
     monkeypatch.setattr("socket.create_connection", silent)
     started = time.monotonic()
-    assert "--dataset-path" in refused(capsys, "halfcheetah-medium-v2", d4rl_url="http://127.0.0.1:9")
+    assert "--dataset-path" in refused(capsys, "halfcheetah-medium-v2")
     assert time.monotonic() - started < 6
 
 
@@ -565,7 +568,7 @@ def test_d4rl_name_never_becomes_another_dataset(capsys):
     """Minari's medium is here, D4RL's is not: the name is refused, not replaced."""
     write_minari("mujoco/halfcheetah/medium-v0", gym.make("offline_data:Steps-v0"), episodes=1)
     with pytest.raises(SystemExit, match="cannot be reached"):
-        make_env_and_datasets("halfcheetah-medium-v2", Args(d4rl_url="http://127.0.0.1:9"))
+        make_env_and_datasets("halfcheetah-medium-v2", Args())
 
 
 # --- Own recordings, Minari datasets ----------------------------------------------------------------------------------
@@ -735,8 +738,8 @@ def test_images_from_disk_are_those_in_memory(camera_data):
 def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch, capsys):
     for free, expected in ((10**12, False), (1000, True)):
         monkeypatch.setattr("os.sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
-        assert bc_flow_offline.images_stay_on_disk(camera_data, Args()) == expected
-        assert not bc_flow_offline.images_stay_on_disk(camera_data, Args(data_loading="memory"))
+        assert datasets.images_stay_on_disk(camera_data, "auto") == expected
+        assert not datasets.images_stay_on_disk(camera_data, "memory")
         bc_flow_offline.load_datasets(Args(env_name=camera_data.id))
         assert ("images read by 2 workers, for memory is short" in capsys.readouterr().out) == expected
 
@@ -763,7 +766,7 @@ def test_two_processes_that_store_the_same_data(tmp_path):
     box = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
     parts = np.zeros((3, 2)), np.zeros((2, 1), np.float32), np.zeros(2), *np.array([[False] * 2, [False, True]])
     root = tmp_path / "minari" / "own"
-    bc_flow_offline.store("own/data-v0", [parts], **box)
+    datasets.store("own/data-v0", [parts], **box)
     root.rename(tmp_path / "theirs")
 
     def episodes():
@@ -771,7 +774,7 @@ def test_two_processes_that_store_the_same_data(tmp_path):
         shutil.copytree(tmp_path / "theirs", root)
         yield parts
 
-    assert bc_flow_offline.store("own/data-v0", episodes(), **box) == "own/data-v0"
+    assert datasets.store("own/data-v0", episodes(), **box) == "own/data-v0"
     assert train_rows("own/data-v0").size == 2 and not list((tmp_path / "minari").glob(".*"))
 
 
@@ -780,7 +783,7 @@ def test_gymnasium_tasks_without_an_expert_or_that_do_not_run(capsys, name):
     assert f"--env-name {name}" in refused(capsys, name)
 
 
-def test_a_server_that_speaks_another_protocol(capsys):
+def test_a_server_that_speaks_another_protocol(capsys, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
@@ -795,7 +798,8 @@ def test_a_server_that_speaks_another_protocol(capsys):
 
         threading.Thread(target=answer, daemon=True).start()
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
-        assert url in refused(capsys, "halfcheetah-medium-v2", d4rl_url=url)
+        monkeypatch.setenv("D4RL_URL", url)
+        assert url in refused(capsys, "halfcheetah-medium-v2")
 
 
 def test_no_disk_space_to_convert_a_file(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,323 @@
+"""Images on their way from a task to the networks: in observations of any form, and as frames in a file.
+
+env = ImagesAndState(env, "MyTask-v0", cameras=(), size=48)   # {"images": (K, 48, 48, 3), "state": (S,)}
+file = FrameFile(run_dir / "replay.frames", (K, 48, 48, 3), device)
+slot = file.put(frame)                                        # what a checkpoint refers to stays
+"""
+
+import contextlib
+import math
+import os
+import shutil
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch import Tensor
+
+from common.envs import looks_like_image
+from common.setup import Fault, fail
+
+
+# --- Observations -----------------------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def one_line_without_opengl(env_id: str) -> Iterator[None]:
+    """Exits with one line when what is inside needs OpenGL and there is none; a task's other errors are its own."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "FatalError" and "OpenGL" not in str(error):  # FatalError: MuJoCo's
+            raise
+        fail(f"--env-id {env_id}: {error}. Set MUJOCO_GL=egl; if that is missing: apt-get install -y libegl1")
+
+
+class Rendered(gym.ObservationWrapper):
+    """The rendered picture, called "render", in the place of a task's observation."""
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        self.reset()
+        self.observation_space = spaces.Box(0, 255, self.picture().shape, np.uint8)
+
+    def picture(self) -> np.ndarray:
+        image = self.env.render()
+        image = image[-1] if isinstance(image, list) else image
+        if np.ndim(image) != 3 or np.asarray(image).dtype != np.uint8:
+            raise Fault(f"--cameras render: render() gives {type(image).__name__}, not an image (H, W, 3) of bytes")
+        return image
+
+    def observation(self, obs) -> np.ndarray:
+        return self.picture()
+
+
+def named_leaves(space: spaces.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], spaces.Space]]:
+    """The spaces in Dicts at any depth, each with its keys."""
+    if isinstance(space, spaces.Dict):
+        for key, part in space.items():
+            yield from named_leaves(part, (*path, key))
+    else:
+        yield path, space
+
+
+def image_axes(space: spaces.Space) -> str | None:
+    """HW, HWC or CHW, if a Box is an image: bytes, or float in [0, 1]; grey or colours; else None."""
+    if not isinstance(space, spaces.Box) or not looks_like_image(space):
+        return None
+    as_floats = space.dtype.kind == "f" and (space.low == 0).all() and (space.high == 1).all()
+    if space.dtype != np.uint8 and not as_floats:
+        return None
+    shape = space.shape
+    if len(shape) == 2:
+        return "HW" if min(shape) >= 8 else None
+    if len(shape) == 3 and shape[2] in (1, 3) and min(shape[:2]) >= 8:
+        return "HWC"
+    if len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) >= 8:
+        return "CHW"
+    return None
+
+
+class ImagesAndState(gym.ObservationWrapper):
+    """Any observation with images -> {"images": (K, size, size, 3) uint8, "state": (S,) float32}.
+
+    Images may be anywhere in Dicts, channels first or last, grey, bytes or floats in [0, 1]; other sizes are resized.
+    `cameras` (K) are their paths, such as pixels/front; `columns` says where each of the other parts is in the state.
+    """
+
+    def __init__(self, env: gym.Env, env_id: str, cameras: tuple[str, ...], size: int):
+        """Of the images only `cameras`, if there are any. Exits with one line that names what cannot be taken."""
+        super().__init__(env)
+        self.size = size
+        parts = {"/".join(path) or "image": (path, space) for path, space in named_leaves(env.observation_space)}
+        if cameras == ("render",):
+            parts = {"render": parts.get("image", parts.get("render"))}
+        images = {name: image_axes(space) for name, (_, space) in parts.items() if image_axes(space)}
+        if unknown := [name for name in cameras if name not in images]:
+            fail(f"--cameras {' '.join(unknown)}: {env_id} has {' '.join(images) or 'no images'}")
+        if not images:
+            fail(f"--env-id {env_id}: observes no images; use sac_state_sim.py, or --cameras render")
+        self.cameras = cameras or tuple(images)
+        self.axes = {name: images[name] for name in self.cameras}
+        self.paths = {name: path for name, (path, _) in parts.items()}
+        self.states: dict[str, spaces.Space] = {}
+        self.columns: dict[str, tuple[int, int]] = {}
+        start = 0
+        for name, (_, space) in parts.items():
+            if name in images or (cameras and looks_like_image(space)):
+                continue
+            if looks_like_image(space) or not space.is_np_flattenable:
+                what = "images are (H, W), (H, W, 3) or (3, H, W), of bytes or floats in [0, 1]"
+                fail(f"--env-id {env_id}: cannot take {name}, {space}; {what}; choose some with --cameras")
+            self.states[name] = space
+            self.columns[name] = (start, start + spaces.flatdim(space))
+            start = self.columns[name][1]
+        self.observation_space = spaces.Dict(
+            {
+                "images": spaces.Box(0, 255, (len(self.cameras), size, size, 3), np.uint8),
+                "state": spaces.Box(-np.inf, np.inf, (start,), np.float32),
+            }
+        )
+        self.squeezed = [name for name in self.cameras if len(set(self.sides(parts[name][1], name))) > 1]
+
+    def sides(self, space: spaces.Box, name: str) -> tuple[int, int]:
+        return space.shape[1:] if self.axes[name] == "CHW" else space.shape[:2]
+
+    def part(self, obs, name: str):
+        for key in self.paths[name]:
+            obs = obs[key]
+        return obs
+
+    def observation(self, obs) -> dict[str, np.ndarray]:
+        images = [self.image(self.part(obs, name), self.axes[name]) for name in self.cameras]
+        states = [spaces.flatten(space, self.part(obs, name)) for name, space in self.states.items()]
+        return {
+            "images": np.stack(images),
+            "state": np.concatenate([np.zeros(0, np.float32), *states], dtype=np.float32),
+        }
+
+    def image(self, image: np.ndarray, axes: str) -> np.ndarray:
+        """(size, size, 3) uint8; of other sizes the mean over the area that becomes a pixel."""
+        image = image[..., None] if axes == "HW" else image
+        image = image if axes == "CHW" else image.transpose(2, 0, 1)
+        if image.dtype != np.uint8:
+            image = np.round(255 * image).astype(np.uint8)
+        if image.shape[1:] != (self.size, self.size):
+            pixels = torch.from_numpy(np.ascontiguousarray(image))[None].float()
+            resized = F.interpolate(pixels, (self.size, self.size), mode="area").round()
+            image = resized[0].to(torch.uint8).numpy()
+        return np.broadcast_to(image.transpose(1, 2, 0), (self.size, self.size, 3))
+
+
+class Views(NamedTuple):
+    """What an observation consists of."""
+
+    cameras: tuple[str, ...]  # K names
+    size: int  # H = W
+    stack: int  # T steps
+    columns: dict[str, tuple[int, int]]  # of each state, the first and the last + 1 in a step's S numbers
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """All cameras' images of one step: (K, H, W, 3)."""
+        return len(self.cameras), self.size, self.size, 3
+
+    @property
+    def pixels(self) -> str:
+        return f"{len(self.cameras)} x {self.size} x {self.size} pixels"
+
+    @property
+    def state_dim(self) -> int:
+        """T * S"""
+        return self.stack * sum(stop - start for start, stop in self.columns.values())
+
+
+def views_of(env: gym.Env) -> Views:
+    """Of a task with ImagesAndState and FrameStackObservation; says which images will not keep their shape."""
+    stack, _, size = env.observation_space["images"].shape[:3]
+    for name in env.get_wrapper_attr("squeezed"):
+        print(f"{name} is not square: it is squeezed to {size} x {size}")
+    return Views(env.get_wrapper_attr("cameras"), size, stack, env.get_wrapper_attr("columns"))
+
+
+def pixel_step_type(views: Views, action_dim: int, frames: int) -> np.dtype:
+    """One step as it is journalled and sent: an action and what followed; `first`: a reset, without an action.
+
+    Of the observation's stack it holds the newest `frames`: the older ones are in the steps before.
+    """
+    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
+    fields += [("observation", "f4", (views.state_dim,)), ("frames", "u1", (frames, *views.frame_shape))]
+    return np.dtype(fields)
+
+
+def pack_pixels(dtype: np.dtype, action: np.ndarray | None, obs: dict, reward=0.0, terminated=False) -> np.ndarray:
+    """A step of type `pixel_step_type` (); without an action a reset."""
+    step = np.zeros((), dtype)
+    step["observation"] = obs["state"].reshape(-1)
+    step["frames"] = obs["images"][-len(step["frames"]) :]
+    step["first"] = action is None
+    if action is not None:
+        step["action"] = action
+        step["reward"] = reward
+        step["terminated"] = terminated
+    return step
+
+
+# --- Files ------------------------------------------------------------------------------------------------------------
+class FrameFile:
+    """Frames, equal arrays of bytes, in slots of a memory-mapped file: storage and checkpoint in one.
+
+    A slot is taken by `put`, counted by `keep` and given back by `drop`. What a checkpoint refers to is written over
+    only when two newer ones are there, so that the newest two can be read whenever the program is killed. The file
+    grows when all slots are taken. On a GPU frames are read from a copy there, if it fits.
+    """
+
+    def __init__(self, path: Path, shape: tuple[int, ...], device: torch.device):
+        self.path = path
+        self.shape = shape
+        self.frame_bytes = math.prod(shape)
+        self.device = device
+        self.frames = np.empty((0, *shape), np.uint8)
+        self.on_gpu: Tensor | None = None
+        self.uses = np.zeros(0, np.int32)  # of each slot
+        self.free: deque[int] = deque()
+        self.dropped: list[int] = []  # since the newest checkpoint, which refers to them
+        self.dropped_before: list[int] = []  # before it; the checkpoint before refers to them
+
+    def __len__(self) -> int:
+        return len(self.frames)
+
+    def check_disk(self, slots: int, what: str, remedy: str) -> None:
+        """Says how much disk they take. Exits with one line when there is not so much."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        needed, free = slots * self.frame_bytes, shutil.disk_usage(self.path.parent).free
+        print(f"{what}, {size_text(needed)} of disk in {self.path.parent}", flush=True)
+        if needed > free:
+            fail(f"{self.path} needs {size_text(needed)} of disk, there are {size_text(free)}; {remedy}")
+
+    def make_room(self, slots: int) -> None:
+        """The file gets so many slots; what is in it stays, unless it has not been opened yet."""
+        before = len(self)
+        with self.path.open("r+b" if before else "wb") as file:
+            if hasattr(os, "posix_fallocate"):  # a full disk shows now, not in a page fault
+                os.posix_fallocate(file.fileno(), 0, slots * self.frame_bytes)
+            else:
+                file.truncate(slots * self.frame_bytes)
+        self.open(slots)
+        self.free.extend(range(before, slots))
+
+    def open(self, slots: int) -> None:
+        before = len(self)
+        self.frames = np.memmap(self.path, np.uint8, "r+", shape=(slots, *self.shape))
+        self.uses = np.concatenate([self.uses, np.zeros(slots - before, np.int32)])
+        if self.device.type != "cuda":
+            return
+        copied, self.on_gpu = self.on_gpu, None
+        if slots * self.frame_bytes < 0.8 * torch.cuda.mem_get_info()[0]:
+            self.on_gpu = torch.empty((slots, *self.shape), dtype=torch.uint8, device=self.device)
+            stored = torch.from_numpy(self.frames[:before]) if copied is None else copied
+            self.on_gpu[: len(stored)] = stored
+
+    def put(self, frame: np.ndarray) -> int:
+        """Stores a frame in a slot that is free; which."""
+        if not self.free:
+            self.make_room(len(self) + max(len(self) // 16, 64))
+        slot = self.free.popleft()
+        self.frames[slot] = frame
+        if self.on_gpu is not None:
+            self.on_gpu[slot] = torch.from_numpy(self.frames[slot])
+        return slot
+
+    def keep(self, slots: list[int]) -> None:
+        for slot in slots:
+            self.uses[slot] += 1
+
+    def drop(self, slots: list[int]) -> None:
+        for slot in slots:
+            self.uses[slot] -= 1
+            if self.uses[slot] == 0:
+                self.dropped.append(slot)
+
+    def get(self, slots: Tensor) -> Tensor:
+        """The frames in slots (...), on the device: (..., *shape)."""
+        source = torch.from_numpy(self.frames) if self.on_gpu is None else self.on_gpu
+        frames = source.index_select(0, slots.flatten().to(source.device))
+        return frames.to(self.device).unflatten(0, slots.shape)
+
+    def state_dict(self) -> dict:
+        """What a checkpoint needs beside the file, whose contents are on the disk from here on."""
+        if len(self):
+            self.frames.flush()
+        self.free.extend(self.dropped_before)
+        self.dropped_before, self.dropped = self.dropped, []
+        return {"uses": torch.from_numpy(self.uses.copy()), "dropped": list(self.dropped_before)}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Exits with one line when the file is not there, or shorter than it was."""
+        slots = len(state["uses"])
+        size = self.path.stat().st_size if self.path.exists() else 0
+        if size < slots * self.frame_bytes:
+            fail(
+                f"{self.path}: has {size} bytes of {slots * self.frame_bytes}; bring the whole file back, or start anew"
+            )
+        if not slots:
+            return
+        self.open(size // self.frame_bytes)
+        if self.on_gpu is not None:
+            self.on_gpu.copy_(torch.from_numpy(self.frames))
+        self.uses[:slots] = state["uses"].cpu().numpy()
+        self.dropped, self.dropped_before = [], list(state["dropped"])
+        self.free = deque(sorted(set(np.flatnonzero(self.uses == 0).tolist()) - set(self.dropped_before)))
+
+
+def size_text(count: float) -> str:
+    """Bytes for people: 19.7 GB."""
+    units = ["B", "kB", "MB", "GB", "TB"]
+    while count >= 1000 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.3g} {units[0]}"

@@ -1,0 +1,1498 @@
+"""Learning on the robot with a person at hand: SAC from camera images, demonstrations and interventions (HIL-SERL).
+
+    python sac_pixel_real.py --demos hil/demos-v0                   # needs robot_server.py, a terminal, demonstrations
+    python sac_pixel_real.py --demos hil/demos-v0 --reward classifier.pt --teleop spacemouse   # needs a robot
+    python sac_pixel_real.py --resume RUN_DIR                       # needs robot_server.py; after Ctrl-C or a crash
+    python sac_pixel_real.py --eval-only RUN_DIR                    # needs robot_server.py
+    python sac_pixel_real.py --role learner --address 0.0.0.0:5588 --curve-keys keys    # needs a robot, and an actor
+    python sac_pixel_real.py --role actor --address HOST:5588 --curve-keys keys         # needs a robot, and a learner
+
+One command starts both processes: this one acts, at the robot's rate, and takes keys; the learner trains beside it at
+a lower priority and is started again when it dies. record_demos.py records demonstrations, reward_classifier.py trains
+a classifier; README's "A day with the robot" has the whole way, which also goes on a simulated robot.
+
+Keys, typed into the terminal; those of --teleop keyboard that move the arm are shown at the start:
+    y success   n failure   x discard the episode   p pause   Enter go on   q quit
+
+A person who moves takes over, and what is done then goes to both buffers. A person's verdict ends an episode; where
+nobody gives one, classifier or task decides. The learner makes --utd-ratio updates for each new transition, catches up
+during resets, and stands still while no actor collects.
+
+Sources: everything that sac_pixel_sim.py names; HIL-SERL arXiv:2410.21845 (commit 5d02aed, examples/train_rlpd.py,
+serl_launcher/agents/continuous/sac_hybrid_single.py).
+Differs from HIL-SERL, beside what sac_pixel_sim.py says: the gripper's critic shares the encoder, and the penalty on
+its motions is part of the reward of all critics; demonstrations are never evicted; a person keeps control between two
+nudges; nothing is saved or sent in a way that an action waits for; evaluation is deterministic and without help.
+New task: copy an entry of TASKS in robot_client.py; `grep -n TASK: sac_pixel_real.py` shows the other places.
+"""
+
+import copy
+import ctypes
+import dataclasses
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common.frames import FrameFile, ImagesAndState, size_text
+from gymnasium import spaces
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import robot_client as rc
+from common import envs, link, setup, vision
+from common.run import Run
+from common.setup import RunArgs, ends_well, fail, flag, parse, write_atomically
+from common.success import SuccessDetector
+
+TAU = 0.005  # the target critic's step towards the critic after each critic update
+STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
+FIXED_STD = 0.1  # of --std-parameterization fixed
+PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
+ALPHA_INIT = 0.01  # temperature at the start
+TARGET_ENTROPY = -0.5  # per dimension of the action, to which the temperature is adjusted; SERL, RLPD
+PROPRIO_DIM = 64  # features of the robot's state; SERL
+CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels of 128
+SAVE_EVERY = 1_000  # transitions between two checkpoints of the learner
+RECENT = 20  # episodes that the status line's success is of
+LATE_S = 0.003  # a step later than this after its beat counts as late
+
+
+# --- Args -------------------------------------------------------------------------------------------------------------
+@dataclass
+class Args(RunArgs):
+    policy: Literal["newest", "best"] = "newest"
+    """eval_only: the policy to evaluate: the learner's newest, or the one with the most success without help so far"""
+    final_eval_episodes: int = 20
+    """eval_only: episodes"""
+    # robot
+    task: str = "peg"  # TASK: yours
+    """which task: one of TASKS in robot_client.py"""
+    server: str = rc.SERVER
+    """address of robot_server.py"""
+    server_keys: str | None = None
+    """directory with the CURVE keys of robot_server.py --keygen"""
+    teleop: Literal["keyboard", "spacemouse", "scripted", "none"] = "keyboard"
+    """who may intervene; scripted: the simulated task's expert, often at first and ever less, for rehearsals"""
+    help_until: int = 4_000
+    """teleop scripted: environment steps after which it no longer intervenes"""
+    reward: str = "task"
+    """task: as the task's configuration says; person: verdicts only; or the file of a classifier"""
+    gripper: Literal["critic", "continuous"] = "critic"
+    """who decides about the gripper: a critic over open, stay and close (HIL-SERL), or the action's last dimension"""
+    # environment
+    image_size: int = 64
+    """height and width that all images are resized to (pixels)"""
+    cameras: tuple[str, ...] = ()
+    """names of the images to learn from (default: all)"""
+    frame_stack: int = 1
+    """observations of this many steps are seen at once"""
+    # training
+    total_timesteps: int = 30_000
+    """environment steps"""
+    learning_starts: int = 100
+    """environment steps before learning starts"""
+    buffer_size: int = 100_000
+    """transitions kept, and beside the demonstrations as many of interventions"""
+    buffer_dir: str | None = None
+    """directory for the frames' files (default: the run's), such as a disk of this machine when that is far away"""
+    batch_size: int = 64
+    """transitions per critic update, demonstrations included"""
+    utd_ratio: int = 2
+    """critic updates per environment step"""
+    policy_delay: int = 1
+    """critic updates per update of actor and temperature"""
+    demos: str = "hil/demos-v0"
+    """the Minari dataset with demonstrations, as record_demos.py writes it; only successful ones are used"""
+    demo_ratio: float = 0.5
+    """fraction of each batch that is drawn from demonstrations and interventions (RLPD: 0.5)"""
+    # images
+    encoder: Literal["small", "resnet10", "mobilenet"] = "small"
+    """convolutions: a few (SERL's small encoder), ResNet-10 with GroupNorm, or MobileNetV3-small"""
+    small_channels: tuple[int, ...] = (16, 32, 64)
+    """encoder small: channels of its convolutions, each of which halves the image (SERL: 32 64 128 256)"""
+    pooling: Literal["embeddings", "softmax", "average"] = "embeddings"
+    """spatial learned embeddings, spatial softmax, or the mean over all places"""
+    latent_dim: int = 128
+    """features per camera (SERL: 256)"""
+    film: str | None = None
+    """name of a state in the observation, such as state or task, that scales and shifts the images' channels"""
+    pretrained: str | None = None
+    """file with the encoder's parameters: SERL's resnet10_params.pkl, torchvision's for mobilenet, or any state dict"""
+    freeze: bool = True
+    """leave pretrained parameters as they are"""
+    activation_checkpointing: bool = False
+    """compute the encoder's activations again in the backward pass, to save memory"""
+    augment: tuple[Literal["crop", "jitter", "blur", "flip"], ...] = ("crop",)
+    """what is done to the images of each batch at random; none with --augment and nothing behind"""
+    grad_accum_steps: int = 1
+    """parts that a batch is computed in, one after the other, to save memory"""
+    # algorithm
+    gamma: float = 0.97
+    """discount factor per environment step"""
+    n_step: int = 1
+    """steps whose rewards a critic's target sums before it bootstraps (SAC: 1)"""
+    hidden_dims: tuple[int, ...] = (256, 256)
+    """units of the hidden layers"""
+    activation: Literal["relu", "tanh", "silu", "gelu"] = "relu"
+    """activation of the hidden layers"""
+    layer_norm: bool = True
+    """LayerNorm before each activation"""
+    dropout: float = 0.0
+    """dropout probability in the critics (DroQ: 0.01)"""
+    normalize_observations: bool = True
+    """scale observations by their running mean and standard deviation"""
+    num_qs: int = 2
+    """critics; the actor maximises their mean"""
+    num_min_qs: int = 2
+    """critics in a random subset whose minimum is the target (REDQ)"""
+    backup_entropy: bool = False
+    """add the policy's entropy to the target (SAC: yes, SERL: no)"""
+    std_parameterization: Literal["exp", "softplus", "uniform", "fixed"] = "exp"
+    """the policy's standard deviation: of the network by exp or softplus, one learned vector, or a constant"""
+    actor_ema: float = 0.9995
+    """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
+    bc_weight: float = 50.0
+    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
+    lr: float = 3e-4
+    """learning rate of actor, critics and temperature"""
+    lr_warmup: int = 0
+    """updates over which actor's and critics' learning rates rise from 0 (SERL: 2,000)"""
+    lr_decay: int = 0
+    """updates after which these learning rates reach 0 along a cosine (0: constant)"""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of actor and critics (0: Adam)"""
+    # actor and learner
+    role: Literal["both", "learner", "actor"] = "both"
+    """both processes on this machine, or one of them"""
+    address: str = "127.0.0.1:5588"
+    """HOST:PORT of the learner; its policy is published on the next port"""
+    curve_keys: str | None = None
+    """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
+
+    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads total_timesteps final_eval_episodes "
+    MAY_CHANGE += "policy server server_keys teleop help_until role address curve_keys buffer_dir"
+    SHAPING = "task image_size cameras encoder small_channels pooling latent_dim film frame_stack gripper hidden_dims "
+    SHAPING += "activation layer_norm normalize_observations std_parameterization"
+
+    def check(self) -> None:
+        """Exits with one line when a value is out of its range or contradicts another."""
+        may_be_zero = {"seed", "lr_warmup", "lr_decay", "help_until"}
+        setup.check_numbers(self, may_be_zero, {"gamma", "demo_ratio", "dropout", "actor_ema"})
+        if self.task not in rc.TASKS:
+            fail(f"--task {self.task}: there are {', '.join(rc.TASKS)}; add yours to TASKS in robot_client.py")
+        if self.num_min_qs > self.num_qs:
+            fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
+        for name in ("hidden_dims", "small_channels"):
+            if min(getattr(self, name), default=0) < 1:
+                fail(f"{flag(name)}: give numbers above 0")
+        if self.reward not in ("task", "person") and not Path(self.reward).exists():
+            fail(f"--reward {self.reward}: no such file; give task, person, or a file of reward_classifier.py")
+        if self.reward == "person" and self.teleop in ("none", "scripted") and not self.eval_only:
+            fail(f"--reward person: nobody is there with --teleop {self.teleop}")
+
+    def num_demos(self) -> int:
+        """Demonstrations in each batch."""
+        return round(self.demo_ratio * self.batch_size)
+
+    def shared(self) -> dict[str, object]:
+        """What shapes task and policy, and so must be the same in actor and learner."""
+        flags = {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
+        return json.loads(json.dumps(flags))
+
+
+# --- Environment ------------------------------------------------------------------------------------------------------
+def make_env(args: Args, success: SuccessDetector | None = None) -> gym.Env:
+    """The robot's task; nothing is contacted before the first reset. `success` decides, if it is given."""
+    config = rc.TASKS[args.task]  # TASK: your configuration
+    reward = "none" if args.reward == "person" else config.reward
+    config = dataclasses.replace(config, server=args.server, keys=args.server_keys, reward=reward)
+    # --total-timesteps are this environment's steps: TimeLimit would end an episode at the same step as the task.
+    return envs.make("robot_client:FrankaReal-v0", config=config, success=success, max_episode_steps=10**9)
+
+
+def wrap_robot(env: gym.Env, args: Args) -> gym.Env:
+    """The task with observations {"images": (T, K, H, W, 3) uint8, "state": (T, S)} and actions (A,) in [-1, 1].
+
+    T is --frame-stack.
+    """
+    env = ImagesAndState(env, args.task, args.cameras, args.image_size)
+    env = gym.wrappers.FrameStackObservation(env, args.frame_stack)
+    return gym.wrappers.RecordEpisodeStatistics(env)
+
+
+class Views(NamedTuple):
+    """What an observation consists of."""
+
+    cameras: tuple[str, ...]  # K names
+    size: int  # H = W
+    stack: int  # T steps
+    columns: dict[str, tuple[int, int]]  # of each state, the first and the last + 1 in a step's S numbers
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """All cameras' images of one step: (K, H, W, 3)."""
+        return len(self.cameras), self.size, self.size, 3
+
+    @property
+    def state_dim(self) -> int:
+        """T * S"""
+        return self.stack * sum(stop - start for start, stop in self.columns.values())
+
+
+def views_of(env: gym.Env) -> Views:
+    """Of a task that `wrap_images` has wrapped."""
+    stack, _, size = env.observation_space["images"].shape[:3]
+    return Views(env.get_wrapper_attr("cameras"), size, stack, env.get_wrapper_attr("columns"))
+
+
+def success(info: dict) -> float:
+    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+
+
+class Person:
+    """Whoever stands beside the robot: the teleoperation that may take over, and commands from the keyboard."""
+
+    def __init__(self, args: Args):
+        self.args = args
+        self.terminal = rc.Terminal() if sys.stdin.isatty() or args.teleop == "keyboard" else None
+        self.rng = np.random.default_rng(args.seed)
+        if args.teleop == "keyboard":
+            print(rc.KEYS)
+            self.teleop: rc.Teleop | None = rc.Keyboard(terminal=self.terminal)
+        elif args.teleop == "spacemouse":
+            self.teleop = rc.SpaceMouse()
+        elif args.teleop == "scripted":
+            self.teleop = rc.ScriptedExpert(0.0, 20, args.seed)
+        else:
+            self.teleop = None
+
+    def taper(self, step: int) -> None:
+        """A scripted person helps often at first, then ever less, as HIL-SERL advises (docs/franka_walkthrough.md)."""
+        if self.args.teleop == "scripted":
+            left = max(0.0, 1 - step / max(self.args.help_until, 1))
+            self.teleop.probability = 0.03 * left
+
+    def commands(self) -> list[str]:
+        """What was typed since the last call; a scripted person presses a wrong key now and then."""
+        if self.args.teleop == "scripted" and self.rng.random() < WRONG_KEYS:
+            return [str(self.rng.choice(["failure", "discard"]))]
+        return self.terminal.commands() if self.terminal else []
+
+    def close(self) -> None:
+        if self.teleop:
+            self.teleop.close()
+        if self.terminal:
+            self.terminal.close()
+
+
+WRONG_KEYS = 0.0005  # of the steps, by a scripted person
+
+
+# --- Networks ---------------------------------------------------------------------------------------------------------
+class EnsembleLinear(nn.Module):
+    """E linear layers in one batched product: (E, B, in) -> (E, B, out); weights as in flax, (E, in, out)."""
+
+    def __init__(self, num: int, in_dim: int, out_dim: int):
+        super().__init__()
+        bound = math.sqrt(6 / (in_dim + out_dim))  # xavier uniform
+        self.weight = nn.Parameter(torch.empty(num, in_dim, out_dim).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(num, 1, out_dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias, x, self.weight)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """LayerNorm with scale and offset of its own for each of E networks, (E, B, H)."""
+
+    def __init__(self, num: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(num, 1, dim))
+        self.bias = nn.Parameter(torch.zeros(num, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias, F.layer_norm(x, x.shape[-1:], eps=1e-6), self.weight)  # flax's eps
+
+
+class MLP(nn.Module):
+    """E trunks [linear, dropout, LayerNorm, activation] * len(hidden_dims): (E, B, in) -> (E, B, H)."""
+
+    def __init__(self, num: int, in_dim: int, hidden_dims: tuple[int, ...], activation: str, norm: bool, dropout=0.0):
+        super().__init__()
+        dims = (in_dim, *hidden_dims)
+        self.linears = nn.ModuleList(EnsembleLinear(num, *pair) for pair in zip(dims[:-1], dims[1:], strict=True))
+        self.norms = nn.ModuleList(EnsembleLayerNorm(num, dim) if norm else nn.Identity() for dim in hidden_dims)
+        self.activation = getattr(torch, activation) if hasattr(torch, activation) else getattr(F, activation)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        for linear, norm in zip(self.linears, self.norms, strict=True):
+            x = linear(x)
+            if self.dropout and generator is not None:  # only in the critics' training pass
+                x = x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout) / (1 - self.dropout)
+            x = self.activation(norm(x))
+        return x
+
+
+class Actor(nn.Module):
+    """Gaussian policy squashed by tanh; SERL networks/actor_critic_nets.py:156-272."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        self.std_parameterization = args.std_parameterization
+        self.trunk = MLP(1, obs_dim, args.hidden_dims, args.activation, args.layer_norm)
+        self.mean = EnsembleLinear(1, args.hidden_dims[-1], action_dim)
+        if args.std_parameterization in ("exp", "softplus"):
+            self.log_std = EnsembleLinear(1, args.hidden_dims[-1], action_dim)
+        elif args.std_parameterization == "uniform":
+            self.log_std = nn.Parameter(torch.zeros(action_dim))
+        else:
+            self.register_buffer("log_std", torch.full((action_dim,), math.log(FIXED_STD)))
+
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation before tanh, (B, A) each, of observations (B, O)."""
+        features = self.trunk(obs.unsqueeze(0))  # (1, B, H)
+        mean = self.mean(features).squeeze(0)
+        if isinstance(self.log_std, nn.Module):
+            raw = self.log_std(features).squeeze(0)
+        else:
+            raw = self.log_std.expand_as(mean)
+        std = F.softplus(raw) if self.std_parameterization == "softplus" else raw.exp()
+        return mean, std.clamp(STD_MIN, STD_MAX)
+
+    def sample(self, obs: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (B, A) with noise eps (B, A), and their log density (B,)."""
+        return squash(*self(obs), eps)
+
+
+def squash(mean: Tensor, std: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
+    """Actions tanh(mean + std * eps) and their log density, summed over the last dimension."""
+    u = mean + std * eps
+    log_pi = -0.5 * eps.square() - std.log() - 0.5 * math.log(2 * math.pi)
+    log_pi = log_pi - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log |d tanh/du|, stable: arXiv:1812.05905 appendix C
+    return u.tanh(), log_pi.sum(-1)
+
+
+class Critic(nn.Module):
+    """E independent Q functions."""
+
+    def __init__(self, obs_dim: int, action_dim: int, args: Args):
+        super().__init__()
+        dims = args.hidden_dims
+        self.num = args.num_qs
+        self.trunk = MLP(self.num, obs_dim + action_dim, dims, args.activation, args.layer_norm, args.dropout)
+        self.q = EnsembleLinear(self.num, dims[-1], 1)
+
+    def forward(self, obs: Tensor, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Values (E, B) of observations (B, O) and actions (B, A)."""
+        x = torch.cat([obs, actions], -1).expand(self.num, -1, -1)
+        features = self.trunk(x, generator)  # (E, B, H)
+        return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
+
+
+class Normalizer(nn.Module):
+    """Running mean and variance of observations; the identity until the first `update`."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+
+    def update(self, obs: Tensor) -> None:
+        """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
+        total = self.count + len(obs)
+        delta = obs.mean(0) - self.mean
+        weight = len(obs) / total
+        self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
+        self.mean += weight * delta
+        self.count.copy_(total)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
+
+
+class Observation(NamedTuple):
+    """What an encoder sees."""
+
+    images: Tensor  # (B, T, K, H, W, 3)
+    states: Tensor  # (B, T * S)
+    maps: Tensor | None = None  # (B, T, K, C, h, w), what a frozen trunk makes of the images
+
+
+class Features(NamedTuple):
+    """What actor and critics see."""
+
+    images: Tensor  # (B, F)
+    states: Tensor  # (B, T * S)
+
+
+class Bottleneck(nn.Sequential):
+    """Linear layer, LayerNorm, tanh."""
+
+    def __init__(self, in_dim: int, out_dim: int):
+        super().__init__(nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim, eps=1e-6), nn.Tanh())
+
+
+def make_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
+    """The convolutions of --encoder: images (N, H, W, in_channels) -> maps (N, C, h, w). TASK: add yours here."""
+    try:
+        return vision.make_trunk(args.encoder, in_channels, args.pretrained, load, args.small_channels)
+    except ValueError as error:
+        fail(f"--pretrained {error}" if args.pretrained else f"--encoder {args.encoder}: {error}")
+
+
+class Encoder(nn.Module):
+    """Images of all cameras -> features (B, K * latent_dim); SERL common/encoding.py.
+
+    Each camera has a trunk of its own, that sees a stack of frames as channels. Pretrained trunks see one frame at a
+    time; a frozen one is the same for all cameras and encoders: the agent's, and this encoder begins with its maps.
+    """
+
+    def __init__(self, views: Views, args: Args, load: bool = True):
+        """Without `load` files of pretrained parameters are not read."""
+        super().__init__()
+        self.pretrained = args.pretrained is not None
+        self.frozen = self.pretrained and args.freeze
+        self.checkpoint = args.activation_checkpointing
+        if args.film and args.film not in views.columns:
+            names = " ".join(views.columns) or "images"
+            fail(f"--film {args.film}: the observation has no such state, only: {names}")
+        self.film_columns = views.columns[args.film] if args.film else None
+        in_channels = 3 if self.pretrained else 3 * views.stack
+        channels, height, width = vision.map_shape(make_trunk(args, in_channels, load=False), in_channels, views.size)
+        if min(height, width) < (1 if args.pooling == "average" else 2):
+            fail(f"--image-size {views.size}: too small for --encoder {args.encoder} with --pooling {args.pooling}")
+        if self.pretrained:
+            channels *= views.stack
+        self.trunks = nn.ModuleList()
+        self.films = nn.ModuleList()
+        self.heads = nn.ModuleList()
+        for _ in views.cameras:
+            if not self.frozen:
+                self.trunks.append(make_trunk(args, in_channels, load))
+            if self.film_columns:
+                start, stop = self.film_columns
+                self.films.append(vision.FiLM(channels, views.stack * (stop - start)))
+            pooling, pooled = vision.make_pooling(args.pooling, (channels, height, width))
+            self.heads.append(nn.Sequential(pooling, Bottleneck(pooled, args.latent_dim)))
+        self.out_dim = len(views.cameras) * args.latent_dim
+
+    def camera_maps(self, obs: Observation, k: int) -> Tensor:
+        """Maps (B, C, h, w) of camera k."""
+        if self.frozen:
+            return obs.maps[:, :, k].flatten(1, 2)
+        images = obs.images[:, :, k]  # (B, T, H, W, 3)
+        frames = images.flatten(0, 1) if self.pretrained else images.permute(0, 2, 3, 1, 4).flatten(3)
+        if self.checkpoint and torch.is_grad_enabled():
+            maps = checkpoint(self.trunks[k], frames, use_reentrant=False)
+        else:
+            maps = self.trunks[k](frames)
+        return maps.unflatten(0, (len(images), -1)).flatten(1, 2)
+
+    def forward(self, obs: Observation) -> Tensor:
+        features = []
+        for k, head in enumerate(self.heads):
+            maps = self.camera_maps(obs, k)
+            if self.film_columns:
+                steps = obs.states.unflatten(1, (obs.images.shape[1], -1))  # (B, T, S)
+                maps = self.films[k](maps, steps[..., slice(*self.film_columns)].flatten(1))
+            features.append(head(maps))
+        return torch.cat(features, -1)
+
+
+def feature_dim(views: Views, args: Args) -> int:
+    """What actor and critics see: the features of all cameras, and of the states."""
+    return len(views.cameras) * args.latent_dim + (PROPRIO_DIM if views.state_dim else 0)
+
+
+def proprioception(views: Views) -> nn.Module:
+    """States (B, T * S) -> (B, PROPRIO_DIM), or as they are, (B, 0), where there are none."""
+    return Bottleneck(views.state_dim, PROPRIO_DIM) if views.state_dim else nn.Identity()
+
+
+class PixelActor(Actor):
+    """The policy on an encoder's features and the states; its gradients stop at the features."""
+
+    def __init__(self, views: Views, action_dim: int, args: Args):
+        super().__init__(feature_dim(views, args), action_dim, args)
+        self.proprio = proprioception(views)
+
+    def forward(self, seen: Features) -> tuple[Tensor, Tensor]:
+        return super().forward(torch.cat([seen.images.detach(), self.proprio(seen.states)], -1))
+
+
+class PixelCritic(Critic):
+    """E Q functions on the features of one encoder, which they train together, and the states."""
+
+    def __init__(self, views: Views, action_dim: int, args: Args, load: bool = True):
+        super().__init__(feature_dim(views, args), action_dim, args)
+        self.encoder = Encoder(views, args, load)
+        self.proprio = proprioception(views)
+
+    def encode(self, obs: Observation) -> Features:
+        return Features(self.encoder(obs), obs.states)
+
+    def forward(self, seen: Features, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1), actions, generator)
+
+
+class GraspCritic(nn.Module):
+    """Values (B, 3) of opening the gripper, leaving it, and closing it; HIL-SERL networks/actor_critic_nets.py."""
+
+    def __init__(self, views: Views, args: Args):
+        super().__init__()
+        self.proprio = proprioception(views)
+        self.trunk = MLP(1, feature_dim(views, args), args.hidden_dims, args.activation, args.layer_norm)
+        self.q = EnsembleLinear(1, args.hidden_dims[-1], 3)
+
+    def forward(self, seen: Features) -> Tensor:
+        x = torch.cat([seen.images, self.proprio(seen.states)], -1)
+        return self.q(self.trunk(x.unsqueeze(0))).squeeze(0)
+
+
+def grasp_index(actions: Tensor) -> Tensor:
+    """Which of open, stay and close the gripper's entry of actions (...) in [-1, 1] means to the environment."""
+    return (actions >= rc.GRIPPER_THRESHOLD).long() - (actions <= -rc.GRIPPER_THRESHOLD).long() + 1
+
+
+# --- Replay buffer ----------------------------------------------------------------------------------------------------
+class Batch(NamedTuple):
+    observations: Tensor  # (B, O)
+    actions: Tensor  # (B, A)
+    rewards: Tensor  # (B,)
+    next_observations: Tensor  # (B, O)
+    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
+
+
+def robot_step_type(views: Views, action_dim: int) -> np.dtype:
+    """One step as it is journalled and sent: the action that was executed and what followed; `first`: a reset."""
+    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
+    fields += [("intervened", "?"), ("observation", "f4", (views.state_dim,))]
+    return np.dtype([*fields, ("frames", "u1", (1, *views.frame_shape))])
+
+
+def pack_robot_step(
+    dtype: np.dtype, action: np.ndarray | None, obs: dict, reward=0.0, terminated=False, intervened=False
+) -> np.ndarray:
+    """A step of type `robot_step_type` (); without an action a reset."""
+    step = np.zeros((), dtype)
+    step["observation"] = obs["state"].reshape(-1)
+    step["frames"] = obs["images"][-1:]
+    step["first"] = action is None
+    if action is not None:
+        step["action"] = action
+        step["reward"] = reward
+        step["terminated"] = terminated
+        step["intervened"] = intervened
+    return step
+
+
+class ReplayBuffer:
+    """Uniform ring buffer of transitions; lives on the device, so that sampling is one gather per field."""
+
+    def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, n_step=1, gamma=1.0):
+        """Batches are of `n_step` steps, whose rewards are discounted by `gamma`."""
+        self.capacity, self.device, self.n_step, self.gamma = capacity, device, n_step, gamma
+        shapes = Batch((obs_dim,), (action_dim,), (), (obs_dim,), ())
+        self.rows = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
+        self.continues = torch.empty(capacity, dtype=torch.bool, device=device)  # the episode of the slot before
+        self.total = 0  # transitions ever added
+        self.newest: dict[str, Tensor] = {}  # each actor's newest observation (O,)
+        self.open_episode: str | None = None  # whose episode the newest transition belongs to, until it ends
+
+    def __len__(self) -> int:
+        return min(self.total, self.capacity)
+
+    def add(self, step: np.ndarray, actor: str = "") -> int:
+        """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
+        obs = torch.tensor(step["observation"], device=self.device)
+        before = self.newest.get(actor)
+        self.newest[actor] = obs
+        if step["first"] or before is None:
+            self.open_episode = None if self.open_episode == actor else self.open_episode
+            return 0
+        slot = self.total % self.capacity
+        action = torch.tensor(step["action"], device=self.device)
+        values = Batch(before, action, float(step["reward"]), obs, float(step["terminated"]))
+        for column, value in zip(self.rows, values):
+            column[slot] = value
+        self.continues[slot] = self.open_episode == actor
+        self.open_episode = actor
+        self.total += 1
+        return 1
+
+    def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
+        """Transitions (*shape, ...) of n_step steps, uniformly with replacement."""
+        slots = torch.randint(len(self), shape, generator=generator, device=self.device)
+        return self.follow_up(slots)
+
+    def follow_up(self, slots: Tensor) -> Batch:
+        """The transitions in `slots` (...), each n_step steps long.
+
+        Rewards are summed with their discounts; `terminations` becomes the part of the next observation's value that
+        the target loses. They are shorter where the episode or the buffer ends, or another actor's steps come between.
+        """
+        batch = Batch(*(column[slots] for column in self.rows))
+        newest = (self.total - 1) % self.capacity
+        last = slots
+        for _ in range(1, self.n_step):
+            after = (last + 1) % self.capacity
+            goes_on = self.continues[after] & (last != newest)  # (...)
+            discounts = self.gamma * (1 - batch.terminations)
+            longer = batch._replace(
+                rewards=batch.rewards + discounts * self.rows.rewards[after],
+                next_observations=self.rows.next_observations[after],
+                terminations=1 - discounts * (1 - self.rows.terminations[after]),
+            )
+            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in zip(longer, batch)))
+            last = torch.where(goes_on, after, last)
+        return batch
+
+    def newest_observations(self, count: int) -> Tensor:
+        """Observations (count, O) of the newest transitions, oldest first."""
+        slots = torch.arange(self.total - count, self.total, device=self.device) % self.capacity
+        return self.rows.observations[slots]
+
+    def state_dict(self) -> dict:
+        columns = [column[: len(self)].clone() for column in (*self.rows, self.continues)]
+        return {"columns": columns, "total": self.total, "newest": dict(self.newest), "open": self.open_episode}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Takes the place of what is there; a buffer that is too small grows."""
+        *rows, continues = state["columns"]
+        self.capacity = max(self.capacity, len(continues))
+        self.rows = Batch(*(fill(column, saved) for column, saved in zip(self.rows, rows)))
+        self.continues = fill(self.continues, continues)
+        self.total = state["total"]
+        self.newest = dict(state["newest"])
+        self.open_episode = state["open"]
+
+
+def expand(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (...) with dimensions of size 1 behind, as many as `like` (..., D) has more."""
+    return mask[(...,) + (None,) * (like.ndim - mask.ndim)]
+
+
+def fill(column: Tensor, saved: Tensor) -> Tensor:
+    """`column` that begins with the rows `saved`, or those when it is shorter."""
+    if len(saved) > len(column):
+        return saved
+    column[: len(saved)] = saved
+    return column
+
+
+class FrameBuffer(ReplayBuffer):
+    """Ring buffer of transitions with images, each frame of which stands once in a FrameFile, as bytes.
+
+    `observations` are the states; beside them stand the slots of a transition's frames: a stack of them for the
+    observation, one for the next. Successive steps of an actor share frames, whatever other actors add in between.
+    """
+
+    def __init__(self, capacity: int, views: Views, action_dim: int, frames: FrameFile, n_step=1, gamma=1.0):
+        super().__init__(capacity, views.state_dim, action_dim, frames.device, n_step, gamma)
+        self.stack = views.stack
+        self.frames = frames
+        self.windows = torch.zeros(capacity, 2, views.stack, dtype=torch.long, device=frames.device)
+        self.newest_windows: dict[str, list[int]] = {}  # of each actor's newest observation
+
+    def add(self, step: np.ndarray, actor: str = "") -> int:
+        """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
+        before = self.newest_windows.get(actor, [])
+        window = [] if step["first"] else list(before)
+        for i, frame in enumerate(step["frames"]):
+            repeated = step["first"] and i > 0 and np.array_equal(frame, step["frames"][i - 1])
+            window.append(window[-1] if repeated else self.frames.put(frame))
+        older = [window[0]] * (self.stack - len(window))  # a stack at a reset repeats the first frame
+        window = (older + window)[-self.stack :]
+        self.frames.keep(window)
+        slot = self.total % self.capacity
+        overwritten = self.windows[slot].flatten().tolist() if self.total >= self.capacity else []
+        count = super().add(step, actor)
+        if count:
+            self.windows[slot] = torch.tensor([before, window])
+            self.frames.keep(before + window)
+            self.frames.drop(overwritten)
+        self.frames.drop(before)
+        self.newest_windows[actor] = window
+        return count
+
+    def ends(self, slots: Tensor) -> Tensor:
+        """The slots of the last of the n_step steps that begin in `slots` (...), as `follow_up` takes them."""
+        newest = (self.total - 1) % self.capacity
+        for _ in range(1, self.n_step):
+            after = (slots + 1) % self.capacity
+            slots = torch.where(self.continues[after] & (slots != newest), after, slots)
+        return slots
+
+    def sample_frames(self, count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """Transitions (count, ...) of n_step steps and their frames (count, 2 * T, K, H, W, 3), uniformly."""
+        slots = torch.randint(len(self), (count,), generator=generator, device=self.device)
+        windows = torch.cat([self.windows[slots, 0], self.windows[self.ends(slots), 1]], 1)
+        return self.follow_up(slots), self.frames.get(windows)
+
+    def state_dict(self) -> dict:
+        return super().state_dict() | {
+            "windows": self.windows[: len(self)].clone(),
+            "newest_windows": dict(self.newest_windows),
+            "frames": self.frames.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        super().load_state_dict(state)
+        self.windows = fill(self.windows, state["windows"])
+        self.newest_windows = dict(state["newest_windows"])
+        self.frames.load_state_dict(state["frames"])
+
+
+class Interventions:
+    """Puts what a person did into the demonstrations, as episodes that begin where the person took over."""
+
+    def __init__(self, demos: FrameBuffer):
+        self.demos = demos
+        self.before: dict[str, np.ndarray] = {}  # each actor's newest step
+
+    def add(self, step: np.ndarray, actor: str) -> int:
+        """Takes in an actor's next step; the number of transitions that were added, 0 or 1."""
+        before = self.before.get(actor)
+        self.before[actor] = step
+        if step["first"] or not step["intervened"] or before is None:
+            return 0
+        if not before["intervened"]:
+            start = before.copy()
+            start["first"] = True
+            self.demos.add(start, actor)
+        return self.demos.add(step, actor)
+
+
+def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
+    """The successful demonstrations, as live steps would have stored them. Exits with one line when there are none."""
+    task = make_env(args)
+    steps = []
+    episodes = []
+    closes = opens = False
+    for episode in envs.demonstrations(args.demos, task, args.seed, 0.0):
+        if success(episode.info) != 1:
+            continue
+        for action, obs, reward, terminated in envs.replay(episode, task, partial(wrap_robot, args=args)):
+            steps.append(pack_robot_step(agent.step_type, action, obs, reward, terminated))
+        episodes.append(episode._replace(observations=[]))
+        closes |= bool((episode.actions[:, -1] >= rc.GRIPPER_THRESHOLD).any())
+        opens |= bool((episode.actions[:, -1] <= -rc.GRIPPER_THRESHOLD).any())
+    if not episodes:
+        fail(f"--demos {args.demos}: none of its episodes is a success; record some with record_demos.py")
+    if agent.grasp_critic is not None and not closes | opens:
+        print(f"--demos {args.demos}: the gripper never moves in them; is it driven by hand?", file=sys.stderr)
+    if max(float(step["reward"]) for step in steps) <= 0:
+        fail(f"--demos {args.demos}: none of its steps has a reward above 0")
+    count = len(steps) - len(episodes)
+    demos = agent.make_buffer("demonstrations", count + args.buffer_size, run, len(steps))
+    for step in steps:
+        demos.add(step)
+    agent.observe(demos.newest_observations(len(demos)))
+    print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
+    return demos
+
+
+# --- Agent ------------------------------------------------------------------------------------------------------------
+class Agent:
+    """SAC from images for the arm and double DQN for the gripper, with the options of DrQ, RLPD and SERL."""
+
+    PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic", "trunk", "grasp_critic")
+    PARTS += ("target_grasp_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
+    METRICS += ("losses/grasp_loss",)
+
+    def __init__(
+        self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved: dict | None = None
+    ):
+        """`saved` is the state that will be loaded, if there is one: no other files are read then."""
+        load = saved is None
+        self.args = args
+        self.device = device
+        self.views = views
+        self.action_dim = action_space.shape[0]
+        config = rc.TASKS[args.task]
+        decides = args.gripper == "critic" and config.gripper == "binary"
+        self.arm_dim = self.action_dim - decides  # what the actor decides about
+        self.step_type = robot_step_type(views, self.action_dim)
+        self.generator = torch.Generator(device).manual_seed(args.seed)
+        torch.manual_seed(args.seed)  # the networks' initialisation
+        normalize = args.normalize_observations and views.state_dim
+        self.normalizer = (Normalizer(views.state_dim) if normalize else nn.Identity()).to(device)
+        self.actor = PixelActor(views, self.arm_dim, args).to(device)
+        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic = PixelCritic(views, self.arm_dim, args, load).to(device)
+        self.mean_encoder = copy.deepcopy(self.critic.encoder).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        self.grasp_critic = self.target_grasp_critic = None
+        if decides:
+            self.grasp_critic = GraspCritic(views, args).to(device)
+            self.target_grasp_critic = copy.deepcopy(self.grasp_critic).requires_grad_(False)
+        self.trunk = None  # the frozen one, for all cameras
+        if self.critic.encoder.frozen:
+            self.trunk = make_trunk(args, 3, load).to(device).requires_grad_(False)
+        # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
+        self.raw_alpha = nn.Parameter(torch.tensor(math.log(math.expm1(ALPHA_INIT)), device=device))
+        self.target_entropy = TARGET_ENTROPY * self.arm_dim
+        self.actor_parameters = list(self.actor.parameters())
+        self.acting_parameters = [*self.actor.parameters(), *self.critic.encoder.parameters()]
+        self.mean_parameters = [*self.mean_actor.parameters(), *self.mean_encoder.parameters()]
+        self.critic_parameters = list(self.critic.parameters())
+        self.target_parameters = list(self.target_critic.parameters())
+        if decides:
+            self.critic_parameters += self.grasp_critic.parameters()
+            self.target_parameters += self.target_grasp_critic.parameters()
+        self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.weight_decay)
+        self.critic_optimizer = self.make_optimizer(self.critic_parameters, args.weight_decay)
+        self.alpha_optimizer = self.make_optimizer([self.raw_alpha], 0.0)
+        self.num_demos = args.num_demos()
+        self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
+        self.critic_updates = 0
+        if args.compile and device.type == "cuda":
+            self.target_q = torch.compile(self.target_q)
+            self.critic.encode = torch.compile(self.critic.encode)
+            self.critic_loss = torch.compile(self.critic_loss)
+            self.actor_loss = torch.compile(self.actor_loss)
+            self.update_once = setup.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+
+    def make_buffer(self, name: str, capacity: int, run: Run, frames: int) -> FrameBuffer:
+        """A buffer of this agent's transitions, with so many frames in a file, unless a run that goes on brings it.
+
+        Exits with one line when there is no room.
+        """
+        count, size, _, _ = self.views.frame_shape
+        small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
+        setup.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
+        path = run.dir / f"{name}.frames"
+        if self.args.buffer_dir:
+            path = Path(self.args.buffer_dir) / f"{run.dir.name}-{path.name}"
+        file = FrameFile(path, self.views.frame_shape, self.device)
+        if run.state is None:
+            what = f"{name}: {capacity:,} transitions of {count} x {size} x {size} pixels, {frames:,} frames"
+            sizes = f"{size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
+            file.check_disk(frames, f"{what}; {sizes}", "give a smaller --buffer-size, or another --buffer-dir")
+            file.make_room(frames)
+        return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
+
+    def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
+        lr = torch.tensor(self.args.lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
+        capturable = self.device.type == "cuda"
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable)
+
+    # --- acting ---
+    @torch.inference_mode()
+    def act(self, obs: dict, deterministic: bool) -> np.ndarray:
+        """Action (A,) in [-1, 1] for one observation of `wrap_robot`; the gripper's is the grasp critic's best."""
+        seen = self.one_observation(obs)
+        actor, encoder = (self.mean_actor, self.mean_encoder) if deterministic else (self.actor, self.critic.encoder)
+        features = Features(encoder(seen), seen.states)
+        mean, std = actor(features)
+        if not deterministic:
+            mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
+        action = mean.tanh()[0]
+        if self.grasp_critic is not None:
+            action = torch.cat([action, self.grasp_critic(features).argmax(-1) - 1.0])
+        return action.cpu().numpy()
+
+    def one_observation(self, obs: dict) -> Observation:
+        """As networks see it, in a batch of one."""
+        images = torch.as_tensor(obs["images"], device=self.device)[None]
+        states = torch.as_tensor(obs["state"], device=self.device).reshape(1, -1)
+        return Observation(images, self.normalizer(states), self.frozen_maps(images))
+
+    def random_action(self) -> np.ndarray:
+        """Action (A,) uniform in [-1, 1]."""
+        return (torch.rand(self.action_dim, generator=self.generator, device=self.device) * 2 - 1).cpu().numpy()
+
+    # --- what is stored ---
+    def observe(self, observations: Tensor) -> None:
+        """Takes states (N, T * S) into the running statistics."""
+        if isinstance(self.normalizer, Normalizer):
+            self.normalizer.update(observations)
+
+    # --- learning ---
+    @property
+    def alpha(self) -> Tensor:
+        return F.softplus(self.raw_alpha)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
+
+    @torch.no_grad()
+    def frozen_maps(self, images: Tensor) -> Tensor | None:
+        """Maps (B, T, K, C, h, w) that a frozen trunk makes of images (B, T, K, H, W, 3); None without one."""
+        if self.trunk is None:
+            return None
+        with self.autocast():
+            return self.trunk(images.flatten(0, 2)).unflatten(0, images.shape[:3])
+
+    def augmented(self, frames: Tensor) -> Tensor:
+        """Frames (B, N, K, H, W, 3) with --augment."""
+        padding = max(1, round(CROP * self.views.size))
+        images = vision.augment(frames.flatten(1, 2), self.args.augment, padding, self.generator)
+        return images.unflatten(1, frames.shape[1:3])
+
+    def prepare(self, batch: Batch, frames: Tensor) -> Batch:
+        """The batch with its frames (B, 2 * T, K, H, W, 3), augmented, and normalised states as Observations."""
+        images = self.augmented(frames)
+        maps = self.frozen_maps(images)
+        seen, next_seen = images.chunk(2, 1)
+        maps, next_maps = (None, None) if maps is None else maps.chunk(2, 1)
+        return batch._replace(
+            observations=Observation(seen, self.normalizer(batch.observations), maps),
+            next_observations=Observation(next_seen, self.normalizer(batch.next_observations), next_maps),
+        )
+
+    @torch.no_grad()
+    def target_q(self, batch: Batch, eps: Tensor, subset: Tensor) -> Tensor:
+        """Soft Bellman target (B,) with noise eps (B, A) and target critics `subset` (M,)."""
+        generator = self.generator if self.args.dropout else None
+        # arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
+        next_actions, next_log_pi = self.actor.sample(self.critic.encode(batch.next_observations), eps)  # (B, A), (B,)
+        next_features = self.target_critic.encode(batch.next_observations)
+        next_q_values = self.target_critic(next_features, next_actions, generator)  # (E, B)
+        next_q = next_q_values[subset].amin(0)  # (B,)
+        if self.args.backup_entropy:
+            next_q = next_q - self.alpha * next_log_pi
+        return batch.rewards + self.args.gamma * (1 - batch.terminations) * next_q
+
+    def critic_loss(self, seen: Features, actions: Tensor, target_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Squared soft Bellman error."""
+        generator = self.generator if self.args.dropout else None
+        q_values = self.critic(seen, actions, generator)  # (E, B)
+        loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
+        return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
+
+    def actor_loss(self, seen: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Soft policy improvement, and imitation of the demonstrations, which are the batch's last rows."""
+        mean, std = self.actor(seen)  # (B, A)
+        new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
+        q = self.critic(seen, new_actions).mean(0)  # (B,)
+        loss = (self.alpha.detach() * log_pi - q).mean()
+        if self.num_demos and self.args.bc_weight:  # arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3
+            num_demos = self.num_demos // self.args.grad_accum_steps
+            error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
+            loss = loss + self.args.bc_weight * error.square().sum(-1).mean()
+        return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
+
+    def grasp_loss(self, batch: Batch, seen: Features) -> Tensor:
+        """Double DQN, arXiv:1509.06461 eq. 4: this critic chooses the next motion, its target values it."""
+        with torch.no_grad():
+            best = self.grasp_critic(self.critic.encode(batch.next_observations)).argmax(-1, keepdim=True)  # (B, 1)
+            next_features = self.target_critic.encode(batch.next_observations)
+            next_q = self.target_grasp_critic(next_features).gather(1, best).squeeze(1)  # (B,)
+            target_q = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_q
+        chosen = grasp_index(batch.actions[:, -1:])  # (B, 1)
+        q = self.grasp_critic(seen).gather(1, chosen).squeeze(1)
+        return (q - target_q).square().mean()
+
+    def critic_gradient(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Features, dict[str, Tensor]]:
+        """Also the batch's features, for the actor."""
+        with self.autocast():
+            target_q = self.target_q(batch, eps, subset)
+            seen = self.critic.encode(batch.observations)
+            loss, metrics = self.critic_loss(seen, batch.actions[:, : self.arm_dim], target_q)
+            if self.grasp_critic is not None:
+                grasp_loss = self.grasp_loss(batch, seen)
+                metrics["losses/grasp_loss"] = grasp_loss.detach()
+                loss = loss + grasp_loss
+        (loss / self.args.grad_accum_steps).backward()
+        return Features(seen.images.detach(), seen.states), metrics
+
+    def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
+        with self.autocast():
+            loss, metrics = self.actor_loss(seen, actions, eps)
+        (loss / self.args.grad_accum_steps).backward(inputs=self.actor_parameters)  # spares the critics' gradients
+        alpha_loss = self.alpha * (metrics["losses/entropy"] - self.target_entropy)
+        (alpha_loss / self.args.grad_accum_steps).backward()
+        return metrics | {"losses/alpha": self.alpha.detach()}
+
+    def step_critic(self) -> None:
+        self.critic_optimizer.step()
+        with torch.no_grad():
+            torch._foreach_lerp_(self.target_parameters, self.critic_parameters, TAU)
+
+    def step_actor(self) -> None:
+        self.actor_optimizer.step()
+        self.alpha_optimizer.step()
+        with torch.no_grad():
+            for mean, parameter in zip(self.mean_parameters, self.acting_parameters, strict=True):
+                mean.lerp_(parameter, self.mean_weight)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
+
+    def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
+        """One critic step on a batch and, `with_actor`, one step of actor and temperature.
+
+        `inputs` are the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A),
+        and the critics for the target (M,). Both gradients are of the same parameters, as SERL takes them
+        (agents/continuous/sac.py:276); the actor's needs no encoder.
+        """
+        *parts, subset = inputs
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+        for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations at its end
+            *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
+            batch = self.prepare(Batch(*fields), frames)
+            seen, metrics = self.critic_gradient(batch, eps[:, 0], subset)
+            if with_actor:
+                metrics |= self.actor_gradient(seen, batch.actions[:, : self.arm_dim], eps[:, 1])
+        if with_actor:
+            self.step_actor()
+        self.step_critic()
+        return metrics
+
+    def update(self, buffer: FrameBuffer, demos: FrameBuffer, count: int) -> dict[str, Tensor]:
+        """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
+        eps = torch.randn(count, 2, self.args.batch_size, self.arm_dim, generator=self.generator, device=self.device)
+        draws = torch.rand(count, self.args.num_qs, generator=self.generator, device=self.device)
+        subsets = draws.topk(self.args.num_min_qs).indices  # (count, M), distinct
+        metrics = {}
+        for i in range(count):
+            batch, frames = buffer.sample_frames(self.args.batch_size - self.num_demos, self.generator)
+            if self.num_demos:
+                demo_batch, demo_frames = demos.sample_frames(self.num_demos, self.generator)
+                batch = Batch(*(torch.cat(pair) for pair in zip(batch, demo_batch)))
+                frames = torch.cat([frames, demo_frames])
+            self.critic_updates += 1
+            self.schedule_lr()
+            # A plain mean of all actors at first, so that the random one it began with does not stay in it.
+            self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
+            with_actor = self.critic_updates % self.args.policy_delay == 0
+            metrics |= self.update_once(*batch, frames, eps[i].transpose(0, 1), subsets[i], with_actor=with_actor)
+        return metrics
+
+    def schedule_lr(self) -> None:
+        """Linear warm-up and cosine decay of actor's and critics' learning rates, counted in critic updates."""
+        warmup, decay = self.args.lr_warmup, self.args.lr_decay
+        if warmup or decay:
+            factor = min(1.0, (self.critic_updates - 1) / warmup) if warmup else 1.0
+            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay))) if decay else 1.0
+            self.actor_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
+            self.critic_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
+
+    def owed(self, step: int) -> int:
+        """Critic updates that the ratio to the environment's steps still asks for."""
+        return max(self.args.utd_ratio * (step - self.args.learning_starts) - self.critic_updates, 0)
+
+    # --- actor and learner ---
+    def check_steps(self, data: bytes) -> None:
+        """Raises ValueError when packed steps hold numbers that are not finite."""
+        steps = np.frombuffer(data, self.step_type)
+        for name in ("action", "reward", "observation"):
+            if not np.isfinite(steps[name]).all():
+                raise ValueError(f"{name}: numbers are not finite")
+
+    def policy_tensors(self) -> list[Tensor]:
+        """What acting needs: the parameters of actor, encoder and their averages, of the grasp critic, statistics."""
+        parameters = [*self.acting_parameters, *self.mean_parameters]
+        if self.grasp_critic is not None:
+            parameters += self.grasp_critic.parameters()
+        return [*(parameter.detach() for parameter in parameters), *self.normalizer.state_dict().values()]
+
+    # --- checkpoints ---
+    def state_dict(self) -> dict:
+        state = {name: getattr(self, name).state_dict() for name in self.PARTS if getattr(self, name) is not None}
+        state["raw_alpha"] = self.raw_alpha.detach()
+        state["critic_updates"] = self.critic_updates
+        state["generator"] = self.generator.get_state()
+        return state
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises KeyError, ValueError or RuntimeError when the state is of other networks."""
+        for name in self.PARTS:
+            if getattr(self, name) is not None:
+                getattr(self, name).load_state_dict(state[name])
+        with torch.no_grad():
+            self.raw_alpha.copy_(state["raw_alpha"])
+        self.critic_updates = state["critic_updates"]
+        for optimizer in self.optimizers():
+            optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
+        setup.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+def wilson(successes: int, episodes: int) -> tuple[float, float]:
+    """95% interval of a success rate, Wilson 1927."""
+    z, n, p = 1.96, max(episodes, 1), successes / max(episodes, 1)
+    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return centre - half, centre + half
+
+
+def evaluate_policy(args: Args) -> None:
+    """--eval-only: deterministic, seeded start poses, no help; a row of evaluation.csv for each episode, a summary."""
+    detector = load_detector(args)
+    env = wrap_robot(make_env(args, detector), args)
+    device = setup.set_up_torch(args.threads, args.amp)
+    agent = Agent(views_of(env), env.action_space, args, device)
+    version = load_policy(args, agent)
+    person = Person(dataclasses.replace(args, teleop="none"))
+    rows = []
+    for number in range(args.final_eval_episodes):
+        obs, _ = reset(env, envs.episode_seed(args.seed, 1, number), detector)
+        verdict, suggested, seconds = "", False, 0.0
+        while not verdict:
+            obs, _, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
+            seconds += info["period_s"]
+            suggested |= bool(info["success"])
+            commands = person.commands()
+            if "quit" in commands:
+                break
+            verdict = next((c for c in commands if c in ("success", "failure", "discard")), "")
+            if not verdict and (terminated or truncated):
+                verdict = "discard" if info["fault"] else "success" if success(info) == 1 else "failure"
+        if not verdict:
+            break
+        if verdict != "discard":
+            rows.append((number, verdict == "success", seconds, suggested))
+            print(f"episode {number}: {verdict} after {seconds:.1f} s")
+    env.close()
+    person.close()
+    table = "episode,success,cycle_s,classifier\n" + "".join(f"{n},{s:d},{t:.3f},{c:d}\n" for n, s, t, c in rows)
+    write_atomically(Path(args.eval_only) / f"evaluation_{args.policy}.csv", table.encode())
+    won = sum(row[1] for row in rows)
+    low, high = wilson(won, len(rows))
+    cycle = np.median([row[2] for row in rows if row[1]] or [math.nan])
+    agree = sum(row[1] == row[3] for row in rows)
+    print(f"{args.policy} policy, update {version}: success {won} of {len(rows)} (95%: {low:.2f} to {high:.2f})")
+    print(f"median cycle time {cycle:.1f} s; verdict and {args.reward} agree in {agree} of {len(rows)}")
+
+
+def load_policy(args: Args, agent: Agent) -> int:
+    """The newest or the best policy of a run, and its number of updates. Exits with one line when there is none."""
+    path = Path(args.eval_only) / f"{args.policy}.policy"
+    if not path.exists():
+        fail(f"--eval-only {args.eval_only}: has no {args.policy} policy yet; train it first")
+    saved = torch.load(path, weights_only=True)
+    setup.unpack_tensors(saved["weights"].numpy().tobytes(), agent.policy_tensors())
+    return saved["version"]
+
+
+def load_detector(args: Args) -> SuccessDetector | None:
+    """The classifier that --reward names, if it does. Exits with one line when it is of another task."""
+    if args.reward in ("task", "person"):
+        return None
+    task = make_env(args)
+    try:
+        return SuccessDetector.load(args.reward, envs.fingerprint(task))
+    except ValueError as error:
+        fail(f"--reward {error}")
+
+
+# --- Main -------------------------------------------------------------------------------------------------------------
+def reset(env: gym.Env, seed: int, detector: SuccessDetector | None, stop=lambda: False) -> tuple[dict | None, dict]:
+    """The first observation of an episode; waits for a robot that is not there, until `stop` says so (None)."""
+    while not stop():
+        try:
+            if detector:
+                detector.reset()
+            return env.reset(seed=seed)
+        except rc.RobotError as error:
+            print(f"waiting for the robot: {error}", file=sys.stderr, flush=True)
+            time.sleep(1)
+    return None, {}
+
+
+class LearnerProcess:
+    """The learner as a process of its own, at a lower priority; started again when it dies, ended with this one."""
+
+    def __init__(self, args: Args, run: Run):
+        self.folder = run.dir / "learner"
+        self.log = run.dir / "learner.log"
+        flags = setup.to_flags(dataclasses.replace(args, role="learner", resume=None, track=False))
+        self.new = [*flags, "--run-dir", str(self.folder)]
+        self.restarts = 0
+        self.start()
+
+    def start(self) -> None:
+        begun = (self.folder / "args.json").exists()
+        flags = ["--resume", str(self.folder), "--role", "learner"] if begun else self.new
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(__file__), *flags],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                preexec_fn=end_with_parent,
+                start_new_session=True,
+            )
+
+    def watch(self) -> None:
+        """Starts it again if it has died. Exits with its last line when it says that it cannot go on."""
+        code = self.process.poll()
+        if code is None or code == 0:
+            return
+        last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
+        self.restarts += 1
+        if code > 0 and self.restarts > 3:
+            fail(f"the learner ended: {' '.join(last)} (see {self.log})")
+        print(f"the learner ended ({code}: {' '.join(last)}) and is started again", file=sys.stderr, flush=True)
+        self.start()
+
+    def end(self, finished: bool, wait_s: float = 120.0) -> None:
+        """Waits until it has saved and ended, which it does by itself when it has `finished`."""
+        if self.process.poll() is None:
+            if not finished:
+                self.process.send_signal(signal.SIGTERM)
+            self.process.wait(wait_s)
+
+
+def end_with_parent() -> None:
+    """In a child, before it runs: a lower priority, and SIGTERM when its parent dies (Linux)."""
+    os.nice(10)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def learner(args: Args) -> None:
+    """Receives steps, learns, publishes the policy."""
+    task = make_env(args)
+    env = wrap_robot(task, args)  # for its spaces: no robot is contacted
+    device = setup.set_up_torch(args.threads, args.amp)
+    run = Run(args, args.task, __file__, device)
+    saved = run.state["agent"] if run.state else None
+    agent = Agent(views_of(env), env.action_space, args, device, saved)
+    capacity = min(args.buffer_size, args.total_timesteps)
+    buffer = agent.make_buffer("replay", capacity, run, capacity + capacity // 50 + 4 * SAVE_EVERY)
+    if run.state:
+        demos = agent.make_buffer("demonstrations", 1, run, 1)  # grows when it is loaded
+    else:
+        demos = load_robot_demos(args, agent, run)
+    actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
+    run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
+    interventions = Interventions(demos)
+    run.unit = "the update"
+    run.open(args.total_timesteps)
+    metrics = dict.fromkeys(Agent.METRICS, math.nan)
+    published = -math.inf
+
+    while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
+        # Receive: what was collected comes first, then what it asks for is learned.
+        count = 0
+        with run.phase("env"):
+            received = actors.receive(0 if agent.owed(run.step) else 100)
+        # Store: what a person did goes to the demonstrations as well.
+        for actor_name, data in received:
+            step = np.frombuffer(data, agent.step_type)[0]
+            if run.step + count < args.total_timesteps:
+                count += buffer.add(step, actor_name)
+                interventions.add(step, actor_name)
+        if count:
+            agent.observe(buffer.newest_observations(count))
+        run.advance(count)
+        # Learn: a few updates at a time, so that the actors are heard.
+        updates = min(agent.owed(run.step), 4)
+        if updates and run.step > args.learning_starts:
+            with run.phase("update"):
+                metrics |= agent.update(buffer, demos, updates)
+            loss = float(metrics["losses/critic_loss"])
+            if not math.isfinite(loss):
+                fail(f"the critics' loss is {loss} after {agent.critic_updates} updates; {run.dir} has what was before")
+        if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
+            actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()))
+            published = agent.critic_updates
+        # Log.
+        if run.due(500):
+            sizes = {"charts/replay": len(buffer), "charts/demonstrations": len(demos)}
+            run.log("train", run.speed() | metrics | sizes)
+        # Save: actors may then forget what they sent.
+        if run.should_save(SAVE_EVERY):
+            run.save()
+            actors.saved()
+
+    actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done=not run.signals)
+    run.end_of_training()
+    run.save(finished=True)
+    run.close()
+
+
+class Log:
+    """What an actor knows of its episodes: a status line and a row of train.csv for each, the best policy."""
+
+    def __init__(self, args: Args, run: Run):
+        self.args = args
+        self.run = run
+        self.unaided: deque[bool] = deque(maxlen=RECENT)  # success of the last episodes without help
+        self.helped: deque[float] = deque(maxlen=RECENT)  # share of steps with help
+        self.disagreements = 0
+        self.best = -1.0
+
+    def add(self, verdict: str, suggested: bool, steps: list[dict], sent: int, age_s: float) -> None:
+        """An episode has ended; `sent` steps of it were kept."""
+        share = float(np.mean([step["intervened"] for step in steps]))
+        late = np.array([step["late_s"] for step in steps])
+        self.helped.append(share)
+        if share == 0:
+            self.unaided.append(verdict == "success")
+        self.disagreements += (verdict == "success") != suggested
+        rate = float(np.mean(self.unaided)) if self.unaided else math.nan
+        scalars = {
+            "charts/episodic_return": float(sum(step["reward"] for step in steps)),
+            "charts/episodic_length": len(steps),
+            "charts/success": float(verdict == "success"),
+            "charts/success_without_help": rate,
+            "charts/intervention_rate": float(np.mean(self.helped)),
+            "charts/disagreements": self.disagreements,
+            "charts/weights_age_s": age_s,
+            "time/late_steps": int((late > LATE_S).sum()),
+            "time/late_p99_ms": 1e3 * float(np.quantile(late, 0.99)),
+            "time/cycle_s": float(sum(step["period_s"] for step in steps)),
+        }
+        self.run.log("train", scalars)
+        print(
+            f"\repisode {self.run.episode} {verdict} | steps {sent} | unaided {rate:.2f} of {len(self.unaided)} | "
+            f"helped {scalars['charts/intervention_rate']:.0%} | late {scalars['time/late_steps']} (p99 "
+            f"{scalars['time/late_p99_ms']:.1f} ms) | weights {age_s:.0f} s old | disagreements {self.disagreements}",
+            flush=True,
+        )
+
+    def keep_policy(self, version: int, agent: Agent) -> None:
+        """newest.policy, and best.policy where the success without help is as good as ever."""
+        if version == 0:
+            return
+        weights = torch.frombuffer(bytearray(setup.pack_tensors(agent.policy_tensors())), dtype=torch.uint8)
+        rate = float(np.mean(self.unaided)) if len(self.unaided) == RECENT else -1.0
+        names = ["newest"] + ["best"] * (rate >= self.best and rate >= 0)
+        self.best = max(self.best, rate)
+        for name in names:
+            data = io.BytesIO()
+            torch.save({"version": version, "weights": weights}, data)
+            write_atomically(self.run.dir / f"{name}.policy", data.getvalue())
+
+
+def actor(args: Args) -> None:
+    """Acts at the robot's rate, heeds the person, sends each episode; with --role both beside its learner."""
+    detector = load_detector(args)
+    person = Person(args)
+    env = make_env(args, detector)
+    if person.teleop:
+        env = rc.Intervention(env, person.teleop)
+    env = wrap_robot(env, args)
+    device = setup.set_up_torch(1, args.amp)
+    agent = Agent(views_of(env), env.action_space, args, device)
+    run = Run(args, args.task, __file__, device)
+    run.keep()
+    child = LearnerProcess(args, run) if args.role == "both" else None
+    finished = False
+    try:
+        sender = link.Actor(
+            args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, run.dir, timeout_s=600.0
+        )
+        run.open(args.total_timesteps)
+        collect(args, run, env, agent, sender, person, detector, child)
+        finished = sender.done
+    finally:
+        person.close()
+        env.close()
+        if child:
+            child.end(finished)
+    run.end_of_training()
+    run.plot(name="train", keys=("charts/success_without_help", "charts/intervention_rate"))
+    run.close()
+    print(f"see {run.dir}; evaluate it: python {Path(__file__).name} --eval-only {run.dir}")
+
+
+def collect(args, run, env, agent, sender, person, detector, child) -> None:
+    """Episode after episode, until the learner has what it asked for."""
+    log = Log(args, run)
+    seed = args.seed + sender.number
+    agent.generator.manual_seed(envs.episode_seed(seed, 0, sender.journal.written))
+    run.episode = max(run.episode, sender.journal.written)
+    version, newer_at = 0, time.monotonic()
+    sender.release()  # what a crash left of an episode
+    while not (run.signals or sender.done) and run.step < args.total_timesteps:
+        if child:
+            child.watch()
+        with run.phase("env"):
+            obs, _ = reset(env, envs.episode_seed(seed, 0, run.episode), detector, lambda: run.signals > 0)
+        if obs is None:
+            break
+        sender.stage(pack_robot_step(agent.step_type, None, obs).tobytes())
+        steps, verdict, suggested = [], "", False
+        while not verdict:
+            # Act, with the newest policy.
+            with run.phase("act"):
+                newer = sender.weights()
+                if newer:
+                    version, weights = newer
+                    setup.unpack_tensors(weights, agent.policy_tensors())
+                    newer_at = time.monotonic()
+                action = agent.act(obs, deterministic=False) if version else agent.random_action()
+            # Step: a person may take over.
+            person.taper(run.step)
+            with run.phase("env"):
+                obs, reward, terminated, truncated, info = env.step(action)
+            # Heed the person, whose verdict ends the episode.
+            suggested |= bool(info["success"])
+            verdict = heed(person, env, run)
+            if verdict in ("success", "failure"):
+                reward, terminated, truncated = float(verdict == "success"), verdict == "success", verdict == "failure"
+            elif not verdict and (terminated or truncated):
+                verdict = "fault" if info["fault"] else "success" if success(info) == 1 else "time limit"
+            # Store: success is decided before the penalty; a time limit is no end.
+            executed = info["executed_action"]
+            reward += info["grasp_penalty"]
+            intervened = bool(info.get("intervened", False))
+            step = pack_robot_step(agent.step_type, executed, obs, reward, terminated, intervened)
+            sender.stage(step.tobytes())
+            steps.append({"reward": reward, "intervened": intervened, **{k: info[k] for k in ("late_s", "period_s")}})
+            run.advance()
+            if run.impatient() or (sender.done and run.signals):
+                verdict = verdict or "time limit"
+        # Send: a discarded episode is forgotten.
+        kept = sender.discard() if verdict == "discard" else sender.release()
+        run.end_episode(info, float(verdict == "success"))
+        log.add(verdict, suggested, steps, kept, time.monotonic() - newer_at)
+        log.keep_policy(version, agent)
+    while child and not (sender.done or run.signals) and child.process.poll() is None:
+        sender.exchange(100)  # the learner still makes the updates that it owes
+        sender.weights()
+
+
+def heed(person: Person, env: gym.Env, run: Run) -> str:
+    """A person's verdict, if there is one. A pause lasts until Enter or a verdict; meanwhile the robot stands still."""
+    paused = False
+    while True:
+        for command in person.commands():
+            if command in ("success", "failure", "discard"):
+                return command
+            if command == "quit":
+                run.on_signal()
+            paused = command == "pause" or (paused and command != "go on")
+        if not paused or run.signals:
+            return ""
+        env.unwrapped.stand_still()
+
+
+def main(args: Args) -> None:
+    with ends_well(args):
+        if args.eval_only:
+            evaluate_policy(args)
+        elif args.role == "learner":
+            learner(args)
+        else:
+            actor(args)
+
+
+if __name__ == "__main__":
+    main(parse(Args, __doc__, Args.MAY_CHANGE))

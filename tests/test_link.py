@@ -1,0 +1,594 @@
+"""common/link.py: records arrive once, whoever is killed; then sac_state_sim.py as learner and actors."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zmq
+import zmq.auth
+from conftest import free_port, one_line, read_checkpoint, read_csv, wait_until
+from forked import popen_forked
+from state_runs import SCRIPT, TASKS, TINY, script, stored
+
+from common import link
+from common.link import PROTOCOL, RECORDS_PER_FILE, Actor, Journal, Learner, parse_address
+from sac_state_sim import Agent, Args, step_type
+
+HELLO = {"--env-id": "Task-v0", "--hidden-dims": [256, 256]}
+SIZE = 12  # bytes of a record in these tests
+
+
+def record(number: int) -> bytes:
+    return number.to_bytes(SIZE, "big")
+
+
+def records(first: int, count: int) -> bytes:
+    return b"".join(record(number) for number in range(first, first + count))
+
+
+# --- Addresses --------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        ("127.0.0.1", ("127.0.0.1", 5588)),
+        ("127.0.0.1:7000", ("127.0.0.1", 7000)),
+        ("tcp://127.0.0.1:7000", ("127.0.0.1", 7000)),
+        ("tcp://127.0.0.1", ("127.0.0.1", 5588)),
+        ("::1", ("::1", 5588)),
+        ("[::1]", ("::1", 5588)),
+        ("[::1]:7000", ("::1", 7000)),
+        ("tcp://[::1]:7000", ("::1", 7000)),
+        ("192.168.7.9:7000", ("192.168.7.9", 7000)),
+    ],
+)
+def test_an_address_is_an_address(address, expected):
+    """R6"""
+    assert parse_address(address) == expected
+
+
+def test_names_are_looked_up():
+    ip, port = parse_address("localhost:7000")
+    assert ip in ("127.0.0.1", "::1") and port == 7000
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:", "127.0.0.1:x", "127.0.0.1:0", "127.0.0.1:99999", "no.such.host.invalid", "a b"],
+)
+def test_addresses_that_are_none(address):
+    """R6: a misspelled host or port is named at once, not waited for."""
+    with pytest.raises(SystemExit, match="--address .*; give HOST:PORT, such as 127.0.0.1:5588") as error:
+        parse_address(address)
+    assert f"--address {address}: " in error.value.code
+
+
+# --- Journal ----------------------------------------------------------------------------------------------------------
+def test_journal_survives_a_kill_in_any_byte(tmp_path):
+    journal = Journal(tmp_path / "journal", SIZE)
+    for number in range(RECORDS_PER_FILE + 5):
+        journal.append(record(number))
+    newest = max((tmp_path / "journal").iterdir())
+    for cut in range(SIZE):
+        newest.write_bytes(newest.read_bytes()[: 5 * SIZE] + record(99)[:cut])
+        journal = Journal(tmp_path / "journal", SIZE)
+        assert journal.written == RECORDS_PER_FILE + 5
+        assert journal.read(RECORDS_PER_FILE + 3, 9) == records(RECORDS_PER_FILE + 3, 2)
+    journal.append(record(RECORDS_PER_FILE + 5))
+    assert journal.read(RECORDS_PER_FILE - 2, 9) == records(RECORDS_PER_FILE - 2, 2)  # to the end of a file
+    assert journal.read(RECORDS_PER_FILE, 9) == records(RECORDS_PER_FILE, 6)
+
+
+def test_journal_drops_what_is_saved_and_keeps_its_count(tmp_path):
+    journal = Journal(tmp_path / "journal", SIZE)
+    for number in range(3 * RECORDS_PER_FILE):
+        journal.append(record(number))
+    journal.drop(2 * RECORDS_PER_FILE - 1)
+    assert journal.first == RECORDS_PER_FILE
+    journal.drop(3 * RECORDS_PER_FILE)
+    assert len(list((tmp_path / "journal").iterdir())) == 1  # never grows: the newest file is left
+    for _ in range(2):
+        journal = Journal(tmp_path / "journal", SIZE)
+        assert (journal.first, journal.written) == (2 * RECORDS_PER_FILE, 3 * RECORDS_PER_FILE)
+    journal.append(record(7))
+    assert journal.read(3 * RECORDS_PER_FILE, 5) == record(7)
+
+
+# --- Learner and actor in one process ---------------------------------------------------------------------------------
+@contextlib.contextmanager
+def learner_at(port: int, check=lambda records: None, hello: dict = HELLO):
+    learner = Learner(f"127.0.0.1:{port}", None, hello, SIZE, check)
+    try:
+        yield learner
+    finally:
+        learner.router.close(0)
+        learner.publisher.close(0)
+        wait_until(lambda: is_free(port) and is_free(port + 1))  # ZeroMQ closes in a thread of its own
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as sock, contextlib.suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def actor_at(port: int, folder: Path, **options):
+    folder.mkdir(exist_ok=True)
+    actor = Actor(f"127.0.0.1:{port}", None, options.pop("hello", HELLO), SIZE, folder, **options)
+    try:
+        yield actor
+    finally:
+        actor.dealer.close(0)
+        actor.subscriber.close(0)
+
+
+def taken(learner: Learner, actor: Actor, count: int, most: float = float("inf")) -> list[bytes]:
+    """What the learner receives until it has `count` records."""
+    new, deadline = [], time.monotonic() + 60
+    while len(new) < count:
+        assert time.monotonic() < deadline, new
+        actor.exchange(0)
+        new += [data for _, data in learner.receive(20, most)]
+    return new
+
+
+def test_records_arrive_once_and_in_order_whoever_restarts(tmp_path):
+    port = free_port()
+    with actor_at(port, tmp_path / "actor") as actor:
+        for number in range(7):
+            actor.send(record(number))  # before there is a learner
+        with learner_at(port) as learner:
+            assert taken(learner, actor, 7) == [record(number) for number in range(7)]
+            checkpoint = learner.state_dict()
+            learner.saved()
+            for number in range(7, 12):
+                actor.send(record(number))
+            assert len(taken(learner, actor, 5)) == 5  # lost with this learner
+        with learner_at(port) as learner:  # from its checkpoint
+            learner.load_state_dict(checkpoint)
+            assert taken(learner, actor, 5) == [record(number) for number in range(7, 12)]
+            name = actor.name
+    with actor_at(port, tmp_path / "actor") as actor, learner_at(port) as learner:
+        learner.load_state_dict({"held": {name: 12}})
+        assert actor.name == name and actor.journal.written == 12
+        actor.send(record(12))
+        assert taken(learner, actor, 1) == [record(12)]
+        assert learner.held == {name: 13}
+
+
+def test_a_learner_takes_no_more_than_it_asks_for(tmp_path):
+    """R8: the rest stays with the actor."""
+    port = free_port()
+    with actor_at(port, tmp_path / "one") as one, actor_at(port, tmp_path / "two") as two, learner_at(port) as learner:
+        for number in range(40):
+            one.send(record(number))
+            two.send(record(100 + number))
+        new, deadline = [], time.monotonic() + 60
+        while len(new) < 50 and time.monotonic() < deadline:
+            one.exchange(0)
+            two.exchange(0)
+            new += learner.receive(20, 50 - len(new))
+        assert len(new) == sum(learner.held.values()) == 50
+        for actor, first in ((one, 0), (two, 100)):
+            mine = [data for name, data in new if name == actor.name]
+            assert mine == [record(first + number) for number in range(len(mine))]
+            assert learner.held[actor.name] == len(mine) < 50
+
+
+def test_what_is_saved_is_dropped_by_the_actor(tmp_path):
+    port, count = free_port(), 3 * RECORDS_PER_FILE
+    with actor_at(port, tmp_path / "actor") as actor, learner_at(port) as learner:
+        for number in range(count):
+            actor.journal.append(record(number))
+        assert taken(learner, actor, count)[-1] == record(count - 1)
+        assert len(list((tmp_path / "actor" / "journal").iterdir())) == 3
+        learner.saved()
+        while actor.journal.first < 2 * RECORDS_PER_FILE:
+            actor.exchange(0)
+            learner.receive(20)
+        assert len(list((tmp_path / "actor" / "journal").iterdir())) == 1
+        learner.held.clear()  # an older checkpoint than the one that was saved
+        with pytest.raises(SystemExit, match="the journal begins later: start a new actor"):
+            taken(learner, actor, 1)
+
+
+def test_an_actor_is_not_too_far_ahead(tmp_path):
+    """`send` waits at the bound until the learner has taken some, or it is stopped."""
+    port, asked = free_port(), []
+    stop = lambda: bool(asked.append(1)) or len(asked) > 5  # noqa: E731
+    with actor_at(port, tmp_path / "actor", ahead=3, stop=stop) as actor:
+        for number in range(3):
+            actor.send(record(number))
+        assert not asked
+        actor.send(record(3))
+        assert len(asked) > 5
+        asked.clear()
+        with learner_at(port) as learner:
+            reader = threading.Thread(target=lambda: [learner.receive(100) for _ in range(30)])
+            reader.start()
+            actor.stop = lambda: False
+            actor.send(record(4))  # returns: the learner has taken enough
+            reader.join()
+        assert actor.journal.written - actor.held <= 3
+
+
+def test_an_actor_gives_up_when_no_learner_answers(tmp_path):
+    port = free_port()
+    with actor_at(port, tmp_path / "actor", timeout_s=0.5) as actor:
+        actor.send(record(0))
+        time.sleep(0.6)
+        with pytest.raises(SystemExit, match=f"no learner at 127.0.0.1:{port} .* --role learner"):
+            actor.send(record(1))
+        assert actor.journal.written == 2  # nothing is lost
+
+
+def test_weights_reach_the_actor(tmp_path):
+    port = free_port()
+    with learner_at(port) as learner, actor_at(port, tmp_path / "actor") as actor:
+        deadline = time.monotonic() + 30
+        got = None
+        while got is None and time.monotonic() < deadline:  # a subscription takes a moment
+            learner.publish(5, b"five\nlines")
+            time.sleep(0.02)
+            got = actor.weights()
+        assert got == (5, b"five\nlines")
+        learner.publish(6, b"newer")
+        wait_until(lambda: actor.weights() == (6, b"newer"), timeout=30)
+
+
+def test_all_actors_are_told_that_it_is_over(tmp_path):
+    """Also one that is busy; what they send afterwards stays with them; one that is gone is not waited for long."""
+    port = free_port()
+    with learner_at(port) as learner, actor_at(port, tmp_path / "one") as one, actor_at(port, tmp_path / "two") as two:
+        for actor in (one, two):
+            actor.send(record(0))
+            assert taken(learner, actor, 1) == [record(0)]
+        one.send(record(1))
+        ending = threading.Thread(target=learner.end)
+        ending.start()
+        deadline = time.monotonic() + 30
+        while not (one.done and two.done) and time.monotonic() < deadline:
+            one.exchange(0)
+            time.sleep(0.3)
+            two.exchange(0)
+        ending.join()
+        assert one.done and two.done and set(learner.held.values()) == {1}
+        learner.asking.add("gone")
+        begun = time.monotonic()
+        learner.end(patience_s=0.5)
+        assert time.monotonic() - begun < 5
+
+
+# --- The wire, with this test as the actor ----------------------------------------------------------------------------
+def message(first: object, payload: bytes, **changes) -> tuple[bytes, bytes]:
+    header = {"protocol": PROTOCOL, "hello": HELLO, "actor": "test", "first": first, "count": len(payload) // SIZE}
+    return json.dumps(header | changes).encode(), payload
+
+
+@contextlib.contextmanager
+def talk(learner: Learner, port: int):
+    """A function (frames) -> the reply and the records that were taken, as an actor talks to the learner."""
+    dealer = zmq.Context.instance().socket(zmq.DEALER)
+    dealer.linger = 0
+    dealer.connect(f"tcp://127.0.0.1:{port}")
+
+    def ask(*frames: bytes) -> tuple[dict, list]:
+        dealer.send_multipart(frames)
+        new, deadline = [], time.monotonic() + 20
+        while not dealer.poll(0):
+            assert time.monotonic() < deadline, "the learner is silent"
+            new += learner.receive(20)
+        return json.loads(dealer.recv()), new
+
+    yield ask
+    dealer.close()
+
+
+def test_records_are_numbered():
+    """Repeated, overlapping and early messages: the learner takes every record once, in order."""
+    port, all_new = free_port(), []
+    with learner_at(port) as learner, talk(learner, port) as ask:
+        for first, count, held in (
+            (0, 0, 0),  # a greeting
+            (0, 30, 30),
+            (0, 30, 30),  # repeated
+            (10, 40, 50),  # overlapping
+            (90, 10, 50),  # too early: records 50 to 89 are missing
+            (20, 10, 50),  # old
+            (50, 150, 200),
+        ):
+            reply, new = ask(*message(first, records(first, count)))
+            assert reply == {"held": held, "saved": 0, "over": False}
+            all_new += new
+    assert all_new == [("test", record(number)) for number in range(200)]
+
+
+def not_finite(payload: bytes) -> None:
+    if record(13) in [payload[i : i + SIZE] for i in range(0, len(payload), SIZE)]:
+        raise ValueError("record 13 is not finite")
+
+
+def test_malformed_messages_do_not_kill_the_learner():
+    header, data = message(0, records(0, 10))
+    hostile = [
+        (b"",),
+        (b"", b""),
+        (b"junk", data),
+        (b"\xff\xfe", data),
+        (b"[" * 100_000, data),
+        (b"[]", data),
+        (b"1", data),
+        (b"{}", data),
+        (b"null", data),
+        (header,),
+        (header, data[:-1]),
+        (header, data[:-SIZE]),
+        (header, b""),
+        (header, data + data),
+        message(10, records(10, 5)),
+        message(0, data, protocol="records-0"),
+        message(0, data, hello=None),
+        message(0, data, hello=[1]),
+        message(0, data, hello=HELLO | {"--env-id": "Other-v0"}),
+        message(0, data, hello={}),
+        message(0, data, count="x"),
+        message(0, data, count=11),
+        message(0, data, count=-1),
+        message(0, data, count=10**30),
+        message(None, data),
+        message(-5, data),
+        message(float("inf"), data),
+        message(float("nan"), data),
+    ]
+    port = free_port()
+    with learner_at(port, not_finite) as learner:
+        for frames in hostile:
+            with talk(learner, port) as ask:
+                reply, new = ask(*frames)
+                assert "refused: " in reply["error"] and new == [], frames[0][:80]
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.sendall(os.urandom(1000))
+        with talk(learner, port) as ask:
+            reply, new = ask(header, data)
+            assert reply["held"] == len(new) == 10
+        assert learner.held == {"test": 10}
+
+
+def test_what_differs_is_named(tmp_path):
+    port = free_port()
+    hello = HELLO | {"--hidden-dims": [16, 16], "--env-id": "Other-v0"}
+    with learner_at(port) as learner, actor_at(port, tmp_path / "actor", hello=hello) as actor:
+        actor.send(record(0))
+        with pytest.raises(SystemExit, match="--env-id, --hidden-dims of the learner and of the actor differ") as error:
+            taken(learner, actor, 1)
+        assert "\n" not in error.value.code
+
+
+def test_addresses_that_a_learner_cannot_have():
+    port = free_port()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(SystemExit, match=f"--address 127.0.0.1:{port}: .*another port"):
+            Learner(f"127.0.0.1:{port}", None, HELLO, SIZE)
+    with pytest.raises(SystemExit, match="--address 0.0.0.0:7000: a network needs --curve-keys"):
+        Learner("0.0.0.0:7000", None, HELLO, SIZE)
+
+
+def test_steps_of_the_script_must_be_finite():
+    """What `check` is in sac_state_sim.py."""
+    agent = Agent.__new__(Agent)
+    agent.step_type = step_type(3, 2)
+    steps = np.zeros(4, agent.step_type)
+    agent.check_steps(steps.tobytes())
+    for name in ("action", "reward", "observation"):
+        wrong = steps.copy()
+        wrong[name][2] = np.nan
+        with pytest.raises(ValueError, match=name):
+            agent.check_steps(wrong.tobytes())
+
+
+# --- Keys -------------------------------------------------------------------------------------------------------------
+def test_curve_keys(tmp_path, monkeypatch):
+    """The right keys work; an actor with others, or none, gets nothing in and gives up."""
+    port, keys = free_port(), tmp_path / "keys"
+    learner = Learner(f"127.0.0.1:{port}", str(keys), HELLO, SIZE)
+    try:
+        assert (keys / "actor.key_secret").stat().st_mode & 0o077 == 0 == keys.stat().st_mode & 0o077
+        link.make_keys(tmp_path / "wrong")
+        # an intruder who knows the learner's public key, but whose own key the learner does not know
+        shutil.copytree(tmp_path / "wrong", tmp_path / "intruder")
+        shutil.copy(keys / "learner.key", tmp_path / "intruder")
+        for number, folder in enumerate((None, tmp_path / "wrong", tmp_path / "intruder", keys)):
+            place = tmp_path / f"actor{number}"
+            place.mkdir()
+            actor = Actor(f"127.0.0.1:{port}", folder and str(folder), HELLO, SIZE, place)
+            actor.send(record(number))
+            got = [learner.receive(20) for _ in range(30) if actor.exchange(0) is None]
+            assert [data for batch in got for _, data in batch] == ([record(3)] if folder == keys else [])
+            actor.dealer.close(0)
+            actor.subscriber.close(0)
+        with pytest.raises(SystemExit, match="--curve-keys nowhere: "):
+            Actor(f"127.0.0.1:{port}", "nowhere", HELLO, SIZE, place)
+    finally:
+        learner.authenticator.stop()
+        learner.router.close(0)
+        learner.publisher.close(0)
+
+
+# --- The script as learner and actors ---------------------------------------------------------------------------------
+LOGGED = ("--eval-every", 100, "--eval-episodes", 1)  # so that train.csv has a row every 50 steps
+
+
+class Site:
+    """A folder with one learner, its address, and as many actors as a test starts."""
+
+    def __init__(self, cwd: Path, *flags: object):
+        self.cwd, self.port = cwd, free_port()
+        self.flags = [*TINY.split(), "--env-id", "probe_envs:Point-v0", "--eval-every", 100_000]
+        self.flags += ["--address", f"127.0.0.1:{self.port}", *flags]
+
+    def start(self, name: str, *flags: object):
+        """The learner, or an actor, in a folder of its name; again, if it has been there."""
+        role = "learner" if name == "learner" else "actor"
+        if (self.cwd / name).exists():
+            return popen_forked(SCRIPT, "--resume", name, *flags, cwd=self.cwd, env=TASKS)
+        flags = (*self.flags, "--role", role, "--run-dir", name, *flags)
+        return popen_forked(SCRIPT, *flags, cwd=self.cwd, env=TASKS)
+
+    def step(self) -> int:
+        """Where the learner's log stands."""
+        with contextlib.suppress(FileNotFoundError, IndexError):
+            return int(read_csv(self.cwd / "learner", "train.csv")["global_step"][-1])
+        return 0
+
+    def journal(self, name: str) -> np.ndarray:
+        """All whole steps that an actor's journal holds, and the number of the first."""
+        files = sorted((self.cwd / name / "journal").glob("*.records"))
+        data = b"".join(path.read_bytes() for path in files)
+        dtype = step_type(4, 3)
+        return np.frombuffer(data[: len(data) // dtype.itemsize * dtype.itemsize], dtype)
+
+
+def finish(*processes, timeout: float = 120) -> None:
+    """Waits for processes that must end well."""
+    for process in processes:
+        process.join(timeout)
+        assert process.exitcode == 0, process.stderr_path.read_text()[-3000:]
+
+
+def assert_each_step_once(site: Site, *actors: str) -> None:
+    """Every step that the learner holds stands once in its buffer, in each actor's order; nothing else does."""
+    state = read_checkpoint(site.cwd / "learner")
+    buffer, held = stored(state), state["actors"]["held"]
+    rows = np.concatenate([buffer[name].numpy() for name in ("actions", "next_observations")], 1)
+    place = {row.tobytes(): number for number, row in enumerate(rows)}
+    assert len(place) == len(rows) == state["run"]["step"] == state["buffer"]["total"]  # none doubled
+    names = {(site.cwd / actor / "actor_name").read_text(): actor for actor in actors}
+    assert held.keys() == names.keys()
+    count = 0
+    for name, number in held.items():
+        steps = site.journal(names[name])[:number]
+        assert len(steps) == number > 0
+        steps = steps[~steps["first"]]
+        sent = np.concatenate([steps["action"], steps["observation"]], 1)
+        places = [place.get(row.tobytes()) for row in sent]
+        assert None not in places and places == sorted(places)  # none lost
+        count += len(steps)
+    assert count == len(rows)
+
+
+def updates(site: Site) -> tuple[int, int]:
+    """Critic updates made, and asked for by the ratio."""
+    state, args = read_checkpoint(site.cwd / "learner"), json.loads((site.cwd / "learner" / "args.json").read_text())
+    return state["agent"]["critic_updates"], args["utd_ratio"] * (state["run"]["step"] - args["learning_starts"])
+
+
+def test_a_learner_and_two_actors_to_the_end(tmp_path):
+    """R8: 600 steps are 600; all of them, the exact ratio, actors that explore on their own and follow the learner."""
+    site = Site(tmp_path, "--utd-ratio", 2, "--std-parameterization", "fixed", "--lr", 1e-6)
+    total = ("--total-timesteps", 600)
+    with site.start("one", "--seed", 5) as one, site.start("two", "--seed", 5) as two:
+        for name in ("one", "two"):
+            wait_until(lambda name=name: (tmp_path / name / "journal").exists() and len(site.journal(name)))
+        with site.start("learner", *total) as learner:  # neither comes too late for it
+            finish(learner, one, two)
+    assert_each_step_once(site, "one", "two")
+    made, asked = updates(site)
+    state = read_checkpoint(tmp_path / "learner")
+    assert state["run"]["step"] == 600 and made == asked == 1100
+    journals = [site.journal(name) for name in ("one", "two")]
+    assert min(map(len, journals)) > 20 and not np.array_equal(journals[0][:5], journals[1][:5])
+    args = json.loads((tmp_path / "learner" / "args.json").read_text()) | {"hidden_dims": (32, 32)}
+    from gymnasium import spaces
+
+    agent = Agent(spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (3,)), Args(**args), torch.device("cpu"))
+    agent.load_state_dict(state["agent"])
+    agent.mean_actor = agent.actor  # the one that acts
+    distances = []
+    for before, step in zip(journals[0], journals[0][1:]):
+        if not step["first"]:
+            distances.append(np.abs(agent.act(before["observation"], deterministic=True) - step["action"]).mean())
+    assert np.mean(distances[:20]) > 0.3  # random actions at first
+    assert np.mean(distances[-20:]) < 0.25  # at last those of the learner's policy, which hardly moves
+    for word in ("last: ", "best: "):
+        assert word in learner.stdout_path.read_text()
+    assert (tmp_path / "learner" / "curve.png").exists()
+    # evaluated like any run, by one process; an actor's folder has nothing to evaluate
+    result = script("--eval-only", "learner", "--no-capture-video", cwd=tmp_path)
+    assert "checkpoint: eval/success_rate" in result.stdout
+    result = script("--eval-only", "one", cwd=tmp_path, check=False)
+    assert "--eval-only one: is an actor's run; give its learner's" in one_line(result, SCRIPT)
+
+
+def test_learner_and_actor_are_killed_and_stopped_and_resumed(tmp_path):
+    """kill -9 of the learner, of the actor, of both, then Ctrl-C of each; every step arrives once."""
+    site = Site(tmp_path, "--total-timesteps", 2000, *LOGGED)
+    with contextlib.ExitStack() as stack:
+        running = {name: stack.enter_context(site.start(name)) for name in ("learner", "actor")}
+        for goal, names, how in (
+            (300, ["learner"], signal.SIGKILL),
+            (600, ["actor"], signal.SIGKILL),
+            (900, ["learner", "actor"], signal.SIGKILL),
+            (1200, ["learner"], signal.SIGINT),
+            (1500, ["actor"], signal.SIGINT),
+        ):
+            wait_until(lambda goal=goal: site.step() >= goal)
+            for name in names:
+                os.kill(running[name].pid, how)
+                running[name].join(60)
+                assert running[name].exitcode not in (0, None)
+                errors = running[name].stderr_path.read_text()
+                assert "Traceback" not in errors and (how == signal.SIGKILL or f"go on with --resume {name}" in errors)
+                running[name] = stack.enter_context(site.start(name))
+        finish(running["learner"], running["actor"])
+    assert_each_step_once(site, "actor")
+    made, asked = updates(site)
+    assert made == asked
+
+
+def test_a_finished_learner_goes_on(tmp_path):
+    """With what its actor has sent since, none of it lost at the seam."""
+    site = Site(tmp_path, "--total-timesteps", 200)
+    for total in (200, 300):
+        with site.start("actor") as actor, site.start("learner", "--total-timesteps", total) as learner:
+            learner.join(120)
+            assert learner.exitcode == 0, learner.stderr_path.read_text()
+            actor.kill()
+    assert read_checkpoint(tmp_path / "learner")["run"]["step"] == 300
+    assert_each_step_once(site, "actor")
+
+
+def test_a_learner_needs_a_task_that_owns_something_for_its_spaces_only(tmp_path):
+    """R4: one at the start, which it gives back, and one for the last evaluation."""
+    site = Site(tmp_path, "--total-timesteps", 100)
+    task = ("--env-id", "probe_envs:OnlyOne-v0")
+    with site.start("learner", *task) as learner, site.start("actor", *task) as actor:
+        finish(learner, actor)
+    assert (tmp_path / "instances.txt").read_text() == "made\n" * 3  # and the actor's
+
+
+def test_a_paced_learner_waits_and_a_free_one_goes_on(tmp_path):
+    """--utd-ratio 0 learns while no step arrives; a ratio is kept."""
+    for ratio in (0, 1):
+        site = Site(tmp_path / str(ratio), "--total-timesteps", 1000, "--utd-ratio", ratio, *LOGGED)
+        with site.start("actor") as actor, site.start("learner") as learner:
+            wait_until(lambda site=site: site.step() >= 100)
+            os.kill(actor.pid, signal.SIGKILL)
+            time.sleep(3)
+            os.kill(learner.pid, signal.SIGINT)
+            learner.join(60)
+        made, asked = updates(site)
+        steps = read_checkpoint(site.cwd / "learner")["run"]["step"]
+        assert made == asked if ratio else made > 2 * steps, (made, asked, steps)
