@@ -218,7 +218,7 @@ class Session:
         self.recording = recording
         self.hand = hand
         self.terminal = terminal
-        self.detector = load_detector(args.classifier, env) if args.classifier else None
+        self.detector = open_classifier(args.classifier, env) if args.classifier else None
         self.person = args.teleop != "expert"
         self.paces_itself = hasattr(env.unwrapped, "stand_still")
         self.hz = float(env.metadata.get("render_fps", 10))
@@ -455,7 +455,7 @@ class Session:
         say(f"{done}; to go: {self.missing() or 'nothing'}")
 
 
-def load_detector(path: str, env: gym.Env):
+def open_classifier(path: str, env: gym.Env):
     """The success classifier in a file of reward_classifier.py. Exits with one line when it does not fit the task."""
     from common.success import SuccessDetector
 

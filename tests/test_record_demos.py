@@ -530,7 +530,7 @@ class Suggestion:
 
 
 def test_suggestions_are_stored_and_disagreements_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record_demos, "load_detector", lambda path, env: Suggestion())
+    monkeypatch.setattr(record_demos, "open_classifier", lambda path, env: Suggestion())
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr(recorded_tasks.Reach, "resets", 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
