@@ -81,7 +81,7 @@ class Args:
     # robot
     teleop: Literal["keyboard", "spacemouse", "expert"] = "keyboard"
     """who steers; the expert is the simulated task's"""
-    noise: float = 0.1
+    noise: float = 0.05
     """standard deviation of noise on the expert's actions, in [-1, 1]: shows how to recover"""
     task: str = "peg"
     """which task on the robot: one of TASKS in robot_client.py"""
@@ -142,24 +142,27 @@ class Expert(ScriptedExpert):
 
 
 class Rover(Expert):
-    """For frames of all kinds: the expert steers to success and on in it; in between, the arm wanders off."""
+    """For frames of all kinds: the expert steers, to success and on in it; now and then the arm wanders off."""
 
-    TOWARDS = (25, 50)  # steps
-    AWAY = (5, 20)
+    TOWARDS = (15, 45)  # steps
+    AWAY = (4, 12)
 
     def forget(self) -> None:
-        self.drift: np.ndarray | None = None  # none: towards success
+        self.drift: np.ndarray | None = None  # (6,) motion in the base's axes; none: towards success
         self.left = int(self.rng.integers(*self.TOWARDS))
 
     def read(self, env: gym.Env) -> np.ndarray:
         action = super().read(env)
-        if self.left == 0:
-            turns_back = self.drift is not None
-            self.drift = None if turns_back else self.rng.uniform(-0.7, 0.7, 3)
-            self.left = int(self.rng.integers(*(self.TOWARDS if turns_back else self.AWAY)))
+        if self.left == 0 and self.drift is None:
+            self.drift = np.zeros(6)
+            self.drift[:3] = self.rng.uniform((-0.5, -0.5, -0.2), (0.5, 0.5, 0.8))
+            self.left = int(self.rng.integers(*self.AWAY))
+        elif self.left == 0:
+            self.forget()
         self.left -= 1
         if self.drift is not None:
-            action[:3] = self.drift
+            turn = getattr(env.unwrapped, "base_to_action", np.asarray)  # into the relative frame, where there is one
+            action[:3] = turn(self.drift)[:3]
         return action
 
 
@@ -215,7 +218,7 @@ class Session:
         self.recording = recording
         self.hand = hand
         self.terminal = terminal
-        self.detector = load_detector(args.classifier, env) if args.classifier else None
+        self.detector = open_classifier(args.classifier, env) if args.classifier else None
         self.person = args.teleop != "expert"
         self.paces_itself = hasattr(env.unwrapped, "stand_still")
         self.hz = float(env.metadata.get("render_fps", 10))
@@ -452,7 +455,7 @@ class Session:
         say(f"{done}; to go: {self.missing() or 'nothing'}")
 
 
-def load_detector(path: str, env: gym.Env):
+def open_classifier(path: str, env: gym.Env):
     """The success classifier in a file of reward_classifier.py. Exits with one line when it does not fit the task."""
     from common.success import SuccessDetector
 
@@ -546,7 +549,7 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         say("stopped at once")
     except (RobotError, Fault) as error:
-        fail(f"{error}. The {len(recording.episodes)} episodes that have ended are kept; the same command goes on")
+        fail(f"{error}; the {len(recording.episodes)} episodes that have ended are kept, the same command goes on")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -530,7 +530,7 @@ class Suggestion:
 
 
 def test_suggestions_are_stored_and_disagreements_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record_demos, "load_detector", lambda path, env: Suggestion())
+    monkeypatch.setattr(record_demos, "open_classifier", lambda path, env: Suggestion())
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr(recorded_tasks.Reach, "resets", 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -560,7 +560,7 @@ def served(folder: Path, *flags: object):
 
 
 def test_expert_demonstrates_through_the_server(tmp_path, monkeypatch):
-    with served(tmp_path, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 0) as server:
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0") as server:
         flags = ("--teleop", "expert", *server, "--noise", 0.05)
         finished = run_script("record_demos.py", *flags, "--episodes", 2, cwd=tmp_path, timeout=280)
         wrong = run_script("record_demos.py", *flags, "--task", "pick", cwd=tmp_path, check=False)
@@ -627,7 +627,7 @@ def test_server_of_another_task_is_refused(tmp_path):
 
 def test_camera_that_freezes_costs_one_episode(tmp_path, monkeypatch):
     """On the simulated robot, with a camera of one's own that stands still for a while in the second episode."""
-    with served(tmp_path, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 0) as server:
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0") as server:
         flags = ("--env-id", "freezing_camera:Peg-v0", "--teleop", "expert", "--episodes", 2)
         env = {"PYTHONPATH": TESTS, "SERVER": server[1]}
         finished = run_script("record_demos.py", *flags, cwd=tmp_path, timeout=280, env=env)
