@@ -82,7 +82,6 @@ import ipaddress
 import json
 import logging
 import logging.handlers
-import marshal
 import math
 import mmap
 import os
@@ -1267,25 +1266,44 @@ class Command:
         return cls(cls.KINDS[kind], number, lease_until, values, *texts)
 
 
+# What the robot process tells in every tick, as numbers: names, and how many. The rest, which changes seldom, is JSON.
+NUMBERS = {"tcp_pose": 7, "tcp_vel": 6, "tcp_force": 3, "tcp_torque": 3, "q": 7, "dq": 7, "reference": 7}
+NUMBERS |= dict.fromkeys(("robot_time", "at", "ticked", "number", "lease_until", "success_rate", "gripper_width"), 1)
+STATE = ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "gripper_width", "gripper_moving")
+STATE += ("gripper_holding", "gripper_fault", "gripper_closure", "robot_mode", "errors", "success_rate")
+STATE += ("overruns", "reflexes", "limited")  # what `state` answers
+
+
 class Board:
-    """A dictionary of plain values in memory that two processes share: one writes, the other reads the newest one.
-    There are two places in turn, each with a checksum, so that what is half written is never taken for whole."""
+    """A dictionary in memory that two processes share: one writes, the other reads the newest one. There are two
+    places in turn, each with a checksum, so that what is half written is never taken for whole."""
 
     HEAD = struct.Struct("<QII")  # sequence, length, checksum
     SIZE = 1 << 17  # bytes, both places
 
-    def __init__(self, memory: mmap.mmap, start: int):
+    def __init__(self, memory: mmap.mmap, start: int, numbers: dict[str, int]):
         self.memory = memory
         self.starts = (start, start + self.SIZE // 2)
+        self.numbers = numbers
+        self.form = struct.Struct(f"<{sum(numbers.values())}d")
         self.sequence = 0
+        self.rest: dict[str, Any] = {}
+        self.text = b"{}"  # the same as JSON
         self.newest: dict[str, Any] = {}
         self.lock = threading.Lock()
 
     def write(self, values: dict[str, Any]) -> None:
-        data = marshal.dumps(values)
-        if len(data) > self.SIZE // 2 - self.HEAD.size:
-            raise ValueError(f"{len(data)} bytes of state are too many")
+        numbers: list[float] = []
+        for name, size in self.numbers.items():
+            numbers += values[name] if size > 1 else [values[name]]
+        rest = {name: value for name, value in values.items() if name not in self.numbers}
         with self.lock:
+            if rest != self.rest:
+                self.rest = rest
+                self.text = json.dumps(rest).encode()
+            data = self.form.pack(*numbers) + self.text
+            if len(data) > self.SIZE // 2 - self.HEAD.size:
+                raise ValueError(f"{len(data)} bytes of state are too many")
             self.sequence += 1
             start = self.starts[self.sequence % 2]
             body = start + self.HEAD.size
@@ -1303,10 +1321,22 @@ class Board:
             data = self.memory[body : body + length]
             if length and zlib.crc32(data, sequence) == checksum:
                 self.sequence = sequence
-                self.newest = marshal.loads(data)  # safe: only the robot process can write it
+                self.newest = self.unpack(data)
                 return self.newest
             time.sleep(0.0002)  # it is being written
         raise OSError("the robot process's state cannot be read")
+
+    def unpack(self, data: bytes) -> dict[str, Any]:
+        numbers = self.form.unpack_from(data)
+        if self.text != data[self.form.size :]:
+            self.text = data[self.form.size :]
+            self.rest = json.loads(self.text)
+        values = dict(self.rest)
+        position = 0
+        for name, size in self.numbers.items():
+            values[name] = numbers[position] if size == 1 else numbers[position : position + size]
+            position += size
+        return values
 
 
 # --- Robot thread -----------------------------------------------------------------------------------------------------
@@ -1774,33 +1804,32 @@ class Control(threading.Thread):
         self.board.write(
             {
                 **self.status(),
-                "ticked": self.ticked,
-                "number": self.number,
                 "answer": self.answer,
-                "lease": self.lease | {"until": self.lease_until},
+                "lease": self.lease,
                 "gains": vars(self.wanted_gains),
-                "robot_time": state.time,
+                "number": self.number,
+                "lease_until": self.lease_until,
+                "ticked": self.ticked,
                 "at": state.at,
+                "robot_time": state.time,
                 "reference": self.limiter.reference.tolist(),
-                "result": {
-                    "tcp_pose": state.tcp_pose.tolist(),
-                    "tcp_vel": state.tcp_vel.tolist(),
-                    "tcp_force": state.wrench[:3].tolist(),
-                    "tcp_torque": state.wrench[3:].tolist(),
-                    "q": state.q.tolist(),
-                    "dq": state.dq.tolist(),
-                    "gripper_width": gripper.width,
-                    "gripper_moving": gripper.moving,
-                    "gripper_holding": gripper.holding,
-                    "gripper_fault": gripper.fault,
-                    "gripper_closure": self.closure,
-                    "robot_mode": state.robot_mode,
-                    "errors": list(state.errors),
-                    "success_rate": state.success_rate,
-                    "overruns": self.overruns,
-                    "reflexes": self.reflexes,
-                    "limited": list(self.limiter.limited),
-                },
+                "tcp_pose": state.tcp_pose.tolist(),
+                "tcp_vel": state.tcp_vel.tolist(),
+                "tcp_force": state.wrench[:3].tolist(),
+                "tcp_torque": state.wrench[3:].tolist(),
+                "q": state.q.tolist(),
+                "dq": state.dq.tolist(),
+                "gripper_width": gripper.width,
+                "gripper_moving": gripper.moving,
+                "gripper_holding": gripper.holding,
+                "gripper_fault": gripper.fault,
+                "gripper_closure": self.closure,
+                "robot_mode": state.robot_mode,
+                "errors": state.errors,
+                "success_rate": state.success_rate,
+                "overruns": self.overruns,
+                "reflexes": self.reflexes,
+                "limited": self.limiter.limited,
             }
         )
         if self.arm.task_news:
@@ -2117,7 +2146,7 @@ class Front:
         self.scene = scene
         self.facts = facts  # what `hello` tells
         self.limiter = Limiter(args)
-        self.number = board.read()["number"]
+        self.number = int(board.read()["number"])
         self.unanswered: dict[str, dict[str, Any]] = {}  # a job that the robot thread has not heard of yet
         self.refusals: Counter[str] = Counter()
         self.complained = 0.0
@@ -2126,7 +2155,7 @@ class Front:
         self.token = lease["token"]
         self.ttl = lease["ttl"]
         self.seq = lease["seq"]
-        self.lease_until = lease["until"]
+        self.lease_until = board.read()["lease_until"]
 
     # Sockets
     def open_sockets(self, fds: Sequence[int]) -> None:
@@ -2319,7 +2348,8 @@ class Front:
         return self.facts | {"gains": self.status()["gains"], "lease": self.holder()}
 
     def op_state(self) -> dict[str, Any]:
-        return self.status()["result"]
+        status = self.status()
+        return {name: status[name] for name in STATE}
 
     def op_acquire(self, name: str, token: str, ttl: float, takeover: bool) -> dict[str, Any]:
         holder = self.holder()
@@ -2351,7 +2381,7 @@ class Front:
         if reason := self.limiter.refusal(np.array(pose), np.array(status["reference"])):
             raise Refused("refused", reason)
         values = (*pose, math.nan if closure is None else closure, -1 if seq is None else seq)
-        if status["mode"] == "hold" or closure not in (None, status["result"]["gripper_closure"]):
+        if status["mode"] == "hold" or closure not in (None, status["gripper_closure"]):
             self.command("target", values)
         else:
             self.send("target", values)
@@ -2432,7 +2462,8 @@ def run_front(order: str) -> None:
     if facts:
         link.setblocking(False)
         args = Args(**order["args"] | {"gains": Gains(**order["args"]["gains"])})
-        front = Front(args, link, Board(memory, 0), Board(memory, Board.SIZE), json.loads(facts))
+        boards = Board(memory, 0, NUMBERS), Board(memory, Board.SIZE, {})
+        front = Front(args, link, *boards, json.loads(facts))
         front.open_sockets(order["listening"])
         front.serve()
     os._exit(0)  # not through libzmq's end, which waits for its peers
@@ -2493,7 +2524,8 @@ class Robot:
             self.gripper = GRIPPERS[hand if args.gripper == "auto" else args.gripper](args)
         except GripperError as error:
             fail(str(error))
-        self.control = Control(args, self.gripper, Board(memory, 0), Board(memory, Board.SIZE))
+        boards = Board(memory, 0, NUMBERS), Board(memory, Board.SIZE, {})
+        self.control = Control(args, self.gripper, *boards)
         self.front = self.new_front()
         self.spare = self.new_front()
         self.gripper.thread.start()

@@ -1,6 +1,6 @@
 """What robot_server.py does while its network, its clients or its own front fail, measured on the simulated arm.
 
-    python benchmarks/robot_survival.py                    # all four files; about 8 minutes
+    python benchmarks/robot_survival.py                    # all four files
     python benchmarks/robot_survival.py --only hostile --messages 20000
 
 robot_hold.csv: how long after an event the arm held, and when it had begun its soft stop (s), by the server's own log.
