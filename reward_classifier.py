@@ -1,11 +1,12 @@
 """The reward on a real robot: a classifier of images that says whether the task is done; HIL-SERL's, checked.
 
     python reward_classifier.py                                     # simulated peg: collects, trains, reports, minutes
-    python reward_classifier.py --data hil/peg-labels-v0            # needs record_demos.py --mode classifier before
-    python reward_classifier.py --data hil/peg-labels-v0 --encoder resnet10 --pretrained resnet10_params.pkl
-    python reward_classifier.py --data hil/peg-labels-v0 --add runs/peg   # and where person and classifier disagreed
-    python reward_classifier.py --watch FILE                        # live: score bar, smallest and largest since reset
     python reward_classifier.py --resume RUN_DIR                    # go on after Ctrl-C or a crash
+    python reward_classifier.py --data hil/frames-v0                # needs record_demos.py --mode classifier before
+    python reward_classifier.py --data hil/frames-v0 --encoder resnet10 --pretrained resnet10_params.pkl  # needs both
+    python reward_classifier.py --data hil/frames-v0 --add RUN      # needs a run where person and classifier disagreed
+    python reward_classifier.py --watch FILE                        # needs a classifier; its answers live, as a bar
+    python reward_classifier.py --watch FILE --env-id robot_client:FrankaReal-v0 --teleop keyboard  # needs a robot
 
 The run folder gets classifier.pt (one file: network, threshold, scores; sac_pixel_sim.py --reward FILE and
 record_demos.py --classifier FILE take it), scores.csv, errors.png (the worst frames: look at them), curve.png.
@@ -30,7 +31,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
 
@@ -68,8 +69,6 @@ class Args:
     """run directory to continue"""
     threads: int = 2
     """CPU threads for PyTorch"""
-    eval_only: ClassVar[None] = None  # Run asks for them
-    track: ClassVar[bool] = False
 
     # data
     data: tuple[str, ...] = ()
@@ -119,7 +118,9 @@ class Args:
     episodes: int = 5
     """how many to watch"""
 
-    MAY_CHANGE: ClassVar[str] = "run_dir resume updates threads"
+    MAY_CHANGE = "run_dir resume updates threads"
+    eval_only = None  # no flags of this script, but a Run asks for them
+    track = False
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
@@ -132,6 +133,8 @@ class Args:
             fail(f"--classes {' '.join(self.classes)}: at least two different names, the last is success")
         if self.pretrained and self.encoder == "small":
             fail(f"--pretrained {self.pretrained}: no such file is known for --encoder small; take resnet10")
+        if self.watch and (self.resume or self.run_dir):
+            fail("--watch: shows a finished classifier, give neither --resume nor --run-dir")
         if self.add and not self.data:
             fail("--add: give the first classifier's --data DATASET, too")
 
@@ -249,7 +252,7 @@ def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, coun
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
-def open_dataset(option: str, source: str):
+def dataset_at(option: str, source: str):
     """A local Minari dataset, or that in the folder `episodes` of a run. Exits with one line when it is not there."""
     import minari
 
@@ -301,7 +304,7 @@ def recorded_clips(option: str, source: str, classifier: SuccessClassifier, fing
 
     Exits with one line when their pictures are others than those that `fingerprint` tells of, or have no labels.
     """
-    dataset = open_dataset(option, source)
+    dataset = dataset_at(option, source)
     wrong = differences_of_pictures(fingerprint_of(dataset), fingerprint, classifier.cameras)
     if wrong:
         fail(f"{option} {source}: its pictures are others: {'; '.join(wrong)}")
@@ -640,17 +643,20 @@ def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifi
     torch.manual_seed(args.seed)
     try:
         classifier = SuccessClassifier(cameras, there[cameras[0]], args.encoder, frozen, args.classes)
+    except ValueError as error:
+        fail(f"--encoder {args.encoder}: {error}")
+    try:
         if args.pretrained:
             vision.load_trunk(classifier.trunks[0], args.pretrained)
     except ValueError as error:
-        fail(f"--pretrained {error}" if args.pretrained else f"--encoder {args.encoder}: {error}")
+        fail(f"--pretrained {error}")
     return classifier
 
 
-def collect(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]:
+def gather(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]:
     """A new network, the fingerprint of its pictures, the episodes for it, and those in another light."""
     if args.data:
-        first = open_dataset("--data", args.data[0])
+        first = dataset_at("--data", args.data[0])
         fingerprint = fingerprint_of(first)
         classifier = make_classifier(args, first.observation_space, args.data[0])
         clips = []
@@ -672,7 +678,7 @@ def collect(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]
 
 
 def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], device: torch.device) -> None:
-    """Trains until the held-out loss has not become better for a while; the best weights are loaded then."""
+    """Trains until the held-out loss has not become better for a while."""
     frames, others = Frames.of(learned, device), Frames.of(held_out, device)
     run.keep(trainer=trainer)
     run.open(run.args.updates, "update")
@@ -681,7 +687,7 @@ def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], d
         with run.phase("update"):
             losses.append(trainer.update(frames))
         run.advance()
-        if run.due(LOOK_EVERY):
+        if run.due(LOOK_EVERY) or run.step == run.args.updates:
             with run.phase("eval"):
                 held_out_loss = trainer.look(others)
             scalars = {"losses/learned": torch.stack(losses).mean(), "losses/held_out": held_out_loss}
@@ -689,10 +695,9 @@ def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], d
             losses = []
             run.save()
     run.end_of_training()
-    trainer.classifier.load_state_dict(trainer.best_weights)
 
 
-def report(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]) -> tuple[float, dict]:
+def grade(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]) -> tuple[float, dict]:
     """Chooses the threshold on the held-out episodes, shows and writes what it does; log odds, and all scores."""
     args = run.args
     scored = {name: score(classifier, clips) for name, clips in parts.items()}
@@ -719,8 +724,19 @@ def report(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]]
     return thresholds[-1], scores
 
 
+def delay_ms(detector: SuccessDetector) -> float:
+    """How long an answer takes, between two steps of the robot: the median of 20, on this CPU."""
+    classifier, delays = detector.classifier, []
+    frame = np.zeros((classifier.image_size, classifier.image_size, 3), np.uint8)
+    for _ in range(20):
+        start = time.perf_counter()
+        detector(dict.fromkeys(classifier.cameras, frame))
+        delays.append(1e3 * (time.perf_counter() - start))
+    return float(np.median(delays))
+
+
 def train(args: Args, device: torch.device) -> None:
-    classifier, fingerprint, clips, elsewhere = collect(args)
+    classifier, fingerprint, clips, elsewhere = gather(args)
     learned, held_out = split(clips, HELD_OUT, args.seed)
     parts = {"to learn from": learned, "held out": held_out, "another light": elsewhere}
     parts = {name: part for name, part in parts.items() if part}
@@ -728,8 +744,11 @@ def train(args: Args, device: torch.device) -> None:
     run = Run(args, "classifier", __file__, device)
     trainer = Trainer(classifier, args, device)
     fit(run, trainer, learned, held_out, device)
+    run.save(finished=True)
+    run.close()
+    classifier.load_state_dict(trainer.best_weights)
     del parts["to learn from"]
-    threshold, scores = report(run, classifier, parts)
+    threshold, scores = grade(run, classifier, parts)
     together = scores["held out"]["together"]
     seen, succeeded = together["seen_successes"], together["successful_episodes"]
     wrong, failed = together["false_successes"], together["failed_episodes"]
@@ -741,11 +760,11 @@ def train(args: Args, device: torch.device) -> None:
     file = io.BytesIO()
     torch.save(detector.contents(), file)
     write_atomically(run.dir / "classifier.pt", file.getvalue())
-    run.save(finished=True)
-    run.close()
     print(f"\nsuccess: p >= {probability:.4f} in {args.hold} frames in a row")
     recall = f"{seen} of {succeeded} successes seen (recall {seen / succeeded:.0%})"
-    print(f"held out: {recall}, {wrong} false ones in {failed} failed episodes")
+    print(f"held out: {recall}, {wrong} false ones in {failed} failed episodes; {delay_ms(detector):.1f} ms a frame")
+    if seen < 0.9 * succeeded:
+        print("a reward that is often missing slows learning: record more frames like those in errors.png")
     print(f"wrote {run.dir}/classifier.pt; look at {run.dir}/errors.png")
 
 

@@ -8,6 +8,7 @@ success = detector(obs)  # obs: {camera: (H, W, 3) uint8, ...}
 import math
 import warnings
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -170,6 +171,25 @@ class SuccessDetector:
             raise ValueError(f"{path}: was trained on other pictures: {'; '.join(wrong)}")
         classifier.to(device)
         return detector
+
+
+class SuccessReward(gym.Wrapper):
+    """Reward 1 at every step after which the detector sees success, else 0; the first ends the episode."""
+
+    def __init__(self, env: gym.Env, detector: SuccessDetector):
+        super().__init__(env)
+        self.detector = detector
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        self.detector.reset()
+        self.detector(obs)
+        return obs, info
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = self.env.step(action)
+        success = self.detector(obs)
+        return obs, float(success), terminated or success, truncated, info | {"success": success}
 
 
 PICTURES_DEPEND_ON = ("task", "name", "env_id", "image_size", "cameras", "observations")  # of a fingerprint
