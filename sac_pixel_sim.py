@@ -237,7 +237,9 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
     T is --frame-stack. Exits when this script cannot learn it.
     """
     envs.check_actions(env, args.env_id)
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if not isinstance(env, envs.Checked):  # wrappers of your own
+        env = envs.Checked(env, args.env_id)
+    env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)
     env = pixels.ImagesAndState(env, args.env_id, args.cameras, args.image_size)
@@ -248,8 +250,11 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+    """Whether the episode whose last info this is was a success, NaN where the task does not say.
+
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
+    """
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -355,16 +360,45 @@ class Critic(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until the first `update`."""
+    """Running mean and variance of observations; the identity until FIRST of them have come.
+
+    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
+    """
+
+    FIRST, REACH = 32, 10
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("low", torch.zeros(dim))
+        self.register_buffer("high", torch.zeros(dim))
+        self.register_buffer("first", torch.zeros(self.FIRST, dim))  # the first observations, until they are enough
+        self.register_buffer("waiting", torch.zeros((), dtype=torch.long))  # how many these are
 
     def update(self, obs: Tensor) -> None:
-        """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
+        """Takes in observations (N, O)."""
+        parts = [obs]
+        if self.count == 0:
+            parts = [*(row[None] for row in self.first[: self.waiting]), obs]
+            seen = torch.cat(parts)
+            if len(seen) < self.FIRST:
+                self.first[: len(seen)] = seen
+                self.waiting.fill_(len(seen))
+                return
+            outer = 1 + len(seen) // 100  # at either end they may be spikes
+            self.low.copy_(seen.kthvalue(1 + outer, 0).values)
+            self.high.copy_(seen.kthvalue(len(seen) - outer, 0).values)
+        for part in parts:
+            self.add(part)
+
+    def add(self, obs: Tensor) -> None:
+        """Chan et al. 1979, parallel variance."""
+        reach = self.REACH * (self.high - self.low).clamp(min=1)
+        obs = obs.clamp(self.low - reach, self.high + reach)
+        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
+        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
         total = self.count + len(obs)
         delta = obs.mean(0) - self.mean
         weight = len(obs) / total
@@ -1107,6 +1141,7 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
     scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
     if args.record_dataset:
         store_evaluation(args.record_dataset, task, env, args.seed, success)
+    task.close()
     if args.capture_video:
         record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars

@@ -631,7 +631,7 @@ def test_updates_depend_on_the_seed_only(options):
 def test_agent_state_round_trip_is_exact():
     options = {"dropout": 0.1, "lr_warmup": 20, "policy_delay": 3}
     one, buffer = small_agent(**options), filled_buffer()
-    one.observe(buffer, 50)
+    one.observe(buffer.newest_observations(50))
     one.update(buffer, None, 7)
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
@@ -744,7 +744,7 @@ def statistics(data: np.ndarray, learning_starts: int = 0, **changes) -> Normali
     for obs, next_obs in zip(data, [*data[1:], data[0]]):
         buffer.add(pack_step(dtype, None, obs))
         buffer.add(pack_step(dtype, np.zeros(2), next_obs))
-        agent.observe(buffer, 1)
+        agent.observe(buffer.newest_observations(1))
     return agent.normalizer
 
 
@@ -752,7 +752,6 @@ def test_normalizer_is_numpys_mean_and_variance():
     data = np.random.default_rng(0).normal([0, 5, -100, 2], [1, 0.1, 30, 0], (1000, 4))
     x, normalizer = torch.tensor(data, dtype=torch.float32), Normalizer(4)
     assert_close(normalizer(x[:3]), data[:3].clip(-10, 10))  # the identity, but for the clamp
-    normalizer.start(x[:40])
     for chunk in torch.split(x, [1, 1, 300, 7, 500, 191]):
         normalizer.update(chunk)
     for each in (normalizer, statistics(data)):
@@ -785,30 +784,30 @@ def test_statistics_follow_a_feature_that_moves_late():
     assert statistics(data).var.sqrt().item() == pytest.approx(data.std(), rel=0.05)
 
 
-def test_statistics_of_few_or_many_demonstrations_and_of_a_small_buffer():
-    """They start with 32 observations, of demonstrations or live ones, or with all that there is room for."""
-    agent, demos = small_agent(), filled_buffer(20)
-    agent.observe(demos, 20)
+def test_first_statistics():
+    """They start with 32 observations, one by one or at once; what waits is part of a checkpoint."""
+    agent, other, obs = small_agent(), small_agent(seed=2), random_batch(60).observations
+    for row in obs[:31].split(1):
+        agent.observe(row)
     assert agent.normalizer.count == 0
-    demos = filled_buffer(200, capacity=200)
-    demos.rows.observations[17, 1] = 1e9
-    agent.observe(demos, 200)
-    rest = np.delete(demos.rows.observations[:, 1].numpy(), 17)
-    assert agent.normalizer.count == 200
-    assert agent.normalizer.var[1].sqrt().item() < 5 * rest.std()
-    buffer = ReplayBuffer(1, 3, 2, CPU)
+    assert_close(agent.normalizer(obs), obs.numpy())
+    other.load_state_dict(agent.state_dict())
+    for each in (agent, other):
+        each.observe(obs[31:])
+        assert each.normalizer.count == 60
+        assert_close(each.normalizer.mean, obs.mean(0).numpy())
+    obs = random_batch(200).observations  # demonstrations
+    obs[17, 1] = 1e9
     agent = small_agent()
-    for _ in range(3):
-        fill(buffer, random_batch(1))
-        agent.observe(buffer, 1)
-    assert agent.normalizer.count == 3
+    agent.observe(obs)
+    assert agent.normalizer.var[1].sqrt().item() < 5 * np.delete(obs[:, 1].numpy(), 17).std()
 
 
 def test_normalized_agent_sees_normalized_observations():
     agent, scale, shift = small_agent(), torch.tensor([10.0, 0.1, 3.0]), torch.tensor([5.0, -1.0, 100.0])
     plain, obs = small_agent(normalize_observations=False), torch.randn(2000, 3)
     batch = random_batch(2000)._replace(observations=obs * scale + shift)
-    agent.observe(fill(ReplayBuffer(2000, 3, 2, CPU), batch), 2000)
+    agent.observe(batch.observations)
     for row in ((obs[:5] - obs.mean(0)) / obs.std(0)).numpy():
         shifted = row * (scale * obs.std(0)).numpy() + (shift + scale * obs.mean(0)).numpy()
         np.testing.assert_allclose(agent.act(shifted, True), plain.act(row, True), atol=2e-3)
@@ -1142,7 +1141,7 @@ def test_compiled_losses_are_the_eager_ones():
 def on_gpu(agent_args: Args, batch: Batch) -> tuple[Agent, ReplayBuffer]:
     device = torch.device("cuda")
     agent, buffer = Agent(box(3), box(2), agent_args, device), fill(ReplayBuffer(5000, 3, 2, device), batch)
-    agent.observe(buffer, len(buffer))
+    agent.observe(buffer.newest_observations(len(buffer)))
     return agent, buffer
 
 
