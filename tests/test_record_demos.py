@@ -8,15 +8,18 @@ import signal
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import imageio.v3 as imageio
 import minari
 import numpy as np
 import pytest
 import recorded_tasks
+import torch
 from conftest import popen_script, run_script, wait_until
 
 import record_demos
 from common import envs
+from common.success import SuccessClassifier, SuccessDetector
 
 TESTS = str(Path(__file__).parent)
 KILLS = int(os.environ.get("KILLS", 3))  # moments; 20 take some minutes
@@ -546,6 +549,29 @@ def test_suggestions_are_stored_and_disagreements_counted(tmp_path, monkeypatch,
         assert np.flatnonzero(episode.infos["suggestion"]).tolist() == [1]
     about = dataset.storage.get_episode_metadata(range(3))
     assert [bool(attributes["disagreement"]) for attributes in about] == [False, True, False]
+
+
+def save_classifier(path: Path, camera: str, env: gym.Env) -> None:
+    """One that takes every picture for a success, from the third of an episode on."""
+    torch.manual_seed(1)
+    classifier = SuccessClassifier((camera,), 32)
+    shown = envs.fingerprint(env)
+    shown["observations"] = {camera: [32, 32, 3]}
+    torch.save(SuccessDetector(classifier, 0.0, 3, shown, {}).contents(), path)
+
+
+def test_classifier_of_a_file_suggests(tmp_path, monkeypatch):
+    env = envs.make("recorded_tasks:Square-v0")
+    save_classifier(tmp_path / "front.pt", "front", env)
+    finished = record(tmp_path, "--episodes", 1, "--classifier", "front.pt", task="Square")
+    assert "classifier and verdict disagree in 0 episodes: []" in finished.stdout
+    (episode,) = load(tmp_path, monkeypatch).iterate_episodes()
+    assert episode.infos["suggestion"].tolist() == [False, False] + [True] * (len(episode) - 2)
+    save_classifier(tmp_path / "side.pt", "side", env)
+    assert "--classifier side.pt: was trained on other pictures: " in refusal(
+        tmp_path, "--episodes", 2, "--classifier", "side.pt", task="Square"
+    )
+    assert "--classifier none.pt: not there" in refusal(tmp_path, "--classifier", "none.pt", task="Square")
 
 
 # --- Through robot_server.py ------------------------------------------------------------------------------------------
