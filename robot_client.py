@@ -1244,7 +1244,7 @@ class FrankaEnv(gym.Env):
     # Step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         asked = self.checked(action)
-        info: dict[str, Any] = {"asked_action": asked.astype(np.float32), "grasp_penalty": 0.0}
+        info: dict[str, Any] = {"asked_action": asked.astype(np.float32), "limited": [], "grasp_penalty": 0.0}
         info |= {"executed_action": np.zeros(asked.shape, np.float32), "period_s": 0.0, "late_s": 0.0}
         code = ""
         try:
@@ -1254,7 +1254,9 @@ class FrankaEnv(gym.Env):
             latched = self.state["fault"]
             fault = latched["message"] if latched else self.state["gripper_fault"] or self.failed_order()
         except RobotError as error:
-            latched, fault, code = error.reply.get("fault"), str(error), error.code
+            latched = error.reply.get("fault")
+            fault = str(error)
+            code = error.code
         reflex = bool(latched) and latched["code"] == "reflex"
         user_stopped = bool(latched) and latched["code"] == "user_stopped"
         self.stopped = fault if user_stopped or code == "held" else ""
