@@ -17,6 +17,7 @@ Keys of the keyboard, typed into the terminal:
     j l  roll              i k  pitch            u o  yaw
     c v  close, open the gripper                 space  take over and stand still
     y success   n failure   x discard   z undo the last   t label   p pause   Enter go on   q quit
+
 A tap moves at a quarter of the speed for 0.75 s, as long as terminals wait before a held key repeats; a key that is
 held moves at full speed and stops 0.15 s after it was let go. The opposite key and space stop at once.
 
@@ -63,7 +64,7 @@ from PIL import Image
 from robot_server import PROTOCOL_VERSION, Gains, fail, quat_from_rotvec, quat_multiply, rotation_between
 
 SERVER = "tcp://127.0.0.1:5600"
-KEYS = __doc__[__doc__.index("Keys of the keyboard") :].split("\n\n")[0]
+KEYS = __doc__[__doc__.index("Keys of the keyboard") : __doc__.index("Expect:")].strip()
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
