@@ -1627,7 +1627,8 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         pass
     finally:
-        print()
+        if sys.stdout.isatty():
+            print()  # below the line that was written over and over
         doctor.close()
     if doctor.failed:
         fail(f"{doctor.failed} to fix, see above")
