@@ -55,7 +55,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
-from common import datasets, envs, stored
+from common import datasets, envs
+from common.datasets import StoredImages, each
 from common.evaluation import (
     CsvLogger,
     LoggingHelper,
@@ -72,7 +73,6 @@ from common.setup import (
     Fault,
     Graphed,
     RunArgs,
-    absl_flags,
     check_new_folder,
     ends_well,
     fail,
@@ -81,12 +81,10 @@ from common.setup import (
     parse,
     set_up_torch,
 )
-from common.stored import StoredImages, each
 from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150
 CROP_PADDING = 4  # training images are shifted by up to this many pixels
-EVAL_ENVS = 50  # episodes that run side by side, their actions computed as one batch
 UPDATES_PER_LAUNCH = 20  # for which batches are gathered at once; on a GPU they are one CUDA graph
 
 
@@ -137,6 +135,8 @@ class Args(RunArgs):
     """updates between files checkpoint_STEP.pt that are kept (0 or less: none)"""
     eval_episodes: int = 50
     """episodes per evaluation"""
+    eval_envs: int = 50
+    """episodes that run side by side, their actions computed as one batch"""
     video_episodes: int = 0
     """episodes with video in each evaluation, beside eval_episodes"""
     video_frame_skip: int = 3
@@ -179,11 +179,15 @@ class Args(RunArgs):
     checkpoint_activations: bool = False
     """compute the encoders' activations twice instead of keeping them: less memory, more time"""
 
-    MAY_CHANGE = (
-        "run_dir resume eval_only capture_video track compile threads offline_steps eval_episodes dataset_path "
-    )
-    MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading save_dir"
+    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads offline_steps eval_episodes eval_envs "
+    MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading dataset_path save_dir "
+    MAY_CHANGE += "execution_horizon flow_steps flow_solver"
     MAY_BE_ZERO = ("seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers")
+
+    @classmethod
+    def recipe(cls, given: dict[str, str]) -> dict[str, Any]:
+        """Defaults of the task that the command line names."""
+        return RECIPES.get(given.get("--env-name", cls.env_name), {})
 
     @property
     def horizon(self) -> int:
@@ -227,22 +231,6 @@ RECIPES: dict[str, dict[str, Any]] = {  # TASK: defaults of your task where they
 }
 
 
-def read_args(argv: list[str] | None = None) -> Args:
-    """The command line, over the defaults of the task's recipe; also in absl's style, as the note writes it."""
-    tokens = absl_flags(Args, sys.argv[1:] if argv is None else argv)
-    given = dict(zip(tokens, tokens[1:], strict=False))
-    recipe = RECIPES.get(given.get("--env-name", Args.env_name), {})
-    may_change = Args.MAY_CHANGE
-    checkpoint = given.get("--eval-only", "")
-    if checkpoint:
-        may_change += " execution_horizon flow_steps flow_solver"
-    if Path(checkpoint).is_file():
-        tokens[tokens.index(checkpoint)] = str(Path(checkpoint).parent)
-    args = parse(Args, __doc__, may_change, tokens, default=Args(**recipe))
-    args.eval_only = checkpoint or None
-    return args
-
-
 def world_size() -> int:
     """Processes that learn together: `torchrun --nproc-per-node N bc_flow_offline.py ...`."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -258,9 +246,9 @@ def arrange(space: spaces.Space, observations):
     order of sorted names; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose entries here."""
     states = []
     images = {}
-    for path, box, x in stored.entries(space, observations):
+    for path, box, x in datasets.entries(space, observations):
         if envs.looks_like_image(box):
-            images[stored.image_name(path)] = stored.as_images(path, box, x)
+            images[datasets.image_name(path)] = datasets.as_images(path, box, x)
         else:
             states.append(np.asarray(x, np.float32).reshape(len(x), -1))
     if not images:
@@ -540,8 +528,8 @@ class Dataset(dict):
 def collect_demos(args: Args) -> str:
     """Demonstrations of the task's scripted expert, successes only, as a local Minari dataset; its id."""
     settings = f"{args.env_name}, {args.demos} successes, noise 0.0, seed {args.seed}"
-    dataset_id = stored.id_for("scripted", args.env_name, settings)
-    if stored.is_local(dataset_id):
+    dataset_id = datasets.id_for("scripted", args.env_name, settings)
+    if datasets.is_local(dataset_id):
         return dataset_id
     env = envs.make(args.env_name, option="--env-name")
     if not hasattr(env.unwrapped, "expert_action"):
@@ -552,20 +540,20 @@ def collect_demos(args: Args) -> str:
         with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
             for episode in envs.expert_episodes(attempts, env, args.seed, noise=0.0):
                 if success(episode.info) != 0:
-                    yield stored.as_stored(episode)
+                    yield datasets.as_stored(episode)
                     bar.update()
                 if bar.n == args.demos:
                     return
         fail(f"--env-name {args.env_name}: its scripted expert succeeds in {bar.n} of {attempts} episodes only")
 
     about = {"env": gym.spec(args.env_name), "algorithm_name": "scripted expert", "description": settings}
-    return stored.store(dataset_id, demonstrations(), **about)
+    return datasets.store(dataset_id, demonstrations(), **about)
 
 
 def dataset_ids(args: Args) -> tuple[str, str | None]:
     """Ids of the local Minari datasets, for training and for validation, that `env_name` means."""
     is_task = args.env_name in gym.registry and not args.dataset_path
-    if is_task and not stored.is_local(args.env_name):
+    if is_task and not datasets.is_local(args.env_name):
         return collect_demos(args), None
     return datasets.find_dataset(args.env_name, args.dataset_path, also_known=RECIPES)
 
@@ -587,10 +575,10 @@ def choose_episodes(dataset, returns: dict[int, float], held_out_too: bool, args
 def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args: Args) -> Dataset:
     """Episodes of a Minari dataset as rows, actions in [-1, 1]. Exits when they break the bounds."""
     lengths = {number: len(rewards[number]) for number in numbers}
-    box = stored.action_box(dataset, own_bounds=args.action_bounds == "data")
-    on_disk = stored.images_stay_on_disk(dataset, args.data_loading)
+    box = datasets.action_box(dataset, own_bounds=args.action_bounds == "data")
+    on_disk = datasets.images_stay_on_disk(dataset, args.data_loading)
     clip = args.action_bounds == "clip"
-    rows = Dataset.create(**stored.read_rows(dataset, lengths, arrange, box, clip, on_disk, ACTION_CLIP_EPS))
+    rows = Dataset.create(**datasets.read_rows(dataset, lengths, arrange, box, clip, on_disk, ACTION_CLIP_EPS))
     rows.source = dataset
     rows.box = box
     rows.args = args
@@ -600,21 +588,21 @@ def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args:
 def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows of what `env_name` means; prints what the data is."""
     train_id, validation_id = dataset_ids(args)
-    dataset = stored.open_dataset(train_id)
-    rewards = stored.episode_rewards(dataset)
+    dataset = datasets.open_dataset(train_id)
+    rewards = datasets.episode_rewards(dataset)
     returns = {number: float(values.sum()) for number, values in rewards.items()}
     kept, held_out = choose_episodes(dataset, returns, validation_id is None, args)
     train = load_rows(dataset, rewards, kept, args)
     val = None
     if validation_id is not None:
-        other = stored.open_dataset(validation_id)
-        other_rewards = stored.episode_rewards(other)
+        other = datasets.open_dataset(validation_id)
+        other_rewards = datasets.episode_rewards(other)
         val = load_rows(other, other_rewards, list(other_rewards), args)
     elif held_out:
         val = load_rows(dataset, rewards, held_out, args)
     if rank() == 0:
         where = "in memory"
-        if stored.images_stay_on_disk(dataset, args.data_loading):
+        if datasets.images_stay_on_disk(dataset, args.data_loading):
             short = ", for memory is short" if args.data_loading == "auto" else ""
             where = f"images read by {args.num_workers} workers{short}"
         datasets.describe(dataset, [returns[number] for number in kept], len(returns), train.size, where)
@@ -659,7 +647,7 @@ class Batches(torch.utils.data.Dataset):
         self.count = dataset.size - args.horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
         if self.count < 1:
             fail(f"--horizon-length {args.horizon}: the data has only {dataset.size} steps")
-        arrays = [dataset["actions"], *stored.arrays(dataset["observations"])]
+        arrays = [dataset["actions"], *datasets.arrays(dataset["observations"])]
         self.on_disk = any(isinstance(x, StoredImages) for x in arrays)
         fits = False
         if device.type == "cuda" and not self.on_disk:
@@ -842,7 +830,7 @@ class BCAgent:
         """K updates from `Batches.take`; their mean loss, and the size of the last gradient, as detached tensors."""
         observations, chunks, valid = samples
         whole = len(chunks) == UPDATES_PER_LAUNCH
-        return (self.learn_launch if whole else self.learn_eagerly)(*stored.arrays(observations), chunks, valid)
+        return (self.learn_launch if whole else self.learn_eagerly)(*datasets.arrays(observations), chunks, valid)
 
     def learn_eagerly(self, *tensors: Tensor) -> dict[str, Tensor]:
         """`tensors`: observations (K, B, ...), by name where they are several; chunks (K, B, hA); valid (K, B, h)."""
@@ -891,7 +879,7 @@ class BCAgent:
     def sample_actions(self, observations, rng: torch.Generator | None = None, noise=None) -> np.ndarray:
         """Chunks (..., h * A) in [-1, 1] for one observation or a batch. A flow starts at `noise`, drawn if None."""
         x = self.tensors(observations)
-        single = len(stored.arrays(x)[0].shape) == len(stored.arrays(self.shape)[0])
+        single = len(datasets.arrays(x)[0].shape) == len(datasets.arrays(self.shape)[0])
         if single:
             x = each(lambda x: x.unsqueeze(0), x)
         features = self.mean_actor.encoder(x)  # (B, F)
@@ -1039,7 +1027,7 @@ class Evaluation:
     def scores(self, agent: BCAgent, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Means over eval_episodes by name, unless the task cannot run here or `stop` gives it up; validation_loss."""
         started = time.perf_counter()
-        count = min(EVAL_ENVS, self.args.eval_episodes)
+        count = min(self.args.eval_envs, self.args.eval_episodes)
         rollouts = []
         try:
             while self.envs and len(self.envs) < count:
@@ -1291,4 +1279,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(read_args())
+    main(parse(Args, __doc__, Args.MAY_CHANGE))

@@ -43,7 +43,7 @@ import numpy as np
 
 import franka_sim  # noqa: F401  registers the simulated tasks
 from common import envs
-from common.recording import Recording, cameras_of, dataset_folder, stacked, write_sheet, write_video
+from common.recording import Recording, dataset_folder, stacked
 from common.setup import Fault, fail, flag, git_commit, parse
 from robot_client import KEYS, SERVER, TASKS, Keyboard, Pace, RobotError, ScriptedExpert, SpaceMouse, Teleop, Terminal
 
@@ -81,7 +81,7 @@ class Args:
     # robot
     teleop: Literal["keyboard", "spacemouse", "expert"] = "keyboard"
     """who steers; the expert is the simulated task's"""
-    noise: float = 0.1
+    noise: float = 0.05
     """standard deviation of noise on the expert's actions, in [-1, 1]: shows how to recover"""
     task: str = "peg"
     """which task on the robot: one of TASKS in robot_client.py"""
@@ -89,6 +89,8 @@ class Args:
     """address of robot_server.py"""
     keys: str | None = None
     """directory with the CURVE keys of robot_server.py --keygen"""
+
+    MAY_CHANGE = ""  # of a run that goes on: there is none
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
@@ -140,32 +142,36 @@ class Expert(ScriptedExpert):
 
 
 class Rover(Expert):
-    """For frames of all kinds: the expert steers to success and on in it; in between, the arm wanders off."""
+    """For frames of all kinds: the expert steers, to success and on in it; now and then the arm wanders off."""
 
-    TOWARDS = (25, 50)  # steps
-    AWAY = (5, 20)
+    TOWARDS = (15, 45)  # steps
+    AWAY = (4, 12)
 
     def forget(self) -> None:
-        self.drift: np.ndarray | None = None  # none: towards success
+        self.drift: np.ndarray | None = None  # (6,) motion in the base's axes; none: towards success
         self.left = int(self.rng.integers(*self.TOWARDS))
 
     def read(self, env: gym.Env) -> np.ndarray:
         action = super().read(env)
-        if self.left == 0:
-            turns_back = self.drift is not None
-            self.drift = None if turns_back else self.rng.uniform(-0.7, 0.7, 3)
-            self.left = int(self.rng.integers(*(self.TOWARDS if turns_back else self.AWAY)))
+        if self.left == 0 and self.drift is None:
+            self.drift = np.zeros(6)
+            self.drift[:3] = self.rng.uniform((-0.5, -0.5, -0.2), (0.5, 0.5, 0.8))
+            self.left = int(self.rng.integers(*self.AWAY))
+        elif self.left == 0:
+            self.forget()
         self.left -= 1
         if self.drift is not None:
-            action[:3] = self.drift
+            turn = getattr(env.unwrapped, "base_to_action", np.asarray)  # into the relative frame, where there is one
+            action[:3] = turn(self.drift)[:3]
         return action
 
 
 def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
     """Who steers, and where keys are typed: nowhere, if the expert steers and there is no terminal."""
     terminal = Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
-    if args.teleop == "keyboard":
+    if terminal:
         print(KEYS)
+    if args.teleop == "keyboard":
         return Keyboard(terminal=terminal), terminal
     if args.teleop == "spacemouse":
         return SpaceMouse(), terminal
@@ -212,7 +218,7 @@ class Session:
         self.recording = recording
         self.hand = hand
         self.terminal = terminal
-        self.detector = load_detector(args.classifier, env) if args.classifier else None
+        self.detector = open_classifier(args.classifier, env) if args.classifier else None
         self.person = args.teleop != "expert"
         self.paces_itself = hasattr(env.unwrapped, "stand_still")
         self.hz = float(env.metadata.get("render_fps", 10))
@@ -449,9 +455,9 @@ class Session:
         say(f"{done}; to go: {self.missing() or 'nothing'}")
 
 
-def load_detector(path: str, env: gym.Env):
+def open_classifier(path: str, env: gym.Env):
     """The success classifier in a file of reward_classifier.py. Exits with one line when it does not fit the task."""
-    from common.evaluation import SuccessDetector
+    from common.success import SuccessDetector
 
     try:
         return SuccessDetector.load(path, envs.fingerprint(env))
@@ -488,14 +494,12 @@ def report(recording: Recording, env: gym.Env) -> None:
     if any("suggested" in episode for episode in recording.episodes):
         others = [int(episode["id"]) for episode in recording.episodes if episode.get("disagreement")]
         print(f"classifier and verdict disagree in {len(others)} episodes: {others}")
-    dataset = minari.load_dataset(recording.name)
-    actions, late_s = [], []
-    for episode in dataset.iterate_episodes():
-        actions.append(episode.actions)
-        late_s.append(episode.infos["late_s"])
-        write_episode_video(recording, episode, cameras_of(env), hz)
-    report_actions(np.concatenate(actions), 1000 * np.concatenate(late_s))
-    write_contact_sheet(recording, dataset, cameras_of(env))
+    episodes = list(minari.load_dataset(recording.name).iterate_episodes())
+    actions = np.concatenate([episode.actions for episode in episodes])
+    late_s = np.concatenate([episode.infos["late_s"] for episode in episodes])
+    report_actions(actions, 1000 * late_s)
+    sheet = recording.write_pictures(episodes, env)
+    print(f"look at {sheet} and the videos beside it" if sheet else "no pictures are observed: no videos")
 
 
 def report_demos(lengths: np.ndarray, won: np.ndarray) -> None:
@@ -531,38 +535,6 @@ def report_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
         print("warning: the gripper is never told to close, in none of the episodes", file=sys.stderr)
 
 
-def write_episode_video(recording: Recording, episode, cameras: list[str], hz: float) -> None:
-    """An mp4, with the cameras side by side, unless there is one of this very episode."""
-    path = recording.folder / f"episode_{episode.id}.mp4"
-    source = recording.data / f"episode_{episode.id}.hdf5"
-    if cameras and not (path.exists() and path.stat().st_mtime > source.stat().st_mtime):
-        write_video(side_by_side(episode, cameras), path, hz)
-
-
-def side_by_side(episode, cameras: list[str]) -> np.ndarray:
-    """(T + 1, H, K * W, 3) the pictures of K cameras."""
-    return np.concatenate([episode.observations[name] for name in cameras], axis=2)
-
-
-def write_contact_sheet(recording: Recording, dataset, cameras: list[str]) -> None:
-    """Six pictures of each of the newest episodes; in mode classifier, of each of their labels."""
-    if not cameras:
-        print("no contact sheet and no videos: the observations hold no pictures")
-        return
-    rows = []
-    for episode in dataset.iterate_episodes(range(max(len(dataset) - 40, 0), len(dataset))):
-        frames = side_by_side(episode, cameras)
-        kinds = {recording.episodes[episode.id]["verdict"]: np.arange(len(frames))}
-        if "label" in episode.infos:
-            labels = episode.infos["label"]
-            kinds = {f"label {label}": 1 + np.flatnonzero(labels == label) for label in np.unique(labels)}
-        for kind, numbers in kinds.items():
-            shown = numbers[np.linspace(0, len(numbers) - 1, 6).round().astype(int)]
-            rows.append((f"{episode.id} {kind}", frames[shown]))
-    write_sheet(rows, recording.folder / "contact_sheet.png")
-    print(f"look at {recording.folder / 'contact_sheet.png'}, and at the videos beside it")
-
-
 # --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     env = make_env(args)
@@ -577,7 +549,7 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         say("stopped at once")
     except (RobotError, Fault) as error:
-        fail(f"{error}. The {len(recording.episodes)} episodes that have ended are kept; the same command goes on")
+        fail(f"{error}; the {len(recording.episodes)} episodes that have ended are kept, the same command goes on")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -590,4 +562,4 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    main(parse(Args, __doc__, ""))
+    main(parse(Args, __doc__, Args.MAY_CHANGE))

@@ -20,7 +20,7 @@ Keys of the keyboard, typed into the terminal:
 A tap moves at a quarter of the speed for 0.75 s, as long as terminals wait before a held key repeats; a key that is
 held moves at full speed and stops 0.15 s after it was let go. The opposite key and space stop at once.
 
-Expect: jitter_p99_ms <= 2 (real-time priority) [benchmarks/results/robot_period.csv contender=ours]
+Expect: mean_period_ms <= 100.1, late_p99_ms <= 3 [benchmarks/results/robot_period.csv contender=ours]
 
 Sources: SERL arXiv:2401.16013 (serl_robot_infra, commit cd5f7e7) and HIL-SERL arXiv:2410.21845 (commit 5d02aed):
 observation, action, gains, resets, interventions.
@@ -292,7 +292,8 @@ class RobotClient:
     def hello(self, wait_s: float = 0.0) -> dict:
         """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server to be there."""
         hello = self.call("hello", tries=max(self.tries, round(wait_s / self.timeout_s)))["result"]
-        self.speed = hello["robot"]["speed"] or 10.0  # 0: as fast as it can; then sleep less and look again
+        # Without a word about it: real time. 0: as fast as it can; then sleep less and look again.
+        self.speed = hello["robot"].get("speed", 1.0) or 10.0
         return hello
 
     def state(self) -> dict:

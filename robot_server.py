@@ -27,7 +27,7 @@ that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
 A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
-answers for 2 s, or is one more than 256: then the one that was silent for longest. A client's own heartbeats are
+answers for 2 s, or is one more than 128: then the one that was silent for longest. A client's own heartbeats are
 answered.
 
 modes       idle: no controller runs, the robot holds itself; streaming; hold: the controller runs, the reference
@@ -82,7 +82,6 @@ import ipaddress
 import json
 import logging
 import logging.handlers
-import marshal
 import math
 import mmap
 import os
@@ -109,7 +108,6 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import numpy as np
-import tyro
 
 PROTOCOL_VERSION = 2
 LOG_FORMAT = "%(asctime)s %(levelname)s %(message)s"
@@ -1268,25 +1266,44 @@ class Command:
         return cls(cls.KINDS[kind], number, lease_until, values, *texts)
 
 
+# What the robot process tells in every tick, as numbers: names, and how many. The rest, which changes seldom, is JSON.
+NUMBERS = {"tcp_pose": 7, "tcp_vel": 6, "tcp_force": 3, "tcp_torque": 3, "q": 7, "dq": 7, "reference": 7}
+NUMBERS |= dict.fromkeys(("robot_time", "at", "ticked", "number", "lease_until", "success_rate", "gripper_width"), 1)
+STATE = ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "gripper_width", "gripper_moving")
+STATE += ("gripper_holding", "gripper_fault", "gripper_closure", "robot_mode", "errors", "success_rate")
+STATE += ("overruns", "reflexes", "limited")  # what `state` answers
+
+
 class Board:
-    """A dictionary of plain values in memory that two processes share: one writes, the other reads the newest one.
-    There are two places in turn, each with a checksum, so that what is half written is never taken for whole."""
+    """A dictionary in memory that two processes share: one writes, the other reads the newest one. There are two
+    places in turn, each with a checksum, so that what is half written is never taken for whole."""
 
     HEAD = struct.Struct("<QII")  # sequence, length, checksum
     SIZE = 1 << 17  # bytes, both places
 
-    def __init__(self, memory: mmap.mmap, start: int):
+    def __init__(self, memory: mmap.mmap, start: int, numbers: dict[str, int]):
         self.memory = memory
         self.starts = (start, start + self.SIZE // 2)
+        self.numbers = numbers
+        self.form = struct.Struct(f"<{sum(numbers.values())}d")
         self.sequence = 0
+        self.rest: dict[str, Any] = {}
+        self.text = b"{}"  # the same as JSON
         self.newest: dict[str, Any] = {}
         self.lock = threading.Lock()
 
     def write(self, values: dict[str, Any]) -> None:
-        data = marshal.dumps(values)
-        if len(data) > self.SIZE // 2 - self.HEAD.size:
-            raise ValueError(f"{len(data)} bytes of state are too many")
+        numbers: list[float] = []
+        for name, size in self.numbers.items():
+            numbers += values[name] if size > 1 else [values[name]]
+        rest = {name: value for name, value in values.items() if name not in self.numbers}
         with self.lock:
+            if rest != self.rest:
+                self.rest = rest
+                self.text = json.dumps(rest).encode()
+            data = self.form.pack(*numbers) + self.text
+            if len(data) > self.SIZE // 2 - self.HEAD.size:
+                raise ValueError(f"{len(data)} bytes of state are too many")
             self.sequence += 1
             start = self.starts[self.sequence % 2]
             body = start + self.HEAD.size
@@ -1304,10 +1321,22 @@ class Board:
             data = self.memory[body : body + length]
             if length and zlib.crc32(data, sequence) == checksum:
                 self.sequence = sequence
-                self.newest = marshal.loads(data)  # safe: only the robot process can write it
+                self.newest = self.unpack(data)
                 return self.newest
             time.sleep(0.0002)  # it is being written
         raise OSError("the robot process's state cannot be read")
+
+    def unpack(self, data: bytes) -> dict[str, Any]:
+        numbers = self.form.unpack_from(data)
+        if self.text != data[self.form.size :]:
+            self.text = data[self.form.size :]
+            self.rest = json.loads(self.text)
+        values = dict(self.rest)
+        position = 0
+        for name, size in self.numbers.items():
+            values[name] = numbers[position] if size == 1 else numbers[position : position + size]
+            position += size
+        return values
 
 
 # --- Robot thread -----------------------------------------------------------------------------------------------------
@@ -1533,9 +1562,7 @@ class Control(threading.Thread):
                 raise Refused("handle_used", f"{handle} is the handle of {self.jobs[handle].op}: make up a new one")
             return self.jobs[handle]
         if op == "gripper":
-            job = Job(handle, op, iter(()))
-            self.closure = None
-            self.gripper.submit(job, GRIPPER_ACTIONS[int(values[0])], *values[1:4])
+            job = self.begin_gripper(handle, GRIPPER_ACTIONS[int(values[0])], *values[1:4])
         else:
             check_mode(op, self.status())
             job = self.job = self.last_job = Job(handle, op, self.steps_of(op, values))
@@ -1543,6 +1570,17 @@ class Control(threading.Thread):
         ended = [name for name, other in self.jobs.items() if other.ended is not None]
         for name in ended[: max(len(self.jobs) - 256, 0)]:
             del self.jobs[name]
+        return job
+
+    def begin_gripper(self, handle: str, action: str, width: float, speed: float, force: float) -> Job:
+        most = self.gripper.max_width
+        if self.gripper.kind == "none":
+            raise Refused("unavailable", "there is no gripper")
+        if action == "move" and not 0 <= width <= most:  # nor NaN
+            raise Refused("bad_argument", f"width: give a number from 0 to {most:g}")
+        job = Job(handle, "gripper", iter(()))
+        self.closure = None
+        self.gripper.submit(job, action, width, speed, force)
         return job
 
     def steps_of(self, op: str, values: Sequence[float]) -> Iterator[None]:
@@ -1555,6 +1593,8 @@ class Control(threading.Thread):
             return self.move_joints(q, values[7])
         if op == "reset":
             return self.move_joints(None, values[0])
+        if op == "reset_task" and not self.arm.has_task:
+            raise Refused("unavailable", "only the simulated robot has this")
         if op == "reset_task":
             return self.reset_task(None if math.isnan(values[0]) else int(values[0]))
         return self.recover()
@@ -1764,33 +1804,32 @@ class Control(threading.Thread):
         self.board.write(
             {
                 **self.status(),
-                "ticked": self.ticked,
-                "number": self.number,
                 "answer": self.answer,
-                "lease": self.lease | {"until": self.lease_until},
-                "gains": asdict(self.wanted_gains),
-                "robot_time": state.time,
+                "lease": self.lease,
+                "gains": vars(self.wanted_gains),
+                "number": self.number,
+                "lease_until": self.lease_until,
+                "ticked": self.ticked,
                 "at": state.at,
+                "robot_time": state.time,
                 "reference": self.limiter.reference.tolist(),
-                "result": {
-                    "tcp_pose": state.tcp_pose.tolist(),
-                    "tcp_vel": state.tcp_vel.tolist(),
-                    "tcp_force": state.wrench[:3].tolist(),
-                    "tcp_torque": state.wrench[3:].tolist(),
-                    "q": state.q.tolist(),
-                    "dq": state.dq.tolist(),
-                    "gripper_width": gripper.width,
-                    "gripper_moving": gripper.moving,
-                    "gripper_holding": gripper.holding,
-                    "gripper_fault": gripper.fault,
-                    "gripper_closure": self.closure,
-                    "robot_mode": state.robot_mode,
-                    "errors": list(state.errors),
-                    "success_rate": state.success_rate,
-                    "overruns": self.overruns,
-                    "reflexes": self.reflexes,
-                    "limited": list(self.limiter.limited),
-                },
+                "tcp_pose": state.tcp_pose.tolist(),
+                "tcp_vel": state.tcp_vel.tolist(),
+                "tcp_force": state.wrench[:3].tolist(),
+                "tcp_torque": state.wrench[3:].tolist(),
+                "q": state.q.tolist(),
+                "dq": state.dq.tolist(),
+                "gripper_width": gripper.width,
+                "gripper_moving": gripper.moving,
+                "gripper_holding": gripper.holding,
+                "gripper_fault": gripper.fault,
+                "gripper_closure": self.closure,
+                "robot_mode": state.robot_mode,
+                "errors": state.errors,
+                "success_rate": state.success_rate,
+                "overruns": self.overruns,
+                "reflexes": self.reflexes,
+                "limited": self.limiter.limited,
             }
         )
         if self.arm.task_news:
@@ -1851,6 +1890,7 @@ class Argument:
 class Operation:
     arguments: dict[str, Argument]
     leased: bool = False  # needs the lease's token
+    values: Callable[..., Sequence[float]] | None = None  # of a job: what the robot process gets of the arguments
 
 
 HANDLE = Argument("text", 8, 64)
@@ -1889,9 +1929,13 @@ OPERATIONS = {
     "hold": Operation({}),
     "stop": Operation({}),
     "start": Operation({"handle": HANDLE} | GAINS, leased=True),
-    "move_joints": Operation({"handle": HANDLE, "q": Argument("vector", size=7), "speed": JOINT_SPEED}, leased=True),
-    "reset": Operation({"handle": HANDLE, "speed": JOINT_SPEED}, leased=True),
-    "recover": Operation({"handle": HANDLE}, leased=True),
+    "move_joints": Operation(
+        {"handle": HANDLE, "q": Argument("vector", size=7), "speed": JOINT_SPEED},
+        leased=True,
+        values=lambda q, speed: (*q, speed),
+    ),
+    "reset": Operation({"handle": HANDLE, "speed": JOINT_SPEED}, leased=True, values=lambda speed: (speed,)),
+    "recover": Operation({"handle": HANDLE}, leased=True, values=tuple),
     "gripper": Operation(
         {
             "handle": HANDLE,
@@ -1901,10 +1945,20 @@ OPERATIONS = {
             "force": Argument("number", **FRACTION, default=0.5),
         },
         leased=True,
+        values=lambda action, width, speed, force: (
+            GRIPPER_ACTIONS.index(action),
+            math.nan if width is None else width,
+            speed,
+            force,
+        ),
     ),
     "job": Operation({"handle": HANDLE}),
     "task": Operation({}),
-    "reset_task": Operation({"handle": HANDLE, "seed": Argument("whole", 0, 2**31, default=None)}, leased=True),
+    "reset_task": Operation(
+        {"handle": HANDLE, "seed": Argument("whole", 0, 2**31, default=None)},
+        leased=True,
+        values=lambda seed: (math.nan if seed is None else seed,),
+    ),
 }
 
 
@@ -1950,7 +2004,7 @@ def parse(body: list[bytes]) -> dict[str, Any]:
 
 
 # --- Front ------------------------------------------------------------------------------------------------------------
-MAX_CONNECTIONS = 256
+MAX_CONNECTIONS = 128
 MAX_FRAMES = 8  # of a message
 MAX_UNDERWAY = 1 << 18  # bytes that a connection has sent and that no message here has brought
 MAX_ALL_UNDERWAY = 1 << 20  # the same of all together
@@ -2082,7 +2136,8 @@ class Doors:
 
 
 class Front:
-    """Answers requests and publishes the state. Methods `op_*` are the operations of the header."""
+    """Answers requests and publishes the state. Methods `op_*` are the operations that only the front carries out, or
+    that want more than a look at their arguments."""
 
     def __init__(self, args: Args, link: socket.socket, board: Board, scene: Board, facts: dict[str, Any]):
         self.args = args
@@ -2091,7 +2146,7 @@ class Front:
         self.scene = scene
         self.facts = facts  # what `hello` tells
         self.limiter = Limiter(args)
-        self.number = board.read()["number"]
+        self.number = int(board.read()["number"])
         self.unanswered: dict[str, dict[str, Any]] = {}  # a job that the robot thread has not heard of yet
         self.refusals: Counter[str] = Counter()
         self.complained = 0.0
@@ -2100,18 +2155,19 @@ class Front:
         self.token = lease["token"]
         self.ttl = lease["ttl"]
         self.seq = lease["seq"]
-        self.lease_until = lease["until"]
+        self.lease_until = board.read()["lease_until"]
 
     # Sockets
     def open_sockets(self, fds: Sequence[int]) -> None:
         import zmq
-        import zmq.auth
-        from zmq.auth.thread import ThreadAuthenticator
 
         args = self.args
         context = zmq.Context.instance()
         self.router, self.publisher = sockets = context.socket(zmq.ROUTER), context.socket(zmq.PUB)
         if args.keys:
+            import zmq.auth
+            from zmq.auth.thread import ThreadAuthenticator
+
             public, secret = zmq.auth.load_certificate(Path(args.keys) / "server.key_secret")
             self.authenticator = ThreadAuthenticator(context)
             self.authenticator.start()
@@ -2120,7 +2176,7 @@ class Front:
             s.linger = 0
             s.maxmsgsize = longest
             s.rcvhwm = 0  # see Doors
-            s.sndhwm = 50  # answers that wait for a peer; more are dropped
+            s.sndhwm = 200  # answers that wait for a peer; more are dropped
             s.handshake_ivl = 1000  # ms
             s.tcp_keepalive = 1
             s.tcp_keepalive_idle = 5  # s
@@ -2245,6 +2301,9 @@ class Front:
             self.lease_until = time.monotonic() + self.ttl
         elif OPERATIONS[op].leased:
             raise Refused("no_lease", f"the lease is {holder}'s" if holder else "acquire a lease first: yours ended")
+        if values := OPERATIONS[op].values:
+            handle = arguments.pop("handle")
+            return self.begin(op, handle, values(**arguments))
         return getattr(self, f"op_{op}")(**arguments)
 
     def holder(self) -> str | None:
@@ -2289,7 +2348,8 @@ class Front:
         return self.facts | {"gains": self.status()["gains"], "lease": self.holder()}
 
     def op_state(self) -> dict[str, Any]:
-        return self.status()["result"]
+        status = self.status()
+        return {name: status[name] for name in STATE}
 
     def op_acquire(self, name: str, token: str, ttl: float, takeover: bool) -> dict[str, Any]:
         holder = self.holder()
@@ -2321,7 +2381,7 @@ class Front:
         if reason := self.limiter.refusal(np.array(pose), np.array(status["reference"])):
             raise Refused("refused", reason)
         values = (*pose, math.nan if closure is None else closure, -1 if seq is None else seq)
-        if status["mode"] == "hold" or closure not in (None, status["result"]["gripper_closure"]):
+        if status["mode"] == "hold" or closure not in (None, status["gripper_closure"]):
             self.command("target", values)
         else:
             self.send("target", values)
@@ -2374,36 +2434,10 @@ class Front:
     def op_start(self, handle: str, **changes: Any) -> dict[str, Any]:
         return self.begin("start", handle, gain_values(self.changed_gains(changes)))
 
-    def op_move_joints(self, handle: str, q: list[float], speed: float) -> dict[str, Any]:
-        if not within_joint_limits(np.array(q)):  # nor is NaN
-            raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
-        return self.begin("move_joints", handle, (*q, speed))
-
-    def op_reset(self, handle: str, speed: float) -> dict[str, Any]:
-        return self.begin("reset", handle, (speed,))
-
-    def op_recover(self, handle: str) -> dict[str, Any]:
-        return self.begin("recover", handle)
-
-    def op_gripper(self, handle: str, action: str, width: float | None, speed: float, force: float) -> dict[str, Any]:
-        gripper = self.facts["gripper"]
-        if gripper["kind"] == "none":
-            raise Refused("unavailable", "there is no gripper")
-        if action == "move" and (width is None or width > gripper["max_width"]):
-            raise Refused("bad_argument", f"width: give a number from 0 to {gripper['max_width']:g}")
-        return self.begin("gripper", handle, (GRIPPER_ACTIONS.index(action), width or 0.0, speed, force))
-
-    def need_scene(self) -> None:
+    def op_task(self) -> dict[str, Any]:
         if not self.facts["robot"]["task"]:
             raise Refused("unavailable", "only the simulated robot has this")
-
-    def op_task(self) -> dict[str, Any]:
-        self.need_scene()
         return self.scene.read()
-
-    def op_reset_task(self, handle: str, seed: int | None) -> dict[str, Any]:
-        self.need_scene()
-        return self.begin("reset_task", handle, (math.nan if seed is None else seed,))
 
 
 def memory_bytes() -> int:
@@ -2414,9 +2448,11 @@ def memory_bytes() -> int:
 def run_front(order: str) -> None:
     """A front's main program: a spare one waits here until the robot process sends the facts."""
     import msgpack  # noqa: F401  so that a spare front has everything
-    import zmq.auth.thread  # noqa: F401
+    import zmq.utils.monitor
 
     order = json.loads(order)
+    if order["args"]["keys"]:
+        import zmq.auth.thread  # noqa: F401
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the robot process decides when it is over
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
@@ -2426,7 +2462,8 @@ def run_front(order: str) -> None:
     if facts:
         link.setblocking(False)
         args = Args(**order["args"] | {"gains": Gains(**order["args"]["gains"])})
-        front = Front(args, link, Board(memory, 0), Board(memory, Board.SIZE), json.loads(facts))
+        boards = Board(memory, 0, NUMBERS), Board(memory, Board.SIZE, {})
+        front = Front(args, link, *boards, json.loads(facts))
         front.open_sockets(order["listening"])
         front.serve()
     os._exit(0)  # not through libzmq's end, which waits for its peers
@@ -2487,7 +2524,8 @@ class Robot:
             self.gripper = GRIPPERS[hand if args.gripper == "auto" else args.gripper](args)
         except GripperError as error:
             fail(str(error))
-        self.control = Control(args, self.gripper, Board(memory, 0), Board(memory, Board.SIZE))
+        boards = Board(memory, 0, NUMBERS), Board(memory, Board.SIZE, {})
+        self.control = Control(args, self.gripper, *boards)
         self.front = self.new_front()
         self.spare = self.new_front()
         self.gripper.thread.start()
@@ -2763,5 +2801,11 @@ def main(args: Args) -> None:
     Robot(args).run()
 
 
+def parse_args() -> Args:
+    import tyro  # here, so that a front need not wait for it
+
+    return tyro.cli(Args, description=__doc__)
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Args, description=__doc__))
+    main(parse_args())

@@ -49,13 +49,13 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
+from common.frames import FrameFile, ImagesAndState, size_text
 from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
 from common import envs, link, setup, vision
-from common.frames import FrameFile, ImagesAndState, size_text
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, parse, write_atomically
 from common.success import SuccessDetector

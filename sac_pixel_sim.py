@@ -1,9 +1,8 @@
 """SAC from camera images: DrQ, RLPD with demonstrations, VICE, in one file.
 
     python sac_pixel_sim.py --seed 1                                # a Franka learns to pick up a cube that it sees
-    python sac_pixel_sim.py --env-id FrankaPegInsert-v0
+    python sac_pixel_sim.py --env-id FrankaPegInsert-v0             # a sparse reward
     python sac_pixel_sim.py --resume RUN_DIR                        # go on after Ctrl-C or a crash
-    python sac_pixel_sim.py --eval-only RUN_DIR
     python sac_pixel_sim.py --encoder resnet10 --image-size 128 --pretrained resnet10_params.pkl  # needs SERL's file
     python sac_pixel_sim.py --reward vice                           # the reward is learned from images of success
     python sac_pixel_sim.py --env-id Hopper-v5 --cameras render --demos 0   # needs MUJOCO_GL=egl without a display
@@ -45,9 +44,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
-from common import envs, link, setup, vision
+from common import envs, link, pixels, setup, vision
 from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
-from common.frames import FrameFile, ImagesAndState, Rendered, one_line_without_opengl, size_text
+from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
 
@@ -62,9 +61,8 @@ TARGET_ENTROPY = -0.5  # per dimension of the action, to which the temperature i
 DEMO_NOISE = 0.1  # standard deviation on the scripted expert's actions, in [-1, 1]: shows how to recover
 PROPRIO_DIM = 64  # features of the robot's state; SERL
 CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels of 128
-# VICE's classifier; SERL agents/continuous/vice.py
-LABEL_SMOOTHING = 0.2  # how far labels are moved from 0 and 1 towards 0.5, relative
-GRADIENT_PENALTY = 10.0  # weight of (gradient norm - 1)^2 between pairs of features
+LABEL_SMOOTHING = 0.2  # VICE: how far labels are moved from 0 and 1 towards 0.5, relative; SERL
+GRADIENT_PENALTY = 10.0  # VICE: weight of (gradient norm - 1)^2 between pairs of features; SERL
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -96,7 +94,7 @@ class Args(RunArgs):
     """environment steps with random actions before learning starts"""
     buffer_size: int = 100_000
     """transitions kept"""
-    buffer_dir: str | None = None
+    frames_dir: str | None = None
     """directory for the frames' files (default: the run's), such as a disk of this machine when that is far away"""
     batch_size: int = 64
     """transitions per critic update, demonstrations included"""
@@ -181,7 +179,7 @@ class Args(RunArgs):
     """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
 
     MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads total_timesteps "
-    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys buffer_dir"
+    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys frames_dir"
     SHAPING = "env_id image_size cameras encoder small_channels pooling latent_dim film frame_stack action_chunk "
     SHAPING += "gripper_penalty hidden_dims activation layer_norm normalize_observations std_parameterization"
 
@@ -214,10 +212,9 @@ class Args(RunArgs):
     def shared(self) -> dict[str, object]:
         """What shapes task and policy, and so must be the same in actor and learner; of a file its contents."""
         flags = {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
-        reward = self.reward
-        if reward not in ("env", "vice"):
-            reward = hashlib.sha256(Path(reward).read_bytes()).hexdigest()
-        return json.loads(json.dumps(flags | {"--reward": reward}))
+        known = self.reward in ("env", "vice")
+        flags["--reward"] = self.reward if known else hashlib.sha256(Path(self.reward).read_bytes()).hexdigest()
+        return json.loads(json.dumps(flags))
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -226,10 +223,10 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     options = {}
     if args.env_id.startswith("Franka") and args.cameras != ("render",):  # TASK: keyword options of your task
         options = {"image_obs": True, "image_size": args.image_size}
-    with one_line_without_opengl(args.env_id):
+    with pixels.one_line_without_opengl(args.env_id):
         env = envs.make(args.env_id, render or args.cameras == ("render",), **options)
         if args.cameras == ("render",):
-            env = Rendered(env)
+            env = pixels.Rendered(env)
         env.reset()
     return env  # TASK: wrappers of your own; one that changes actions has its own expert_action()
 
@@ -243,36 +240,11 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
     env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)
-    env = ImagesAndState(env, args.env_id, args.cameras, args.image_size)
+    env = pixels.ImagesAndState(env, args.env_id, args.cameras, args.image_size)
     env = gym.wrappers.FrameStackObservation(env, args.frame_stack)
     if args.action_chunk > 1:
         env = envs.ActionChunk(env, args.action_chunk)
     return gym.wrappers.RecordEpisodeStatistics(env)
-
-
-class Views(NamedTuple):
-    """What an observation consists of."""
-
-    cameras: tuple[str, ...]  # K names
-    size: int  # H = W
-    stack: int  # T steps
-    columns: dict[str, tuple[int, int]]  # of each state, the first and the last + 1 in a step's S numbers
-
-    @property
-    def frame_shape(self) -> tuple[int, ...]:
-        """All cameras' images of one step: (K, H, W, 3)."""
-        return len(self.cameras), self.size, self.size, 3
-
-    @property
-    def state_dim(self) -> int:
-        """T * S"""
-        return self.stack * sum(stop - start for start, stop in self.columns.values())
-
-
-def views_of(env: gym.Env) -> Views:
-    """Of a task that `wrap_images` has wrapped."""
-    stack, _, size = env.observation_space["images"].shape[:3]
-    return Views(env.get_wrapper_attr("cameras"), size, stack, env.get_wrapper_attr("columns"))
 
 
 def success(info: dict) -> float:
@@ -426,7 +398,7 @@ class Bottleneck(nn.Sequential):
         super().__init__(nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim, eps=1e-6), nn.Tanh())
 
 
-def make_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
+def encoder_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
     """The convolutions of --encoder: images (N, H, W, in_channels) -> maps (N, C, h, w). TASK: add yours here."""
     try:
         return vision.make_trunk(args.encoder, in_channels, args.pretrained, load, args.small_channels)
@@ -442,17 +414,16 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, views: Views, args: Args, load: bool = True):
-        """Without `load` files of pretrained parameters are not read."""
         super().__init__()
         self.pretrained = args.pretrained is not None
         self.frozen = self.pretrained and args.freeze
         self.checkpoint = args.activation_checkpointing
         if args.film and args.film not in views.columns:
-            names = " ".join(views.columns) or "images"
-            fail(f"--film {args.film}: the observation has no such state, only: {names}")
-        self.film_columns = views.columns[args.film] if args.film else None
+            fail(f"--film {args.film}: the observation has no such state, only: {' '.join(views.columns) or 'images'}")
+        self.film_columns = views.columns.get(args.film)
         in_channels = 3 if self.pretrained else 3 * views.stack
-        channels, height, width = vision.map_shape(make_trunk(args, in_channels, load=False), in_channels, views.size)
+        trunk = encoder_trunk(args, in_channels, load=False)  # to know its maps
+        channels, height, width = vision.map_shape(trunk, in_channels, views.size)
         if min(height, width) < (1 if args.pooling == "average" else 2):
             fail(f"--image-size {views.size}: too small for --encoder {args.encoder} with --pooling {args.pooling}")
         if self.pretrained:
@@ -462,7 +433,7 @@ class Encoder(nn.Module):
         self.heads = nn.ModuleList()
         for _ in views.cameras:
             if not self.frozen:
-                self.trunks.append(make_trunk(args, in_channels, load))
+                self.trunks.append(encoder_trunk(args, in_channels, load))
             if self.film_columns:
                 start, stop = self.film_columns
                 self.films.append(vision.FiLM(channels, views.stack * (stop - start)))
@@ -552,7 +523,7 @@ class Classifier(nn.Module):
 
 
 def load_classifier(saved: dict | str, views: Views, args: Args, trunk: nn.Module | None) -> Classifier:
-    """A success classifier of a file, `classifier` and what it is `classifier_about`, or of a run's checkpoint.
+    """A success classifier of a file or a run's checkpoint: `classifier`, and what it is, `classifier_about`.
 
     Exits with one line when it was trained on other images, or on the maps of another frozen trunk than `trunk`.
     """
@@ -581,29 +552,6 @@ class Batch(NamedTuple):
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
     terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
-
-
-def pixel_step_type(views: Views, action_dim: int, frames: int) -> np.dtype:
-    """One step as it is journalled and sent: an action and what followed; `first`: a reset, without an action.
-
-    Of the observation's stack it holds the newest `frames`: the older ones are in the steps before.
-    """
-    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
-    fields += [("observation", "f4", (views.state_dim,)), ("frames", "u1", (frames, *views.frame_shape))]
-    return np.dtype(fields)
-
-
-def pack_pixels(dtype: np.dtype, action: np.ndarray | None, obs: dict, reward=0.0, terminated=False) -> np.ndarray:
-    """A step of type `pixel_step_type` (); without an action a reset."""
-    step = np.zeros((), dtype)
-    step["observation"] = obs["state"].reshape(-1)
-    step["frames"] = obs["images"][-len(step["frames"]) :]
-    step["first"] = action is None
-    if action is not None:
-        step["action"] = action
-        step["reward"] = reward
-        step["terminated"] = terminated
-    return step
 
 
 class ReplayBuffer:
@@ -783,7 +731,8 @@ def load_pixel_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.E
     print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
     if args.reward == "vice" and not goals:
         fail(f"--reward vice: none of the demonstrations of --demos {args.demos} ends in success")
-    agent.goals = torch.stack(goals).to(agent.device) if args.reward == "vice" else agent.goals
+    if args.reward == "vice":
+        agent.goals = torch.stack(goals).to(agent.device)
     return demos
 
 
@@ -806,7 +755,7 @@ class Agent:
         self.views = views
         self.action_dim = action_space.shape[0]
         self.new_frames = 1 if args.action_chunk == 1 else views.stack  # of an observation's stack, in each step
-        self.step_type = pixel_step_type(views, self.action_dim, self.new_frames)
+        self.step_type = pixels.pixel_step_type(views, self.action_dim, self.new_frames)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
         normalize = args.normalize_observations and views.state_dim
@@ -818,7 +767,7 @@ class Agent:
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.trunk = None  # the frozen one, for all cameras
         if self.critic.encoder.frozen:
-            self.trunk = make_trunk(args, 3, load).to(device).requires_grad_(False)
+            self.trunk = encoder_trunk(args, 3, load).to(device).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
         self.raw_alpha = nn.Parameter(torch.tensor(math.log(math.expm1(ALPHA_INIT)), device=device))
         self.target_entropy = TARGET_ENTROPY * self.action_dim
@@ -830,11 +779,13 @@ class Agent:
         self.mean_parameters = [*self.mean_actor.parameters(), *self.mean_encoder.parameters()]
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
+        self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
         self.classifier = self.classifier_optimizer = None
         self.goals = torch.empty(0, *views.frame_shape, dtype=torch.uint8, device=device)  # (G, T, K, H, W, 3)
         if args.reward == "vice":
             self.classifier = Classifier(views, args, load).to(device)
             self.classifier_optimizer = self.make_optimizer(self.classifier.parameters(), 0.0)
+            self.optimizers.append(self.classifier_optimizer)
         elif args.reward != "env":
             self.classifier = load_classifier(saved or args.reward, views, args, self.trunk).to(device)
             self.classifier.requires_grad_(False)
@@ -850,23 +801,22 @@ class Agent:
             self.actor_loss = torch.compile(self.actor_loss)
             self.update_once = setup.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
-    def make_buffer(self, name: str, capacity: int, run: Run, frames: int) -> FrameBuffer:
-        """A buffer of this agent's transitions, with so many frames in a file, unless a run that goes on brings it.
+    def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
+        """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes on brings it.
 
         Exits with one line when there is no room.
         """
-        count, size, _, _ = self.views.frame_shape
         small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
         setup.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
-        if self.args.buffer_dir:
-            path = Path(self.args.buffer_dir) / f"{run.dir.name}-{path.name}"
+        if self.args.frames_dir:
+            path = Path(self.args.frames_dir) / f"{run.dir.name}-{path.name}"
         file = FrameFile(path, self.views.frame_shape, self.device)
         if run.state is None:
-            what = f"{name}: {capacity:,} transitions of {count} x {size} x {size} pixels, {frames:,} frames"
+            what = f"{name}: {capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
             sizes = f"{size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
-            file.check_disk(frames, f"{what}; {sizes}", "give a smaller --buffer-size, or another --buffer-dir")
-            file.make_room(frames)
+            file.check_disk(slots, f"{what}; {sizes}", "give a smaller --buffer-size, or another --frames-dir")
+            file.make_room(slots)
         return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
@@ -874,7 +824,6 @@ class Agent:
         capturable = self.device.type == "cuda"
         return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable)
 
-    # --- acting ---
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_images`."""
@@ -890,9 +839,8 @@ class Agent:
 
     def one_observation(self, obs: dict) -> Observation:
         """As networks see it, in a batch of one."""
-        images = torch.as_tensor(obs["images"], device=self.device)[None]
-        states = torch.as_tensor(obs["state"], device=self.device).reshape(1, -1)
-        return Observation(images, self.normalizer(states), self.frozen_maps(images))
+        images, states = (torch.as_tensor(obs[name], device=self.device)[None] for name in ("images", "state"))
+        return self.see(images, self.normalizer(states.flatten(1)))
 
     def explore(self, action: np.ndarray) -> None:
         """Now and then a dimension is held at a random value for a while, each on its own; after arXiv:2006.01782."""
@@ -912,7 +860,6 @@ class Agent:
         """The deterministic actions (N, A) that are evaluated."""
         return np.stack([self.act(obs, deterministic=True) for obs in observations])
 
-    # --- what is stored ---
     def observe(self, observations: Tensor) -> None:
         """Takes states (N, T * S) into the running statistics."""
         if isinstance(self.normalizer, Normalizer):
@@ -925,7 +872,6 @@ class Agent:
             return reward
         return float(self.classifier(self.one_observation(obs)) > 0)
 
-    # --- learning ---
     @property
     def alpha(self) -> Tensor:
         return F.softplus(self.raw_alpha)
@@ -933,13 +879,13 @@ class Agent:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
 
-    @torch.no_grad()
-    def frozen_maps(self, images: Tensor) -> Tensor | None:
-        """Maps (B, T, K, C, h, w) that a frozen trunk makes of images (B, T, K, H, W, 3); None without one."""
-        if self.trunk is None:
-            return None
-        with self.autocast():
-            return self.trunk(images.flatten(0, 2)).unflatten(0, images.shape[:3])
+    def see(self, images: Tensor, states: Tensor | None) -> Observation:
+        """Images (B, T, K, H, W, 3) and normalised states as encoders take them, with the maps of a frozen trunk."""
+        maps = None
+        if self.trunk is not None:
+            with torch.no_grad(), self.autocast():
+                maps = self.trunk(images.flatten(0, 2)).unflatten(0, images.shape[:3])
+        return Observation(images, states, maps)
 
     def augmented(self, frames: Tensor) -> Tensor:
         """Frames (B, N, K, H, W, 3) with --augment."""
@@ -949,13 +895,10 @@ class Agent:
 
     def prepare(self, batch: Batch, frames: Tensor) -> Batch:
         """The batch with its frames (B, 2 * T, K, H, W, 3), augmented, and normalised states as Observations."""
-        images = self.augmented(frames)
-        maps = self.frozen_maps(images)
-        seen, next_seen = images.chunk(2, 1)
-        maps, next_maps = (None, None) if maps is None else maps.chunk(2, 1)
+        images, next_images = self.augmented(frames).chunk(2, 1)
         return batch._replace(
-            observations=Observation(seen, self.normalizer(batch.observations), maps),
-            next_observations=Observation(next_seen, self.normalizer(batch.next_observations), next_maps),
+            observations=self.see(images, self.normalizer(batch.observations)),
+            next_observations=self.see(next_images, self.normalizer(batch.next_observations)),
         )
 
     @torch.no_grad()
@@ -1007,18 +950,15 @@ class Agent:
         (alpha_loss / self.args.grad_accum_steps).backward()
         return metrics | {"losses/alpha": self.alpha.detach()}
 
-    def classifier_gradient(self, replay: Observation) -> dict[str, Tensor]:
-        """VICE, arXiv:1904.07854: tells goal images from those of the replay buffer, (B, T, K, H, W, 3).
+    def classifier_gradient(self, replay: Tensor) -> dict[str, Tensor]:
+        """VICE, arXiv:1904.07854: tells goal images from those of the replay buffer (B, T, K, H, W, 3).
 
         With label smoothing, mixup and a gradient penalty, as SERL agents/continuous/vice.py:347.
         """
-        count = len(replay.images)
+        count = len(replay)
         draw = partial(torch.rand, generator=self.generator, device=self.device)
         picks = torch.randint(len(self.goals), (count,), generator=self.generator, device=self.device)
-        goals = self.augmented(self.goals[picks])
-        seen = Observation(torch.cat([goals, replay.images]), None)
-        if self.trunk is not None:
-            seen = seen._replace(maps=torch.cat([self.frozen_maps(goals), replay.maps]))
+        seen = self.see(torch.cat([self.augmented(self.goals[picks]), replay]), None)
         with self.autocast():
             features = self.classifier.encoder(seen).float()  # (2 * B, F)
         labels = torch.cat([torch.ones(count, device=self.device), torch.zeros(count, device=self.device)])
@@ -1047,19 +987,14 @@ class Agent:
             for mean, parameter in zip(self.mean_parameters, self.acting_parameters, strict=True):
                 mean.lerp_(parameter, self.mean_weight)
 
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
-        return [*optimizers, self.classifier_optimizer] if self.classifier_optimizer else optimizers
-
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
         """One critic step on a batch and, `with_actor`, one step of actor and temperature, and of VICE's classifier.
 
-        `inputs` are the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A),
-        and the critics for the target (M,). Both gradients are of the same parameters, as SERL takes them
-        (agents/continuous/sac.py:276); the actor's needs no encoder.
+        `inputs`: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A),
+        critics for the target (M,). Both gradients are of the same parameters, SERL agents/continuous/sac.py:276.
         """
         *parts, subset = inputs
-        for optimizer in self.optimizers():
+        for optimizer in self.optimizers:
             optimizer.zero_grad()
         for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations at its end
             *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
@@ -1075,8 +1010,7 @@ class Agent:
                 metrics |= self.actor_gradient(seen, batch.actions, eps[:, 1])
             if with_actor and self.args.reward == "vice":
                 online = len(batch.rewards) - self.num_demos // self.args.grad_accum_steps
-                replay = Observation(*(None if x is None else x[:online] for x in batch.next_observations))
-                metrics |= self.classifier_gradient(replay)
+                metrics |= self.classifier_gradient(batch.next_observations.images[:online])
         if with_actor:
             self.step_actor()
             if self.classifier_optimizer:
@@ -1117,7 +1051,6 @@ class Agent:
         """Critic updates that the ratio to the environment's steps still asks for."""
         return max(self.args.utd_ratio * (step - self.args.learning_starts) - self.critic_updates, 0)
 
-    # --- actor and learner ---
     def check_steps(self, data: bytes) -> None:
         """Raises ValueError when packed steps hold numbers that are not finite."""
         steps = np.frombuffer(data, self.step_type)
@@ -1130,7 +1063,6 @@ class Agent:
         parameters = [parameter.detach() for parameter in self.acting_parameters]
         return [*parameters, *self.normalizer.state_dict().values()]
 
-    # --- checkpoints ---
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.PARTS if getattr(self, name) is not None}
         state["raw_alpha"] = self.raw_alpha.detach()
@@ -1153,7 +1085,7 @@ class Agent:
         self.critic_updates = state["critic_updates"]
         self.held_steps, self.held = np.array(state["held"], np.float32)
         self.goals = state["goals"]
-        for optimizer in self.optimizers():
+        for optimizer in self.optimizers:
             optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
         setup.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
 
@@ -1186,18 +1118,15 @@ def start_pixels(
 ) -> tuple[Run, Agent, FrameBuffer, FrameBuffer | None]:
     """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
     device = setup.set_up_torch(args.threads, args.amp)
-    goes_on = args.resume or args.eval_only
-    run = Run(args, args.env_id, __file__, device) if goes_on else None
+    run = Run(args, args.env_id, __file__, device) if args.resume or args.eval_only else None
     saved = run.state["agent"] if run and run.state else None
     agent = Agent(views_of(env), env.action_space, args, device, saved)
     run = run or Run(args, args.env_id, __file__, device)  # a new one when it is known to be possible
-    for name in env.get_wrapper_attr("squeezed"):
-        print(f"{name} is not square: it is squeezed to {args.image_size} x {args.image_size}")
     capacity = min(args.buffer_size, args.total_timesteps)
-    frames = capacity * agent.new_frames + capacity // 64 + args.frame_stack
-    if capacity < args.total_timesteps:  # what checkpoints refer to is not written over
-        frames += 4 * args.eval_every * agent.new_frames
-    buffer = agent.make_buffer("replay", capacity, run, frames)
+    slots = capacity * agent.new_frames + capacity // 64 + args.frame_stack
+    if capacity < args.total_timesteps:  # what the newest two checkpoints refer to is not written over
+        slots += 4 * args.eval_every * agent.new_frames
+    buffer = agent.make_buffer("replay", capacity, run, slots)
     demos = None
     if args.demos != "0" and run.state:
         demos = agent.make_buffer("demonstrations", 1, run, 1)  # grows when it is loaded

@@ -7,8 +7,8 @@
 robot_round_trip.csv: what it costs a client on the server's machine to send a target and to learn the state while the
 arm moves in real time, its physics at 1 kHz. Contender `ours` is RobotClient.target, whose answer brings the state. The
 others ask a Flask development server in JSON, which has no arm at all to move: `flask` with POST /pose and POST
-/getstate, as SERL does (serl_robot_infra/robot_servers/franka_server.py), `flask_single` with one POST for both, over a
-connection that stays open, which is as fast as this way can be.
+/getstate, as SERL does (serl_robot_infra/robot_servers/franka_server.py), `flask_single` with one POST for both, by
+Python's own http.client over a connection that stays open, which is as fast as this way can be.
 robot_period.csv: the period of FrankaReal-v0's steps at 10 Hz with two cameras and a random policy that opens and
 closes the gripper, over episodes of 100 steps: as the environment itself reports it (mean_period_ms, late_*_ms,
 overruns), and as a clock outside saw the ends of the steps (jitter_*_ms; drift_ms, the whole episode's length against
@@ -77,16 +77,18 @@ server.serve_forever()
 """
 # Its client. Asks as often as standard input says and prints what each time took, in ms.
 FLASK_CLIENT = """
-import json, sys, time
+import http.client, json, sys, time
 import requests
 url, single = f"http://127.0.0.1:{sys.argv[1]}/", sys.argv[2] == "flask_single"
-session, target = requests.Session(), {"arr": [0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0]}
+connection = http.client.HTTPConnection("127.0.0.1", int(sys.argv[1]))
+headers, target = {"Content-Type": "application/json"}, {"arr": [0.45, 0.0, 0.3, 1.0, 0.0, 0.0, 0.0]}
 for line in sys.stdin:
     times = []
     for _ in range(int(line)):
         start = time.perf_counter()
         if single:
-            session.post(url + "both", json=target).json()
+            connection.request("POST", "/both", json.dumps(target), headers)
+            json.loads(connection.getresponse().read())
         else:
             requests.post(url + "pose", json=target)
             requests.post(url + "getstate").json()
@@ -138,10 +140,13 @@ def serving_at(process: subprocess.Popen, output: Any) -> str:
 
 
 def usage(pid: int) -> tuple[float, float]:
-    """CPU time of a process so far (s) and its largest resident memory (MB)."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"), int(peak) / 1024
+    """CPU time of a server's processes so far (s) and their largest resident memory (MB)."""
+    seconds = megabytes = 0.0
+    for process in (pid, *Path(f"/proc/{pid}/task/{pid}/children").read_text().split()):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+        seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+        megabytes += int(re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process}/status").read_text())[1]) / 1024
+    return seconds, megabytes
 
 
 # --- Round trips ------------------------------------------------------------------------------------------------------
@@ -318,7 +323,7 @@ def load(args: Args) -> list[dict[str, object]]:
     return [line]
 
 
-def write(path: Path, lines: list[dict[str, object]]) -> None:
+def write(path: Path, lines: list[dict[str, object]], command: str = "python benchmarks/robot_latency.py") -> None:
     """The file anew, each line with where and when it was measured."""
     facts = {
         "version": ", ".join(f"{name} {version(name)}" for name in ("pyzmq", "msgpack", "mujoco")),
@@ -326,7 +331,7 @@ def write(path: Path, lines: list[dict[str, object]]) -> None:
         "commit": commit(),
         "hardware": hardware(),
         "priority": {os.SCHED_FIFO: "real-time", os.SCHED_OTHER: f"nice {os.nice(0)}"}[os.sched_getscheduler(0)],
-        "command": "python benchmarks/robot_latency.py",
+        "command": command,
     }
     write_anew(path, [line | facts for line in lines])
 

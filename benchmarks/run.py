@@ -85,7 +85,7 @@ ROWS = {
     ),
     "pixel_pick_resnet": Row(
         "from two cameras of 128 x 128, ResNet-10, on a GPU",
-        "sac_pixel_sim.py --encoder resnet10 --image-size 128 --crop-padding 4 --batch-size 256 --amp",
+        "sac_pixel_sim.py --encoder resnet10 --image-size 128 --batch-size 256 --amp",
         "eval/success_rate",
         "at least 0.95; 5 min on an H200",
     ),

@@ -15,6 +15,7 @@ Run it on a quiet machine. `others_cores` in the file says how many cores other 
 OpenMP's two threads wait for each other, so that one foreign process slows a PyTorch contender many times over.
 """
 
+import csv
 import hashlib
 import json
 import sys
@@ -22,6 +23,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import tyro
 from run import REPO, RESULTS
 from speed import bind, interpreter, run_contender, take_turns, timing, versions
@@ -29,8 +31,8 @@ from speed import bind, interpreter, run_contender, take_turns, timing, versions
 # The flags of sac_state_sim.py that make it the others' SAC; {total} and {learning_starts} are filled in.
 OURS = """--env-id {env_id} --total-timesteps {total} --learning-starts {learning_starts} --demos 0 --batch-size 256
     --num-qs 2 --num-min-qs 2 --utd-ratio 1 --policy-delay 1 --no-layer-norm
-    --no-normalize-observations --actor-q min --backup-entropy --gamma 0.99 --alpha-init 1.0
-    --target-entropy-per-dim -1.0 --log-every 500 --eval-every 1000000000 --save-every 1000000000
+    --no-normalize-observations --backup-entropy --gamma 0.99 --alpha-init 1.0
+    --target-entropy-per-dim -1.0 --eval-every 1000 --eval-episodes 1
     --final-eval-episodes 1 --no-capture-video"""
 CLEANRL = "--env-id {env_id} --total-timesteps {total} --learning-starts {learning_starts} --batch-size 256"
 # SB3 and SBX share their interface. Prints [[step, seconds], ...] at both ends of the timed part.
@@ -125,6 +127,11 @@ def marks(contender: str, folder: Path, stdout: str) -> list[tuple[int, float]]:
     """(step, time in s) at each moment that a finished run has noted."""
     if contender in ("sb3", "sbx"):
         return [tuple(mark) for mark in json.loads(stdout.splitlines()[-1])]
+    if contender.startswith("ours"):  # its steps per second leave out what it evaluates in between
+        with (folder / "runs" / "train.csv").open(newline="") as file:
+            rows = [(int(row["global_step"]), float(row["charts/SPS"])) for row in csv.DictReader(file)]
+        times = np.cumsum([(step - before) / rate for (before, _), (step, rate) in zip(rows, rows[1:], strict=False)])
+        return [(rows[0][0], 0.0), *((step, float(time)) for (step, _), time in zip(rows[1:], times, strict=True))]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (events,) = (folder / "runs").rglob("events.out.tfevents.*")

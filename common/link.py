@@ -97,6 +97,8 @@ class Learner:
             fail(f"--address {address}: a network needs --curve-keys DIR, which encrypts and authenticates")
         self.hello, self.record_bytes, self.check = hello, record_bytes, check
         self.held: dict[str, int] = {}
+        self.asking: set[str] = set()  # actors that have not been told that it is over
+        self.over = False
         self.in_checkpoint: dict[str, int] = {}
         if keys:
             make_keys(Path(keys))
@@ -121,7 +123,8 @@ class Learner:
             identity, *frames = self.router.recv_multipart()
             try:
                 actor, records = self.read(frames, most - len(new))
-                reply = {"held": self.held.get(actor, 0), "saved": self.in_checkpoint.get(actor, 0)}
+                reply = {"held": self.held.get(actor, 0), "saved": self.in_checkpoint.get(actor, 0), "over": self.over}
+                self.asking = self.asking - {actor} if self.over else self.asking | {actor}
                 new += [(actor, record) for record in records]
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
                 reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
@@ -159,8 +162,17 @@ class Learner:
 
     def publish(self, version: int, weights: bytes, done: bool = False) -> None:
         """Sends the weights to all actors; `done` ends them."""
-        header = {"protocol": PROTOCOL, "version": version, "done": done}
+        header = {"protocol": PROTOCOL, "version": version}
         self.publisher.send(json.dumps(header).encode() + b"\n" + weights)
+        if done:
+            self.end()
+
+    def end(self, patience_s: float = 10.0) -> None:
+        """Tells each actor that has sent something that it is over, when it asks; takes nothing more."""
+        self.over = True
+        deadline = time.monotonic() + patience_s
+        while self.asking and time.monotonic() < deadline:
+            self.receive(100, most=0)
 
     def state_dict(self) -> dict:
         return {"held": dict(self.held)}
@@ -307,6 +319,7 @@ class Actor:
             if "error" in reply:
                 fail(f"the learner says: {reply['error']}")
             self.held = reply["held"]
+            self.done = reply["over"]
             self.journal.drop(reply["saved"])
             self.waiting = False
             self.answered = time.monotonic()
@@ -333,10 +346,9 @@ class Actor:
             self.sent = time.monotonic()
 
     def weights(self) -> tuple[int, bytes] | None:
-        """Version and weights, if newer ones have come. `done` is set when the learner has ended."""
+        """Version and weights, if newer ones have come."""
         if not self.subscriber.poll(0):
             return None
         header, _, weights = self.subscriber.recv().partition(b"\n")
         header = json.loads(header)
-        self.done = header["done"]
         return header["version"], weights

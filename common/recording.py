@@ -1,5 +1,6 @@
 """A Minari dataset that grows by whole episodes, whatever happens; contact sheet and videos of what it holds."""
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -73,9 +74,9 @@ class Recording:
         new = self.folder / ".new"
         shutil.rmtree(new, ignore_errors=True)  # of one that was killed right here
         new.mkdir()
-        storage = MinariStorage.new(
-            new, env.observation_space, env.action_space, env_spec=env.unwrapped.spec, jpeg_encoding=False
-        )
+        task = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)
+        spaces = (env.observation_space, env.action_space)
+        storage = MinariStorage.new(new, *spaces, env_spec=task, jpeg_encoding=False)
         storage.update_metadata(about)
         new.rename(self.data)
 
@@ -164,6 +165,32 @@ class Recording:
                 f"{self.name}: {free / 1e6:.0f} MB are free in {self.data}, an episode may take {needed / 1e6:.0f} MB; "
                 f"make room, then go on: the {len(self.episodes)} episodes that have ended are there"
             )
+
+    def write_pictures(self, episodes: list, env: gym.Env) -> Path | None:
+        """A video of each of Minari's `episodes`, with the cameras side by side, and a contact sheet of the newest: six
+        pictures of each, or of each of their labels. Returns the sheet's path; None when no pictures are observed."""
+        cameras = cameras_of(env)
+        if not cameras:
+            return None
+        rows = []
+        for episode in episodes:
+            frames = np.concatenate([episode.observations[name] for name in cameras], axis=2)  # (T + 1, H, K * W, 3)
+            path = self.folder / f"episode_{episode.id}.mp4"
+            source = self.data / f"episode_{episode.id}.hdf5"
+            if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:  # new, or recorded after an undo
+                write_video(frames, path, env.metadata.get("render_fps", 10))
+            kinds = {self.episodes[episode.id]["verdict"]: np.arange(len(frames))}
+            if "label" in episode.infos:
+                labels = episode.infos["label"]
+                kinds = {}
+                for label in np.unique(labels):
+                    name = "left out" if label < 0 else f"label {label}"
+                    kinds[name] = 1 + np.flatnonzero(labels == label)
+            for kind, numbers in kinds.items():
+                shown = numbers[np.linspace(0, len(numbers) - 1, 6).round().astype(int)]
+                rows.append((f"{episode.id} {kind}", frames[shown]))
+        write_sheet(rows[-60:], self.folder / "contact_sheet.png")
+        return self.folder / "contact_sheet.png"
 
 
 def put(group, fields: dict, attributes: dict) -> None:

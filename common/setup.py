@@ -52,6 +52,11 @@ class RunArgs:
     amp: bool = False
     """bfloat16 matrix products: faster on a GPU, and on CPUs with AVX512-BF16 or AMX"""
 
+    @classmethod
+    def recipe(cls, given: dict[str, str]) -> dict[str, object]:
+        """Defaults that depend on other flags, by name; `given`: what the command line says, --FLAG to value."""
+        return {}
+
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
 
@@ -65,26 +70,24 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def parse(
-    Args: type[T],  # noqa: N803
-    doc: str,
-    may_change: str,
-    argv: list[str] | None = None,
-    default: T | None = None,
-) -> T:
-    """The command line over `default`; with --resume or --eval-only the run's own flags are the defaults.
+def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = None) -> T:  # noqa: N803
+    """The command line; with --resume or --eval-only the run's own flags are the defaults.
 
     `may_change` names, separated by spaces, the flags that may differ from the run's. Exits with one line when flags
     contradict each other or the run. --help shows `doc`, then the flags in groups.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = absl_flags(Args, sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         print(help_text(Args, doc))
         raise SystemExit(0)
-    args = tyro.cli(Args, args=argv, default=default)
+    given = dict(zip(argv, argv[1:], strict=False))
+    recipe = Args.recipe(given) if issubclass(Args, RunArgs) else {}
+    args = tyro.cli(Args, args=argv, default=Args(**recipe))
     resume, eval_only = (getattr(args, name, None) for name in ("resume", "eval_only"))  # not every script has them
     run_dir = resume or eval_only
     if run_dir:
+        if Path(run_dir).is_file():  # a checkpoint in the run's folder
+            run_dir = str(Path(run_dir).parent)
         saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
         for name in vars(saved).keys() - set(may_change.split()):

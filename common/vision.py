@@ -1,13 +1,10 @@
 """Images: augmentation, convolutional trunks, pooling, FiLM, and files of pretrained parameters.
 
-    images = augment(frames, ("crop",), padding=4, generator=generator)  # (B, N, H, W, 3)
-    trunk = make_trunk("resnet10", in_channels=3, pretrained="resnet10_params.pkl")
-    pooling, features = make_pooling("embeddings", map_shape(trunk, in_channels=3, size=128))
-
 Images are (N, H, W, C), uint8 or float in 0 ... 255; maps are (N, C, h, w), stored channels last.
 """
 
 import hashlib
+import io
 import math
 import pickle
 from collections.abc import Callable, Iterator
@@ -20,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 JITTER_STRENGTH = 0.2  # largest relative change of brightness, contrast and saturation
-BLUR_SIGMAS = (0.1, 1.1)  # smallest and largest standard deviation of a blur, in pixels
+BLUR_LEAST, BLUR_RANGE = 0.1, 1.0  # of a blur's standard deviation, in pixels
 OUR_NAMES = {"Conv_0": "conv1", "Conv_1": "conv2", "MyGroupNorm_0": "norm1", "MyGroupNorm_1": "norm2"}
 OUR_NAMES |= {"kernel": "weight", "scale": "weight"}  # of what SERL's parameters are called
 
@@ -31,8 +28,7 @@ def random_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
 
     DrQ arXiv:2004.13649, SERL vision/data_augmentations.py:7.
     """
-    count, height, width, channels = images.shape
-    device = images.device
+    (count, height, width, channels), device = images.shape, images.device
     rows = (torch.arange(height, device=device) + offsets[:, :1] - padding).clamp(0, height - 1)  # (N, H)
     columns = (torch.arange(width, device=device) + offsets[:, 1:] - padding).clamp(0, width - 1)  # (N, W)
     rows = torch.arange(count, device=device)[:, None] * height + rows  # of all images, one below the other
@@ -77,8 +73,7 @@ def augment(frames: Tensor, kinds: tuple[str, ...], padding: int, generator: tor
         draws = torch.rand(number, 3, generator=generator, device=device)
         images = color_jitter(images.float(), JITTER_STRENGTH, draws)
     if "blur" in kinds:
-        least, most = BLUR_SIGMAS
-        sigmas = least + (most - least) * torch.rand(number, generator=generator, device=device)
+        sigmas = BLUR_LEAST + BLUR_RANGE * torch.rand(number, generator=generator, device=device)
         images = blur(images.float(), sigmas)
     images = images.unflatten(0, (batch, count))
     if "flip" in kinds:
@@ -172,8 +167,7 @@ class ResNetTrunk(nn.Module):
 class MobileNetTrunk(nn.Module):
     """torchvision's MobileNetV3-small without its classifier, arXiv:1905.02244.
 
-    `pretrained`: BatchNorm with the statistics that come with the weights. From scratch GroupNorm stands in, because
-    the images of a replay buffer change all the time, and one image is all that there is when acting.
+    `pretrained`: BatchNorm with the statistics of its file; from scratch GroupNorm, as one acts on single images.
     """
 
     def __init__(self, in_channels: int, pretrained: bool = False):
@@ -203,8 +197,7 @@ def make_trunk(
     """The convolutions `name`, small, resnet10 or mobilenet: images (N, H, W, in_channels) -> maps (N, C, h, w).
 
     `pretrained` names the file of their parameters; without `load` it is not read, as a checkpoint brings them.
-    `channels` are those of small, whose every convolution halves the image. Raises ValueError when the file, or a
-    package, is not there or does not fit.
+    `channels` are those of small. Raises ValueError when the file, or a package, is not there or does not fit.
     """
     if name == "small":
         trunk = SmallTrunk(in_channels, channels, (2,) * len(channels))
@@ -228,11 +221,9 @@ def map_shape(trunk: nn.Module, in_channels: int, size: int) -> tuple[int, int, 
 
 def fingerprint(trunk: nn.Module) -> str:
     """A hash of a trunk's parameters: the same for the same trunk, wherever its file was."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(trunk.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    parameters = sorted(trunk.state_dict().items())
+    data = [name.encode() + tensor.cpu().contiguous().numpy().tobytes() for name, tensor in parameters]
+    return hashlib.sha256(b"".join(data)).hexdigest()
 
 
 # --- Pooling ----------------------------------------------------------------------------------------------------------
@@ -298,16 +289,13 @@ def jax_array(function: Callable, arguments: tuple, state: tuple, _: object) -> 
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Reads dictionaries of numpy and jax arrays. Nothing is looked up but these names, so nothing foreign is run.
-
-    Python's documentation, "Restricting Globals".
-    """
+    """Reads dictionaries of numpy and jax arrays; no other name is looked up, so nothing foreign is run."""
 
     ALLOWED = {
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
-        ("numpy", "_reconstruct"): np.empty(0).__reduce__()[0],
-        ("numpy", "_frombuffer"): np.empty(0).__reduce_ex__(5)[0],
+        ("numpy", "_reconstruct"): np._core.multiarray._reconstruct,
+        ("numpy", "_frombuffer"): np._core.numeric._frombuffer,
         ("_codecs", "encode"): lambda text, _: text.encode("latin1"),
         ("jax", "_reconstruct_array"): jax_array,
         ("flax", "FrozenDict"): dict,
@@ -335,15 +323,12 @@ def torch_parameters(tree: dict, prefix: str = "") -> Iterator[tuple[str, Tensor
 
 def read_parameters(path: str) -> dict[str, Tensor]:
     """Parameters by our names: of a pickle of SERL's, or a file of torch.save, also inside "params" or "state_dict"."""
-    pickled = Path(path).suffix == ".pkl"
-    if pickled:
-        with Path(path).open("rb") as file:
-            tree = ArrayUnpickler(file).load()
+    if Path(path).suffix == ".pkl":
+        tree = ArrayUnpickler(io.BytesIO(Path(path).read_bytes())).load()
+        parameters = dict(torch_parameters(tree.get("params", tree)))
     else:
         tree = torch.load(path, map_location="cpu", weights_only=True)
-    for wrapper in ("params", "state_dict"):
-        tree = tree.get(wrapper, tree)
-    parameters = dict(torch_parameters(tree)) if pickled else tree
+        parameters = tree.get("state_dict", tree.get("params", tree))
     return {name.removeprefix("module."): tensor for name, tensor in parameters.items()}  # of DataParallel
 
 

@@ -180,7 +180,7 @@ def one_line(result: Finished, name: str) -> str:
     assert result.returncode not in (0, None), result.stdout
     assert "Traceback" not in result.stderr, result.stderr
     lines = re.split("[\r\n]", result.stderr)
-    errors = [line for line in lines if line.strip() and not re.search(r"(step|update)/s\]|\?(step|update)", line)]
+    errors = [line for line in lines if line.strip() and not re.search(r"(step|update)/s|s/(step|update)", line)]
     assert len(errors) == 1 and errors[0].startswith(f"{name}: "), result.stderr
     return errors[0]
 

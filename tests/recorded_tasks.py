@@ -15,12 +15,18 @@ NEAR = 0.12  # success
 class Reach(gym.Env):
     """A point goes to the origin and may stay there; its picture has one bright pixel."""
 
-    metadata = {"render_fps": 20}
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
     observation_space = spaces.Dict(
         state=spaces.Box(-10, 10, (3,), np.float32), front=spaces.Box(0, 255, (16, 24, 3), np.uint8)
     )
     action_space = spaces.Box(-1, 1, (3,), np.float32)
     resets = 0
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        return self.observe()["front"]
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -122,6 +128,15 @@ class Gripper(Reach):
         return np.append(super().expert_action(), np.float32(-1))
 
 
+class Boxed(Reach):
+    """Executes at most half of what is asked for, and says so, as the robot does at the edge of its box."""
+
+    def step(self, action):
+        executed = np.clip(action, -0.5, 0.5)
+        *step, info = super().step(executed)
+        return *step, info | {"executed_action": executed, "asked_action": action}
+
+
 class TwoCameras(Reach):
     """A second picture."""
 
@@ -132,5 +147,5 @@ class TwoCameras(Reach):
         return obs | {"side": obs["front"]}
 
 
-for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Silent, Gripper, TwoCameras):
+for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Silent, Gripper, Boxed, TwoCameras):
     gym.register(f"{task.__name__}-v0", f"{__name__}:{task.__name__}", max_episode_steps=30)

@@ -156,9 +156,11 @@ def watch(address: str, seconds: float) -> list[dict]:
 
 
 @contextlib.contextmanager
-def serving(cwd: Path, *flags: object, timeout: float = 60.0) -> Iterator[Popen]:
+def serving(
+    cwd: Path, *flags: object, timeout: float = 60.0, script: str | Path = "robot_server.py"
+) -> Iterator[Popen]:
     """`python robot_server.py --port 0 *flags`, once it serves; process.requests and process.states are addresses."""
-    with popen_script("robot_server.py", "--port", 0, *flags, cwd=cwd) as process:
+    with popen_script(script, "--port", 0, *flags, cwd=cwd) as process:
         found: list[re.Match] = []
 
         def ready() -> bool:

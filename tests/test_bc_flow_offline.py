@@ -39,10 +39,10 @@ from bc_flow_offline import (
     evaluate,
     make_env_and_datasets,
     process_train_dataset,
-    read_args,
 )
 from common.evaluation import CsvLogger, LoggingHelper, video_grid
 from common.run import drop_rows_after
+from common.setup import parse
 from common.vision import pad_same, random_crop
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -58,6 +58,10 @@ def _exact_and_on_one_thread():
     yield
     torch.set_num_threads(threads)
     torch.set_float32_matmul_precision(precision)
+
+
+def read_args(argv: list[str]) -> Args:
+    return parse(Args, "", Args.MAY_CHANGE, argv)
 
 
 def small_args(**changes) -> Args:
@@ -1267,11 +1271,14 @@ def test_kill_at_many_moments(tmp_path, point_data):
     """kill -9, again and again on one run; then it finishes as if nothing had happened."""
     flags = [*TINY.split(), *POINT, "--offline-steps", 2000, "--eval-interval", 350, "--eval-episodes", 2]
     moments, run_dir, env, kills, steps = random.Random(0), tmp_path / "run", env_of(point_data), 0, []
-    while kills < 15:
+
+    def go_on() -> list[object]:
         if not (run_dir / "args.json").exists():  # written last of a new folder's
             shutil.rmtree(run_dir, ignore_errors=True)
-        go_on = ["--resume", "run"] if run_dir.exists() else [*flags, "--run-dir", "run"]
-        with popen_forked(SCRIPT, *go_on, cwd=tmp_path, **env) as process:
+        return ["--resume", "run"] if run_dir.exists() else [*flags, "--run-dir", "run"]
+
+    while kills < 15:
+        with popen_forked(SCRIPT, *go_on(), cwd=tmp_path, **env) as process:
             process.join(moments.uniform(0.1, 0.8))
             killed = process.exitcode is None
         errors = process.stderr_path.read_text()
@@ -1284,7 +1291,7 @@ def test_kill_at_many_moments(tmp_path, point_data):
     assert kills > 1 and steps == sorted(steps)
     newest = run_dir / "checkpoint.pt"
     if not newest.exists() or not torch.load(newest, weights_only=True)["run"]["finished"]:
-        run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env)
+        run_forked(SCRIPT, *go_on(), cwd=tmp_path, **env)
     run_forked(SCRIPT, *flags, "--run-dir", "whole", cwd=tmp_path, **env)
     changed = differences(checkpoint(run_dir), checkpoint(tmp_path / "whole"))
     assert [path for path in changed if path != "/config/resume"] == []

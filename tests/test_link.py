@@ -17,7 +17,7 @@ import zmq
 import zmq.auth
 from conftest import free_port, one_line, read_checkpoint, read_csv, wait_until
 from forked import popen_forked
-from state_runs import SCRIPT, TASKS, TINY, script
+from state_runs import SCRIPT, TASKS, TINY, script, stored
 
 from common import link
 from common.link import PROTOCOL, RECORDS_PER_FILE, Actor, Journal, Learner, parse_address
@@ -242,10 +242,32 @@ def test_weights_reach_the_actor(tmp_path):
             learner.publish(5, b"five\nlines")
             time.sleep(0.02)
             got = actor.weights()
-        assert got == (5, b"five\nlines") and not actor.done
-        for version in (6, 7):
-            learner.publish(version, b"newer", done=version == 7)
-        wait_until(lambda: actor.weights() and actor.done, timeout=30)  # the newest only
+        assert got == (5, b"five\nlines")
+        learner.publish(6, b"newer")
+        wait_until(lambda: actor.weights() == (6, b"newer"), timeout=30)
+
+
+def test_all_actors_are_told_that_it_is_over(tmp_path):
+    """Also one that is busy; what they send afterwards stays with them; one that is gone is not waited for long."""
+    port = free_port()
+    with learner_at(port) as learner, actor_at(port, tmp_path / "one") as one, actor_at(port, tmp_path / "two") as two:
+        for actor in (one, two):
+            actor.send(record(0))
+            assert taken(learner, actor, 1) == [record(0)]
+        one.send(record(1))
+        ending = threading.Thread(target=learner.end)
+        ending.start()
+        deadline = time.monotonic() + 30
+        while not (one.done and two.done) and time.monotonic() < deadline:
+            one.exchange(0)
+            time.sleep(0.3)
+            two.exchange(0)
+        ending.join()
+        assert one.done and two.done and set(learner.held.values()) == {1}
+        learner.asking.add("gone")
+        begun = time.monotonic()
+        learner.end(patience_s=0.5)
+        assert time.monotonic() - begun < 5
 
 
 # --- The wire, with this test as the actor ----------------------------------------------------------------------------
@@ -287,7 +309,7 @@ def test_records_are_numbered():
             (50, 150, 200),
         ):
             reply, new = ask(*message(first, records(first, count)))
-            assert reply == {"held": held, "saved": 0}
+            assert reply == {"held": held, "saved": 0, "over": False}
             all_new += new
     assert all_new == [("test", record(number)) for number in range(200)]
 
@@ -406,6 +428,9 @@ def test_curve_keys(tmp_path, monkeypatch):
 
 
 # --- The script as learner and actors ---------------------------------------------------------------------------------
+LOGGED = ("--eval-every", 100, "--eval-episodes", 1)  # so that train.csv has a row every 50 steps
+
+
 class Site:
     """A folder with one learner, its address, and as many actors as a test starts."""
 
@@ -509,15 +534,15 @@ def test_a_learner_and_two_actors_to_the_end(tmp_path):
 
 def test_learner_and_actor_are_killed_and_stopped_and_resumed(tmp_path):
     """kill -9 of the learner, of the actor, of both, then Ctrl-C of each; every step arrives once."""
-    site = Site(tmp_path, "--total-timesteps", 3000, "--eval-every", 100, "--eval-episodes", 1)
+    site = Site(tmp_path, "--total-timesteps", 2000, *LOGGED)
     with contextlib.ExitStack() as stack:
         running = {name: stack.enter_context(site.start(name)) for name in ("learner", "actor")}
         for goal, names, how in (
-            (400, ["learner"], signal.SIGKILL),
-            (800, ["actor"], signal.SIGKILL),
-            (1200, ["learner", "actor"], signal.SIGKILL),
-            (1600, ["learner"], signal.SIGINT),
-            (2000, ["actor"], signal.SIGINT),
+            (300, ["learner"], signal.SIGKILL),
+            (600, ["actor"], signal.SIGKILL),
+            (900, ["learner", "actor"], signal.SIGKILL),
+            (1200, ["learner"], signal.SIGINT),
+            (1500, ["actor"], signal.SIGINT),
         ):
             wait_until(lambda goal=goal: site.step() >= goal)
             for name in names:
@@ -557,7 +582,7 @@ def test_a_learner_needs_a_task_that_owns_something_for_its_spaces_only(tmp_path
 def test_a_paced_learner_waits_and_a_free_one_goes_on(tmp_path):
     """--utd-ratio 0 learns while no step arrives; a ratio is kept."""
     for ratio in (0, 1):
-        site = Site(tmp_path / str(ratio), "--total-timesteps", 1000, "--utd-ratio", ratio)
+        site = Site(tmp_path / str(ratio), "--total-timesteps", 1000, "--utd-ratio", ratio, *LOGGED)
         with site.start("actor") as actor, site.start("learner") as learner:
             wait_until(lambda site=site: site.step() >= 100)
             os.kill(actor.pid, signal.SIGKILL)

@@ -16,7 +16,7 @@ import recorded_tasks
 from conftest import popen_script, run_script, wait_until
 
 import record_demos
-from common import envs, evaluation
+from common import envs
 
 TESTS = str(Path(__file__).parent)
 KILLS = int(os.environ.get("KILLS", 3))  # moments; 20 take some minutes
@@ -79,6 +79,13 @@ def test_expert_episodes_are_stored_as_they_were(tmp_path, monkeypatch):
     assert dataset.storage.metadata["fingerprint"]["observations"] == {"front": [16, 24, 3], "state": [3]}
 
 
+def test_executed_action_is_what_is_learned_from(tmp_path, monkeypatch):
+    record(tmp_path, "--episodes", 1, task="Boxed")
+    (episode,) = load(tmp_path, monkeypatch).iterate_episodes()
+    asked = episode.infos["asked_action"]
+    assert np.abs(asked).max() > 0.5 and np.array_equal(episode.actions, np.clip(asked, -0.5, 0.5))
+
+
 def test_contact_sheet_and_videos_show_the_episodes(tmp_path, monkeypatch):
     record(tmp_path, "--episodes", 2, task="TwoCameras")
     folder = tmp_path / "minari/hil/demos-v0"
@@ -113,11 +120,15 @@ def test_data_is_cloned_and_is_demonstrations(tmp_path, monkeypatch):
         list(envs.demonstrations("hil/demos-v0", envs.make("recorded_tasks:Gripper-v0"), seed=1, noise=0.0))
     with pytest.raises(SystemExit, match=r'task is "Reach-v0" there, "Slow-v0" here'):
         list(envs.demonstrations("hil/demos-v0", envs.make("recorded_tasks:Slow-v0"), seed=1, noise=0.0))
-    flags = ("--offline-steps", 3, "--batch-size", 4, "--encoder", "impala_small", "--hidden-dims", 16)
+    flags = ("--offline-steps", 4, "--batch-size", 4, "--encoder", "impala_small", "--hidden-dims", 16)
+    flags += ("--eval-episodes", 2, "--log-interval", 2, "--num-workers", 1, "--no-capture-video")
     for loading in ("memory", "workers"):
-        flags = (*flags, "--data-loading", loading, "--num-workers", 1, "--run-dir", loading, "--no-capture-video")
-        cloned = run_script("bc_flow_offline.py", "--env-name", "hil/demos-v0", *flags, cwd=tmp_path)
+        where = ("--data-loading", loading, "--run-dir", loading)
+        cloned = run_script(
+            "bc_flow_offline.py", "--env-name", "hil/demos-v0", *flags, *where, cwd=tmp_path, env={"PYTHONPATH": TESTS}
+        )
         assert f"3 of 3 episodes, {dataset.total_steps} steps" in cloned.stdout
+        assert "no evaluation" not in cloned.stderr  # the task comes back from the dataset
 
 
 def test_failures_are_kept_and_named(tmp_path, monkeypatch):
@@ -254,13 +265,6 @@ def test_dataset_of_another_set_up_is_refused(tmp_path):
     assert "hil/demos-v0: its mode is demos, not classifier; give another name" in line
 
 
-def test_foreign_dataset_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    episodes = envs.demonstrations("1", env := envs.make("recorded_tasks:Reach-v0"), seed=1, noise=0.0)
-    evaluation.record("hil/demos-v0", episodes, env, record_demos.success)
-    assert "hil/demos-v0: exists, and was not recorded here" in refusal(tmp_path)
-
-
 def test_hands_that_are_not_there(tmp_path):
     assert "standard input is no terminal" in refusal(tmp_path, teleop="keyboard")
     primary, secondary = pty.openpty()
@@ -280,7 +284,7 @@ class Person:
 
     def __init__(self, folder: Path, *flags: object, task: str = "Reach"):
         self.primary, self.secondary = pty.openpty()
-        flags = ("--env-id", f"recorded_tasks:{task}-v0", *flags)
+        flags = ("--env-id", f"recorded_tasks:{task}-v0", *flags) if task else flags
         self.context = popen_script(
             "record_demos.py", *flags, cwd=folder, env={"PYTHONPATH": TESTS}, stdin=self.secondary
         )
@@ -526,7 +530,7 @@ class Suggestion:
 
 
 def test_suggestions_are_stored_and_disagreements_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record_demos, "load_detector", lambda path, env: Suggestion())
+    monkeypatch.setattr(record_demos, "open_classifier", lambda path, env: Suggestion())
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr(recorded_tasks.Reach, "resets", 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -556,7 +560,7 @@ def served(folder: Path, *flags: object):
 
 
 def test_expert_demonstrates_through_the_server(tmp_path, monkeypatch):
-    with served(tmp_path, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 0) as server:
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0") as server:
         flags = ("--teleop", "expert", *server, "--noise", 0.05)
         finished = run_script("record_demos.py", *flags, "--episodes", 2, cwd=tmp_path, timeout=280)
         wrong = run_script("record_demos.py", *flags, "--task", "pick", cwd=tmp_path, check=False)
@@ -573,10 +577,43 @@ def test_expert_demonstrates_through_the_server(tmp_path, monkeypatch):
         for name in ("front", "wrist"):
             frames = episode.observations[name].astype(int)
             assert frames.shape == (len(episode) + 1, 128, 128, 3) and frames.std() > 20
-            assert np.abs(np.diff(frames, axis=0)).sum((1, 2, 3)).all()  # a new picture in every step
+            moving = np.abs(np.diff(episode.observations["state"], axis=0)[:, 4:7]).max(1) > 0.002  # tcp, m
+            changed = np.abs(np.diff(frames, axis=0)).max((1, 2, 3)) > 0
+            assert moving.any() and changed[moving].all()  # pictures and states are of the same moments
         assert (np.abs(episode.actions) <= 1).all() and episode.actions.shape[1] == 7
-        assert np.abs(episode.actions - episode.infos["asked_action"]).max() > 0  # the safety box cut some
+        assert np.abs(episode.actions).max() > 0.3 and episode.infos["asked_action"].shape == episode.actions.shape
         assert np.diff(episode.infos["time_s"]).min() > 0.05
+
+
+def test_person_demonstrates_through_the_server(tmp_path, monkeypatch):
+    """The arm holds while a person waits, pauses and is asked; each episode begins with what is seen then."""
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0") as server, Person(tmp_path, *server, task="") as person:
+        person.waits_for("ready: move to begin")
+        time.sleep(2.0)
+        person.types("r", then_s=1.0)  # up
+        person.types("p")
+        person.waits_for("paused")
+        time.sleep(2.0)
+        person.types("\n", then_s=0.3)
+        person.types("s", then_s=1.0)  # back
+        person.types("y")
+        person.waits_for("episode 0: success")
+        person.waits_for("ready: move to begin")
+        person.types("f", then_s=0.5)
+        person.types("x")
+        person.waits_for("episode 1 is not kept")
+        person.waits_for("ready")
+        output = person.quits()
+    (episode,) = load(tmp_path, monkeypatch).iterate_episodes()
+    assert 15 < len(episode) < 60 and "fault" not in output
+    position = episode.observations["state"][:, 4:7]  # in the frame where the episode began, the tcp looks down
+    steered = np.flatnonzero(episode.infos["intervened"])
+    assert steered[0] == 0 and len(steered) >= 8
+    assert np.linalg.norm(position[0]) < 0.002  # it stood still until then
+    assert position[:, 2].min() < -0.01 and np.ptp(position[:, 0]) > 0.01  # went up, then back
+    assert np.abs(episode.actions[~episode.infos["intervened"]]).max() < 1e-6
+    assert episode.terminations[-1] and episode.rewards.sum() == 1
+    assert np.diff(episode.infos["time_s"]).min() > 0.05 and episode.infos["late_s"].max() > 0
 
 
 def test_server_of_another_task_is_refused(tmp_path):
@@ -590,7 +627,7 @@ def test_server_of_another_task_is_refused(tmp_path):
 
 def test_camera_that_freezes_costs_one_episode(tmp_path, monkeypatch):
     """On the simulated robot, with a camera of one's own that stands still for a while in the second episode."""
-    with served(tmp_path, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 0) as server:
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0") as server:
         flags = ("--env-id", "freezing_camera:Peg-v0", "--teleop", "expert", "--episodes", 2)
         env = {"PYTHONPATH": TESTS, "SERVER": server[1]}
         finished = run_script("record_demos.py", *flags, cwd=tmp_path, timeout=280, env=env)

@@ -63,7 +63,8 @@ def test_episodes_come_back_without_loss(env):
         assert np.array_equal(episode.infos["label"], before["infos"]["label"])
     about = list(dataset.storage.get_episode_metadata([0, 1]))
     assert [(a["verdict"], a["seed"], a["total_steps"]) for a in about] == [("success", 7, 3), ("success", 8, 5)]
-    assert dataset.recover_environment().unwrapped.spec.id == "Reach-v0"
+    again = dataset.recover_environment()
+    assert again.spec.id == "Reach-v0" and again.spec.max_episode_steps == 30
     assert dataset.storage.metadata["mode"] == "demos"
 
 
@@ -157,8 +158,18 @@ def test_other_uses_of_the_name_are_refused(env):
         opened(env, ABOUT | {"mode": "classifier"})
     with pytest.raises(SystemExit, match=r'is of another set-up: .*task is "Reach-v0" there, "Gripper-v0" here'):
         opened(envs.make("recorded_tasks:Gripper-v0"))
-    with pytest.raises(SystemExit, match="--dataset x: "):
-        dataset_folder("x", "--dataset")
+    for name in ("x", "hil/x", "hil x-v0"):
+        with pytest.raises(SystemExit, match=f"--dataset {name}: is no name that Minari takes"):
+            dataset_folder(name, "--dataset")
+
+
+def test_foreign_dataset_is_left_alone(env, tmp_path):
+    foreign = tmp_path / "hil/x-v0/data/metadata.json"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text('{"dataset_id": "hil/x-v0", "total_episodes": 3}')
+    with pytest.raises(SystemExit, match="hil/x-v0: exists, and was not recorded here; give another name"):
+        opened(env)
+    assert [path.name for path in foreign.parent.iterdir()] == ["metadata.json"]
 
 
 def test_room_for_the_longest_episode(env, monkeypatch):

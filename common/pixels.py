@@ -12,6 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -150,6 +151,60 @@ class ImagesAndState(gym.ObservationWrapper):
             resized = F.interpolate(pixels, (self.size, self.size), mode="area").round()
             image = resized[0].to(torch.uint8).numpy()
         return np.broadcast_to(image.transpose(1, 2, 0), (self.size, self.size, 3))
+
+
+class Views(NamedTuple):
+    """What an observation consists of."""
+
+    cameras: tuple[str, ...]  # K names
+    size: int  # H = W
+    stack: int  # T steps
+    columns: dict[str, tuple[int, int]]  # of each state, the first and the last + 1 in a step's S numbers
+
+    @property
+    def frame_shape(self) -> tuple[int, ...]:
+        """All cameras' images of one step: (K, H, W, 3)."""
+        return len(self.cameras), self.size, self.size, 3
+
+    @property
+    def pixels(self) -> str:
+        return f"{len(self.cameras)} x {self.size} x {self.size} pixels"
+
+    @property
+    def state_dim(self) -> int:
+        """T * S"""
+        return self.stack * sum(stop - start for start, stop in self.columns.values())
+
+
+def views_of(env: gym.Env) -> Views:
+    """Of a task with ImagesAndState and FrameStackObservation; says which images will not keep their shape."""
+    stack, _, size = env.observation_space["images"].shape[:3]
+    for name in env.get_wrapper_attr("squeezed"):
+        print(f"{name} is not square: it is squeezed to {size} x {size}")
+    return Views(env.get_wrapper_attr("cameras"), size, stack, env.get_wrapper_attr("columns"))
+
+
+def pixel_step_type(views: Views, action_dim: int, frames: int) -> np.dtype:
+    """One step as it is journalled and sent: an action and what followed; `first`: a reset, without an action.
+
+    Of the observation's stack it holds the newest `frames`: the older ones are in the steps before.
+    """
+    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
+    fields += [("observation", "f4", (views.state_dim,)), ("frames", "u1", (frames, *views.frame_shape))]
+    return np.dtype(fields)
+
+
+def pack_pixels(dtype: np.dtype, action: np.ndarray | None, obs: dict, reward=0.0, terminated=False) -> np.ndarray:
+    """A step of type `pixel_step_type` (); without an action a reset."""
+    step = np.zeros((), dtype)
+    step["observation"] = obs["state"].reshape(-1)
+    step["frames"] = obs["images"][-len(step["frames"]) :]
+    step["first"] = action is None
+    if action is not None:
+        step["action"] = action
+        step["reward"] = reward
+        step["terminated"] = terminated
+    return step
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""common/frames.py: observations of any form with images in them, and frames in a memory-mapped file."""
+"""common/pixels.py: observations of any form with images in them, and frames in a memory-mapped file."""
 
 import shutil
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from common import frames
-from common.frames import FrameFile, ImagesAndState, Rendered, image_axes, one_line_without_opengl, size_text
+from common import pixels as module
+from common.pixels import FrameFile, ImagesAndState, Rendered, image_axes, one_line_without_opengl, size_text
 from common.setup import Fault
 
 CPU = torch.device("cpu")
@@ -257,7 +257,7 @@ def test_disk_is_announced_and_refused_before_it_is_taken(tmp_path, monkeypatch,
     file.check_disk(200, "replay", "lower it")
     assert f"replay, 19.7 MB of disk in {tmp_path / 'new'}" in capsys.readouterr().out
     assert not file.path.exists()
-    monkeypatch.setattr(frames.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10_000_000))
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10_000_000))
     with pytest.raises(SystemExit, match=r"f.frames needs 19.7 MB of disk, there are 10 MB; lower it"):
         file.check_disk(200, "replay", "lower it")
 
