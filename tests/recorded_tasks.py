@@ -137,6 +137,17 @@ class Boxed(Reach):
         return *step, info | {"executed_action": executed, "asked_action": action}
 
 
+class Square(Reach):
+    """With pictures that a classifier takes."""
+
+    observation_space = spaces.Dict(
+        state=spaces.Box(-10, 10, (3,), np.float32), front=spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    )
+
+    def observe(self):
+        return super().observe() | {"front": np.full((32, 32, 3), 100, np.uint8)}
+
+
 class TwoCameras(Reach):
     """A second picture."""
 
@@ -147,5 +158,5 @@ class TwoCameras(Reach):
         return obs | {"side": obs["front"]}
 
 
-for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Silent, Gripper, Boxed, TwoCameras):
+for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Silent, Gripper, Boxed, Square, TwoCameras):
     gym.register(f"{task.__name__}-v0", f"{__name__}:{task.__name__}", max_episode_steps=30)
