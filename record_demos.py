@@ -481,7 +481,8 @@ class Session:
         }
         self.recording.add(fields, attributes)
         opinion = "; THE CLASSIFIER DISAGREES" if attributes.get("disagreement") else ""
-        done = f"episode {len(self.recording.episodes) - 1}: {attributes['verdict']}, {len(steps)} steps{opinion}"
+        what = verdict if demos else "labelled"
+        done = f"episode {len(self.recording.episodes) - 1}: {what}, {len(steps)} steps{opinion}"
         say(f"{done}; to go: {self.missing() or 'nothing'}")
 
 
@@ -588,6 +589,7 @@ def main(args: Args) -> None:
         if hand:
             hand.close()
         env.close()
+    show("")
     report(recording, env)
 
 

@@ -510,7 +510,7 @@ def test_key_toggles_the_label(tmp_path, monkeypatch):
         person.types("t")
         person.types("\n", then_s=0.3)
         person.types("y")
-        person.waits_for("episode 0: none")
+        person.waits_for("episode 0: labelled")
         person.quits()
     (episode,) = load(tmp_path, monkeypatch, "hil/frames-v0").iterate_episodes()
     labels = episode.infos["label"].tolist()
