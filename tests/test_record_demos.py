@@ -447,6 +447,24 @@ def test_enter_begins_when_the_scene_is_restored(tmp_path, monkeypatch):
     assert load(tmp_path, monkeypatch).total_episodes == 1
 
 
+def test_person_goes_on_when_the_robot_may_move_again(tmp_path, monkeypatch):
+    with Person(tmp_path, "--episodes", 2, task="Stopped") as person:
+        for said in ("episode 0: success", "episode 1: success"):
+            person.waits_for("ready")
+            person.types("w", then_s=0.3)
+            person.types("y")
+            person.waits_for(said)
+            if said.startswith("episode 0"):
+                person.waits_for("the stop button is pressed. Enter goes on with the next episode, q ends")
+                person.types("\n")
+        assert person.process.wait(60) == 0, person.output()
+    assert load(tmp_path, monkeypatch).total_episodes == 2
+    line = refusal(tmp_path / "alone", task="Stopped")  # where nobody can press Enter
+    assert line.endswith(
+        "the stop button is pressed; the 1 episodes that have ended are kept, the same command goes on"
+    )
+
+
 def test_undo_does_not_reach_an_earlier_session(tmp_path, monkeypatch):
     record(tmp_path, "--episodes", 1)
     with Person(tmp_path) as person:
@@ -510,7 +528,7 @@ def test_key_toggles_the_label(tmp_path, monkeypatch):
         person.types("t")
         person.types("\n", then_s=0.3)
         person.types("y")
-        person.waits_for("episode 0: none")
+        person.waits_for("episode 0: labelled")
         person.quits()
     (episode,) = load(tmp_path, monkeypatch, "hil/frames-v0").iterate_episodes()
     labels = episode.infos["label"].tolist()
