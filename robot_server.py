@@ -1008,6 +1008,7 @@ class Gripper(ABC):
         self.submit(Job("", "target", iter(())), action, (1 - closure) * self.max_width, 1.0, 0.5)
 
     def run(self) -> None:
+        go_first()
         job: Job | None = None
         give_up = 0.0
         while not self.stopping.wait(1 / self.hz):
@@ -1340,6 +1341,14 @@ class Board:
 
 
 # --- Robot thread -----------------------------------------------------------------------------------------------------
+def go_first() -> None:
+    """This thread before those of other programs, where that is allowed (root, rtprio). All threads of the robot
+    process do so, because each has to wait for whoever holds the interpreter's lock. libfranka does it itself."""
+    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(10))
+
+
 class Job:
     """A long operation; its handle is made up by the client."""
 
@@ -1444,9 +1453,8 @@ class Control(threading.Thread):
 
     def beat(self) -> None:
         """Ticks until the program ends, then lets the arm come to rest."""
-        if self.arm.waits and os.sched_getscheduler(0) == os.SCHED_OTHER:  # libfranka sets a higher one itself
-            with contextlib.suppress(PermissionError):  # allowed for root and with rtprio
-                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))  # of this thread alone
+        if self.arm.waits:
+            go_first()
         due = time.monotonic()
         while not self.stopping.is_set():
             due += 1 / self.args.control_hz
@@ -2578,6 +2586,7 @@ class Robot:
         """Until a signal."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.signalled)
+        go_first()
         shown = 0.0
         before = time.monotonic()
         told = False
