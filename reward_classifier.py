@@ -717,6 +717,8 @@ def grade(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]])
         if scores["held out"][camera]["separation"] < 0.2:
             print(f"camera {camera} tells next to nothing: is it the right one, and does it see the success?")
     write_atomically(run.dir / "scores.json", json.dumps(scores, indent=2).encode())
+    alone = {f"eval/{camera}_frames_right": rows[camera]["frames_right"] for camera in classifier.cameras}
+    run.log("eval", {f"eval/{key}": value for key, value in rows["together"].items()} | alone)
     shown = [(clip, head) for name in parts for clip, head in zip(parts[name], scored[name][-1], strict=True)]
     draw_errors(run.dir / "errors.png", *map(list, zip(*shown, strict=True)), thresholds[-1])
     run.plot("updates", "train", ("losses/learned", "losses/held_out"))
@@ -745,10 +747,10 @@ def train(args: Args, device: torch.device) -> None:
     trainer = Trainer(classifier, args, device)
     fit(run, trainer, learned, held_out, device)
     run.save(finished=True)
-    run.close()
     classifier.load_state_dict(trainer.best_weights)
     del parts["to learn from"]
     threshold, scores = grade(run, classifier, parts)
+    run.close()
     together = scores["held out"]["together"]
     seen, succeeded = together["seen_successes"], together["successful_episodes"]
     wrong, failed = together["false_successes"], together["failed_episodes"]

@@ -180,6 +180,9 @@ def test_learns_from_labelled_frames(datasets, capsys):
     assert "camera front tells next to nothing" in out and "camera wrist tells" not in out
     assert "recall 100%" in out
     assert json.loads(Path("run/scores.json").read_text()) == saved["about"]["scores"]
+    evaluation = read_csv(Path("run"), "eval.csv")
+    assert evaluation["eval/frames_right"] == [1.0] and evaluation["eval/false_successes"] == [0]
+    assert evaluation["eval/front_frames_right"][0] == pytest.approx(held_out["front"]["frames_right"])
     losses = read_csv(Path("run"), "train.csv")["losses/held_out"]
     assert losses[-1] < 0.5 * losses[0]
     for name in ("errors.png", "curve.png"):
