@@ -61,7 +61,7 @@ def local_datasets() -> list[str]:
         return list(minari.list_local_datasets())
 
 
-def is_local(dataset_id: str) -> bool:
+def is_here(dataset_id: str) -> bool:
     from minari.storage.datasets_root_dir import get_dataset_path
 
     return (get_dataset_path() / dataset_id / "data").exists()
@@ -103,12 +103,12 @@ def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = No
 
     root = get_dataset_path()
     clear_leftovers(root)
-    if is_local(dataset_id):
+    if is_here(dataset_id):
         return dataset_id
 
     def buffers() -> Iterator[EpisodeBuffer]:
         for number, parts in enumerate(episodes):
-            yield EpisodeBuffer(number, None, None, *checked(f"episode {number}", *parts))
+            yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts))
 
     with hidden_root(root) as temporary:
         with warnings.catch_warnings(action="ignore"):  # about author and permalink
@@ -156,7 +156,7 @@ def clear_leftovers(root: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def checked(where: str, observations, actions, rewards, terminations, truncations) -> tuple:
+def sound(where: str, observations, actions, rewards, terminations, truncations) -> tuple:
     """An episode's parts, rewards and ends (T,). Exits with one line when they are no numbers that can be learned."""
     try:
         steps = len(actions)
@@ -300,7 +300,7 @@ def find_dataset(
         return convert_hdf5(env_name, download_d4rl(env_name)), None
     if ROBOMIMIC.fullmatch(env_name):
         return convert_hdf5(env_name, robomimic_path(env_name)), None
-    if is_local(env_name):
+    if is_here(env_name):
         return env_name, None
     if "singletask" in env_name:
         return convert_ogbench(env_name)
@@ -342,7 +342,7 @@ def convert_hdf5(env_name: str, path: Path) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
         dataset_id = f"{kind}/{name}-{digest}-v{version}"
-        if is_local(dataset_id):
+        if is_here(dataset_id):
             return dataset_id
         check_space(get_dataset_path(), 1.5 * path.stat().st_size, dataset_id)
         with h5py.File(path) as file:
@@ -527,7 +527,7 @@ def convert_ogbench(env_name: str) -> tuple[str, str]:
     """Training and validation part of an OGBench dataset, through its own package, as local Minari datasets."""
     name, version = env_name.rsplit("-", 1)
     ids = f"ogbench/{name}-{version}", f"ogbench/{name}-val-{version}"
-    if all(map(is_local, ids)):
+    if all(map(is_here, ids)):
         return ids
     try:
         import ogbench
@@ -835,7 +835,7 @@ def reference_scores(dataset) -> tuple[tuple[float, float], str]:
     return (math.nan, math.nan), ""
 
 
-def describe(dataset, returns: list[float], episodes: int, steps: int, where: str) -> None:
+def print_facts(dataset, returns: list[float], episodes: int, steps: int, where: str) -> None:
     """Says what the data is; `returns` of the episodes that are used. Numbers are comparable only on the same data."""
     (worst, best), source = reference_scores(dataset)
     owner = {"D4RL_scale": "D4RL's scale, another version of its robot"}.get(source, f"{source}'s references")
@@ -938,7 +938,7 @@ def read_episodes(dataset, numbers: Iterable[int], images: bool = True) -> Itera
     try:
         for number, *parts in found:
             where = f"{dataset.id}, episode {number}"
-            observations, actions, rewards, terminations, _ = checked(where, *parts)
+            observations, actions, rewards, terminations, _ = sound(where, *parts)
             check_shapes(f"{where} of the data: actions", dataset.action_space, actions)
             for path, part, x in entries(space, observations):
                 check_shapes(f"{where} of the data: {path}", part, x)

@@ -1023,7 +1023,7 @@ def test_b5_the_robots_weigh_what_the_datas_did(tmp_path, kind):
 
 
 def test_b5_walkers_feet_and_the_alive_bonus_are_the_datas(tmp_path):
-    """Walker2d-v5 has friction 1.9 at both feet, D4RL 0.9 at the right one; it pays the step in which it falls."""
+    """Walker2d-v5 has friction 1.9 at both feet, D4RL 0.9 at the right one; it pays the step in which a robot falls."""
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), 17, 6))
     env, *_ = make_env_and_datasets("walker2d-medium-v2", Args(dataset_path=str(path)))
     model = env.unwrapped.model

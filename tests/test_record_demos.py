@@ -8,15 +8,18 @@ import signal
 import time
 from pathlib import Path
 
+import gymnasium as gym
 import imageio.v3 as imageio
 import minari
 import numpy as np
 import pytest
 import recorded_tasks
+import torch
 from conftest import popen_script, run_script, wait_until
 
 import record_demos
 from common import envs
+from common.success import SuccessClassifier, SuccessDetector
 
 TESTS = str(Path(__file__).parent)
 KILLS = int(os.environ.get("KILLS", 3))  # moments; 20 take some minutes
@@ -220,6 +223,7 @@ def test_bad_flags(tmp_path):
     for flags, message in (
         (("--dataset", "no version"), "--dataset no version: "),
         (("--episodes", 0), "--episodes 0: give at least 1"),
+        (("--max-episode-steps", 0), "--max-episode-steps 0: give at least 1"),
         (("--noise", 2), "--noise 2.0: give a number from 0 to 1"),
         (("--task", "pegs"), "--task pegs: there are peg, pick"),
         (("--classes", 3), "--classes 3: a person labels them"),
@@ -244,14 +248,12 @@ def test_unknown_tasks_are_refused(tmp_path):
     assert "Silent-v0: does not say what success is" in refusal(tmp_path / "other", task="Silent")
 
 
-def test_server_that_does_not_run_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        record_demos.TASKS, "peg", record_demos.dataclasses.replace(record_demos.TASKS["peg"], wait_s=0.5)
-    )
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+def test_server_that_does_not_run_is_one_line(tmp_path):
     args = record_demos.Args(teleop="expert", server="tcp://127.0.0.1:9", dataset="hil/peg-v0")
-    with pytest.raises(SystemExit, match=r"no answer from tcp://127.0.0.1:9 .*is robot_server.py running.*0 episodes"):
-        record_demos.main(args)
+    began = time.monotonic()
+    with pytest.raises(SystemExit, match=r"--server: no answer from tcp://127.0.0.1:9 .*is robot_server.py running"):
+        record_demos.make_env(args)
+    assert time.monotonic() - began < 20
 
 
 def test_dataset_of_another_set_up_is_refused(tmp_path):
@@ -356,15 +358,15 @@ def test_keys_decide_about_episodes(tmp_path, monkeypatch):
 
 
 def test_failure_and_time_limit_truncate(tmp_path, monkeypatch):
-    with Person(tmp_path) as person:
+    with Person(tmp_path, "--max-episode-steps", 35) as person:
         person.waits_for("ready")
         person.types("w", then_s=0.3)
         person.types("n")
         person.waits_for("ready")
         person.types("w")
-        person.waits_for("it has ended: y success, n failure, x discard")  # after 30 steps
+        person.waits_for("it has ended: y success, n failure, x discard")  # after 35 steps
         person.types("y")
-        person.waits_for("episode 1: success, 30 steps")
+        person.waits_for("episode 1: success, 35 steps")
         person.quits()
     failed, won = load(tmp_path, monkeypatch).iterate_episodes()
     assert failed.truncations[-1] and not failed.terminations.any() and not failed.rewards.any()
@@ -445,6 +447,24 @@ def test_enter_begins_when_the_scene_is_restored(tmp_path, monkeypatch):
     assert load(tmp_path, monkeypatch).total_episodes == 1
 
 
+def test_person_goes_on_when_the_robot_may_move_again(tmp_path, monkeypatch):
+    with Person(tmp_path, "--episodes", 2, task="Stopped") as person:
+        for said in ("episode 0: success", "episode 1: success"):
+            person.waits_for("ready")
+            person.types("w", then_s=0.3)
+            person.types("y")
+            person.waits_for(said)
+            if said.startswith("episode 0"):
+                person.waits_for("the stop button is pressed. Enter goes on with the next episode, q ends")
+                person.types("\n")
+        assert person.process.wait(60) == 0, person.output()
+    assert load(tmp_path, monkeypatch).total_episodes == 2
+    line = refusal(tmp_path / "alone", task="Stopped")  # where nobody can press Enter
+    assert line.endswith(
+        "the stop button is pressed; the 1 episodes that have ended are kept, the same command goes on"
+    )
+
+
 def test_undo_does_not_reach_an_earlier_session(tmp_path, monkeypatch):
     record(tmp_path, "--episodes", 1)
     with Person(tmp_path) as person:
@@ -508,7 +528,7 @@ def test_key_toggles_the_label(tmp_path, monkeypatch):
         person.types("t")
         person.types("\n", then_s=0.3)
         person.types("y")
-        person.waits_for("episode 0: none")
+        person.waits_for("episode 0: labelled")
         person.quits()
     (episode,) = load(tmp_path, monkeypatch, "hil/frames-v0").iterate_episodes()
     labels = episode.infos["label"].tolist()
@@ -546,6 +566,29 @@ def test_suggestions_are_stored_and_disagreements_counted(tmp_path, monkeypatch,
         assert np.flatnonzero(episode.infos["suggestion"]).tolist() == [1]
     about = dataset.storage.get_episode_metadata(range(3))
     assert [bool(attributes["disagreement"]) for attributes in about] == [False, True, False]
+
+
+def save_classifier(path: Path, camera: str, env: gym.Env) -> None:
+    """One that takes every picture for a success, from the third of an episode on."""
+    torch.manual_seed(1)
+    classifier = SuccessClassifier((camera,), 32)
+    shown = envs.fingerprint(env)
+    shown["observations"] = {camera: [32, 32, 3]}
+    torch.save(SuccessDetector(classifier, 0.0, 3, shown, {}).contents(), path)
+
+
+def test_classifier_of_a_file_suggests(tmp_path, monkeypatch):
+    env = envs.make("recorded_tasks:Square-v0")
+    save_classifier(tmp_path / "front.pt", "front", env)
+    finished = record(tmp_path, "--episodes", 1, "--classifier", "front.pt", task="Square")
+    assert "classifier and verdict disagree in 0 episodes: []" in finished.stdout
+    (episode,) = load(tmp_path, monkeypatch).iterate_episodes()
+    assert episode.infos["suggestion"].tolist() == [False, False] + [True] * (len(episode) - 2)
+    save_classifier(tmp_path / "side.pt", "side", env)
+    assert "--classifier side.pt: was trained on other pictures: " in refusal(
+        tmp_path, "--episodes", 2, "--classifier", "side.pt", task="Square"
+    )
+    assert "--classifier none.pt: not there" in refusal(tmp_path, "--classifier", "none.pt", task="Square")
 
 
 # --- Through robot_server.py ------------------------------------------------------------------------------------------

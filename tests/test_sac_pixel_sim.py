@@ -264,10 +264,9 @@ for task in (InPlace, LostExpert, LongEpisodes):
 
 def demonstrations(tmp_path: Path, **changes) -> tuple[Agent, FrameBuffer]:
     args = small_args(**{"env_id": "PixelPoint-v0", "demos": "3", "image_size": 32} | changes)
-    wrap = partial(wrap_images, args=args)
-    env = wrap(make_env(args))
-    agent = Agent(views_of(env), env.action_space, args, CPU)
-    return agent, load_pixel_demos(args, agent, wrap, types.SimpleNamespace(dir=tmp_path, state=None))
+    wrap, task = partial(wrap_images, args=args), make_env(args)
+    agent = Agent(views_of(wrap(task)), wrap(task).action_space, args, CPU)
+    return agent, load_pixel_demos(args, agent, task, wrap, types.SimpleNamespace(dir=tmp_path, state=None))
 
 
 def test_demonstrations_of_a_task_that_writes_in_place_are_copied(tmp_path):
