@@ -1,4 +1,4 @@
-"""sac_pixel_real.py: what it learns from by hand, and a short working day on the simulated robot, killed again and again."""
+"""sac_pixel_real.py: what it learns from, by hand, and a short working day on the simulated robot."""
 
 import contextlib
 import dataclasses
@@ -13,11 +13,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port, one_line, popen_script, read_csv, run_script, wait_until
-from robot_wire import serving
 
 import robot_client as rc
 import sac_pixel_real as real
-from common import envs, link, setup
+from common import envs
 from common.pixels import FrameFile, Views, pack_pixels
 from common.recording import Recording, dataset_folder
 
@@ -419,3 +418,103 @@ def test_server_that_does_not_run_is_one_line(tmp_path, monkeypatch):
     run = SimpleNamespace(signals=0)
     monkeypatch.setattr(real.time, "sleep", lambda _: setattr(run, "signals", 1))
     assert real.reset_robot(env, 1, run) is None
+
+
+# --- A working day on the simulated robot -----------------------------------------------------------------------------
+TINY = "--latent-dim 8 --small-channels 4 4 --image-size 32 --batch-size 8 --hidden-dims 32 --utd-ratio 1 --threads 1"
+TINY += " --learning-starts 60 --teleop scripted --gripper fixed --no-capture-video"
+
+
+class Day:
+    """A robot, an actor with its learner, and a hand that kills them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.port = free_port()
+        self.run_dir = folder / "run"
+        self.flags = ("--server", f"tcp://127.0.0.1:{self.port}")
+        self.record_bytes = small_record_type().itemsize
+
+    def robot(self):
+        flags = ("--port", self.port, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 0)
+        return popen_script("robot_server.py", *flags, cwd=self.folder)
+
+    def script(self, *flags: object):
+        return popen_script("sac_pixel_real.py", *flags, *self.flags, cwd=self.folder)
+
+    def sent(self) -> np.ndarray:
+        """What the actor has journalled; the first file is dropped only after 1,024 of them."""
+        data = (self.run_dir / "journal" / f"{0:012d}.records").read_bytes()
+        return np.frombuffer(data[: len(data) // self.record_bytes * self.record_bytes], small_record_type())
+
+    def held_back(self) -> np.ndarray:
+        """What it has staged of the running episode."""
+        path = self.run_dir / "staged.records"
+        data = path.read_bytes()[8:] if path.exists() else b""
+        return np.frombuffer(data[: len(data) // self.record_bytes * self.record_bytes], small_record_type())
+
+    def episodes(self) -> int:
+        path = self.run_dir / "train.csv"
+        return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+
+    def learner_pid(self, actor) -> int:
+        children = Path(f"/proc/{actor.pid}/task/{actor.pid}/children").read_text().split()
+        (pid,) = [child for child in children if "learner" in Path(f"/proc/{child}/cmdline").read_text()]
+        return int(pid)
+
+
+def small_record_type() -> np.dtype:
+    args = real.Args(image_size=32)
+    env = real.wrap_robot(real.make_env(args), args)
+    return real.robot_step_type(real.views_of(env), env.action_space.shape[0])
+
+
+def test_working_day_with_everything_killed_once(tmp_path):
+    """Demonstrations, training, kill -9 of learner, server, actor; nothing is lost, nothing doubled; evaluation."""
+    day = Day(tmp_path)
+    with contextlib.ExitStack() as robots:
+        robot = robots.enter_context(day.robot())
+        wait_until(lambda: "serving on" in robot.stdout_path.read_text() or robot.poll() is not None)
+        run_script("record_demos.py", "--teleop", "expert", "--episodes", 2, *day.flags, cwd=tmp_path, timeout=400)
+        where = ("--run-dir", day.run_dir, "--address", f"127.0.0.1:{free_port()}")
+        with day.script(*TINY.split(), *where, "--total-timesteps", 10_000) as actor:
+            ended = lambda: f"{actor.stderr_path.read_text()}\n{actor.stdout_path.read_text()}"  # noqa: E731
+            wait_until(lambda: day.episodes() >= 2 or actor.poll() is not None, 400)
+            assert actor.poll() is None, ended()
+            os.kill(day.learner_pid(actor), signal.SIGKILL)
+            wait_until(lambda: "ended by signal 9 and is started again" in actor.stderr_path.read_text())
+            wait_until(lambda: day.episodes() >= 3 or actor.poll() is not None, 400)
+            os.killpg(robot.pid, signal.SIGKILL)
+            robots.enter_context(day.robot())
+            faults = day.episodes()
+            wait_until(lambda: day.episodes() >= faults + 2 or actor.poll() is not None, 400)
+            assert actor.poll() is None, ended()
+            wait_until(lambda: len(day.held_back()) > 3, 400)  # in the middle of an episode
+            learner = day.learner_pid(actor)
+            os.kill(actor.pid, signal.SIGKILL)
+            actor.wait()
+            sent, held_back = day.sent(), day.held_back()
+            wait_until(lambda: not Path(f"/proc/{learner}").exists())  # its learner saves, and ends by itself
+        transitions = int((~sent["first"]).sum() + (~held_back["first"]).sum())
+        total = transitions + 20
+        flags = ("--resume", day.run_dir, "--total-timesteps", total)
+        finished = run_script("sac_pixel_real.py", *flags, *day.flags, cwd=tmp_path, timeout=500)
+        assert f"evaluate it: python sac_pixel_real.py --eval-only {day.run_dir}" in finished.stdout
+        flags = ("--eval-only", day.run_dir, "--final-eval-episodes", 2)
+        evaluated = run_script("sac_pixel_real.py", *flags, *day.flags, cwd=tmp_path, timeout=400)
+    journal = day.sent()
+    assert (journal[: len(sent)] == sent).all()
+    assert (journal[len(sent) : len(sent) + len(held_back)] == held_back).all()  # what the crash left of an episode
+    checkpoint = torch.load(day.run_dir / "learner" / "checkpoint.pt", weights_only=True)
+    learned = checkpoint["buffer"]["columns"]
+    steps = journal[~journal["first"]][:total]
+    assert len(learned[0]) == total == len(steps)  # none lost, none doubled
+    assert np.array_equal(learned[1].numpy(), steps["action"])
+    assert np.array_equal(learned[2].numpy(), steps["reward"])
+    assert np.array_equal(learned[3].numpy(), steps["observation"])
+    assert checkpoint["agent"]["critic_updates"] == total - 60
+    shown = read_csv(day.run_dir, "train.csv")
+    assert shown["charts/demonstrations"][-1] > 0 and max(shown["charts/intervention_rate"]) > 0
+    assert re.search(r"newest policy, update \d+: success \d of 2, 95% 0\.\d\d to [01]\.\d\d", evaluated.stdout)
+    rows = read_csv(day.run_dir, "evaluation_newest.csv")
+    assert rows["episode"] == [0, 1] and min(rows["cycle_s"]) > 0
