@@ -261,12 +261,15 @@ def judged(env: gym.Env, args: Args) -> gym.Env:
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+    """Whether the episode whose last info this is was a success, NaN where the task does not say.
+
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
+    """
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
 
 
 def reset_robot(env: gym.Env, seed: int, run: Run | None = None) -> dict | None:
-    """The first observation of an episode. Waits for a robot that was there and has gone; None when `run` is to end.
+    """The first observation of an episode. Waits for a robot that refuses, or was there; None when `run` is to end.
 
     Raises RobotError, in one line with the remedy, when it has not been there yet.
     """
@@ -274,7 +277,7 @@ def reset_robot(env: gym.Env, seed: int, run: Run | None = None) -> dict | None:
         try:
             return env.reset(seed=seed)[0]
         except rc.RobotError as error:
-            if env.unwrapped.episodes == 0:
+            if env.unwrapped.episodes == 0 and not isinstance(error, rc.RefusedError):
                 raise
             print(f"waiting for the robot: {error}", file=sys.stderr, flush=True)
             time.sleep(1)
