@@ -85,7 +85,6 @@ from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150
 CROP_PADDING = 4  # training images are shifted by up to this many pixels
-EVAL_ENVS = 50  # episodes that run side by side, their actions computed as one batch
 UPDATES_PER_LAUNCH = 20  # for which batches are gathered at once; on a GPU they are one CUDA graph
 
 
@@ -136,6 +135,8 @@ class Args(RunArgs):
     """updates between files checkpoint_STEP.pt that are kept (0 or less: none)"""
     eval_episodes: int = 50
     """episodes per evaluation"""
+    eval_envs: int = 50
+    """episodes that run side by side, their actions computed as one batch"""
     video_episodes: int = 0
     """episodes with video in each evaluation, beside eval_episodes"""
     video_frame_skip: int = 3
@@ -178,11 +179,9 @@ class Args(RunArgs):
     checkpoint_activations: bool = False
     """compute the encoders' activations twice instead of keeping them: less memory, more time"""
 
-    MAY_CHANGE = (
-        "run_dir resume eval_only capture_video track compile threads offline_steps eval_episodes dataset_path "
-    )
-    MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading save_dir execution_horizon "
-    MAY_CHANGE += "flow_steps flow_solver"
+    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads offline_steps eval_episodes eval_envs "
+    MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading dataset_path save_dir "
+    MAY_CHANGE += "execution_horizon flow_steps flow_solver"
     MAY_BE_ZERO = ("seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers")
 
     @classmethod
@@ -295,8 +294,11 @@ def make_env(dataset: "Dataset", args: Args, render: bool = False) -> gym.Env | 
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+    """Whether the episode whose last info this is was a success, NaN where the task does not say.
+
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
+    """
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -357,16 +359,33 @@ class GaussianPolicy(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until the first `update`."""
+    """Running mean and variance of observations; the identity until `start`.
+
+    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
+    """
+
+    REACH = 10
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("low", torch.zeros(dim))
+        self.register_buffer("high", torch.zeros(dim))
+
+    def start(self, obs: Tensor) -> None:
+        """The range of the first observations (N, O), without the most extreme hundredth, and at least one, of them."""
+        outer = min(1 + len(obs) // 100, (len(obs) - 1) // 2)
+        self.low.copy_(obs.kthvalue(1 + outer, 0).values)
+        self.high.copy_(obs.kthvalue(len(obs) - outer, 0).values)
 
     def update(self, obs: Tensor) -> None:
         """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
+        reach = self.REACH * (self.high - self.low).clamp(min=1)
+        obs = obs.clamp(self.low - reach, self.high + reach)
+        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
+        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
         total = self.count + len(obs)
         delta = obs.mean(0) - self.mean
         weight = len(obs) / total
@@ -530,7 +549,7 @@ def collect_demos(args: Args) -> str:
     """Demonstrations of the task's scripted expert, successes only, as a local Minari dataset; its id."""
     settings = f"{args.env_name}, {args.demos} successes, noise 0.0, seed {args.seed}"
     dataset_id = datasets.id_for("scripted", args.env_name, settings)
-    if datasets.is_local(dataset_id):
+    if datasets.is_here(dataset_id):
         return dataset_id
     env = envs.make(args.env_name, option="--env-name")
     if not hasattr(env.unwrapped, "expert_action"):
@@ -554,7 +573,7 @@ def collect_demos(args: Args) -> str:
 def dataset_ids(args: Args) -> tuple[str, str | None]:
     """Ids of the local Minari datasets, for training and for validation, that `env_name` means."""
     is_task = args.env_name in gym.registry and not args.dataset_path
-    if is_task and not datasets.is_local(args.env_name):
+    if is_task and not datasets.is_here(args.env_name):
         return collect_demos(args), None
     return datasets.find_dataset(args.env_name, args.dataset_path, also_known=RECIPES)
 
@@ -606,7 +625,7 @@ def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
         if datasets.images_stay_on_disk(dataset, args.data_loading):
             short = ", for memory is short" if args.data_loading == "auto" else ""
             where = f"images read by {args.num_workers} workers{short}"
-        datasets.describe(dataset, [returns[number] for number in kept], len(returns), train.size, where)
+        datasets.print_facts(dataset, [returns[number] for number in kept], len(returns), train.size, where)
     return train, val
 
 
@@ -758,8 +777,10 @@ class BCAgent:
 
     def observe(self, states: Tensor) -> None:
         """Takes the mean and standard deviation of states (N, S) for normalize_observations."""
+        states = states.to(self.device).repeat(1, self.args.frame_stack)
         for actor in {self.actor, self.mean_actor}:
-            actor.encoder.normalizer.update(states.to(self.device).repeat(1, self.args.frame_stack))
+            actor.encoder.normalizer.start(states)
+            actor.encoder.normalizer.update(states)
 
     def loss(self, observations, x_1: Tensor, valid: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
         """Mean over all entries of chunks x_1 (B, h * A), where `valid` (B, h) counts; noise x_0 like x_1, t (B, 1)."""
@@ -1028,7 +1049,7 @@ class Evaluation:
     def scores(self, agent: BCAgent, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Means over eval_episodes by name, unless the task cannot run here or `stop` gives it up; validation_loss."""
         started = time.perf_counter()
-        count = min(EVAL_ENVS, self.args.eval_episodes)
+        count = min(self.args.eval_envs, self.args.eval_episodes)
         rollouts = []
         try:
             while self.envs and len(self.envs) < count:

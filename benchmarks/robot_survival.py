@@ -1,6 +1,6 @@
 """What robot_server.py does while its network, its clients or its own front fail, measured on the simulated arm.
 
-    python benchmarks/robot_survival.py                    # all four files; about 8 minutes
+    python benchmarks/robot_survival.py                    # all four files
     python benchmarks/robot_survival.py --only hostile --messages 20000
 
 robot_hold.csv: how long after an event the arm held, and when it had begun its soft stop (s), by the server's own log.
@@ -69,7 +69,7 @@ CROWD = """
 import threading, time
 from robot_wire import Wire
 def look():
-    with Wire(sys.argv[1], token="observer" * 2) as wire:
+    with Wire(sys.argv[1], token="observer" * 2, timeout=0.5, tries=1000) as wire:
         while True:
             wire.call("state")
             time.sleep(0.05)
@@ -199,7 +199,7 @@ def python(code: str, *arguments: object) -> Iterator[subprocess.Popen]:
 @contextlib.contextmanager
 def client(address: str, timeout: float = 1.0) -> Iterator[subprocess.Popen]:
     """A client that streams, once it does."""
-    with python(CLIENT, address, timeout, "c") as process:
+    with python(CLIENT, address, timeout, "h") as process:
         if process.stdout.readline() != "streaming\n":
             raise SystemExit("the client does not stream")
         yield process

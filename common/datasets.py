@@ -36,7 +36,7 @@ import numpy as np
 from gymnasium import spaces
 
 from common.envs import HUGE, Checked, Episode, layout, looks_like_image
-from common.setup import fail
+from common.setup import Fault, fail
 
 
 class Misfit(Exception):  # noqa: N818  of the data, not of the program
@@ -61,7 +61,7 @@ def local_datasets() -> list[str]:
         return list(minari.list_local_datasets())
 
 
-def is_local(dataset_id: str) -> bool:
+def is_here(dataset_id: str) -> bool:
     from minari.storage.datasets_root_dir import get_dataset_path
 
     return (get_dataset_path() / dataset_id / "data").exists()
@@ -103,12 +103,12 @@ def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = No
 
     root = get_dataset_path()
     clear_leftovers(root)
-    if is_local(dataset_id):
+    if is_here(dataset_id):
         return dataset_id
 
     def buffers() -> Iterator[EpisodeBuffer]:
         for number, parts in enumerate(episodes):
-            yield EpisodeBuffer(number, None, None, *checked(f"episode {number}", *parts))
+            yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts))
 
     with hidden_root(root) as temporary:
         with warnings.catch_warnings(action="ignore"):  # about author and permalink
@@ -156,7 +156,7 @@ def clear_leftovers(root: Path) -> None:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def checked(where: str, observations, actions, rewards, terminations, truncations) -> tuple:
+def sound(where: str, observations, actions, rewards, terminations, truncations) -> tuple:
     """An episode's parts, rewards and ends (T,). Exits with one line when they are no numbers that can be learned."""
     try:
         steps = len(actions)
@@ -177,8 +177,8 @@ def checked(where: str, observations, actions, rewards, terminations, truncation
 def check_values(name: str, x: np.ndarray) -> None:
     """Raises Misfit when these are no numbers, not finite, or so large that they are no measurements."""
     if x.dtype.kind not in "fiub":
-        example = x.flat[0] if x.size else x.dtype
-        raise Misfit(f"{name} hold {example!r}, not numbers")
+        example = x.ravel()[:1].tolist() or [x.dtype]
+        raise Misfit(f"{name} hold {example[0]!r}, not numbers")
     if x.dtype.kind == "f":
         wrong = ~(np.abs(x) <= HUGE)  # NaN as well
         if wrong.any():
@@ -200,7 +200,7 @@ def per_step(name: str, x, steps: int) -> np.ndarray:
 def as_flags(name: str, x: np.ndarray) -> np.ndarray:
     """Ends of episodes as bool. Raises Misfit unless all are true or false, 0 or 1: text is never false."""
     if x.dtype.kind not in "fiub" or not np.isin(x, (0, 1)).all():
-        raise Misfit(f"{name} hold {x.flat[0]!r} and the like, not true or false")
+        raise Misfit(f"{name} hold {x.ravel()[0].item()!r} and the like, not true or false")
     return x.astype(bool)
 
 
@@ -300,7 +300,7 @@ def find_dataset(
         return convert_hdf5(env_name, download_d4rl(env_name)), None
     if ROBOMIMIC.fullmatch(env_name):
         return convert_hdf5(env_name, robomimic_path(env_name)), None
-    if is_local(env_name):
+    if is_here(env_name):
         return env_name, None
     if "singletask" in env_name:
         return convert_ogbench(env_name)
@@ -342,7 +342,7 @@ def convert_hdf5(env_name: str, path: Path) -> str:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
         dataset_id = f"{kind}/{name}-{digest}-v{version}"
-        if is_local(dataset_id):
+        if is_here(dataset_id):
             return dataset_id
         check_space(get_dataset_path(), 1.5 * path.stat().st_size, dataset_id)
         with h5py.File(path) as file:
@@ -527,14 +527,14 @@ def convert_ogbench(env_name: str) -> tuple[str, str]:
     """Training and validation part of an OGBench dataset, through its own package, as local Minari datasets."""
     name, version = env_name.rsplit("-", 1)
     ids = f"ogbench/{name}-{version}", f"ogbench/{name}-val-{version}"
-    if all(map(is_local, ids)):
+    if all(map(is_here, ids)):
         return ids
     try:
         import ogbench
 
         env, *parts = ogbench.make_env_and_datasets(env_name)
     except ImportError as error:
-        fail(f"--env-name {env_name}: {one_line(error)}; pip install {error.name or 'ogbench'}")
+        fail(f"--env-name {env_name}: {one_line(error)}; pip install {pip_name(error.name or 'ogbench')}")
     except Exception as error:  # noqa: BLE001  it downloads and makes a task: errors of several libraries
         ways_on = WAYS_ON.format("load it on another machine, and copy ~/.ogbench/data from there")
         fail(f"--env-name {env_name}: ogbench says {one_line(error)}; {ways_on}")
@@ -625,10 +625,8 @@ def download_minari(name: str, also_known: Iterable[str]) -> str:
         minari.load_dataset(name, download=True)
     except ImportError as error:
         cause = error.__cause__ or error.__context__ or error
-        missing = getattr(cause, "name", None) or "huggingface_hub"
-        fail(
-            f"--env-name {name}: Minari downloads with huggingface_hub, and {missing} is missing; pip install {missing}"
-        )
+        missing = pip_name(getattr(cause, "name", None) or "huggingface_hub")
+        fail(f"--env-name {name}: Minari downloads with huggingface_hub; pip install {missing}, which is missing")
     except Exception as error:  # noqa: BLE001  the hub's client raises errors of several libraries
         fail(f"--env-name {name}: {one_line(error, 200)}{nearest(name, also_known)}; {ways_on}")
     return name
@@ -688,12 +686,12 @@ def make_task(dataset, render: bool = False) -> gym.Env | None:
     """
     options = {"render_mode": "rgb_array"} if render else {}
     try:
-        env = recover(dataset, options)
-        env = Checked(env, f"the task of {dataset.id}")
+        env = Foreign(Checked(recover(dataset, options), f"the task of {dataset.id}"))
         env.reset(seed=0)
     except Exception as error:  # noqa: BLE001
-        remedy = f"; pip install {error.name}" if isinstance(error, ImportError) and error.name else ""
-        said = one_line(error) if isinstance(error, ImportError | gym.error.Error | Misfit) else where_raised(error)
+        remedy = f"; pip install {pip_name(error.name)}" if isinstance(error, ImportError) and error.name else ""
+        plain = isinstance(error, ImportError | gym.error.Error | Misfit | Fault)
+        said = one_line(error) if plain else where_raised(error)
         print(f"no evaluation: the task of {dataset.id} does not run here ({said}{remedy})", file=sys.stderr)
         return None
     ours, theirs = env.observation_space, dataset.observation_space
@@ -704,6 +702,24 @@ def make_task(dataset, render: bool = False) -> gym.Env | None:
         print(f"no evaluation: {dataset.id} has {what} {theirs}, the task here {ours}", file=sys.stderr)
         return None
     return env
+
+
+class Foreign(gym.Wrapper):
+    """Somebody else's task: whatever its code raises becomes a Fault, in one line with the place that raised it."""
+
+    def reset(self, **kwargs):
+        return self.guarded(self.env.reset, **kwargs)
+
+    def step(self, action):
+        return self.guarded(self.env.step, action)
+
+    def guarded(self, function: Callable, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Fault:
+            raise
+        except Exception as error:
+            raise Fault(f"the task fails: {where_raised(error)}") from error
 
 
 def recover(dataset, options: dict) -> gym.Env:
@@ -796,6 +812,11 @@ class AsD4RL(gym.Wrapper):
         return self.observed(obs), reward, terminated, truncated, info
 
 
+def pip_name(module: str) -> str:
+    """What to install for a module that is missing; robosuite in the version that takes the other pins."""
+    return {"robosuite": "robosuite==1.5.1"}.get(module, module.partition(".")[0].replace("_", "-"))
+
+
 def where_raised(error: Exception) -> str:
     """An error of somebody else's code in one line, with the place that raised it."""
     place = traceback.extract_tb(error.__traceback__)[-1]
@@ -814,7 +835,7 @@ def reference_scores(dataset) -> tuple[tuple[float, float], str]:
     return (math.nan, math.nan), ""
 
 
-def describe(dataset, returns: list[float], episodes: int, steps: int, where: str) -> None:
+def print_facts(dataset, returns: list[float], episodes: int, steps: int, where: str) -> None:
     """Says what the data is; `returns` of the episodes that are used. Numbers are comparable only on the same data."""
     (worst, best), source = reference_scores(dataset)
     owner = {"D4RL_scale": "D4RL's scale, another version of its robot"}.get(source, f"{source}'s references")
@@ -917,7 +938,7 @@ def read_episodes(dataset, numbers: Iterable[int], images: bool = True) -> Itera
     try:
         for number, *parts in found:
             where = f"{dataset.id}, episode {number}"
-            observations, actions, rewards, terminations, _ = checked(where, *parts)
+            observations, actions, rewards, terminations, _ = sound(where, *parts)
             check_shapes(f"{where} of the data: actions", dataset.action_space, actions)
             for path, part, x in entries(space, observations):
                 check_shapes(f"{where} of the data: {path}", part, x)

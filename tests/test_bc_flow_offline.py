@@ -503,6 +503,16 @@ def test_normalized_observations_reach_the_network():
     assert not np.allclose(agent.sample_actions(states[:4], noise=noise), plain.sample_actions(states[:4], noise=noise))
 
 
+def test_one_spike_does_not_flatten_a_feature():
+    """S4's kind in data: 1e5 once in 5000 rows; the others stay as far apart as without it."""
+    states = np.random.default_rng(0).normal(0, 1, (5000, 3)).astype(np.float32)
+    states[77, 1] = 1e5
+    agent = small_agent(normalize_observations=True)
+    agent.observe(torch.from_numpy(states))
+    features = agent.actor.encoder(torch.from_numpy(np.delete(states, 77, 0)))
+    assert features.std(0).min() > 0.6
+
+
 def test_validation_loss_is_of_the_averaged_policy_with_noise_of_its_own():
     """The same number at every call, and training does not notice."""
     agent = small_agent(ema=0.9, lr=1e-2)
@@ -651,6 +661,44 @@ def test_gaussian_takes_actions_at_the_bounds():
     batch = toy_batch(agent) | {"actions": np.ones((8, 2), np.float32)}
     assert math.isfinite(agent.update(batch)["actor/actor_loss"])
     assert all(p.isfinite().all() for p in agent.actor.parameters())
+
+
+# --- The note's contract (B17) ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--env_name=x-v0 --sparse=1", True),
+        ("--env_name=x-v0 --sparse=0", False),
+        ("--env_name=x-v0 --nosparse", False),
+        ("--env_name=x-v0 --sparse --nosparse", False),
+        ("--env_name=x-v0 --sparse=true", True),
+    ],
+)
+def test_b17_switches_as_absl_takes_them(flags, expected):
+    assert read_args(flags.split()).sparse is expected
+
+
+def test_b17_an_observation_shape_that_is_a_number():
+    one, other = BCAgent.create(3, 2, small_args()), BCAgent.create((3,), 2, small_args())
+    assert one.shape == (3,) and torch.equal(parameters_of(one.actor), parameters_of(other.actor))
+    assert one.sample_actions(np.zeros(3)).shape == (2,)
+
+
+@pytest.mark.parametrize("encoder", ["small", "resnet10", "impala_small"])
+def test_b17_an_encoder_for_states_is_refused(encoder):
+    """Ignored, it would be taken for the reason of the result."""
+    with pytest.raises(SystemExit, match=f"--encoder {encoder}.*states"):
+        small_agent(encoder=encoder)
+
+
+def test_b17_process_train_dataset_takes_the_data_only():
+    """As in the note's main(), whose flags the data was made with: first half, then -1 where the reward is not 0."""
+    ds = toy_dataset()
+    ds["rewards"] = np.arange(40.0) % 2
+    ds.args = small_args(dataset_proportion=0.5, sparse=True)
+    assert process_train_dataset(ds)["rewards"].tolist() == [0, -1] * 10
+    plain = toy_dataset()
+    assert process_train_dataset(plain).size == 40
 
 
 # --- Saving -----------------------------------------------------------------------------------------------------------
@@ -1090,6 +1138,15 @@ def test_a_run_leaves_the_files_of_the_note(finished):
         assert (run_dir / script).read_bytes() == (REPO / script).read_bytes()
 
 
+def test_b17_the_time_in_all_is_that_of_the_command(tmp_path):
+    """Collecting demonstrations counts: they are what a short run waits for."""
+    flags = "--demos 100 --offline-steps 5 --eval-interval 0 --eval-episodes 1 --hidden-dims 8 --threads 1"
+    done = run_forked(SCRIPT, *flags.split(), "--no-capture-video", "--run-dir", "run", cwd=tmp_path)
+    minutes, seconds = re.search(r"100/100 \[(\d+):(\d+)<", done.stderr).groups()
+    collecting = 60 * int(minutes) + int(seconds)
+    assert int(re.search(r"(\d+) s in all", done.stdout)[1]) >= collecting >= 1
+
+
 def test_a_run_prints_what_the_data_is(finished, point_data):
     line = next(line for line in finished.stdout.splitlines() if "mean return" in line)
     os.environ["MINARI_DATASETS_PATH"] = str(point_data)
@@ -1271,11 +1328,14 @@ def test_kill_at_many_moments(tmp_path, point_data):
     """kill -9, again and again on one run; then it finishes as if nothing had happened."""
     flags = [*TINY.split(), *POINT, "--offline-steps", 2000, "--eval-interval", 350, "--eval-episodes", 2]
     moments, run_dir, env, kills, steps = random.Random(0), tmp_path / "run", env_of(point_data), 0, []
-    while kills < 15:
+
+    def go_on() -> list[object]:
         if not (run_dir / "args.json").exists():  # written last of a new folder's
             shutil.rmtree(run_dir, ignore_errors=True)
-        go_on = ["--resume", "run"] if run_dir.exists() else [*flags, "--run-dir", "run"]
-        with popen_forked(SCRIPT, *go_on, cwd=tmp_path, **env) as process:
+        return ["--resume", "run"] if run_dir.exists() else [*flags, "--run-dir", "run"]
+
+    while kills < 15:
+        with popen_forked(SCRIPT, *go_on(), cwd=tmp_path, **env) as process:
             process.join(moments.uniform(0.1, 0.8))
             killed = process.exitcode is None
         errors = process.stderr_path.read_text()
@@ -1288,7 +1348,7 @@ def test_kill_at_many_moments(tmp_path, point_data):
     assert kills > 1 and steps == sorted(steps)
     newest = run_dir / "checkpoint.pt"
     if not newest.exists() or not torch.load(newest, weights_only=True)["run"]["finished"]:
-        run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, **env)
+        run_forked(SCRIPT, *go_on(), cwd=tmp_path, **env)
     run_forked(SCRIPT, *flags, "--run-dir", "whole", cwd=tmp_path, **env)
     changed = differences(checkpoint(run_dir), checkpoint(tmp_path / "whole"))
     assert [path for path in changed if path != "/config/resume"] == []

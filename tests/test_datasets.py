@@ -1,10 +1,17 @@
 """common/datasets.py, through bc_flow_offline.py: formats from small files of their layout, and what goes wrong."""
 
 import contextlib
+import json
+import multiprocessing
+import os
+import re
 import shutil
+import signal
 import socket
+import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +22,7 @@ import numpy as np
 import offline_data
 import pytest
 import torch
-from conftest import read_csv
+from conftest import popen_script, read_csv, wait_until
 from forked import run_forked
 from gymnasium import spaces
 from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, write_robomimic
@@ -820,6 +827,602 @@ def test_images_of_two_cameras_in_nested_observations():
     arranged = bc_flow_offline.arrange(space, obs | {"pos": np.zeros((5, 2))})
     images = [x for key, x in arranged.items() if key != "state"]
     assert sorted(x.flat[0] for x in images) == [1, 2] and arranged["state"].shape == (5, 2)
+
+
+# --- Cases: what users of this field brought --------------------------------------------------------------------------
+def no_evaluation(capsys) -> str:
+    """The one line about an environment that does not run."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if "no evaluation" in line]
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def broken_lift(monkeypatch, when: str) -> None:
+    """A robosuite whose task raises what robosuite 1.5 raises on another MuJoCo: in make, in reset, or in step."""
+    import robosuite
+
+    def fault(*_, **__):
+        raise AssertionError
+
+    if when == "make":
+        monkeypatch.setattr(robosuite, "make", fault)
+    else:
+        monkeypatch.setattr(robosuite.Lift, when, fault)
+
+
+@pytest.mark.parametrize("when", ["make", "reset"])
+def test_b1_whatever_the_environment_raises_learning_goes_on(tmp_path, stand_ins, monkeypatch, capsys, when):
+    """B1, B2: an AssertionError without a word, at once: one line with its name and place, and the data is there."""
+    broken_lift(monkeypatch, when)
+    env, eval_env, train, _ = make_env_and_datasets(
+        "lift-mh-low_dim", Args(dataset_path=str(write_robomimic(tmp_path / "x.hdf5")))
+    )
+    assert env is None and eval_env is None and train.size == 48
+    assert re.search(r"AssertionError at tests/test_datasets.py:\d+", no_evaluation(capsys))
+
+
+class Falls(offline_data.Steps):
+    """Raises in its fourth step."""
+
+    def step(self, action):
+        if self.t == 3:
+            raise RuntimeError("the simulation\nis unstable")
+        return super().step(action)
+
+
+gym.register("Falls-v0", f"{__name__}:Falls", disable_env_checker=True)
+
+
+def test_b1_an_environment_that_raises_while_it_is_evaluated(tmp_path, capsys):
+    """B1: learned to the end, final_model.pt is there, the fault is named once, with its place; no more evaluations."""
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    metadata.write_text(metadata.read_text().replace("offline_data:Steps", f"{__name__}:Falls"))
+    flags = [*TINY.split(), "--env-name", "own/data-v0", "--eval-interval", 10]
+    done = run_forked(SCRIPT, *flags, cwd=tmp_path)
+    lines = [line for line in done.stderr.splitlines() if "no evaluation" in line]
+    assert len(lines) == 1 and "the simulation is unstable" in lines[0] and "test_datasets.py" in lines[0]
+    assert (done.run_dir / "final_model.pt").exists() and "last: no evaluation" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_b2_data_of_another_robosuite_is_not_evaluated(tmp_path, stand_ins, capsys):
+    """robomimic#206, #230, #259: the controllers of 1.4 and 1.5 differ, success would be 0 without a word."""
+    path = write_robomimic(tmp_path / "x.hdf5", env_args=offline_data.ENV_ARGS | {"env_version": "1.4.1"})
+    env, _, train, _ = make_env_and_datasets("lift-mh-low_dim", Args(dataset_path=str(path)))
+    line = no_evaluation(capsys)
+    assert env is None and train.size == 48 and "robosuite 1.4.1" in line and "1.5.2" in line
+
+
+ADROIT = {
+    "door": ("door-human-v1", lambda obs: obs[35:38]),
+    "hammer": ("hammer-human-v1", lambda obs: obs[33:36] - obs[36:39]),
+    "relocate": ("relocate-human-v1", lambda obs: obs[30:33]),
+    "pen": ("pen-human-v1", None),
+}
+
+
+class Hand(gym.Env):
+    """Stands for gymnasium-robotics' Adroit tasks: the observation is 0, 0.01, 0.02, ... plus the action's first
+    number, the reward 1; it never ends."""
+
+    action_space = spaces.Box(-1, 1, (28,), np.float32)
+
+    def __init__(self, numbers: int, actions: int, render_mode=None):
+        self.observation_space = spaces.Box(-np.inf, np.inf, (numbers,), np.float64)
+        self.action_space = spaces.Box(-1, 1, (actions,), np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.arange(self.observation_space.shape[0]) / 100, {}
+
+    def step(self, action):
+        return (
+            np.arange(self.observation_space.shape[0]) / 100 + float(action[0]),
+            1.0,
+            False,
+            False,
+            {"success": False},
+        )
+
+
+@pytest.fixture
+def hands(monkeypatch):
+    """A module gymnasium_robotics that registers its tasks when it is imported, as the real one."""
+    for kind in ADROIT:
+        family = datasets.D4RL_FAMILIES[kind]
+        monkeypatch.setitem(gym.registry, family.task.partition(":")[2], None)
+        monkeypatch.delitem(gym.registry, family.task.partition(":")[2])
+
+    class Module(types.ModuleType):
+        """Registers on import, which here is the first look at it."""
+
+    module = Module("gymnasium_robotics")
+    real = datasets.importlib.import_module
+
+    def import_module(name):
+        if name != "gymnasium_robotics":
+            return real(name)
+        for kind in ADROIT:
+            family = datasets.D4RL_FAMILIES[kind]
+            name = family.task.partition(":")[2]
+            options = {"numbers": family.dims[0], "actions": family.dims[1]}
+            if name not in gym.registry:
+                gym.register(name, f"{__name__}:Hand", kwargs=options, max_episode_steps=400, disable_env_checker=True)
+        return module
+
+    monkeypatch.setattr(datasets.importlib, "import_module", import_module)
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", module)
+
+
+@pytest.mark.parametrize("kind", ADROIT)
+def test_b3_adroit_is_evaluated_as_d4rl_did(tmp_path, hands, kind):
+    """B3: also from a dataset that was stored without gymnasium-robotics. Rewards take off the hand's distance, which
+    gymnasium-robotics adds; a pen ends when it falls; the time limit is D4RL's."""
+    name, hand = ADROIT[kind]
+    family = datasets.D4RL_FAMILIES[kind]
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((9, "timeout"),), *family.dims))
+    env, *_ = make_env_and_datasets(name, Args(dataset_path=str(path)))
+    env.reset(seed=0)
+    obs, reward, terminated, _, _ = env.step(np.zeros(family.dims[1], np.float32))
+    assert reward == pytest.approx(1 - 0.2 * np.linalg.norm(hand(obs)) if hand else 1)
+    assert not terminated  # a pen at obs[26] = 0.26
+    obs, _, terminated, _, _ = env.step(np.full(family.dims[1], -0.2, np.float32))
+    assert obs[26] == pytest.approx(0.06, abs=1e-3) and terminated == (kind == "pen")
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(family.dims[1], np.float32))[3] for _ in range(family.steps)]
+    assert ends.index(True) == family.steps - 1 == {"pen": 99}.get(kind, 199)
+
+
+def test_b3_without_gymnasium_robotics_one_line_names_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gymnasium_robotics", None)
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((9, "timeout"),), 39, 28))
+    env, _, train, _ = make_env_and_datasets("door-human-v1", Args(dataset_path=str(path)))
+    assert env is None and train.size == 9
+    assert "pip install gymnasium-robotics" in no_evaluation(capsys)
+
+
+def test_b4_ant_observes_27_numbers_and_zeros(tmp_path):
+    """D4RL's contact forces are all 0 (D4RL issue 143); Ant-v4 without them, then 84 zeros."""
+    rows = d4rl_rows(((5, "timeout"),), 111, 8)
+    rows["observations"][:, 27:] = 0
+    rows["next_observations"][:, 27:] = 0
+    env, *_ = make_env_and_datasets("ant-medium-v2", Args(dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows))))
+    plain = gym.make("Ant-v4")
+    obs, _ = env.reset(seed=3)
+    np.testing.assert_allclose(obs[:27], plain.reset(seed=3)[0], rtol=1e-5)
+    assert obs.shape == (111,) and not obs[27:].any()
+    assert not env.step(np.full(8, 0.3, np.float32))[0][27:].any()
+
+
+def test_b4_ant_with_forces_in_the_data(tmp_path):
+    """Somebody's own collection, with a simulator that reports them: the environment reports them, too."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), 111, 8))
+    env, *_ = make_env_and_datasets("ant-medium-v2", Args(dataset_path=str(path)))
+    env.reset(seed=3)
+    forces = [env.step(np.full(8, 0.3, np.float32))[0][27:] for _ in range(60)]
+    assert np.abs(forces).max() > 0.01
+
+
+# kg; public code of mujoco_py's time prints halfcheetah's. The rest by MuJoCo's changelog of 2.1.2.
+MASSES = {
+    "halfcheetah": [6.36031332, 1.53524804, 1.58093995, 1.0691906, 1.42558747, 1.17885117, 0.84986945],
+    "hopper": [3.53429174, 3.92699082, 2.71433605, 5.0893801],
+    "walker2d": [3.53429174, *[3.92699082, 2.71433605, 2.94053072] * 2],
+    "ant": [0.32724923, *[0.03647693, 0.03647693, 0.06491138] * 4],
+}
+
+
+@pytest.mark.parametrize("kind", MASSES)
+def test_b5_the_robots_weigh_what_the_datas_did(tmp_path, kind):
+    """Today's MuJoCo makes capsules up to 8% heavier than that of D4RL's data."""
+    dims = datasets.D4RL_FAMILIES[kind].dims
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), *dims))
+    env, *_ = make_env_and_datasets(f"{kind}-medium-v2", Args(dataset_path=str(path)))
+    np.testing.assert_allclose(env.unwrapped.model.body_mass[1:], MASSES[kind], rtol=1e-6)
+
+
+def test_b5_walkers_feet_and_the_alive_bonus_are_the_datas(tmp_path):
+    """Walker2d-v5 has friction 1.9 at both feet, D4RL 0.9 at the right one; it pays the step in which a robot falls."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), 17, 6))
+    env, *_ = make_env_and_datasets("walker2d-medium-v2", Args(dataset_path=str(path)))
+    model = env.unwrapped.model
+    assert [model.geom(name).friction[0] for name in ("foot_geom", "foot_left_geom")] == [0.9, 1.9]
+    env.reset(seed=0)
+    terminated = False
+    while not terminated:
+        _, reward, terminated, _, info = env.step(np.full(6, -1, np.float32))
+    velocity = info["x_velocity"]
+    assert reward == pytest.approx(1 + velocity - 1e-3 * 6, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["antmaze-umaze-v2", "kitchen-mixed-v0", "maze2d-umaze-v1"])
+def test_b5_no_score_where_no_robot_fits(tmp_path, capsys, name):
+    dims = datasets.D4RL_FAMILIES[datasets.d4rl_kind(name)].dims
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), *dims))
+    env, *_ = make_env_and_datasets(name, Args(dataset_path=str(path)))
+    assert env is None and f"that of D4RL's {datasets.d4rl_kind(name)}" in no_evaluation(capsys)
+
+
+def test_b5_minaris_robots_get_no_d4rl_score(tmp_path):
+    """Hopper-v5 is not D4RL's: the number on D4RL's scale has another name."""
+    write_minari("mujoco/hopper/simple-v0", gym.make("Hopper-v5"), episodes=1)
+    scores, stdout = learn("--env-name", "mujoco/hopper/simple-v0", cwd=tmp_path)
+    expected = 100 * (scores["episodic_return"][0] + 20.272305) / (3234.3 + 20.272305)
+    assert scores["normalized_score_d4rl_scale"] == [pytest.approx(expected, rel=1e-6)]
+    assert "normalized_score_d4rl" not in scores and "another version of its robot" in stdout
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"kwargs": {}', '"kwargs": {"terrain": "rocky"}'),
+        ('"kwargs": {}', '"kwargs": {"length": "seven"}'),
+        ("offline_data:Steps", "offline_data:Gone"),
+    ],
+    ids=["unknown option", "option of another type", "attribute that is gone"],
+)
+def test_b6_tasks_that_this_version_cannot_make(capsys, old, new):
+    """Minari#296, #302: the environment's options or class have changed since."""
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    assert old.replace('"', '\\"') in metadata.read_text() or old in metadata.read_text()
+    text = metadata.read_text().replace(old.replace('"', '\\"'), new.replace('"', '\\"')).replace(old, new)
+    metadata.write_text(text)
+    env, _, train, _ = make_env_and_datasets("own/data-v0")
+    if "seven" in new:  # made, and never truncated: a string is no step
+        assert env is not None
+    else:
+        assert env is None and no_evaluation(capsys)
+    assert train.size == 14
+
+
+def test_b6_data_of_a_newer_minari(capsys):
+    """Minari#200: one line that names both versions."""
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=1)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    metadata.write_text(metadata.read_text().replace(minari.__version__, "9.1.0"))
+    with pytest.raises(SystemExit, match=f"own/data-v0.*{re.escape(minari.__version__)}.*9.1.0"):
+        make_env_and_datasets("own/data-v0")
+
+
+class Fixed(offline_data.Steps):
+    """The second of its three actions has no room: 0.5 to 0.5."""
+
+    action_space = spaces.Box(np.array([-1, 0.5, 0], np.float32), np.array([1, 0.5, 10], np.float32))
+
+    def step(self, action):
+        self.last = np.array(action)
+        return super().step(action)
+
+
+gym.register("Fixed-v0", f"{__name__}:Fixed", disable_env_checker=True)
+
+
+def test_b7_an_action_without_room_stays_constant(tmp_path):
+    """lerobot#211: it is 0 in training, and its one value live; nothing is NaN."""
+    write_minari("own/data-v0", gym.make(f"{__name__}:Fixed-v0"), episodes=3)
+    env, _, train, _ = make_env_and_datasets("own/data-v0")
+    assert np.isfinite(train["actions"]).all() and not train["actions"][:, 1].any()
+    assert np.abs(train["actions"][:, [0, 2]]).max() > 0.5
+    env.reset(seed=0)
+    env.step(np.array([0.5, 0.9, -1], np.float32))
+    np.testing.assert_allclose(env.unwrapped.last, [0.5, 0.5, 0], atol=1e-6)
+
+
+def image_dataset(space: spaces.Box, frames: np.ndarray, name: str = "own/images-v0") -> np.ndarray:
+    """What is learned from a dataset with such images beside a state, in memory; from disk it is the same."""
+    steps = len(frames) - 1
+    observations = {"camera": frames, "state": np.zeros((steps + 1, 2), np.float32)}
+    box = spaces.Dict(camera=space, state=spaces.Box(-1, 1, (2,)))
+    ends = np.arange(1, steps + 1) == steps
+    parts = (observations, np.zeros((steps, 1), np.float32), np.zeros(steps), ~ends & ends, ends)
+    datasets.store(name, [parts], observation_space=box, action_space=spaces.Box(-1, 1, (1,)))
+    memory = train_rows(name, data_loading="memory")["observations"]
+    disk = train_rows(name, data_loading="workers")["observations"]
+    assert memory.keys() == disk.keys() == {"camera", "state"} and memory["state"].shape == (steps, 2)
+    np.testing.assert_array_equal(disk["camera"][np.arange(steps)], memory["camera"])
+    assert memory["camera"].dtype == np.uint8
+    return memory["camera"]
+
+
+def random_images(shape: tuple[int, ...]) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, shape).astype(np.uint8)
+
+
+def test_b8_channels_first_become_channels_last():
+    """lerobot#846: (3, H, W) is no image of height 3."""
+    frames = random_images((6, 3, 20, 24))
+    images = image_dataset(spaces.Box(0, 255, (3, 20, 24), np.uint8), frames)
+    np.testing.assert_array_equal(images, frames[:-1].transpose(0, 2, 3, 1))
+
+
+@pytest.mark.parametrize("high", [1, 255])
+def test_b8_float_images_become_bytes(high):
+    frames = random_images((6, 20, 24, 3))
+    images = image_dataset(spaces.Box(0, high, (20, 24, 3), np.float32), np.float32(frames) * (high / 255))
+    np.testing.assert_array_equal(images, frames[:-1])
+
+
+def test_b8_grey_images_without_an_axis_of_channels():
+    frames = random_images((6, 20, 24))
+    images = image_dataset(spaces.Box(0, 255, (20, 24), np.uint8), frames)
+    np.testing.assert_array_equal(images, frames[:-1, ..., None])
+
+
+class ChannelsFirst(offline_data.Camera):
+    observation_space = spaces.Box(0, 255, (3, 40, 40), np.uint8)
+
+    def observe(self):
+        return super().observe()["front"].transpose(2, 0, 1)
+
+
+gym.register("ChannelsFirst-v0", f"{__name__}:ChannelsFirst", disable_env_checker=True)
+
+
+def test_b8_live_images_are_arranged_like_the_datas():
+    """What the policy sees live is what it learned from, channels first included."""
+    env = gym.make(f"{__name__}:ChannelsFirst-v0")
+    write_minari("own/data-v0", env, episodes=1, jpeg_encoding=False)
+    env, _, train, _ = make_env_and_datasets("own/data-v0")
+    obs, _ = env.reset(seed=1000)
+    assert obs["image"].shape == (40, 40, 3)
+    np.testing.assert_array_equal(obs["image"], train["observations"]["image"][0])
+
+
+@pytest.mark.parametrize(
+    ("space", "word"),
+    [
+        (spaces.Box(-1, 1, (20, 24, 3), np.float32), "-1 ... 1"),
+        (spaces.Box(-np.inf, np.inf, (1024, 3), np.float32), "(1024, 3)"),
+        (spaces.Box(0, 255, (20, 24, 32), np.uint8), "(20, 24, 32)"),
+        (spaces.Box(0, 255, (4, 20, 24, 3), np.uint8), "(4, 20, 24, 3)"),
+        (spaces.Tuple([spaces.Box(-1, 1, (2,))]), "Tuple"),
+        (spaces.Text(5), "Text"),
+    ],
+    ids=["signed", "point cloud", "feature map", "stack", "tuple", "text"],
+)
+def test_b8_what_is_neither_state_nor_image_is_refused_by_name(space, word):
+    space = spaces.Dict(thing=space, state=spaces.Box(-1, 1, (2,)))
+    with pytest.raises(SystemExit, match="observations/thing") as error:
+        bc_flow_offline.arrange(
+            space, {"thing": np.zeros((1, *(space["thing"].shape or ()))), "state": np.zeros((1, 2))}
+        )
+    assert word in str(error.value)
+
+
+def test_b8_row_vectors_and_small_matrices_are_states_and_choices_one_hot():
+    space = spaces.Dict(
+        row=spaces.Box(-1, 1, (1, 12)), pose=spaces.Box(-1, 1, (4, 4)), mode=spaces.Discrete(3, start=1)
+    )
+    x = {"row": np.arange(24.0).reshape(2, 1, 12), "pose": np.ones((2, 4, 4)), "mode": np.array([1, 3])}
+    arranged = bc_flow_offline.arrange(space, x)
+    assert arranged.shape == (2, 31)
+    assert arranged[:, :3].tolist() == [[1, 0, 0], [0, 0, 1]] and arranged[1, 19:].tolist() == list(range(12, 24))
+
+
+TEXT = np.array([b"0.1"] * 20)
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "words"),
+    [
+        ("actions", np.array([[b"0.1"] * 6] * 20), "actions b'0.1'"),
+        ("rewards", TEXT, "rewards b'0.1'"),
+        ("observations", np.array([[b"x"] * 17] * 20), "observations b'x'"),
+        ("terminals", np.array([b"False"] * 20), "terminals b'False'"),
+        ("terminals", np.array([0.0, 0.5] * 10), "terminals 0.0 true or false"),
+        ("timeouts", np.array([np.nan] * 20), "timeouts nan"),
+        ("rewards", np.ones((20, 2)), "rewards (20, 2)"),
+        ("rewards", np.full(20, 1e300), "rewards 1e+300"),
+        ("observations", np.full((20, 17), 3.4e38), "observations 3.4e+38 measurements"),
+        ("next_observations", np.ones((20, 5)), "next_observations (20, 5)"),
+    ],
+    ids=lambda x: None if isinstance(x, np.ndarray) else x,
+)
+def test_b9_what_is_no_number_is_refused_and_nothing_stays(tmp_path, capsys, column, values, words):
+    """Text is always true, broadcasts or crashes later; 1e300 becomes infinite in float32."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows() | {column: values})
+    message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
+    assert all(word in message for word in words.split()), message
+    assert not list((tmp_path / "minari").glob("*/*")) and not list((tmp_path / "minari").glob(".*"))
+
+
+class Rewarded(offline_data.Steps):
+    """Its rewards are text in the dataset."""
+
+
+def test_b9_text_in_a_minari_dataset():
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    path = Path(minari.load_dataset("own/data-v0").storage.data_path) / "main_data.hdf5"
+    with h5py.File(path, "a") as file:
+        del file["episode_1/rewards"]
+        file["episode_1/rewards"] = np.array([b"1.0"] * 7)
+    with pytest.raises(SystemExit, match="own/data-v0.*rewards hold b'1.0'"):
+        make_env_and_datasets("own/data-v0")
+
+
+@pytest.mark.parametrize("high", [3.4e38, np.finfo(np.float32).max, np.inf])
+def test_b10_bounds_that_are_none(high):
+    """Scaled by them, every action would be 0."""
+    box = spaces.Box(-np.float32(high), np.float32(high), (1,), np.float32)
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=1, action_space=box)
+    with pytest.raises(SystemExit, match=r"own/data-v0.*bounded Box.*--action-bounds data"):
+        make_env_and_datasets("own/data-v0")
+    rows = train_rows("own/data-v0", action_bounds="data")
+    assert rows["actions"].min() == pytest.approx(-1, abs=1e-4) and rows["actions"].max() == pytest.approx(1, abs=1e-4)
+
+
+def test_b11_absolute_actions_are_scaled_by_the_datas_bounds(tmp_path, stand_ins):
+    """diffusion_policy#35, robomimic#38: positions in metres, angles in radians. Clipped, every action is a bound."""
+    path = write_robomimic(tmp_path / "x.hdf5")
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            demo["actions"][:, :3] = demo["actions"][:, :3] * 0.1 + [0.4, 0.0, 1.2]
+            demo["actions"][:, 3:6] = [3.1, -3.1, 0.5]
+    with pytest.raises(SystemExit) as error:
+        train_rows("lift-mh-low_dim", dataset_path=str(path))
+    message = str(error.value)
+    assert "-1 to 1" in message and "--action-bounds data" in message and "\n" not in message and "3.1" in message
+    train = train_rows("lift-mh-low_dim", dataset_path=str(path), action_bounds="data")
+    assert np.abs(train["actions"]).max() <= 1 and len(np.unique(train["actions"][:, 2])) > 2
+    low, high = train.box.low, train.box.high
+    restored = low + (train["actions"] + 1) / 2 * (high - low)
+    stored = np.concatenate([episode.actions for episode in train.source.iterate_episodes()])
+    np.testing.assert_allclose(restored, stored, atol=2e-4)
+
+
+def test_b11_bounds_of_many_dimensions_are_one_short_line():
+    box = spaces.Box(np.linspace(-1, 0, 28, dtype=np.float32), np.linspace(0.5, 1, 28, dtype=np.float32))
+    assert len(datasets.bounds_of(box)) < 200 and "\n" not in datasets.bounds_of(box)
+    assert datasets.bounds_of(spaces.Box(-1, 1, (28,))) == "-1 to 1"
+
+
+def test_b12_a_file_of_ones_own_in_d4rls_layout(tmp_path):
+    """Read under its own name, cut where it says, evaluated in the task that the name may be."""
+    rows = d4rl_rows(((4, "timeout"), (3, "terminal")), 2, 1)
+    path = write_hdf5(tmp_path / "x.hdf5", rows)
+    train = train_rows("my-robot-v3", dataset_path=str(path))
+    assert train.size == 7 and np.flatnonzero(train["terminals"]).tolist() == [3, 6]
+    assert train.source.id.startswith("file/my-robot-") and train.source.id.endswith("-v3")
+    assert datasets.reference_scores(train.source)[1] == ""
+    rows = d4rl_rows(((4, "timeout"), (3, "terminal")), 11, 3)
+    env, *_ = make_env_and_datasets("Hopper-v5", Args(dataset_path=str(write_hdf5(tmp_path / "y.hdf5", rows))))
+    assert env.spec.id == "Hopper-v5"
+
+
+def test_b12_v0_names_and_names_that_are_near(tmp_path, capsys):
+    """D4RL's v0 has the same robots; its files are read, and without a file the way on is named."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((4, "timeout"), (3, "timeout")), 11, 3))
+    env, _, train, _ = make_env_and_datasets("hopper-medium-v0", Args(dataset_path=str(path)))
+    assert train.size == 7 and env.spec.id == "Hopper-v4"
+    with pytest.raises(SystemExit, match=r"hopper-medium-v0.*did you mean.*hopper-medium-v2.*--dataset-path FILE"):
+        train_rows("hopper-medium-v0")
+
+
+def test_b12_ends_that_nothing_tells(tmp_path, capsys):
+    """One's own file without timeouts and next_observations: its episodes would be one, chunks would cross ends."""
+    rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 2, 1, next_observations=False)
+    for keys in (("timeouts",), ()):
+        kept = {key: value for key, value in rows.items() if key not in keys} | {"terminals": np.zeros(7, bool)}
+        if "timeouts" in kept:
+            kept["timeouts"] = np.zeros(7, bool)
+        message = refused(capsys, "my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", kept)))
+        assert "timeouts" in message and "end" in message
+    rows["terminals"][[3, 6]] = True  # every episode terminates
+    del rows["timeouts"]
+    train = train_rows("my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "y.hdf5", rows)))
+    assert np.flatnonzero(train["terminals"]).tolist() == [3, 6]
+
+
+def test_b12_another_robots_file_under_a_d4rl_name(tmp_path, capsys):
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((4, "timeout"),), 17, 6))
+    message = refused(capsys, "hopper-medium-v2", dataset_path=str(path))
+    assert all(word in message for word in ("11", "3", "17", "6", "its own name"))
+
+
+def test_b12_another_task_of_robomimic(tmp_path, capsys, stand_ins):
+    """A can file under lift's name: goals, horizon and score would be another task's."""
+    path = write_robomimic(tmp_path / "x.hdf5", env_args=offline_data.ENV_ARGS | {"env_name": "PickPlaceCan"})
+    message = refused(capsys, "lift-mh-low_dim", dataset_path=str(path))
+    assert "PickPlaceCan" in message and "Lift" in message
+    assert train_rows("my-can-v0", dataset_path=str(path)).source.id.startswith("file/my-can-")
+
+
+@pytest.mark.parametrize("raw", [True, False])
+def test_b13_demonstrations_without_observations(tmp_path, capsys, raw):
+    """robomimic#138, #260: robosuite's own demo.hdf5, or what convert_robosuite made of it."""
+
+    def strip(file):
+        for demo in file["data"].values():
+            del demo["obs"], demo["next_obs"]
+        if raw:
+            del file["data"].attrs["env_args"]
+
+    path = edit(write_robomimic(tmp_path / "demo.hdf5"), strip)
+    message = refused(capsys, "lift-mh-low_dim", dataset_path=str(path))
+    assert f"dataset_states_to_obs --dataset {path}" in message and "delete" not in message
+    assert ("conversion.convert_robosuite" in message) == raw
+
+
+def test_b13_a_robomimic_file_of_images(tmp_path, capsys):
+    def strip(file):
+        for demo in file["data"].values():
+            del demo["obs/object"]
+            demo["obs/agentview_image"] = random_images((len(demo["actions"]), 8, 8, 3))
+
+    message = refused(capsys, "lift-mh-low_dim", dataset_path=str(edit(write_robomimic(tmp_path / "x.hdf5"), strip)))
+    assert "object" in message and "agentview_image" in message and "low_dim" in message
+
+
+def test_b14_leftovers_of_a_killed_conversion_are_cleared_at_once(tmp_path):
+    """Of a process that is dead, not of one that still writes."""
+    root = tmp_path / "minari"
+    with datasets.hidden_root(root) as living:
+        os.environ["MINARI_DATASETS_PATH"] = str(root)
+        process = multiprocessing.get_context("fork").Process(target=hold, args=(root,))
+        process.start()
+        wait_until(lambda: len(list(root.glob(".storing-*/.lock"))) == 2)
+        process.kill()
+        process.join()
+        train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", d4rl_rows())))
+        assert list(root.glob(".*")) == [living]
+    assert not list(root.glob(".*"))
+
+
+def hold(root: Path) -> None:
+    with datasets.hidden_root(root):
+        time.sleep(60)
+
+
+def test_b14_ctrl_c_during_a_conversion_leaves_nothing(tmp_path):
+    """It ends within seconds, and says that nothing was begun."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((2, "timeout"),) * 20_000))
+    flags = [*TINY.split(), "--env-name", "halfcheetah-medium-v2", "--dataset-path", path]
+    with popen_script(SCRIPT, *flags, cwd=tmp_path) as process:
+        wait_until(lambda: list((tmp_path / "minari").glob(".storing*/**/main_data.hdf5")))
+        os.kill(process.pid, signal.SIGINT)
+        assert process.wait(30) not in (0, None)
+    errors = process.stderr_path.read_text()
+    assert "run the same command again" in errors and "Traceback" not in errors
+    assert not list((tmp_path / "minari").glob(".*")) and not (tmp_path / "run").exists()
+
+
+def test_b15_the_actions_are_named_where_they_do_not_fit(capsys):
+    """Observations are right; the line says actions."""
+    box = spaces.Box(-1, 1, (3,), np.float32)
+    policy = np.zeros(3, np.float32)
+
+    class Wide(offline_data.Steps):
+        action_space = box
+
+        def step(self, action):
+            return super().step(action[:1])
+
+    write_minari("own/data-v0", Wide(), episodes=2, policy=lambda env, obs: policy)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"env_spec": gym.spec("Steps-v0").to_json()}))
+    env, *_ = make_env_and_datasets("own/data-v0")
+    line = no_evaluation(capsys)
+    assert env is None and "actions" in line and "observations" not in line and "(3,)" in line and "(1,)" in line
+
+
+def test_b15_actions_that_would_broadcast():
+    """(T, 1) in a dataset that says (3,): scaled by its bounds they would silently become three."""
+    box = spaces.Box(-1, 1, (3,), np.float32)
+    policy = np.zeros(1, np.float32)
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), 1, lambda env, obs: policy, action_space=box)
+    with pytest.raises(SystemExit, match=r"own/data-v0, episode 0 of the data: actions have shape \(1,\).*\(3,\)"):
+        make_env_and_datasets("own/data-v0")
+
+
+def test_b16_what_is_missing_is_named(monkeypatch, capsys, tmp_path):
+    """ogbench is here, dm_control is not."""
+    (tmp_path / "ogbench.py").write_text("import no_such_dm_control")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "ogbench", raising=False)
+    message = refused(capsys, "reach-play-singletask-v0")
+    assert "pip install no-such-dm-control" in message and "pip install ogbench" not in message
 
 
 # --- From each format to a score --------------------------------------------------------------------------------------

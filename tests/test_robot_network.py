@@ -20,7 +20,7 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
-from conftest import wait_until
+from conftest import REPO, popen_script, wait_until
 from robot_peers import PING, REQUEST, Honest, attack, push, raw_peer
 from robot_wire import Wire, follow, fronts, memory_mb, moved, serving, status_of, watch
 
@@ -211,6 +211,48 @@ def test_the_robot_process_has_nothing_of_the_network(tmp_path):
         process.kill()
         process.wait()
         wait_until(lambda: not any(Path(f"/proc/{pid}/fd/0").exists() for pid in (first, spare)), 10)
+
+
+SLOW_RECOVER = """
+import sys, time
+sys.path.insert(0, REPO)
+sys.argv[0] = "robot_server.py"
+import robot_server
+recover = robot_server.SimArm.recover
+def slow_recover(arm):
+    time.sleep(5)
+    recover(arm)
+robot_server.SimArm.recover = slow_recover
+robot_server.main(robot_server.parse_args())
+"""
+
+
+def test_a_long_call_of_the_sdk_is_no_hanging_front(tmp_path):
+    """Clients are answered meanwhile, with the job and its mode; nobody replaces the front."""
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_RECOVER.replace("REPO", repr(str(REPO))))
+    with serving(tmp_path, script=script) as process, Wire(process.requests) as wire:
+        wire.take()
+        wire.ask("recover", handle="takes-long")
+        seen, end = set(), time.monotonic() + 4
+        while time.monotonic() < end:
+            wire.take()
+            job = wire.ask("job", handle="takes-long")["result"]
+            seen.add(job["status"])
+            time.sleep(0.05)
+        assert seen <= {"queued", "running"} and wire.refused("start", handle="too-early") in ("busy", "no_lease")
+        wait_until(lambda: wire.ask("job", handle="takes-long")["result"]["status"] == "done", 20)
+        assert wire.hello["server"]["fronts"] == 1 and wire.state()["fault"] is None
+
+
+def test_a_front_that_cannot_start(tmp_path):
+    """Without pyzmq, say: one line, and no arm that nobody can reach."""
+    (tmp_path / "msgpack.py").write_text("raise ImportError('no msgpack here')")
+    env = {"PYTHONPATH": str(tmp_path)}
+    with popen_script("robot_server.py", "--port", 0, cwd=tmp_path, env=env) as process:
+        assert process.wait(60) == 1
+        assert process.stderr_path.read_text().strip() == "the front does not start: see robot_server.log"
+    assert "no msgpack here" in (tmp_path / "robot_server.log").read_text()
 
 
 def test_a_front_that_grows_is_replaced(tmp_path, monkeypatch):
