@@ -27,7 +27,7 @@ that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
 A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
-answers for 2 s, or is one more than 128: then the one that was silent for longest. A client's own heartbeats are
+answers for 2 s, or is one more than 128: then one that never asked, or was silent for longest. A client's own heartbeats are
 answered.
 
 modes       idle: no controller runs, the robot holds itself; streaming; hold: the controller runs, the reference
@@ -2031,6 +2031,7 @@ class Connection:
         self.since = now
         self.taken = 0  # bytes received that messages have brought
         self.heard = False  # a message came since the last look
+        self.served = False  # a message came ever
         self.received = 0
         self.was_cut = False
         self.acked = 0  # bytes that the peer has taken
@@ -2072,6 +2073,7 @@ class Doors:
         size = sum(len(frame) + (2 if len(frame) < 256 else 9) + self.overhead for frame in frames)
         if connection := self.connections.get(fd):
             connection.heard = True
+            connection.served = True
             connection.taken += size
         else:
             self.left = max(self.left - size, 0)
@@ -2100,7 +2102,7 @@ class Doors:
             if not connection.was_cut:
                 silent.append((silent_ms, connection))
         self.limit_underway(underway)
-        silent.sort(key=lambda pair: pair[0], reverse=True)
+        silent.sort(key=lambda pair: (not pair[1].served, pair[0]), reverse=True)
         for _, connection in silent[: max(len(silent) - MAX_CONNECTIONS, 0)]:
             self.cut(connection, "too many connections")
 
