@@ -37,7 +37,7 @@ LONGER = {  # limits, not goals
     "sac_state_sim.py": 1500,  # half of it is the run directory, actor and learner, and checks of what comes in
     "sac_pixel_sim.py": 2590,  # the same, with three encoders, augmentation, a buffer of frames, VICE
     "bc_flow_offline.py": 2150,  # a third of it reads and converts what D4RL, robomimic, OGBench and Minari have
-    "robot_server.py": 2820,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "robot_server.py": 2850,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1650,  # client, cameras, teleoperation, environment; one thought per line
 }
 
