@@ -39,10 +39,10 @@ BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 950,
-    "sac_pixel_sim.py": 1310,
-    "sac_pixel_real.py": 1510,
+    "sac_pixel_sim.py": 1340,
+    "sac_pixel_real.py": 1750,
     "bc_flow_offline.py": 1300,
-    "robot_server.py": 2820,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "robot_server.py": 2860,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1660,  # client, cameras, teleoperation, environment
     "common/envs.py": 480,
     "common/setup.py": 380,
