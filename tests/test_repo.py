@@ -34,7 +34,8 @@ WITH_ARGS = [name for name in (*SCRIPTS, *BENCHMARKS) if name != "benchmarks/spe
 MAY_DIFFER = {"Args", "Agent", "make_env", "main", "train", "learner", "actor", "evaluate"}
 SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agent", "Evaluation", "Main"]
 FOOTER = 'if __name__ == "__main__":\n    main({})'
-CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_CHANGE)", "parse_args()")  # the second with --resume
+# The second with --resume; the third where tyro is imported late.
+CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_CHANGE)", "parse_args()")
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
