@@ -270,15 +270,23 @@ class Session:
     def run(self) -> None:
         while not self.stopped and self.missing():
             self.recording.check_disk(self.env)
-            obs = self.wait_for_start(self.reset())
-            if self.stopped:
-                break
-            observations, steps, verdict = self.record(obs)
-            if verdict in ("discard", "fault"):
-                say(f"episode {len(self.recording.episodes)} is not kept")
-            else:
-                self.keep(observations, steps, verdict)
-            self.attempt += 1
+            try:
+                self.episode()
+            except RobotError as error:  # server away, a reflex while the arm stood still, the stop button
+                if self.terminal is None or self.terminal.fault:
+                    raise
+                self.wait(f"{error}. Enter goes on with the next episode, q ends", None, "go on")
+
+    def episode(self) -> None:
+        obs = self.wait_for_start(self.reset())
+        if self.stopped:
+            return
+        observations, steps, verdict = self.record(obs)
+        if verdict in ("discard", "fault"):
+            say(f"episode {len(self.recording.episodes)} is not kept")
+        else:
+            self.keep(observations, steps, verdict)
+        self.attempt += 1
 
     def missing(self) -> str:
         """What is still to be recorded; nothing when there is enough."""
@@ -341,17 +349,10 @@ class Session:
         return obs
 
     # --- before an episode ---
-    def reset(self) -> dict | None:
+    def reset(self) -> dict:
         """The first observation: FrankaEnv has seen the arm stand still at its pose, and new pictures since then."""
         show("reset ...")
-        obs = None
-        while obs is None and not self.stopped:
-            try:
-                obs, _ = self.env.reset(seed=self.seed())
-            except RobotError as error:
-                if not self.person:
-                    raise
-                self.wait(f"{error}. Enter tries again, q ends", None, "go on")
+        obs, _ = self.env.reset(seed=self.seed())
         pressed = [command for command in self.commands() if command != "quit"]
         if pressed:
             say(f"pressed during the reset, so without effect: {', '.join(pressed)}")
@@ -362,9 +363,9 @@ class Session:
     def seed(self) -> int:
         return envs.episode_seed(self.args.seed, 2, self.attempt)
 
-    def wait_for_start(self, obs: dict | None) -> dict | None:
+    def wait_for_start(self, obs: dict) -> dict:
         """Waits for Enter or the first input, so that idling before it is no part of the episode."""
-        if self.stopped or not (self.person or self.args.wait_for_key):
+        if not (self.person or self.args.wait_for_key):
             return obs
         if self.args.wait_for_key:
             return self.wait(f"ready: restore the scene, then Enter; to go: {self.missing()}", obs, "go on")[1]
@@ -481,7 +482,8 @@ class Session:
         }
         self.recording.add(fields, attributes)
         opinion = "; THE CLASSIFIER DISAGREES" if attributes.get("disagreement") else ""
-        done = f"episode {len(self.recording.episodes) - 1}: {attributes['verdict']}, {len(steps)} steps{opinion}"
+        what = verdict if demos else "labelled"
+        done = f"episode {len(self.recording.episodes) - 1}: {what}, {len(steps)} steps{opinion}"
         say(f"{done}; to go: {self.missing() or 'nothing'}")
 
 
@@ -588,6 +590,7 @@ def main(args: Args) -> None:
         if hand:
             hand.close()
         env.close()
+    show("")
     report(recording, env)
 
 

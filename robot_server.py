@@ -27,8 +27,8 @@ that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
 A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
-answers for 2 s, or is one more than 128: then the one that was silent for longest. A client's own heartbeats are
-answered.
+answers for 2 s, or is one more than 128: then one that never asked, or was silent for longest. A client's own
+heartbeats are answered.
 
 modes       idle: no controller runs, the robot holds itself; streaming; hold: the controller runs, the reference
             stands; busy: a job moves the arm; stopping: it comes to rest; fault: latched until `recover`
@@ -68,7 +68,7 @@ A job's handle is made up by the client (8 to 64 ASCII characters). The same han
 but answers as `job` does: so every request but `target` with a seq may be repeated. An arm's job ends when the lease
 does. What goes on is never forgotten, of what has ended the last 256.
 
-Expect: p50_ms <= 0.3, p99_ms <= 2 (real-time priority) [benchmarks/results/robot_round_trip.csv contender=ours]
+Expect: p50_ms <= 0.4, p99_ms <= 1 (real-time priority) [benchmarks/results/robot_round_trip.csv contender=ours]
 Expect: cpu_percent_of_a_core <= 25, server_mb <= 300 [benchmarks/results/robot_load.csv contender=ours]
 
 Sources: watchdog, limits and leases answer what SERL's server lacks (serl_robot_infra/robot_servers/franka_server.py,
@@ -1008,6 +1008,7 @@ class Gripper(ABC):
         self.submit(Job("", "target", iter(())), action, (1 - closure) * self.max_width, 1.0, 0.5)
 
     def run(self) -> None:
+        go_first()
         job: Job | None = None
         give_up = 0.0
         while not self.stopping.wait(1 / self.hz):
@@ -1340,6 +1341,14 @@ class Board:
 
 
 # --- Robot thread -----------------------------------------------------------------------------------------------------
+def go_first() -> None:
+    """This thread before those of other programs, where that is allowed (root, rtprio). All threads of the robot
+    process do so, because each has to wait for whoever holds the interpreter's lock. libfranka does it itself."""
+    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+        with contextlib.suppress(PermissionError):
+            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(10))
+
+
 class Job:
     """A long operation; its handle is made up by the client."""
 
@@ -1444,9 +1453,8 @@ class Control(threading.Thread):
 
     def beat(self) -> None:
         """Ticks until the program ends, then lets the arm come to rest."""
-        if self.arm.waits and os.sched_getscheduler(0) == os.SCHED_OTHER:  # libfranka sets a higher one itself
-            with contextlib.suppress(PermissionError):  # allowed for root and with rtprio
-                os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(10))  # of this thread alone
+        if self.arm.waits:
+            go_first()
         due = time.monotonic()
         while not self.stopping.is_set():
             due += 1 / self.args.control_hz
@@ -1487,16 +1495,22 @@ class Control(threading.Thread):
                 log.exception("robot thread")
             self.latch("internal", f"{type(error).__name__} in the control loop, see the log")
         self.ticked = now
-        self.publish()
+        try:
+            self.publish()
+        except Exception as error:  # nor may one here
+            if self.fault is None:
+                log.exception("state")
+            self.note_fault("internal", f"{type(error).__name__} while telling the state, see the log")
 
     # What the front says
     def listen(self, now: float) -> None:
         """Obeys all commands that have come."""
         for _ in range(200):
-            if self.link is None:
+            link = self.link
+            if link is None:
                 return
             try:
-                data = self.link.recv(Command.FORM.size)
+                data = link.recv(Command.FORM.size)
             except OSError:  # nothing there, or the front is being replaced
                 return
             if len(data) != Command.FORM.size:
@@ -1774,12 +1788,14 @@ class Control(threading.Thread):
         yield from self.settle()
         self.fault = None
         self.held = ""
+        self.closure = None
         self.phase = "idle"
 
     def reset_task(self, seed: int | None) -> Iterator[None]:
         yield from self.settle()
         with self.blocking():
             self.arm.reset_task(seed)
+        self.closure = None  # the scene's gripper stands where the task puts it
         yield
         self.phase = "idle"
 
@@ -2018,6 +2034,7 @@ class Connection:
         self.since = now
         self.taken = 0  # bytes received that messages have brought
         self.heard = False  # a message came since the last look
+        self.served = False  # a message came ever
         self.received = 0
         self.was_cut = False
         self.acked = 0  # bytes that the peer has taken
@@ -2059,6 +2076,7 @@ class Doors:
         size = sum(len(frame) + (2 if len(frame) < 256 else 9) + self.overhead for frame in frames)
         if connection := self.connections.get(fd):
             connection.heard = True
+            connection.served = True
             connection.taken += size
         else:
             self.left = max(self.left - size, 0)
@@ -2087,7 +2105,7 @@ class Doors:
             if not connection.was_cut:
                 silent.append((silent_ms, connection))
         self.limit_underway(underway)
-        silent.sort(key=lambda pair: pair[0], reverse=True)
+        silent.sort(key=lambda pair: (not pair[1].served, pair[0]), reverse=True)
         for _, connection in silent[: max(len(silent) - MAX_CONNECTIONS, 0)]:
             self.cut(connection, "too many connections")
 
@@ -2424,6 +2442,10 @@ class Front:
 
     def begin(self, op: str, handle: str, values: Sequence[float] = ()) -> dict[str, Any]:
         """The report of a new job, or of the one with that handle."""
+        status = self.status()
+        known = {job["handle"] for job in (*status["jobs"].values(), *self.unanswered.values()) if job}
+        if op in FOLLOWS and handle not in known and time.monotonic() - status["ticked"] > 0.05:
+            check_mode(op, status)  # no job waits for the end of a long call of the SDK
         if job := self.command(op, values, handle)["job"]:
             return job
         if len(self.unanswered) > 16:
@@ -2453,8 +2475,6 @@ def run_front(order: str) -> None:
     order = json.loads(order)
     if order["args"]["keys"]:
         import zmq.auth.thread  # noqa: F401
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the robot process decides when it is over
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     link = socket.socket(fileno=order["link"])
     memory = mmap.mmap(order["memory"], 2 * Board.SIZE, prot=mmap.PROT_READ)
@@ -2480,6 +2500,8 @@ class FrontProcess:
         script = Path(__file__).resolve()
         program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import {script.stem} as server"
         command = [sys.executable, "-c", f"{program}; server.run_front(sys.argv[1])", json.dumps(order)]
+        end_signals = {signal.SIGINT, signal.SIGTERM}  # the robot process decides when it is over
+        signal.pthread_sigmask(signal.SIG_BLOCK, end_signals)  # a new process starts with what is blocked
         with open(args.log_file, "ab") as output:
             self.process = subprocess.Popen(
                 command,
@@ -2488,6 +2510,7 @@ class FrontProcess:
                 stderr=output,
                 pass_fds=(theirs.fileno(), memory, *fds),
             )
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, end_signals)
         theirs.close()
         self.link.setblocking(False)
 
@@ -2510,7 +2533,7 @@ class Robot:
         self.id = secrets.token_hex(4)
         self.ending = False
         self.silent = 0.0  # s for which the front has said nothing
-        self.heard = 0.0
+        self.heard = -math.inf
         self.stale = 0.0  # s for which the robot thread has not ticked
         self.seen = 0.0
         self.fronts = 0
@@ -2567,6 +2590,7 @@ class Robot:
         """Until a signal."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.signalled)
+        go_first()
         shown = 0.0
         before = time.monotonic()
         told = False
@@ -2590,11 +2614,14 @@ class Robot:
     def watch_front(self, passed: float) -> None:
         """One that has ended, or says nothing for 3 s, is replaced by the spare one."""
         heard = self.control.front_heard
-        self.silent = 0.0 if heard != self.heard else self.silent + passed
+        listens = self.control.ticked != self.seen  # not while the robot thread is busy in its SDK
+        self.silent = 0.0 if heard != self.heard else self.silent + passed * listens
         self.heard = heard
-        hangs = self.silent > (3.0 if heard > 0 else 30.0) and not self.stale
+        hangs = self.silent > (3.0 if heard > 0 else 30.0)
         if self.front.process.poll() is None and not hangs:
             return
+        if self.heard < 0:
+            self.shut_down(f"the front does not start: see {self.args.log_file}")
         code = "hangs" if hangs else f"ended with {self.front.process.returncode}"
         log.error("front %d %s: the next one takes over", self.fronts, code)
         self.control.link = None
@@ -2620,19 +2647,21 @@ class Robot:
         self.ending = True
         log.info("%s", signal.Signals(number).name)
 
-    def shut_down(self) -> None:
+    def shut_down(self, failure: str = "") -> None:
         self.control.stopping.set()
         self.gripper.stopping.set()
         self.control.join(8)
         for front in (self.front, self.spare):
             front.end()
-        if hangs := self.control.is_alive():
-            log.error("the robot's SDK does not return")
-            print("\nthe robot's SDK does not return: use the stop button", file=sys.stderr)
+        if self.control.is_alive():
+            failure = "the robot's SDK does not return: use the stop button"
+        if failure:
+            log.error(failure)
+            print(f"\n{failure}", file=sys.stderr)
         log.info("end")
         logging.shutdown()
         print(end="\n" * sys.stdout.isatty(), flush=True)
-        os._exit(1 if hangs else 0)  # not through the SDKs' destructors: they may abort
+        os._exit(1 if failure else 0)  # not through the SDKs' destructors: they may abort
 
     def status_line(self) -> str:
         c, s = self.control, self.control.state

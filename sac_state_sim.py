@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from common import envs, link, setup
 from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
+from common.normalizer import RunningNormalizer
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
 
@@ -307,57 +308,6 @@ class Critic(nn.Module):
         return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
 
 
-class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until FIRST of them have come.
-
-    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
-    """
-
-    FIRST, REACH = 32, 10
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("low", torch.zeros(dim))
-        self.register_buffer("high", torch.zeros(dim))
-        self.register_buffer("first", torch.zeros(self.FIRST, dim))  # the first observations, until they are enough
-        self.register_buffer("waiting", torch.zeros((), dtype=torch.long))  # how many these are
-
-    def update(self, obs: Tensor) -> None:
-        """Takes in observations (N, O)."""
-        parts = [obs]
-        if self.count == 0:
-            parts = [*(row[None] for row in self.first[: self.waiting]), obs]
-            seen = torch.cat(parts)
-            if len(seen) < self.FIRST:
-                self.first[: len(seen)] = seen
-                self.waiting.fill_(len(seen))
-                return
-            outer = 1 + len(seen) // 100  # at either end they may be spikes
-            self.low.copy_(seen.kthvalue(1 + outer, 0).values)
-            self.high.copy_(seen.kthvalue(len(seen) - outer, 0).values)
-        for part in parts:
-            self.add(part)
-
-    def add(self, obs: Tensor) -> None:
-        """Chan et al. 1979, parallel variance."""
-        reach = self.REACH * (self.high - self.low).clamp(min=1)
-        obs = obs.clamp(self.low - reach, self.high + reach)
-        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
-        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
-        total = self.count + len(obs)
-        delta = obs.mean(0) - self.mean
-        weight = len(obs) / total
-        self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
-        self.mean += weight * delta
-        self.count.copy_(total)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
-
-
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
 class Batch(NamedTuple):
     observations: Tensor  # (B, O)
@@ -512,7 +462,7 @@ class Agent:
         self.step_type = step_type(self.obs_dim, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
-        self.normalizer = (Normalizer(self.obs_dim) if args.normalize_observations else nn.Identity()).to(device)
+        self.normalizer = (RunningNormalizer(self.obs_dim) if args.normalize_observations else nn.Identity()).to(device)
         self.actor = Actor(self.obs_dim, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(self.obs_dim, self.action_dim, args).to(device)

@@ -70,6 +70,12 @@ ROWS = {
         "eval/success_rate",
         "at least 0.9",
     ),
+    "reward_classifier": Row(
+        "success classifier of the simulated peg, in lights that it has not seen: frames right",
+        "reward_classifier.py --test-episodes 200",
+        "eval/frames_right",
+        "at least 0.99; at most 1 false success in 100 failed episodes",
+    ),
     "sac_halfcheetah_100k": Row(
         "locomotion, one update per step",
         f"{CHEETAH} --alpha-init 0.2 --lr 1e-3",

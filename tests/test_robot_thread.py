@@ -116,7 +116,7 @@ class World:
         self.control = Control(self.args, self.gripper, *boards())
         self.arm = self.control.arm = FakeArm(self.args)
         self.control.state = self.arm.get_state()
-        self.control.advanced = self.now
+        self.control.advanced = self.control.ticked = self.now
         self.control.limiter.seed(self.control.state.tcp_pose)
         self.control.publish()
         self.control.link = Link(self.control)

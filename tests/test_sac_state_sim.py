@@ -29,7 +29,6 @@ from sac_state_sim import (
     Agent,
     Args,
     Batch,
-    Normalizer,
     ReplayBuffer,
     load_demos,
     make_env,
@@ -737,72 +736,6 @@ def test_steps_as_they_are_sent():
 
 
 # --- Normalizer -------------------------------------------------------------------------------------------------------
-def statistics(data: np.ndarray, learning_starts: int = 0, **changes) -> Normalizer:
-    """Those that an agent has after observations `data` (N, O), which come one by one."""
-    agent = small_agent(data.shape[1], 2, **changes)
-    buffer, dtype = ReplayBuffer(len(data), data.shape[1], 2, CPU), step_type(data.shape[1], 2)
-    for obs, next_obs in zip(data, [*data[1:], data[0]]):
-        buffer.add(pack_step(dtype, None, obs))
-        buffer.add(pack_step(dtype, np.zeros(2), next_obs))
-        agent.observe(buffer.newest_observations(1))
-    return agent.normalizer
-
-
-def test_normalizer_is_numpys_mean_and_variance():
-    data = np.random.default_rng(0).normal([0, 5, -100, 2], [1, 0.1, 30, 0], (1000, 4))
-    x, normalizer = torch.tensor(data, dtype=torch.float32), Normalizer(4)
-    assert_close(normalizer(x[:3]), data[:3].clip(-10, 10))  # the identity, but for the clamp
-    for chunk in torch.split(x, [1, 1, 300, 7, 500, 191]):
-        normalizer.update(chunk)
-    for each in (normalizer, statistics(data)):
-        np.testing.assert_allclose(each.mean, data.mean(0), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(each.var, data.var(0), rtol=1e-3, atol=1e-4)
-        normal = each(x)
-        assert_close(normal[:, :3].mean(0), np.zeros(3), 1e-3)
-        assert_close(normal[:, :3].std(0), np.ones(3), 5e-3)
-        assert each(torch.tensor([1e9, -1e9, 0, 2]))[:2].tolist() == [10, -10]
-        assert each.count == 1000
-
-
-@pytest.mark.parametrize("place", [0, 5, 31, 100, 1999])
-@pytest.mark.parametrize("spike", [1e5, -1e10])
-def test_one_spike_does_not_ruin_the_statistics(place, spike):
-    """S4: wherever it comes, the spread of a feature stays of its own size; it came out as 0.0008 of it."""
-    data = np.random.default_rng(0).normal([0, 5, 300], [1, 0.1, 30], (2000, 3))
-    spiked = data.copy()
-    spiked[place] = spike
-    with_spike, without = statistics(spiked), statistics(data)
-    scale = (with_spike.var / without.var).sqrt()
-    assert (scale > 0.99).all() and scale[[0, 2]].max() < 2, scale
-    assert scale[1] < 6  # a range below 1 counts as 1
-    assert ((with_spike.mean - without.mean).abs() < without.var.sqrt()).all()
-
-
-def test_statistics_follow_a_feature_that_moves_late():
-    """S4: what is clipped at first is learned: constant for 1,000 steps, then of the size of 500."""
-    data = np.concatenate([np.zeros((1000, 1)), np.random.default_rng(0).normal(0, 500, (1000, 1))])
-    assert statistics(data).var.sqrt().item() == pytest.approx(data.std(), rel=0.05)
-
-
-def test_first_statistics():
-    """They start with 32 observations, one by one or at once; what waits is part of a checkpoint."""
-    agent, other, obs = small_agent(), small_agent(seed=2), random_batch(60).observations
-    for row in obs[:31].split(1):
-        agent.observe(row)
-    assert agent.normalizer.count == 0
-    assert_close(agent.normalizer(obs), obs.numpy())
-    other.load_state_dict(agent.state_dict())
-    for each in (agent, other):
-        each.observe(obs[31:])
-        assert each.normalizer.count == 60
-        assert_close(each.normalizer.mean, obs.mean(0).numpy())
-    obs = random_batch(200).observations  # demonstrations
-    obs[17, 1] = 1e9
-    agent = small_agent()
-    agent.observe(obs)
-    assert agent.normalizer.var[1].sqrt().item() < 5 * np.delete(obs[:, 1].numpy(), 17).std()
-
-
 def test_normalized_agent_sees_normalized_observations():
     agent, scale, shift = small_agent(), torch.tensor([10.0, 0.1, 3.0]), torch.tensor([5.0, -1.0, 100.0])
     plain, obs = small_agent(normalize_observations=False), torch.randn(2000, 3)
