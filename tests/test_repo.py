@@ -40,11 +40,11 @@ MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 900,
     "sac_pixel_sim.py": 1300,
-    "bc_flow_offline.py": 1000,
+    "bc_flow_offline.py": 1300,
     "robot_server.py": 1700,
     "robot_client.py": 1200,
     "common/envs.py": 410,
-    "common/datasets.py": 700,
+    "common/datasets.py": 970,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
 
