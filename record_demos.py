@@ -26,6 +26,7 @@ not all of them after the last; undo, discard, pause; time limits truncate; labe
 New task: `grep -n TASK: record_demos.py` shows the place to edit.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import errno
@@ -45,7 +46,19 @@ import franka_sim  # noqa: F401  registers the simulated tasks
 from common import envs
 from common.recording import Recording, dataset_folder, stacked
 from common.setup import Fault, fail, flag, git_commit, parse
-from robot_client import KEYS, SERVER, TASKS, Keyboard, Pace, RobotError, ScriptedExpert, SpaceMouse, Teleop, Terminal
+from robot_client import (
+    KEYS,
+    SERVER,
+    TASKS,
+    Keyboard,
+    Pace,
+    RobotClient,
+    RobotError,
+    ScriptedExpert,
+    SpaceMouse,
+    Teleop,
+    Terminal,
+)
 
 NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, for each frame with it
 NEAR_MISSES = 0.5  # and how many of them shortly before or after a success
@@ -78,10 +91,12 @@ class Args:
     # environment
     env_id: str = "robot_client:FrankaReal-v0"
     """gymnasium id: the robot, or a simulated task, also module:Env-v0"""
+    max_episode_steps: int | None = None
+    """the longest episode (default: the task's); people need longer than a policy will"""
     # robot
     teleop: Literal["keyboard", "spacemouse", "expert"] = "keyboard"
     """who steers; the expert is the simulated task's"""
-    noise: float = 0.1
+    noise: float = 0.05
     """standard deviation of noise on the expert's actions, in [-1, 1]: shows how to recover"""
     task: str = "peg"
     """which task on the robot: one of TASKS in robot_client.py"""
@@ -98,6 +113,8 @@ class Args:
         for name, least in (("episodes", 1), ("frames", 1), ("classes", 2), ("margin", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 fail(f"{flag(name)} {getattr(self, name)}: give at least {least}")
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            fail(f"--max-episode-steps {self.max_episode_steps}: give at least 1")
         if not 0 <= self.noise <= 1:
             fail(f"--noise {self.noise}: give a number from 0 to 1")
         if self.classes > 2 and self.teleop == "expert":
@@ -110,16 +127,29 @@ class Args:
 def make_env(args: Args) -> gym.Env:
     """The task, with the observations and actions that are recorded."""
     if args.env_id == "robot_client:FrankaReal-v0":
+        check_server(args)
+        task = TASKS[args.task]  # TASK: yours
         config = dataclasses.replace(
-            TASKS[args.task],  # TASK: yours
+            task,
             server=args.server,
             keys=args.keys,
             reward="task" if args.teleop == "expert" else "none",  # otherwise a person says what success is
             terminate_on_success=args.mode == "demos",
+            max_episode_steps=args.max_episode_steps or task.max_episode_steps,
         )
         return envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
     options = {"image_obs": True} if args.env_id.startswith("Franka") else {}  # TASK: keyword options of your task
-    return envs.make(args.env_id, **options)
+    return envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
+
+
+def check_server(args: Args) -> None:
+    """Exits with one line at once when there is no server; later on, FrankaEnv waits a while for one that is away."""
+    try:
+        client = RobotClient(args.server, args.keys)
+        with contextlib.closing(client):
+            client.hello()
+    except RobotError as error:
+        fail(f"--server: {error}")
 
 
 def success(info: dict) -> float:
@@ -142,24 +172,27 @@ class Expert(ScriptedExpert):
 
 
 class Rover(Expert):
-    """For frames of all kinds: the expert steers to success and on in it; in between, the arm wanders off."""
+    """For frames of all kinds: the expert steers, to success and on in it; now and then the arm wanders off."""
 
-    TOWARDS = (25, 50)  # steps
-    AWAY = (5, 20)
+    TOWARDS = (15, 45)  # steps
+    AWAY = (4, 12)
 
     def forget(self) -> None:
-        self.drift: np.ndarray | None = None  # none: towards success
+        self.drift: np.ndarray | None = None  # (6,) motion in the base's axes; none: towards success
         self.left = int(self.rng.integers(*self.TOWARDS))
 
     def read(self, env: gym.Env) -> np.ndarray:
         action = super().read(env)
-        if self.left == 0:
-            turns_back = self.drift is not None
-            self.drift = None if turns_back else self.rng.uniform(-0.7, 0.7, 3)
-            self.left = int(self.rng.integers(*(self.TOWARDS if turns_back else self.AWAY)))
+        if self.left == 0 and self.drift is None:
+            self.drift = np.zeros(6)
+            self.drift[:3] = self.rng.uniform((-0.5, -0.5, -0.2), (0.5, 0.5, 0.8))
+            self.left = int(self.rng.integers(*self.AWAY))
+        elif self.left == 0:
+            self.forget()
         self.left -= 1
         if self.drift is not None:
-            action[:3] = self.drift
+            turn = getattr(env.unwrapped, "base_to_action", np.asarray)  # into the relative frame, where there is one
+            action[:3] = turn(self.drift)[:3]
         return action
 
 
@@ -215,7 +248,7 @@ class Session:
         self.recording = recording
         self.hand = hand
         self.terminal = terminal
-        self.detector = load_detector(args.classifier, env) if args.classifier else None
+        self.detector = open_classifier(args.classifier, env) if args.classifier else None
         self.person = args.teleop != "expert"
         self.paces_itself = hasattr(env.unwrapped, "stand_still")
         self.hz = float(env.metadata.get("render_fps", 10))
@@ -237,15 +270,23 @@ class Session:
     def run(self) -> None:
         while not self.stopped and self.missing():
             self.recording.check_disk(self.env)
-            obs = self.wait_for_start(self.reset())
-            if self.stopped:
-                break
-            observations, steps, verdict = self.record(obs)
-            if verdict in ("discard", "fault"):
-                say(f"episode {len(self.recording.episodes)} is not kept")
-            else:
-                self.keep(observations, steps, verdict)
-            self.attempt += 1
+            try:
+                self.episode()
+            except RobotError as error:  # server away, a reflex while the arm stood still, the stop button
+                if self.terminal is None or self.terminal.fault:
+                    raise
+                self.wait(f"{error}. Enter goes on with the next episode, q ends", None, "go on")
+
+    def episode(self) -> None:
+        obs = self.wait_for_start(self.reset())
+        if self.stopped:
+            return
+        observations, steps, verdict = self.record(obs)
+        if verdict in ("discard", "fault"):
+            say(f"episode {len(self.recording.episodes)} is not kept")
+        else:
+            self.keep(observations, steps, verdict)
+        self.attempt += 1
 
     def missing(self) -> str:
         """What is still to be recorded; nothing when there is enough."""
@@ -308,17 +349,10 @@ class Session:
         return obs
 
     # --- before an episode ---
-    def reset(self) -> dict | None:
+    def reset(self) -> dict:
         """The first observation: FrankaEnv has seen the arm stand still at its pose, and new pictures since then."""
         show("reset ...")
-        obs = None
-        while obs is None and not self.stopped:
-            try:
-                obs, _ = self.env.reset(seed=self.seed())
-            except RobotError as error:
-                if not self.person:
-                    raise
-                self.wait(f"{error}. Enter tries again, q ends", None, "go on")
+        obs, _ = self.env.reset(seed=self.seed())
         pressed = [command for command in self.commands() if command != "quit"]
         if pressed:
             say(f"pressed during the reset, so without effect: {', '.join(pressed)}")
@@ -329,9 +363,9 @@ class Session:
     def seed(self) -> int:
         return envs.episode_seed(self.args.seed, 2, self.attempt)
 
-    def wait_for_start(self, obs: dict | None) -> dict | None:
+    def wait_for_start(self, obs: dict) -> dict:
         """Waits for Enter or the first input, so that idling before it is no part of the episode."""
-        if self.stopped or not (self.person or self.args.wait_for_key):
+        if not (self.person or self.args.wait_for_key):
             return obs
         if self.args.wait_for_key:
             return self.wait(f"ready: restore the scene, then Enter; to go: {self.missing()}", obs, "go on")[1]
@@ -448,11 +482,12 @@ class Session:
         }
         self.recording.add(fields, attributes)
         opinion = "; THE CLASSIFIER DISAGREES" if attributes.get("disagreement") else ""
-        done = f"episode {len(self.recording.episodes) - 1}: {attributes['verdict']}, {len(steps)} steps{opinion}"
+        what = verdict if demos else "labelled"
+        done = f"episode {len(self.recording.episodes) - 1}: {what}, {len(steps)} steps{opinion}"
         say(f"{done}; to go: {self.missing() or 'nothing'}")
 
 
-def load_detector(path: str, env: gym.Env):
+def open_classifier(path: str, env: gym.Env):
     """The success classifier in a file of reward_classifier.py. Exits with one line when it does not fit the task."""
     from common.success import SuccessDetector
 
@@ -546,7 +581,7 @@ def main(args: Args) -> None:
     except KeyboardInterrupt:
         say("stopped at once")
     except (RobotError, Fault) as error:
-        fail(f"{error}. The {len(recording.episodes)} episodes that have ended are kept; the same command goes on")
+        fail(f"{error}; the {len(recording.episodes)} episodes that have ended are kept, the same command goes on")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -555,6 +590,7 @@ def main(args: Args) -> None:
         if hand:
             hand.close()
         env.close()
+    show("")
     report(recording, env)
 
 

@@ -9,7 +9,7 @@
     python reward_classifier.py --watch FILE --env-id robot_client:FrankaReal-v0 --teleop keyboard  # needs a robot
 
 The run folder gets classifier.pt (one file: network, threshold, scores; sac_pixel_sim.py --reward FILE and
-record_demos.py --classifier FILE take it), scores.csv, errors.png (the worst frames: look at them), curve.png.
+record_demos.py --classifier FILE take it), scores.json, errors.png (the worst frames: look at them), curve.png.
 Read the two tables: a camera that tells nothing alone is the wrong one, or looks at the wrong place. Then add data for
 every error that you see, rather than move the threshold.
 
@@ -22,8 +22,8 @@ New task: `grep -n TASK: reward_classifier.py` lists the places to edit.
 """
 
 import copy
-import csv
 import io
+import json
 import math
 import os
 import sys
@@ -375,7 +375,7 @@ def show_counts(parts: dict[str, list[Clip]], classes: tuple[str, ...]) -> None:
     """Prints episodes and frames of each part. Exits with one line when a class is missing where it is needed."""
     print(f"{'':18}{'episodes':>10}" + "".join(f"{name:>12}" for name in (*classes, "left out")))
     for name, clips in parts.items():
-        labels = np.concatenate([clip.labels for clip in clips])
+        labels = np.concatenate([np.empty(0, int), *(clip.labels for clip in clips)])
         counts = [int((labels == label).sum()) for label in (*range(len(classes)), -1)]
         print(f"{name:18}{len(clips):>10}" + "".join(f"{count:>12,}" for count in counts))
         for label, count in zip(classes, counts, strict=False):
@@ -516,18 +516,21 @@ def measure(scored: list[Scored], threshold: float, hold: int) -> dict[str, floa
     failed = [clip for clip in scored if not clip.success.any()]
     succeeded = [clip for clip in scored if clip.success.any()]
 
-    def fires(clip: Scored, where: np.ndarray) -> bool:
+    def fires(clip: Scored, where: np.ndarray, hold: int) -> bool:
         return bool((lowest_in_a_row(clip.odds, hold)[where] >= threshold).any())
+
+    def seen(clip: Scored) -> bool:  # a demonstration may end before `hold` frames of success
+        return fires(clip, clip.success, min(hold, int(clip.success.sum())))
 
     return {
         "frames": float(len(right)),
         "frames_right": float(right.mean()),
         "separation": float(probability[success].mean() - probability[failure].mean()) if success.any() else math.nan,
         "failed_episodes": len(failed),
-        "false_successes": sum(fires(clip, clip.failure) for clip in failed),
+        "false_successes": sum(fires(clip, clip.failure, hold) for clip in failed),
         "successful_episodes": len(succeeded),
-        "too_early": sum(fires(clip, clip.failure) for clip in succeeded),
-        "seen_successes": sum(fires(clip, clip.success) for clip in succeeded),
+        "too_early": sum(fires(clip, clip.failure, hold) for clip in succeeded),
+        "seen_successes": sum(map(seen, succeeded)),
     }
 
 
@@ -713,11 +716,9 @@ def grade(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]])
     for camera in classifier.cameras:
         if scores["held out"][camera]["separation"] < 0.2:
             print(f"camera {camera} tells next to nothing: is it the right one, and does it see the success?")
-    with (run.dir / "scores.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["episodes", "camera", *scores["held out"]["together"]])
-        for name, rows in scores.items():
-            writer.writerows([name, camera, *row.values()] for camera, row in rows.items())
+    write_atomically(run.dir / "scores.json", json.dumps(scores, indent=2).encode())
+    alone = {f"eval/{camera}_frames_right": rows[camera]["frames_right"] for camera in classifier.cameras}
+    run.log("eval", {f"eval/{key}": value for key, value in rows["together"].items()} | alone)
     shown = [(clip, head) for name in parts for clip, head in zip(parts[name], scored[name][-1], strict=True)]
     draw_errors(run.dir / "errors.png", *map(list, zip(*shown, strict=True)), thresholds[-1])
     run.plot("updates", "train", ("losses/learned", "losses/held_out"))
@@ -738,17 +739,18 @@ def delay_ms(detector: SuccessDetector) -> float:
 def train(args: Args, device: torch.device) -> None:
     classifier, fingerprint, clips, elsewhere = gather(args)
     learned, held_out = split(clips, HELD_OUT, args.seed)
-    parts = {"to learn from": learned, "held out": held_out, "another light": elsewhere}
-    parts = {name: part for name, part in parts.items() if part}
+    parts = {"to learn from": learned, "held out": held_out}
+    if elsewhere:
+        parts["another light"] = elsewhere
     show_counts(parts, args.classes)
     run = Run(args, "classifier", __file__, device)
     trainer = Trainer(classifier, args, device)
     fit(run, trainer, learned, held_out, device)
     run.save(finished=True)
-    run.close()
     classifier.load_state_dict(trainer.best_weights)
     del parts["to learn from"]
     threshold, scores = grade(run, classifier, parts)
+    run.close()
     together = scores["held out"]["together"]
     seen, succeeded = together["seen_successes"], together["successful_episodes"]
     wrong, failed = together["false_successes"], together["failed_episodes"]

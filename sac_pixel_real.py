@@ -4,19 +4,19 @@
     python sac_pixel_real.py --demos hil/demos-v0 --reward classifier.pt --teleop spacemouse   # needs a robot
     python sac_pixel_real.py --resume RUN_DIR                       # needs robot_server.py; after Ctrl-C or a crash
     python sac_pixel_real.py --eval-only RUN_DIR                    # needs robot_server.py
-    python sac_pixel_real.py --role learner --address 0.0.0.0:5588 --curve-keys keys    # needs a robot, and an actor
+    python sac_pixel_real.py --role learner --address 0.0.0.0:5588 --curve-keys keys    # needs an actor
     python sac_pixel_real.py --role actor --address HOST:5588 --curve-keys keys         # needs a robot, and a learner
 
 One command starts both processes: this one acts, at the robot's rate, and takes keys; the learner trains beside it at
-a lower priority and is started again when it dies. record_demos.py records demonstrations, reward_classifier.py trains
-a classifier; README's "A day with the robot" has the whole way, which also goes on a simulated robot.
+a lower priority, and is started again when it is killed. record_demos.py records demonstrations, reward_classifier.py
+trains a classifier; README's "A day with the robot" has the whole way, which also goes on a simulated robot.
 
 Keys, typed into the terminal; those of --teleop keyboard that move the arm are shown at the start:
     y success   n failure   x discard the episode   p pause   Enter go on   q quit
 
 A person who moves takes over, and what is done then goes to both buffers. A person's verdict ends an episode; where
-nobody gives one, classifier or task decides. The learner makes --utd-ratio updates for each new transition, catches up
-during resets, and stands still while no actor collects.
+nobody gives one, classifier or task decides, and for a second a person may overrule them. The learner makes --utd-ratio
+updates for each new transition, catches up during resets, and stands still while no actor collects.
 
 Sources: everything that sac_pixel_sim.py names; HIL-SERL arXiv:2410.21845 (commit 5d02aed, examples/train_rlpd.py,
 serl_launcher/agents/continuous/sac_hybrid_single.py).
@@ -27,14 +27,11 @@ New task: copy an entry of TASKS in robot_client.py; `grep -n TASK: sac_pixel_re
 """
 
 import copy
-import ctypes
 import dataclasses
 import io
 import json
 import math
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections import deque
@@ -49,16 +46,18 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.frames import FrameFile, ImagesAndState, size_text
 from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
-from common import envs, link, setup, vision
+from common import envs, link, pixels, setup, vision
+from common.child import Child
+from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
+from common.recording import Recording, stacked, write_video
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, parse, write_atomically
-from common.success import SuccessDetector
+from common.success import SuccessDetector, SuccessReward
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -69,8 +68,12 @@ TARGET_ENTROPY = -0.5  # per dimension of the action, to which the temperature i
 PROPRIO_DIM = 64  # features of the robot's state; SERL
 CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels of 128
 SAVE_EVERY = 1_000  # transitions between two checkpoints of the learner
-RECENT = 20  # episodes that the status line's success is of
+RECENT = 20  # episodes that the status line's success and interventions are of
 LATE_S = 0.003  # a step later than this after its beat counts as late
+OVERRULE_S = 1.0  # how long a person may overrule classifier or task when they end an episode
+VERDICTS = ("success", "failure", "discard")  # of a person
+HELP_PROB = 0.03  # scripted person: of taking over at a step, at first
+WRONG_KEY_PROB = 0.0005  # scripted person: of pressing a wrong key at a step
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -78,7 +81,7 @@ LATE_S = 0.003  # a step later than this after its beat counts as late
 class Args(RunArgs):
     policy: Literal["newest", "best"] = "newest"
     """eval_only: the policy to evaluate: the learner's newest, or the one with the most success without help so far"""
-    final_eval_episodes: int = 20
+    final_eval_episodes: int = 50
     """eval_only: episodes"""
     # robot
     task: str = "peg"  # TASK: yours
@@ -93,8 +96,10 @@ class Args(RunArgs):
     """teleop scripted: environment steps after which it no longer intervenes"""
     reward: str = "task"
     """task: as the task's configuration says; person: verdicts only; or the file of a classifier"""
-    gripper: Literal["critic", "continuous"] = "critic"
-    """who decides about the gripper: a critic over open, stay and close (HIL-SERL), or the action's last dimension"""
+    gripper: Literal["critic", "continuous", "fixed"] = "critic"
+    """who decides about the gripper: a critic over open, stay and close (HIL-SERL); the action's last entry; nobody"""
+    gripper_penalty: float = 0.02
+    """subtracted from the reward when the gripper is told to change (HIL-SERL: 0.02)"""
     # environment
     image_size: int = 64
     """height and width that all images are resized to (pixels)"""
@@ -104,17 +109,17 @@ class Args(RunArgs):
     """observations of this many steps are seen at once"""
     # training
     total_timesteps: int = 30_000
-    """environment steps"""
+    """transitions to learn from"""
     learning_starts: int = 100
-    """environment steps before learning starts"""
+    """transitions before learning starts, collected with random motions"""
     buffer_size: int = 100_000
-    """transitions kept, and beside the demonstrations as many of interventions"""
-    buffer_dir: str | None = None
+    """transitions kept; demonstrations and interventions are all kept"""
+    frames_dir: str | None = None
     """directory for the frames' files (default: the run's), such as a disk of this machine when that is far away"""
     batch_size: int = 64
     """transitions per critic update, demonstrations included"""
     utd_ratio: int = 2
-    """critic updates per environment step"""
+    """critic updates per transition"""
     policy_delay: int = 1
     """critic updates per update of actor and temperature"""
     demos: str = "hil/demos-v0"
@@ -186,7 +191,7 @@ class Args(RunArgs):
     """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
 
     MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads total_timesteps final_eval_episodes "
-    MAY_CHANGE += "policy server server_keys teleop help_until role address curve_keys buffer_dir"
+    MAY_CHANGE += "policy server server_keys teleop help_until role address curve_keys frames_dir"
     SHAPING = "task image_size cameras encoder small_channels pooling latent_dim film frame_stack gripper hidden_dims "
     SHAPING += "activation layer_norm normalize_observations std_parameterization"
 
@@ -201,6 +206,11 @@ class Args(RunArgs):
         for name in ("hidden_dims", "small_channels"):
             if min(getattr(self, name), default=0) < 1:
                 fail(f"{flag(name)}: give numbers above 0")
+        if self.batch_size % self.grad_accum_steps or self.num_demos() % self.grad_accum_steps:
+            what = f"--batch-size {self.batch_size} and its demonstrations, {self.num_demos()}"
+            fail(f"--grad-accum-steps {self.grad_accum_steps}: must divide {what}")
+        if self.gripper == "critic" and rc.TASKS[self.task].gripper == "continuous":
+            fail(f"--gripper critic: the gripper of --task {self.task} is continuous; give --gripper continuous")
         if self.reward not in ("task", "person") and not Path(self.reward).exists():
             fail(f"--reward {self.reward}: no such file; give task, person, or a file of reward_classifier.py")
         if self.reward == "person" and self.teleop in ("none", "scripted") and not self.eval_only:
@@ -213,17 +223,22 @@ class Args(RunArgs):
     def shared(self) -> dict[str, object]:
         """What shapes task and policy, and so must be the same in actor and learner."""
         flags = {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
+        flags["the fingerprint of --task"] = rc.TASKS[self.task].fingerprint()
         return json.loads(json.dumps(flags))
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
-def make_env(args: Args, success: SuccessDetector | None = None) -> gym.Env:
-    """The robot's task; nothing is contacted before the first reset. `success` decides, if it is given."""
-    config = rc.TASKS[args.task]  # TASK: your configuration
-    reward = "none" if args.reward == "person" else config.reward
-    config = dataclasses.replace(config, server=args.server, keys=args.server_keys, reward=reward)
+def make_env(args: Args) -> gym.Env:
+    """The robot's task, as it is demonstrated; nothing is contacted before the first reset."""
+    config = dataclasses.replace(
+        rc.TASKS[args.task],  # TASK: your configuration
+        server=args.server,
+        keys=args.server_keys,
+        reward=rc.TASKS[args.task].reward if args.reward == "task" else "none",
+        gripper_penalty=args.gripper_penalty,
+    )
     # --total-timesteps are this environment's steps: TimeLimit would end an episode at the same step as the task.
-    return envs.make("robot_client:FrankaReal-v0", config=config, success=success, max_episode_steps=10**9)
+    return envs.make("robot_client:FrankaReal-v0", config=config, max_episode_steps=10**9)
 
 
 def wrap_robot(env: gym.Env, args: Args) -> gym.Env:
@@ -231,34 +246,18 @@ def wrap_robot(env: gym.Env, args: Args) -> gym.Env:
 
     T is --frame-stack.
     """
-    env = ImagesAndState(env, args.task, args.cameras, args.image_size)
-    env = gym.wrappers.FrameStackObservation(env, args.frame_stack)
-    return gym.wrappers.RecordEpisodeStatistics(env)
+    env = pixels.ImagesAndState(env, args.task, args.cameras, args.image_size)
+    return gym.wrappers.FrameStackObservation(env, args.frame_stack)
 
 
-class Views(NamedTuple):
-    """What an observation consists of."""
-
-    cameras: tuple[str, ...]  # K names
-    size: int  # H = W
-    stack: int  # T steps
-    columns: dict[str, tuple[int, int]]  # of each state, the first and the last + 1 in a step's S numbers
-
-    @property
-    def frame_shape(self) -> tuple[int, ...]:
-        """All cameras' images of one step: (K, H, W, 3)."""
-        return len(self.cameras), self.size, self.size, 3
-
-    @property
-    def state_dim(self) -> int:
-        """T * S"""
-        return self.stack * sum(stop - start for start, stop in self.columns.values())
-
-
-def views_of(env: gym.Env) -> Views:
-    """Of a task that `wrap_images` has wrapped."""
-    stack, _, size = env.observation_space["images"].shape[:3]
-    return Views(env.get_wrapper_attr("cameras"), size, stack, env.get_wrapper_attr("columns"))
+def judged(env: gym.Env, args: Args) -> gym.Env:
+    """With the classifier's reward, if --reward names one. Exits with one line when it is of another task."""
+    if args.reward in ("task", "person"):
+        return env
+    try:
+        return SuccessReward(env, SuccessDetector.load(args.reward, envs.fingerprint(env)))
+    except ValueError as error:
+        fail(f"--reward {error}")
 
 
 def success(info: dict) -> float:
@@ -266,43 +265,62 @@ def success(info: dict) -> float:
     return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
 
 
+def reset_robot(env: gym.Env, seed: int, run: Run | None = None) -> dict | None:
+    """The first observation of an episode. Waits for a robot that was there and has gone; None when `run` is to end.
+
+    Raises RobotError, in one line with the remedy, when it has not been there yet.
+    """
+    while run is None or not run.signals:
+        try:
+            return env.reset(seed=seed)[0]
+        except rc.RobotError as error:
+            if env.unwrapped.episodes == 0:
+                raise
+            print(f"waiting for the robot: {error}", file=sys.stderr, flush=True)
+            time.sleep(1)
+    return None
+
+
 class Person:
     """Whoever stands beside the robot: the teleoperation that may take over, and commands from the keyboard."""
 
-    def __init__(self, args: Args):
-        self.args = args
-        self.terminal = rc.Terminal() if sys.stdin.isatty() or args.teleop == "keyboard" else None
+    def __init__(self, args: Args, teleop: str):
+        """Raises RobotError when there is no such device."""
+        self.help_until = args.help_until
+        self.terminal = rc.Terminal() if sys.stdin.isatty() or teleop == "keyboard" else None
         self.rng = np.random.default_rng(args.seed)
-        if args.teleop == "keyboard":
+        self.scripted = teleop == "scripted"
+        if self.terminal:
             print(rc.KEYS)
-            self.teleop: rc.Teleop | None = rc.Keyboard(terminal=self.terminal)
-        elif args.teleop == "spacemouse":
-            self.teleop = rc.SpaceMouse()
-        elif args.teleop == "scripted":
-            self.teleop = rc.ScriptedExpert(0.0, 20, args.seed)
-        else:
-            self.teleop = None
+        hands = {
+            "keyboard": lambda: rc.Keyboard(terminal=self.terminal),
+            "spacemouse": rc.SpaceMouse,
+            "scripted": lambda: rc.ScriptedExpert(0.0, 20, args.seed),
+            "none": lambda: None,
+        }
+        self.teleop: rc.Teleop | None = hands[teleop]()
 
     def taper(self, step: int) -> None:
         """A scripted person helps often at first, then ever less, as HIL-SERL advises (docs/franka_walkthrough.md)."""
-        if self.args.teleop == "scripted":
-            left = max(0.0, 1 - step / max(self.args.help_until, 1))
-            self.teleop.probability = 0.03 * left
+        if self.scripted:
+            self.teleop.probability = HELP_PROB * max(0.0, 1 - step / max(self.help_until, 1))
 
     def commands(self) -> list[str]:
         """What was typed since the last call; a scripted person presses a wrong key now and then."""
-        if self.args.teleop == "scripted" and self.rng.random() < WRONG_KEYS:
+        if self.scripted and self.rng.random() < WRONG_KEY_PROB:
             return [str(self.rng.choice(["failure", "discard"]))]
         return self.terminal.commands() if self.terminal else []
+
+    def forget(self) -> None:
+        """Throw away what was typed during a reset."""
+        if self.terminal:
+            self.terminal.forget()
 
     def close(self) -> None:
         if self.teleop:
             self.teleop.close()
         if self.terminal:
             self.terminal.close()
-
-
-WRONG_KEYS = 0.0005  # of the steps, by a scripted person
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -408,16 +426,45 @@ class Critic(nn.Module):
 
 
 class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until the first `update`."""
+    """Running mean and variance of observations; the identity until FIRST of them have come.
+
+    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
+    """
+
+    FIRST, REACH = 32, 10
 
     def __init__(self, dim: int):
         super().__init__()
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("low", torch.zeros(dim))
+        self.register_buffer("high", torch.zeros(dim))
+        self.register_buffer("first", torch.zeros(self.FIRST, dim))  # the first observations, until they are enough
+        self.register_buffer("waiting", torch.zeros((), dtype=torch.long))  # how many these are
 
     def update(self, obs: Tensor) -> None:
-        """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
+        """Takes in observations (N, O)."""
+        parts = [obs]
+        if self.count == 0:
+            parts = [*(row[None] for row in self.first[: self.waiting]), obs]
+            seen = torch.cat(parts)
+            if len(seen) < self.FIRST:
+                self.first[: len(seen)] = seen
+                self.waiting.fill_(len(seen))
+                return
+            outer = 1 + len(seen) // 100  # at either end they may be spikes
+            self.low.copy_(seen.kthvalue(1 + outer, 0).values)
+            self.high.copy_(seen.kthvalue(len(seen) - outer, 0).values)
+        for part in parts:
+            self.add(part)
+
+    def add(self, obs: Tensor) -> None:
+        """Chan et al. 1979, parallel variance."""
+        reach = self.REACH * (self.high - self.low).clamp(min=1)
+        obs = obs.clamp(self.low - reach, self.high + reach)
+        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
+        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
         total = self.count + len(obs)
         delta = obs.mean(0) - self.mean
         weight = len(obs) / total
@@ -451,7 +498,7 @@ class Bottleneck(nn.Sequential):
         super().__init__(nn.Linear(in_dim, out_dim), nn.LayerNorm(out_dim, eps=1e-6), nn.Tanh())
 
 
-def make_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
+def encoder_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
     """The convolutions of --encoder: images (N, H, W, in_channels) -> maps (N, C, h, w). TASK: add yours here."""
     try:
         return vision.make_trunk(args.encoder, in_channels, args.pretrained, load, args.small_channels)
@@ -467,17 +514,16 @@ class Encoder(nn.Module):
     """
 
     def __init__(self, views: Views, args: Args, load: bool = True):
-        """Without `load` files of pretrained parameters are not read."""
         super().__init__()
         self.pretrained = args.pretrained is not None
         self.frozen = self.pretrained and args.freeze
         self.checkpoint = args.activation_checkpointing
         if args.film and args.film not in views.columns:
-            names = " ".join(views.columns) or "images"
-            fail(f"--film {args.film}: the observation has no such state, only: {names}")
-        self.film_columns = views.columns[args.film] if args.film else None
+            fail(f"--film {args.film}: the observation has no such state, only: {' '.join(views.columns) or 'images'}")
+        self.film_columns = views.columns.get(args.film)
         in_channels = 3 if self.pretrained else 3 * views.stack
-        channels, height, width = vision.map_shape(make_trunk(args, in_channels, load=False), in_channels, views.size)
+        trunk = encoder_trunk(args, in_channels, load=False)  # to know its maps
+        channels, height, width = vision.map_shape(trunk, in_channels, views.size)
         if min(height, width) < (1 if args.pooling == "average" else 2):
             fail(f"--image-size {views.size}: too small for --encoder {args.encoder} with --pooling {args.pooling}")
         if self.pretrained:
@@ -487,7 +533,7 @@ class Encoder(nn.Module):
         self.heads = nn.ModuleList()
         for _ in views.cameras:
             if not self.frozen:
-                self.trunks.append(make_trunk(args, in_channels, load))
+                self.trunks.append(encoder_trunk(args, in_channels, load))
             if self.film_columns:
                 start, stop = self.film_columns
                 self.films.append(vision.FiLM(channels, views.stack * (stop - start)))
@@ -580,29 +626,6 @@ class Batch(NamedTuple):
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
     terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
-
-
-def robot_step_type(views: Views, action_dim: int) -> np.dtype:
-    """One step as it is journalled and sent: the action that was executed and what followed; `first`: a reset."""
-    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
-    fields += [("intervened", "?"), ("observation", "f4", (views.state_dim,))]
-    return np.dtype([*fields, ("frames", "u1", (1, *views.frame_shape))])
-
-
-def pack_robot_step(
-    dtype: np.dtype, action: np.ndarray | None, obs: dict, reward=0.0, terminated=False, intervened=False
-) -> np.ndarray:
-    """A step of type `robot_step_type` (); without an action a reset."""
-    step = np.zeros((), dtype)
-    step["observation"] = obs["state"].reshape(-1)
-    step["frames"] = obs["images"][-1:]
-    step["first"] = action is None
-    if action is not None:
-        step["action"] = action
-        step["reward"] = reward
-        step["terminated"] = terminated
-        step["intervened"] = intervened
-    return step
 
 
 class ReplayBuffer:
@@ -762,53 +785,85 @@ class FrameBuffer(ReplayBuffer):
         self.frames.load_state_dict(state["frames"])
 
 
+def robot_step_type(views: Views, action_dim: int) -> np.dtype:
+    """One step as it is journalled and sent: the action that was executed, what followed, and whether a person did it.
+
+    With `first` a reset.
+    """
+    return np.dtype([*pixels.pixel_step_type(views, action_dim, 1).descr, ("intervened", "?")])
+
+
 class Interventions:
     """Puts what a person did into the demonstrations, as episodes that begin where the person took over."""
 
-    def __init__(self, demos: FrameBuffer):
+    def __init__(self, demos: FrameBuffer, step_type: np.dtype):
         self.demos = demos
-        self.before: dict[str, np.ndarray] = {}  # each actor's newest step
+        self.step_type = step_type
+        self.recent: dict[str, list[np.ndarray]] = {}  # each actor's steps that the newest observation's stack is of
 
     def add(self, step: np.ndarray, actor: str) -> int:
         """Takes in an actor's next step; the number of transitions that were added, 0 or 1."""
-        before = self.before.get(actor)
-        self.before[actor] = step
-        if step["first"] or not step["intervened"] or before is None:
+        recent = [] if step["first"] else self.recent.get(actor, [])
+        self.recent[actor] = [*recent, step][-self.demos.stack :]
+        if not recent or not step["intervened"]:
             return 0
-        if not before["intervened"]:
-            start = before.copy()
-            start["first"] = True
-            self.demos.add(start, actor)
+        if not recent[-1]["intervened"]:  # the person takes over: a segment begins, with frames of its own
+            frames = np.concatenate([old["frames"] for old in recent])
+            self.demos.add({"first": True, "observation": recent[-1]["observation"], "frames": frames}, actor)
         return self.demos.add(step, actor)
+
+    def state_dict(self) -> dict:
+        return {
+            actor: [torch.tensor(list(step.tobytes()), dtype=torch.uint8) for step in steps]
+            for actor, steps in self.recent.items()
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent = {
+            actor: [np.frombuffer(step.cpu().numpy().tobytes(), self.step_type)[0] for step in steps]
+            for actor, steps in state.items()
+        }
 
 
 def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     """The successful demonstrations, as live steps would have stored them. Exits with one line when there are none."""
     task = make_env(args)
-    steps = []
-    episodes = []
-    closes = opens = False
+    config = task.unwrapped.config
+    closure = {"open": 0.0, "close": 1.0}.get(config.gripper_at_reset)  # None: as it is
+    steps, episodes = [], []
     for episode in envs.demonstrations(args.demos, task, args.seed, 0.0):
         if success(episode.info) != 1:
             continue
-        for action, obs, reward, terminated in envs.replay(episode, task, partial(wrap_robot, args=args)):
-            steps.append(pack_robot_step(agent.step_type, action, obs, reward, terminated))
+        penalties = grasp_penalties(episode.actions, closure, args.gripper_penalty * (config.gripper == "binary"))
+        replayed = envs.replay(episode, task, partial(wrap_robot, args=args))
+        for (action, obs, reward, terminated), penalty in zip(replayed, [0.0, *penalties]):
+            steps.append(pack_pixels(agent.step_type, action, obs, reward + penalty, terminated))
         episodes.append(episode._replace(observations=[]))
-        closes |= bool((episode.actions[:, -1] >= rc.GRIPPER_THRESHOLD).any())
-        opens |= bool((episode.actions[:, -1] <= -rc.GRIPPER_THRESHOLD).any())
     if not episodes:
         fail(f"--demos {args.demos}: none of its episodes is a success; record some with record_demos.py")
-    if agent.grasp_critic is not None and not closes | opens:
-        print(f"--demos {args.demos}: the gripper never moves in them; is it driven by hand?", file=sys.stderr)
-    if max(float(step["reward"]) for step in steps) <= 0:
+    if not any((episode.rewards > 0).any() for episode in episodes):
         fail(f"--demos {args.demos}: none of its steps has a reward above 0")
+    motions = np.concatenate([episode.actions[:, -1] for episode in episodes])
+    if agent.grasp_critic is not None and motions.max() < rc.GRIPPER_THRESHOLD:
+        print(f"--demos {args.demos}: the gripper is never told to close in them", file=sys.stderr)
     count = len(steps) - len(episodes)
-    demos = agent.make_buffer("demonstrations", count + args.buffer_size, run, len(steps))
+    demos = agent.make_buffer("demonstrations", count + args.total_timesteps, run, len(steps))
     for step in steps:
         demos.add(step)
     agent.observe(demos.newest_observations(len(demos)))
+    agent.probe = {"images": torch.from_numpy(obs["images"]), "state": torch.from_numpy(obs["state"])}
     print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
     return demos
+
+
+def grasp_penalties(actions: np.ndarray, closure: float | None, penalty: float) -> list[float]:
+    """Of the steps (T,) of an episode with actions (T, A), as FrankaEnv counts them; `closure` before it, if known."""
+    rewards = []
+    for value in actions[:, -1]:
+        asked = float(value > 0) if abs(value) >= rc.GRIPPER_THRESHOLD else closure
+        rewards.append(-penalty if closure is not None and asked != closure else 0.0)
+        closure = asked
+    return rewards
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
@@ -829,9 +884,8 @@ class Agent:
         self.device = device
         self.views = views
         self.action_dim = action_space.shape[0]
-        config = rc.TASKS[args.task]
-        decides = args.gripper == "critic" and config.gripper == "binary"
-        self.arm_dim = self.action_dim - decides  # what the actor decides about
+        with_gripper = rc.TASKS[args.task].gripper != "fixed"
+        self.arm_dim = self.action_dim - (with_gripper and args.gripper != "continuous")  # what the actor decides
         self.step_type = robot_step_type(views, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
@@ -842,13 +896,9 @@ class Agent:
         self.critic = PixelCritic(views, self.arm_dim, args, load).to(device)
         self.mean_encoder = copy.deepcopy(self.critic.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.grasp_critic = self.target_grasp_critic = None
-        if decides:
-            self.grasp_critic = GraspCritic(views, args).to(device)
-            self.target_grasp_critic = copy.deepcopy(self.grasp_critic).requires_grad_(False)
         self.trunk = None  # the frozen one, for all cameras
         if self.critic.encoder.frozen:
-            self.trunk = make_trunk(args, 3, load).to(device).requires_grad_(False)
+            self.trunk = encoder_trunk(args, 3, load).to(device).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
         self.raw_alpha = nn.Parameter(torch.tensor(math.log(math.expm1(ALPHA_INIT)), device=device))
         self.target_entropy = TARGET_ENTROPY * self.arm_dim
@@ -857,15 +907,21 @@ class Agent:
         self.mean_parameters = [*self.mean_actor.parameters(), *self.mean_encoder.parameters()]
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
-        if decides:
+        self.grasp_critic = self.target_grasp_critic = None
+        if with_gripper and args.gripper == "critic":
+            self.grasp_critic = GraspCritic(views, args).to(device)
+            self.target_grasp_critic = copy.deepcopy(self.grasp_critic).requires_grad_(False)
             self.critic_parameters += self.grasp_critic.parameters()
             self.target_parameters += self.target_grasp_critic.parameters()
         self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.weight_decay)
         self.critic_optimizer = self.make_optimizer(self.critic_parameters, args.weight_decay)
         self.alpha_optimizer = self.make_optimizer([self.raw_alpha], 0.0)
+        self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
         self.num_demos = args.num_demos()
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
         self.critic_updates = 0
+        self.counts = torch.zeros(3, device=device)  # transitions learned from, in the replay buffer, in the other
+        self.probe: dict[str, Tensor] | None = None  # an observation by which a loaded policy is checked
         if args.compile and device.type == "cuda":
             self.target_q = torch.compile(self.target_q)
             self.critic.encode = torch.compile(self.critic.encode)
@@ -873,23 +929,22 @@ class Agent:
             self.actor_loss = torch.compile(self.actor_loss)
             self.update_once = setup.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
-    def make_buffer(self, name: str, capacity: int, run: Run, frames: int) -> FrameBuffer:
-        """A buffer of this agent's transitions, with so many frames in a file, unless a run that goes on brings it.
+    def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
+        """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes on brings it.
 
         Exits with one line when there is no room.
         """
-        count, size, _, _ = self.views.frame_shape
         small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
         setup.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
-        if self.args.buffer_dir:
-            path = Path(self.args.buffer_dir) / f"{run.dir.name}-{path.name}"
+        if self.args.frames_dir:
+            path = Path(self.args.frames_dir) / f"{run.dir.name}-{path.name}"
         file = FrameFile(path, self.views.frame_shape, self.device)
         if run.state is None:
-            what = f"{name}: {capacity:,} transitions of {count} x {size} x {size} pixels, {frames:,} frames"
+            what = f"{name}: {capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
             sizes = f"{size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
-            file.check_disk(frames, f"{what}; {sizes}", "give a smaller --buffer-size, or another --buffer-dir")
-            file.make_room(frames)
+            file.check_disk(slots, f"{what}; {sizes}", "give a smaller --buffer-size, or another --frames-dir")
+            file.make_room(slots)
         return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
@@ -897,7 +952,6 @@ class Agent:
         capturable = self.device.type == "cuda"
         return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable)
 
-    # --- acting ---
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_robot`; the gripper's is the grasp critic's best."""
@@ -907,28 +961,38 @@ class Agent:
         mean, std = actor(features)
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
-        action = mean.tanh()[0]
+        action = mean.tanh()[0].cpu().numpy()
+        gripper = np.zeros(self.action_dim - self.arm_dim, np.float32)
         if self.grasp_critic is not None:
-            action = torch.cat([action, self.grasp_critic(features).argmax(-1) - 1.0])
-        return action.cpu().numpy()
+            gripper += self.grasp_critic(features).argmax().item() - 1
+        return np.concatenate([action, gripper])
+
+    def random_action(self) -> np.ndarray:
+        """Action (A,) uniform in [-1, 1]; a gripper that the actor does not decide about is left alone."""
+        arm = torch.rand(self.arm_dim, generator=self.generator, device=self.device) * 2 - 1
+        return np.append(arm.cpu().numpy(), np.zeros(self.action_dim - self.arm_dim, np.float32))
+
+    @torch.inference_mode()
+    def answers(self) -> Tensor:
+        """What the policy and its average, and the grasp critic, make of the stored observation."""
+        seen = self.one_observation(self.probe)
+        features = Features(self.critic.encoder(seen), seen.states)
+        answers = [self.actor(features)[0].tanh()]
+        answers += [self.mean_actor(Features(self.mean_encoder(seen), seen.states))[0].tanh()]
+        if self.grasp_critic is not None:
+            answers.append(self.grasp_critic(features))
+        return torch.cat(answers, 1).clone()
 
     def one_observation(self, obs: dict) -> Observation:
         """As networks see it, in a batch of one."""
-        images = torch.as_tensor(obs["images"], device=self.device)[None]
-        states = torch.as_tensor(obs["state"], device=self.device).reshape(1, -1)
-        return Observation(images, self.normalizer(states), self.frozen_maps(images))
+        images, states = (torch.as_tensor(obs[name], device=self.device)[None] for name in ("images", "state"))
+        return self.see(images, self.normalizer(states.flatten(1)))
 
-    def random_action(self) -> np.ndarray:
-        """Action (A,) uniform in [-1, 1]."""
-        return (torch.rand(self.action_dim, generator=self.generator, device=self.device) * 2 - 1).cpu().numpy()
-
-    # --- what is stored ---
     def observe(self, observations: Tensor) -> None:
         """Takes states (N, T * S) into the running statistics."""
         if isinstance(self.normalizer, Normalizer):
             self.normalizer.update(observations)
 
-    # --- learning ---
     @property
     def alpha(self) -> Tensor:
         return F.softplus(self.raw_alpha)
@@ -936,13 +1000,13 @@ class Agent:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
 
-    @torch.no_grad()
-    def frozen_maps(self, images: Tensor) -> Tensor | None:
-        """Maps (B, T, K, C, h, w) that a frozen trunk makes of images (B, T, K, H, W, 3); None without one."""
-        if self.trunk is None:
-            return None
-        with self.autocast():
-            return self.trunk(images.flatten(0, 2)).unflatten(0, images.shape[:3])
+    def see(self, images: Tensor, states: Tensor | None) -> Observation:
+        """Images (B, T, K, H, W, 3) and normalised states as encoders take them, with the maps of a frozen trunk."""
+        maps = None
+        if self.trunk is not None:
+            with torch.no_grad(), self.autocast():
+                maps = self.trunk(images.flatten(0, 2)).unflatten(0, images.shape[:3])
+        return Observation(images, states, maps)
 
     def augmented(self, frames: Tensor) -> Tensor:
         """Frames (B, N, K, H, W, 3) with --augment."""
@@ -952,13 +1016,10 @@ class Agent:
 
     def prepare(self, batch: Batch, frames: Tensor) -> Batch:
         """The batch with its frames (B, 2 * T, K, H, W, 3), augmented, and normalised states as Observations."""
-        images = self.augmented(frames)
-        maps = self.frozen_maps(images)
-        seen, next_seen = images.chunk(2, 1)
-        maps, next_maps = (None, None) if maps is None else maps.chunk(2, 1)
+        images, next_images = self.augmented(frames).chunk(2, 1)
         return batch._replace(
-            observations=Observation(seen, self.normalizer(batch.observations), maps),
-            next_observations=Observation(next_seen, self.normalizer(batch.next_observations), next_maps),
+            observations=self.see(images, self.normalizer(batch.observations)),
+            next_observations=self.see(next_images, self.normalizer(batch.next_observations)),
         )
 
     @torch.no_grad()
@@ -1037,18 +1098,14 @@ class Agent:
             for mean, parameter in zip(self.mean_parameters, self.acting_parameters, strict=True):
                 mean.lerp_(parameter, self.mean_weight)
 
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
-
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
         """One critic step on a batch and, `with_actor`, one step of actor and temperature.
 
-        `inputs` are the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A),
-        and the critics for the target (M,). Both gradients are of the same parameters, as SERL takes them
-        (agents/continuous/sac.py:276); the actor's needs no encoder.
+        `inputs`: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A),
+        critics for the target (M,). Both gradients are of the same parameters, SERL agents/continuous/sac.py:276.
         """
         *parts, subset = inputs
-        for optimizer in self.optimizers():
+        for optimizer in self.optimizers:
             optimizer.zero_grad()
         for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations at its end
             *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
@@ -1094,7 +1151,6 @@ class Agent:
         """Critic updates that the ratio to the environment's steps still asks for."""
         return max(self.args.utd_ratio * (step - self.args.learning_starts) - self.critic_updates, 0)
 
-    # --- actor and learner ---
     def check_steps(self, data: bytes) -> None:
         """Raises ValueError when packed steps hold numbers that are not finite."""
         steps = np.frombuffer(data, self.step_type)
@@ -1103,31 +1159,46 @@ class Agent:
                 raise ValueError(f"{name}: numbers are not finite")
 
     def policy_tensors(self) -> list[Tensor]:
-        """What acting needs: the parameters of actor, encoder and their averages, of the grasp critic, statistics."""
+        """What acting needs: the parameters of actor, encoder and their averages, of the grasp critic, statistics; and
+        how much they have learned from."""
         parameters = [*self.acting_parameters, *self.mean_parameters]
         if self.grasp_critic is not None:
             parameters += self.grasp_critic.parameters()
-        return [*(parameter.detach() for parameter in parameters), *self.normalizer.state_dict().values()]
+        detached = [parameter.detach() for parameter in parameters]
+        return [*detached, *self.normalizer.state_dict().values(), self.counts]
 
-    # --- checkpoints ---
     def state_dict(self) -> dict:
         state = {name: getattr(self, name).state_dict() for name in self.PARTS if getattr(self, name) is not None}
         state["raw_alpha"] = self.raw_alpha.detach()
         state["critic_updates"] = self.critic_updates
         state["generator"] = self.generator.get_state()
+        state["probe"] = self.probe
+        state["answers"] = self.answers()
+        state["fingerprint"] = rc.TASKS[self.args.task].fingerprint()
         return state
 
     def load_state_dict(self, state: dict) -> None:
-        """Raises KeyError, ValueError or RuntimeError when the state is of other networks."""
+        """Raises KeyError, ValueError or RuntimeError when the state is of other networks or of another task."""
+        wrong = list(envs.differences(state["fingerprint"], rc.TASKS[self.args.task].fingerprint()))
+        if wrong:
+            raise ValueError(f"the task is another one: {'; '.join(wrong)}")
         for name in self.PARTS:
             if getattr(self, name) is not None:
                 getattr(self, name).load_state_dict(state[name])
         with torch.no_grad():
             self.raw_alpha.copy_(state["raw_alpha"])
         self.critic_updates = state["critic_updates"]
-        for optimizer in self.optimizers():
+        for optimizer in self.optimizers:
             optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
         setup.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
+        self.probe = state["probe"]
+        self.check_answers(state["answers"])
+
+    def check_answers(self, before: Tensor) -> None:
+        """Raises ValueError when the policy does not make of the stored observation what it made of it `before`."""
+        now = self.answers()
+        if now.shape != before.shape or not torch.allclose(now, before.to(now.device), rtol=5e-3, atol=5e-3):
+            raise ValueError(f"the policy answers {now.tolist()}, and was saved when it answered {before.tolist()}")
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -1139,178 +1210,159 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
     return centre - half, centre + half
 
 
+class Outcome(NamedTuple):
+    """Of an evaluated episode."""
+
+    verdict: str  # success, failure, discard, or quit
+    seconds: float
+    suggested: bool  # by classifier or task
+
+
+def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, frames: list[np.ndarray]) -> Outcome:
+    """Deterministic and without help; a person may abort it, or judge it. Its pictures go to `frames`."""
+    obs = reset_robot(env, seed)
+    seconds, suggested = 0.0, False
+    while True:
+        obs, _, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
+        frames.append(np.concatenate(list(obs["images"][-1]), 1))  # (H, K * W, 3)
+        seconds += info["period_s"]
+        suggested |= bool(info["success"])
+        for command in person.commands():
+            if command in (*VERDICTS, "quit"):
+                return Outcome(command, seconds, suggested)
+        if terminated or truncated:
+            verdict = "success" if success(info) == 1 else "failure"
+            return Outcome("discard" if info["fault"] else verdict, seconds, suggested)
+
+
 def evaluate_policy(args: Args) -> None:
-    """--eval-only: deterministic, seeded start poses, no help; a row of evaluation.csv for each episode, a summary."""
-    detector = load_detector(args)
-    env = wrap_robot(make_env(args, detector), args)
-    device = setup.set_up_torch(args.threads, args.amp)
-    agent = Agent(views_of(env), env.action_space, args, device)
-    version = load_policy(args, agent)
-    person = Person(dataclasses.replace(args, teleop="none"))
-    rows = []
-    for number in range(args.final_eval_episodes):
-        obs, _ = reset(env, envs.episode_seed(args.seed, 1, number), detector)
-        verdict, suggested, seconds = "", False, 0.0
-        while not verdict:
-            obs, _, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
-            seconds += info["period_s"]
-            suggested |= bool(info["success"])
-            commands = person.commands()
-            if "quit" in commands:
+    """--eval-only: seeded start poses; a row of evaluation_POLICY.csv for each episode, a summary, a video."""
+    env = wrap_robot(judged(make_env(args), args), args)
+    agent = Agent(views_of(env), env.action_space, args, setup.set_up_torch(args.threads, args.amp))
+    folder = Path(args.eval_only)
+    version = load_policy(agent, folder / f"{args.policy}.policy")
+    person = Person(args, "none")
+    rows: list[str] = []
+    outcomes: list[Outcome] = []
+    frames: list[np.ndarray] = []
+    try:
+        while len(outcomes) < args.final_eval_episodes:
+            number = len(outcomes)  # one that a fault or a person ended is tried again
+            seen: list[np.ndarray] = []
+            outcome = evaluate_episode(agent, env, envs.episode_seed(args.seed, 1, number), person, seen)
+            print(f"episode {number}: {outcome.verdict} after {outcome.seconds:.1f} s", flush=True)
+            if outcome.verdict == "quit":
                 break
-            verdict = next((c for c in commands if c in ("success", "failure", "discard")), "")
-            if not verdict and (terminated or truncated):
-                verdict = "discard" if info["fault"] else "success" if success(info) == 1 else "failure"
-        if not verdict:
-            break
-        if verdict != "discard":
-            rows.append((number, verdict == "success", seconds, suggested))
-            print(f"episode {number}: {verdict} after {seconds:.1f} s")
-    env.close()
-    person.close()
-    table = "episode,success,cycle_s,classifier\n" + "".join(f"{n},{s:d},{t:.3f},{c:d}\n" for n, s, t, c in rows)
-    write_atomically(Path(args.eval_only) / f"evaluation_{args.policy}.csv", table.encode())
-    won = sum(row[1] for row in rows)
-    low, high = wilson(won, len(rows))
-    cycle = np.median([row[2] for row in rows if row[1]] or [math.nan])
-    agree = sum(row[1] == row[3] for row in rows)
-    print(f"{args.policy} policy, update {version}: success {won} of {len(rows)} (95%: {low:.2f} to {high:.2f})")
-    print(f"median cycle time {cycle:.1f} s; verdict and {args.reward} agree in {agree} of {len(rows)}")
+            if outcome.verdict != "discard":
+                outcomes.append(outcome)
+                won = outcome.verdict == "success"
+                rows.append(f"{number},{won:d},{outcome.seconds:.3f},{outcome.suggested:d}\n")
+                frames += seen if len(outcomes) <= 4 else []
+    finally:
+        person.close()
+        env.close()
+    table = "episode,success,cycle_s,suggested\n" + "".join(rows)
+    write_atomically(folder / f"evaluation_{args.policy}.csv", table.encode())
+    if args.capture_video and frames:
+        write_video(np.stack(frames), folder / f"evaluation_{args.policy}.mp4", env.metadata["render_fps"])
+    report_outcomes(args, version, outcomes)
 
 
-def load_policy(args: Args, agent: Agent) -> int:
-    """The newest or the best policy of a run, and its number of updates. Exits with one line when there is none."""
-    path = Path(args.eval_only) / f"{args.policy}.policy"
+def report_outcomes(args: Args, version: int, outcomes: list[Outcome]) -> None:
+    won = [outcome.seconds for outcome in outcomes if outcome.verdict == "success"]
+    false = sum(outcome.suggested and outcome.verdict == "failure" for outcome in outcomes)
+    missed = sum(not outcome.suggested and outcome.verdict == "success" for outcome in outcomes)
+    low, high = wilson(len(won), len(outcomes))
+    print(f"{args.policy} policy, update {version}: success {len(won)} of {len(outcomes)}, 95% {low:.2f} to {high:.2f}")
+    print(f"cycle time {np.mean(won or [math.nan]):.1f} s on average, where it succeeds")
+    if args.reward != "person":
+        print(f"--reward {args.reward} against the verdicts: {false} false successes, {missed} missed")
+
+
+def save_policy(agent: Agent, version: int, path: Path) -> None:
+    """The policy in a file of its own, with what it makes of the newest observation that it saw."""
+    contents = {"version": version, "tensors": agent.policy_tensors(), "probe": agent.probe}
+    contents |= {"answers": agent.answers(), "flags": agent.args.shared()}
+    data = io.BytesIO()
+    torch.save(contents, data)
+    write_atomically(path, data.getvalue())
+
+
+def load_policy(agent: Agent, path: Path) -> int:
+    """A policy that was saved, and its number of updates. Exits with one line when there is none, or another one."""
     if not path.exists():
-        fail(f"--eval-only {args.eval_only}: has no {args.policy} policy yet; train it first")
-    saved = torch.load(path, weights_only=True)
-    setup.unpack_tensors(saved["weights"].numpy().tobytes(), agent.policy_tensors())
+        fail(f"{path}: is not there yet; train first, or give --policy newest")
+    try:
+        saved = torch.load(path, map_location=agent.device, weights_only=True)
+        wrong = list(envs.differences(saved["flags"], agent.args.shared()))
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        for ours, theirs in zip(agent.policy_tensors(), saved["tensors"], strict=True):
+            if ours.shape != theirs.shape:
+                raise ValueError(f"a tensor of shape {tuple(theirs.shape)} is not {tuple(ours.shape)}")
+            ours.copy_(theirs)
+        agent.probe = saved["probe"]
+        agent.check_answers(saved["answers"])
+    except Exception as error:  # noqa: BLE001  a damaged file raises what it likes
+        fail(f"{path}: is no policy of this script and flags ({str(error).splitlines()[0]})")
     return saved["version"]
 
 
-def load_detector(args: Args) -> SuccessDetector | None:
-    """The classifier that --reward names, if it does. Exits with one line when it is of another task."""
-    if args.reward in ("task", "person"):
-        return None
-    task = make_env(args)
-    try:
-        return SuccessDetector.load(args.reward, envs.fingerprint(task))
-    except ValueError as error:
-        fail(f"--reward {error}")
-
-
 # --- Main -------------------------------------------------------------------------------------------------------------
-def reset(env: gym.Env, seed: int, detector: SuccessDetector | None, stop=lambda: False) -> tuple[dict | None, dict]:
-    """The first observation of an episode; waits for a robot that is not there, until `stop` says so (None)."""
-    while not stop():
-        try:
-            if detector:
-                detector.reset()
-            return env.reset(seed=seed)
-        except rc.RobotError as error:
-            print(f"waiting for the robot: {error}", file=sys.stderr, flush=True)
-            time.sleep(1)
-    return None, {}
-
-
-class LearnerProcess:
-    """The learner as a process of its own, at a lower priority; started again when it dies, ended with this one."""
-
-    def __init__(self, args: Args, run: Run):
-        self.folder = run.dir / "learner"
-        self.log = run.dir / "learner.log"
-        flags = setup.to_flags(dataclasses.replace(args, role="learner", resume=None, track=False))
-        self.new = [*flags, "--run-dir", str(self.folder)]
-        self.restarts = 0
-        self.start()
-
-    def start(self) -> None:
-        begun = (self.folder / "args.json").exists()
-        flags = ["--resume", str(self.folder), "--role", "learner"] if begun else self.new
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, os.path.abspath(__file__), *flags],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                preexec_fn=end_with_parent,
-                start_new_session=True,
-            )
-
-    def watch(self) -> None:
-        """Starts it again if it has died. Exits with its last line when it says that it cannot go on."""
-        code = self.process.poll()
-        if code is None or code == 0:
-            return
-        last = self.log.read_text(errors="replace").strip().splitlines()[-1:]
-        self.restarts += 1
-        if code > 0 and self.restarts > 3:
-            fail(f"the learner ended: {' '.join(last)} (see {self.log})")
-        print(f"the learner ended ({code}: {' '.join(last)}) and is started again", file=sys.stderr, flush=True)
-        self.start()
-
-    def end(self, finished: bool, wait_s: float = 120.0) -> None:
-        """Waits until it has saved and ended, which it does by itself when it has `finished`."""
-        if self.process.poll() is None:
-            if not finished:
-                self.process.send_signal(signal.SIGTERM)
-            self.process.wait(wait_s)
-
-
-def end_with_parent() -> None:
-    """In a child, before it runs: a lower priority, and SIGTERM when its parent dies (Linux)."""
-    os.nice(10)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+def start_learner(args: Args, run: Run, device: torch.device) -> tuple[Agent, FrameBuffer, FrameBuffer]:
+    """The agent, and the buffers of replay and of demonstrations, of a new run or of the one to go on with."""
+    env = wrap_robot(make_env(args), args)  # for its spaces: no robot is contacted
+    saved = run.state["agent"] if run.state else None
+    agent = Agent(views_of(env), env.action_space, args, device, saved)
+    capacity = min(args.buffer_size, args.total_timesteps)
+    spare = 4 * SAVE_EVERY if capacity < args.total_timesteps else 0  # for what the newest two checkpoints refer to
+    buffer = agent.make_buffer("replay", capacity, run, capacity + capacity // 50 + args.frame_stack + spare)
+    if not run.state:
+        return agent, buffer, load_robot_demos(args, agent, run)
+    stored = len(run.state["demos"]["columns"][0])
+    return agent, buffer, agent.make_buffer("demonstrations", stored + args.total_timesteps, run, 1)
 
 
 def learner(args: Args) -> None:
     """Receives steps, learns, publishes the policy."""
-    task = make_env(args)
-    env = wrap_robot(task, args)  # for its spaces: no robot is contacted
     device = setup.set_up_torch(args.threads, args.amp)
     run = Run(args, args.task, __file__, device)
-    saved = run.state["agent"] if run.state else None
-    agent = Agent(views_of(env), env.action_space, args, device, saved)
-    capacity = min(args.buffer_size, args.total_timesteps)
-    buffer = agent.make_buffer("replay", capacity, run, capacity + capacity // 50 + 4 * SAVE_EVERY)
-    if run.state:
-        demos = agent.make_buffer("demonstrations", 1, run, 1)  # grows when it is loaded
-    else:
-        demos = load_robot_demos(args, agent, run)
+    agent, buffer, demos = start_learner(args, run, device)
+    interventions = Interventions(demos, agent.step_type)
     actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
-    run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
-    interventions = Interventions(demos)
+    run.keep(agent=agent, buffer=buffer, demos=demos, interventions=interventions, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
-    published = -math.inf
+    published, published_at = -math.inf, -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: what was collected comes first, then what it asks for is learned.
+        # Receive: what was taken in is learned from first, so that an actor is an episode ahead at most.
         count = 0
         with run.phase("env"):
-            received = actors.receive(0 if agent.owed(run.step) else 100)
+            most = args.total_timesteps - run.step
+            received = [] if agent.owed(run.step) else actors.receive(100, most)
         # Store: what a person did goes to the demonstrations as well.
         for actor_name, data in received:
             step = np.frombuffer(data, agent.step_type)[0]
-            if run.step + count < args.total_timesteps:
-                count += buffer.add(step, actor_name)
-                interventions.add(step, actor_name)
+            count += buffer.add(step, actor_name)
+            interventions.add(step, actor_name)
         if count:
             agent.observe(buffer.newest_observations(count))
         run.advance(count)
-        # Learn: a few updates at a time, so that the actors are heard.
-        updates = min(agent.owed(run.step), 4)
-        if updates and run.step > args.learning_starts:
+        # Learn.
+        updates = min(agent.owed(run.step), PUBLISH_EVERY)
+        if updates:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, updates)
             loss = float(metrics["losses/critic_loss"])
             if not math.isfinite(loss):
                 fail(f"the critics' loss is {loss} after {agent.critic_updates} updates; {run.dir} has what was before")
-        if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
-            actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()))
-            published = agent.critic_updates
+        # Publish: also for an actor that has just come.
+        idle = not (updates or received) and time.monotonic() - published_at > 2
+        if agent.critic_updates >= max(published + PUBLISH_EVERY, 1) or (idle and agent.critic_updates):
+            publish(actors, agent, run.step, buffer, demos)
+            published, published_at = agent.critic_updates, time.monotonic()
         # Log.
         if run.due(500):
             sizes = {"charts/replay": len(buffer), "charts/demonstrations": len(demos)}
@@ -1320,178 +1372,334 @@ def learner(args: Args) -> None:
             run.save()
             actors.saved()
 
-    actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done=not run.signals)
     run.end_of_training()
+    publish(actors, agent, run.step, buffer, demos, done=True)
     run.save(finished=True)
     run.close()
+
+
+def publish(
+    actors: link.Learner, agent: Agent, transitions: int, buffer: FrameBuffer, demos: FrameBuffer, done: bool = False
+) -> None:
+    """The policy, and how much it has learned from, to all actors; `done` ends them."""
+    agent.counts.copy_(torch.tensor([transitions, len(buffer), len(demos)]))
+    actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done)
+
+
+def learner_beside(args: Args, run: Run) -> Child:
+    """The learner of `run` as a process of its own."""
+    folder = run.dir / "learner"
+    flags = dataclasses.replace(args, role="learner", resume=None, run_dir=str(folder))
+    again = dataclasses.replace(flags, resume=str(folder), run_dir=None)
+    return Child(__file__, setup.to_flags(flags), setup.to_flags(again), folder)
+
+
+class Step(NamedTuple):
+    """What is remembered of a step until its episode ends."""
+
+    action: np.ndarray  # executed
+    asked: np.ndarray
+    reward: float  # before penalties
+    terminated: bool
+    intervened: bool
+    suggested: bool  # success, by classifier or task
+    period_s: float
+    late_s: float
 
 
 class Log:
     """What an actor knows of its episodes: a status line and a row of train.csv for each, the best policy."""
 
-    def __init__(self, args: Args, run: Run):
-        self.args = args
+    def __init__(self, run: Run):
         self.run = run
         self.unaided: deque[bool] = deque(maxlen=RECENT)  # success of the last episodes without help
         self.helped: deque[float] = deque(maxlen=RECENT)  # share of steps with help
         self.disagreements = 0
         self.best = -1.0
 
-    def add(self, verdict: str, suggested: bool, steps: list[dict], sent: int, age_s: float) -> None:
-        """An episode has ended; `sent` steps of it were kept."""
-        share = float(np.mean([step["intervened"] for step in steps]))
-        late = np.array([step["late_s"] for step in steps])
-        self.helped.append(share)
-        if share == 0:
-            self.unaided.append(verdict == "success")
-        self.disagreements += (verdict == "success") != suggested
-        rate = float(np.mean(self.unaided)) if self.unaided else math.nan
+    def add(self, verdict: str, steps: list[Step], agent: Agent, version: int, age_s: float) -> None:
+        """An episode has ended; discarded ones and those that a fault ended count for nothing."""
+        share = float(np.mean([step.intervened for step in steps]))
+        late = np.array([step.late_s for step in steps])
+        won = verdict == "success"
+        if verdict not in ("discard", "fault"):
+            self.helped.append(share)
+            self.unaided.extend([won] if share == 0 else [])
+        transitions, replay, demos = agent.counts.tolist()
         scalars = {
-            "charts/episodic_return": float(sum(step["reward"] for step in steps)),
+            "charts/episodic_return": sum(step.reward for step in steps),
             "charts/episodic_length": len(steps),
-            "charts/success": float(verdict == "success"),
-            "charts/success_without_help": rate,
-            "charts/intervention_rate": float(np.mean(self.helped)),
+            "charts/success": won,
+            "charts/success_without_help": self.rate(),
+            "charts/intervention_rate": float(np.mean(self.helped or [math.nan])),
+            "charts/updates_per_transition": version / max(transitions, 1),
             "charts/disagreements": self.disagreements,
+            "charts/replay": replay,
+            "charts/demonstrations": demos,
             "charts/weights_age_s": age_s,
             "time/late_steps": int((late > LATE_S).sum()),
             "time/late_p99_ms": 1e3 * float(np.quantile(late, 0.99)),
-            "time/cycle_s": float(sum(step["period_s"] for step in steps)),
+            "time/cycle_s": sum(step.period_s for step in steps),
         }
         self.run.log("train", scalars)
+        value = {name.split("/")[1]: number for name, number in scalars.items()}
         print(
-            f"\repisode {self.run.episode} {verdict} | steps {sent} | unaided {rate:.2f} of {len(self.unaided)} | "
-            f"helped {scalars['charts/intervention_rate']:.0%} | late {scalars['time/late_steps']} (p99 "
-            f"{scalars['time/late_p99_ms']:.1f} ms) | weights {age_s:.0f} s old | disagreements {self.disagreements}",
+            f"\repisode {self.run.episode} {verdict} | return {value['episodic_return']:.2f} in {len(steps)} steps | "
+            f"without help {self.rate():.0%} of {len(self.unaided)} | helped {value['intervention_rate']:.0%} | "
+            f"updates {value['updates_per_transition']:.2f} | late {value['late_steps']}, p99 "
+            f"{value['late_p99_ms']:.1f} ms | weights {age_s:.0f} s old | replay {replay:.0f}, demos {demos:.0f} | "
+            f"overruled {self.disagreements}",
             flush=True,
         )
 
-    def keep_policy(self, version: int, agent: Agent) -> None:
-        """newest.policy, and best.policy where the success without help is as good as ever."""
-        if version == 0:
-            return
-        weights = torch.frombuffer(bytearray(setup.pack_tensors(agent.policy_tensors())), dtype=torch.uint8)
-        rate = float(np.mean(self.unaided)) if len(self.unaided) == RECENT else -1.0
-        names = ["newest"] + ["best"] * (rate >= self.best and rate >= 0)
-        self.best = max(self.best, rate)
-        for name in names:
-            data = io.BytesIO()
-            torch.save({"version": version, "weights": weights}, data)
-            write_atomically(self.run.dir / f"{name}.policy", data.getvalue())
+    def rate(self) -> float:
+        return float(np.mean(self.unaided or [math.nan]))
+
+    def is_best(self) -> bool:
+        """Whether the last RECENT episodes without help were as good as any before."""
+        better = len(self.unaided) == RECENT and self.rate() >= self.best
+        self.best = self.rate() if better else self.best
+        return better
+
+    def state_dict(self) -> dict:
+        return {"unaided": list(self.unaided), "helped": list(self.helped), "best": self.best, "n": self.disagreements}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.unaided.extend(state["unaided"])
+        self.helped.extend(state["helped"])
+        self.best, self.disagreements = state["best"], state["n"]
+
+
+class Newest:
+    """The learner's newest policy, in the actor's networks."""
+
+    def __init__(self, agent: Agent, sender: link.Actor, path: Path):
+        """Begins with the one in the file `path`, if that is there."""
+        self.agent = agent
+        self.sender = sender
+        self.path = path
+        self.version = load_policy(agent, path) if path.exists() else 0
+        self.came = time.monotonic()
+
+    def take(self) -> None:
+        newer = self.sender.weights()
+        if newer:
+            self.version, weights = newer
+            setup.unpack_tensors(weights, self.agent.policy_tensors())
+            self.came = time.monotonic()
+
+    def act(self, obs: dict) -> np.ndarray:
+        """A random motion, until something is learned."""
+        return self.agent.act(obs, deterministic=False) if self.version else self.agent.random_action()
+
+    def save(self, best: bool) -> None:
+        for path in [self.path, self.path.with_name("best.policy")][: 1 + best]:
+            save_policy(self.agent, self.version, path)
 
 
 def actor(args: Args) -> None:
     """Acts at the robot's rate, heeds the person, sends each episode; with --role both beside its learner."""
-    detector = load_detector(args)
-    person = Person(args)
-    env = make_env(args, detector)
-    if person.teleop:
-        env = rc.Intervention(env, person.teleop)
-    env = wrap_robot(env, args)
     device = setup.set_up_torch(1, args.amp)
-    agent = Agent(views_of(env), env.action_space, args, device)
-    run = Run(args, args.task, __file__, device)
-    run.keep()
-    child = LearnerProcess(args, run) if args.role == "both" else None
+    task = judged(make_env(args), args)
+    person = Person(args, args.teleop)
+    child = None
     finished = False
     try:
-        sender = link.Actor(
-            args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, run.dir, timeout_s=600.0
-        )
+        task = envs.Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
+        env = wrap_robot(task, args)
+        agent = Agent(views_of(env), env.action_space, args, device)
+        run = Run(args, args.task, __file__, device)
+        log = Log(run)
+        run.keep(log=log)
+        child = learner_beside(args, run) if args.role == "both" else None
+        shared, size = args.shared(), agent.step_type.itemsize
+        sender = link.Actor(args.address, args.curve_keys, shared, size, run.dir, timeout_s=600.0)
+        sender.release()  # what a crash left of an episode
         run.open(args.total_timesteps)
-        collect(args, run, env, agent, sender, person, detector, child)
+        collect(args, run, log, env, task, Newest(agent, sender, run.dir / "newest.policy"), person, child)
         finished = sender.done
     finally:
         person.close()
-        env.close()
-        if child:
-            child.end(finished)
-    run.end_of_training()
+        task.close()
+        if child and not finished:
+            child.end()
+    if child:
+        child.process.wait()
     run.plot(name="train", keys=("charts/success_without_help", "charts/intervention_rate"))
+    run.end_of_training()
     run.close()
     print(f"see {run.dir}; evaluate it: python {Path(__file__).name} --eval-only {run.dir}")
 
 
-def collect(args, run, env, agent, sender, person, detector, child) -> None:
-    """Episode after episode, until the learner has what it asked for."""
-    log = Log(args, run)
+def collect(
+    args: Args,
+    run: Run,
+    log: Log,
+    env: gym.Env,
+    task: envs.Recorder,
+    policy: Newest,
+    person: Person,
+    child: Child | None,
+) -> None:
+    """Episode after episode, until the learner has what it asked for. `env` wraps `task`."""
+    sender, agent = policy.sender, policy.agent
     seed = args.seed + sender.number
     agent.generator.manual_seed(envs.episode_seed(seed, 0, sender.journal.written))
-    run.episode = max(run.episode, sender.journal.written)
-    version, newer_at = 0, time.monotonic()
-    sender.release()  # what a crash left of an episode
-    while not (run.signals or sender.done) and run.step < args.total_timesteps:
-        if child:
-            child.watch()
+    run.episode = max(run.episode, sender.journal.written)  # so no two episodes have the same seed
+    while True:
+        catch_up(run, sender, person, child)
+        if run.signals or sender.done:
+            return
+        # Reset.
         with run.phase("env"):
-            obs, _ = reset(env, envs.episode_seed(seed, 0, run.episode), detector, lambda: run.signals > 0)
+            obs = reset_robot(env, envs.episode_seed(seed, 0, run.episode), run)
         if obs is None:
-            break
-        sender.stage(pack_robot_step(agent.step_type, None, obs).tobytes())
-        steps, verdict, suggested = [], "", False
-        while not verdict:
-            # Act, with the newest policy.
-            with run.phase("act"):
-                newer = sender.weights()
-                if newer:
-                    version, weights = newer
-                    setup.unpack_tensors(weights, agent.policy_tensors())
-                    newer_at = time.monotonic()
-                action = agent.act(obs, deterministic=False) if version else agent.random_action()
-            # Step: a person may take over.
-            person.taper(run.step)
-            with run.phase("env"):
-                obs, reward, terminated, truncated, info = env.step(action)
-            # Heed the person, whose verdict ends the episode.
-            suggested |= bool(info["success"])
-            verdict = heed(person, env, run)
-            if verdict in ("success", "failure"):
-                reward, terminated, truncated = float(verdict == "success"), verdict == "success", verdict == "failure"
-            elif not verdict and (terminated or truncated):
-                verdict = "fault" if info["fault"] else "success" if success(info) == 1 else "time limit"
-            # Store: success is decided before the penalty; a time limit is no end.
-            executed = info["executed_action"]
-            reward += info["grasp_penalty"]
-            intervened = bool(info.get("intervened", False))
-            step = pack_robot_step(agent.step_type, executed, obs, reward, terminated, intervened)
-            sender.stage(step.tobytes())
-            steps.append({"reward": reward, "intervened": intervened, **{k: info[k] for k in ("late_s", "period_s")}})
-            run.advance()
-            if run.impatient() or (sender.done and run.signals):
-                verdict = verdict or "time limit"
+            return
+        person.forget()
+        # Act, step, store.
+        steps, verdict = episode(run, env, policy, person, obs)
         # Send: a discarded episode is forgotten.
-        kept = sender.discard() if verdict == "discard" else sender.release()
-        run.end_episode(info, float(verdict == "success"))
-        log.add(verdict, suggested, steps, kept, time.monotonic() - newer_at)
-        log.keep_policy(version, agent)
-    while child and not (sender.done or run.signals) and child.process.poll() is None:
-        sender.exchange(100)  # the learner still makes the updates that it owes
-        sender.weights()
+        if verdict == "discard":
+            sender.discard()
+        else:
+            sender.release()
+        # Log and save.
+        suggested = any(step.suggested for step in steps)
+        if args.reward != "person" and verdict in VERDICTS[:2] and suggested != (verdict == "success"):
+            log.disagreements += 1
+            if args.reward != "task":
+                record_disagreement(run, task, steps, verdict)
+        log.add(verdict, steps, agent, policy.version, time.monotonic() - policy.came)
+        if policy.version:
+            agent.probe = {name: torch.from_numpy(value) for name, value in obs.items()}
+            policy.save(log.is_best())
+        run.episode += 1
+        run.save()
+        task.episodes.clear()
 
 
-def heed(person: Person, env: gym.Env, run: Run) -> str:
-    """A person's verdict, if there is one. A pause lasts until Enter or a verdict; meanwhile the robot stands still."""
+def catch_up(run: Run, sender: link.Actor, person: Person, child: Child | None) -> None:
+    """Waits until the learner has heard of all that was sent: it is behind by the newest episode at most."""
+    asked = time.monotonic()
+    while not (run.signals or sender.done):
+        if "quit" in person.commands():
+            run.on_signal()
+        sender.exchange(100)
+        if sender.answered > asked and sender.held == sender.journal.written:
+            return
+        if not sender.waiting:  # nothing could be sent
+            time.sleep(0.1)
+        if child and child.finished():
+            sender.done = True
+
+
+def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -> tuple[list[Step], str]:
+    """An episode at the robot's rate: its steps, and the verdict.
+
+    The verdict is one of VERDICTS, "time limit", or "fault": the robot, its server, or a camera failed.
+    """
+    sender, step_type = policy.sender, policy.agent.step_type
+    sender.stage(pack_pixels(step_type, None, obs).tobytes())
+    steps: list[Step] = []
+    verdict = ""
+    while not verdict:
+        # Act, with the newest policy.
+        with run.phase("act"):
+            policy.take()
+            action = policy.act(obs)
+        # Step: a person may take over.
+        person.taper(run.step)
+        with run.phase("env"):
+            obs, reward, terminated, truncated, info = env.step(action)
+        run.advance()
+        # Heed the person, whose verdict comes before that of classifier or task; a time limit is no end.
+        said = heed(run, person, env, ended=terminated or truncated and not info["fault"])
+        if said in ("success", "failure"):
+            reward, terminated = float(said == "success"), said == "success"
+        verdict = said or judgement(terminated, truncated or run.impatient(), info)
+        # Store: success was decided before the penalty. What a person does is a demonstration, standing still is not.
+        executed, asked = info["executed_action"], info["asked_action"]
+        intervened = bool(info.get("intervened", False))
+        if verdict != "fault" or terminated:  # else what follows the action is not known
+            step = pack_pixels(step_type, executed, obs, reward + info["grasp_penalty"], terminated)
+            step["intervened"] = intervened and asked.any()
+            sender.stage(step.tobytes())
+        suggested = bool(info["success"])
+        step = Step(executed, asked, reward, terminated, intervened, suggested, info["period_s"], info["late_s"])
+        steps.append(step)
+    if info["fault"]:
+        print(f"\nthe episode was ended: {info['fault']}", file=sys.stderr, flush=True)
+    return steps, verdict
+
+
+def judgement(terminated: bool, truncated: bool, info: dict) -> str:
+    """The verdict where no person gives one."""
+    if info["fault"]:
+        return "fault"
+    if terminated:
+        return "success" if success(info) == 1 else "failure"
+    return "time limit" if truncated else ""
+
+
+def heed(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
+    """A person's verdict, if there is one.
+
+    A pause lasts until Enter or a verdict; meanwhile the robot stands still. So it does for a moment when the episode
+    has `ended`, for a person who sees it differently.
+    """
     paused = False
+    until = time.monotonic() + OVERRULE_S if ended and person.terminal else -math.inf
     while True:
         for command in person.commands():
-            if command in ("success", "failure", "discard"):
+            if command in VERDICTS:
                 return command
             if command == "quit":
                 run.on_signal()
             paused = command == "pause" or (paused and command != "go on")
-        if not paused or run.signals:
+        if run.signals or not (paused or time.monotonic() < until):
             return ""
-        env.unwrapped.stand_still()
+        try:
+            env.unwrapped.stand_still()
+        except rc.RobotError:  # the next step says what is wrong
+            return ""
+
+
+def record_disagreement(run: Run, task: envs.Recorder, steps: list[Step], verdict: str) -> None:
+    """The episode in which person and classifier disagree, for `reward_classifier.py --add RUN`."""
+    won = verdict == "success"
+    last = np.arange(len(steps)) == len(steps) - 1  # (T,)
+    fields = {
+        "observations": stacked(task.observations),
+        "actions": np.array([step.action for step in steps]),
+        "rewards": (last & won).astype(np.float32),
+        "terminations": last & won,
+        "truncations": last & (not won),
+        "infos": {
+            "asked_action": np.array([step.asked for step in steps]),
+            "intervened": np.array([step.intervened for step in steps]),
+            "success": last & won,
+            "suggestion": np.array([step.suggested for step in steps]),
+            "time_s": np.cumsum([step.period_s for step in steps]),
+            "late_s": np.array([step.late_s for step in steps]),
+        },
+    }
+    attributes = {"verdict": verdict, "success": won, "decided_by": "person", "suggested": not won}
+    about = {"mode": "demos", "classes": 2}
+    recording = Recording(run.dir / "episodes", "run/episodes-v0", task, about)
+    recording.add(fields, attributes | {"disagreement": True, "attempt": run.episode})
 
 
 def main(args: Args) -> None:
     with ends_well(args):
-        if args.eval_only:
-            evaluate_policy(args)
-        elif args.role == "learner":
-            learner(args)
-        else:
-            actor(args)
+        try:
+            if args.eval_only:
+                evaluate_policy(args)
+            elif args.role == "learner":
+                learner(args)
+            else:
+                actor(args)
+        except rc.RobotError as error:
+            fail(f"{error}; then {setup.go_on(args)}")
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from torch.utils.checkpoint import checkpoint
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, link, pixels, setup, vision
 from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
+from common.normalizer import RunningNormalizer
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
@@ -94,7 +95,7 @@ class Args(RunArgs):
     """environment steps with random actions before learning starts"""
     buffer_size: int = 100_000
     """transitions kept"""
-    buffer_dir: str | None = None
+    frames_dir: str | None = None
     """directory for the frames' files (default: the run's), such as a disk of this machine when that is far away"""
     batch_size: int = 64
     """transitions per critic update, demonstrations included"""
@@ -179,7 +180,7 @@ class Args(RunArgs):
     """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
 
     MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads total_timesteps "
-    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys buffer_dir"
+    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys frames_dir"
     SHAPING = "env_id image_size cameras encoder small_channels pooling latent_dim film frame_stack action_chunk "
     SHAPING += "gripper_penalty hidden_dims activation layer_norm normalize_observations std_parameterization"
 
@@ -237,7 +238,9 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
     T is --frame-stack. Exits when this script cannot learn it.
     """
     envs.check_actions(env, args.env_id)
-    env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+    if not isinstance(env, envs.Checked):  # wrappers of your own
+        env = envs.Checked(env, args.env_id)
+    env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)
     env = pixels.ImagesAndState(env, args.env_id, args.cameras, args.image_size)
@@ -248,8 +251,11 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+    """Whether the episode whose last info this is was a success, NaN where the task does not say.
+
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
+    """
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -352,28 +358,6 @@ class Critic(nn.Module):
         x = torch.cat([obs, actions], -1).expand(self.num, -1, -1)
         features = self.trunk(x, generator)  # (E, B, H)
         return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
-
-
-class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until the first `update`."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-
-    def update(self, obs: Tensor) -> None:
-        """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
-        total = self.count + len(obs)
-        delta = obs.mean(0) - self.mean
-        weight = len(obs) / total
-        self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
-        self.mean += weight * delta
-        self.count.copy_(total)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
 
 
 class Observation(NamedTuple):
@@ -711,9 +695,10 @@ class FrameBuffer(ReplayBuffer):
         self.frames.load_state_dict(state["frames"])
 
 
-def load_pixel_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.Env], run: Run) -> FrameBuffer:
+def load_pixel_demos(
+    args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env], run: Run
+) -> FrameBuffer:
     """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
-    task = make_env(args)
     steps, episodes, goals = [], [], []
     for episode in envs.demonstrations(args.demos, task, args.seed, DEMO_NOISE):
         for action, obs, reward, terminated in envs.replay(episode, task, wrap, args.action_chunk):
@@ -722,8 +707,9 @@ def load_pixel_demos(args: Args, agent: "Agent", wrap: Callable[[gym.Env], gym.E
         if success(episode.info) != 0:  # also where the task does not say
             goals.append(torch.from_numpy(obs["images"]))
         episodes.append(episode._replace(observations=[]))
-    task.close()
     count = len(steps) - len(episodes)
+    if not count:
+        fail(f"--demos {args.demos}: has no steps")
     demos = agent.make_buffer("demonstrations", count, run, len(episodes) + count * agent.new_frames)
     for step in steps:
         demos.add(step)
@@ -759,7 +745,7 @@ class Agent:
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
         normalize = args.normalize_observations and views.state_dim
-        self.normalizer = (Normalizer(views.state_dim) if normalize else nn.Identity()).to(device)
+        self.normalizer = (RunningNormalizer(views.state_dim) if normalize else nn.Identity()).to(device)
         self.actor = PixelActor(views, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = PixelCritic(views, self.action_dim, args, load).to(device)
@@ -809,13 +795,13 @@ class Agent:
         small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
         setup.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
-        if self.args.buffer_dir:
-            path = Path(self.args.buffer_dir) / f"{run.dir.name}-{path.name}"
+        if self.args.frames_dir:
+            path = Path(self.args.frames_dir) / f"{run.dir.name}-{path.name}"
         file = FrameFile(path, self.views.frame_shape, self.device)
         if run.state is None:
             what = f"{name}: {capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
             sizes = f"{size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
-            file.check_disk(slots, f"{what}; {sizes}", "give a smaller --buffer-size, or another --buffer-dir")
+            file.check_disk(slots, f"{what}; {sizes}", "give a smaller --buffer-size, or another --frames-dir")
             file.make_room(slots)
         return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
 
@@ -862,7 +848,7 @@ class Agent:
 
     def observe(self, observations: Tensor) -> None:
         """Takes states (N, T * S) into the running statistics."""
-        if isinstance(self.normalizer, Normalizer):
+        if isinstance(self.normalizer, RunningNormalizer):
             self.normalizer.update(observations)
 
     @torch.inference_mode()
@@ -1107,6 +1093,7 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
     scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
     if args.record_dataset:
         store_evaluation(args.record_dataset, task, env, args.seed, success)
+    task.close()
     if args.capture_video:
         record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars
@@ -1114,12 +1101,13 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def start_pixels(
-    args: Args, env: gym.Env, wrap: Callable[[gym.Env], gym.Env]
+    args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, FrameBuffer, FrameBuffer | None]:
     """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
     device = setup.set_up_torch(args.threads, args.amp)
     run = Run(args, args.env_id, __file__, device) if args.resume or args.eval_only else None
     saved = run.state["agent"] if run and run.state else None
+    env = wrap(task)
     agent = Agent(views_of(env), env.action_space, args, device, saved)
     run = run or Run(args, args.env_id, __file__, device)  # a new one when it is known to be possible
     capacity = min(args.buffer_size, args.total_timesteps)
@@ -1131,20 +1119,24 @@ def start_pixels(
     if args.demos != "0" and run.state:
         demos = agent.make_buffer("demonstrations", 1, run, 1)  # grows when it is loaded
     elif args.demos != "0":
-        demos = load_pixel_demos(args, agent, wrap, run)
+        demos = load_pixel_demos(args, agent, task, wrap, run)
     return run, agent, buffer, demos
 
 
 def train(args: Args) -> None:
     """One process that acts and learns."""
     wrap = partial(wrap_images, args=args)
-    env = wrap(make_env(args))
-    run, agent, buffer, demos = start_pixels(args, env, wrap)
+    task = make_env(args)
+    run, agent, buffer, demos = start_pixels(args, task, wrap)
     if args.eval_only:
         run.keep(agent=agent)  # without its frames
+        task.close()
         return report("checkpoint", final_evaluation(args, agent, run, wrap))
     run.keep(agent=agent, buffer=buffer, demos=demos)
-    eval_env = wrap(make_env(args))
+    env = wrap(task)
+    eval_env = None  # a second one only where it is needed: a task may own a robot or a port
+    if args.eval_every < args.total_timesteps:
+        eval_env = wrap(make_env(args))
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
@@ -1186,6 +1178,9 @@ def train(args: Args) -> None:
             if run.signals:
                 break
 
+    env.close()
+    if eval_env:
+        eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -1193,8 +1188,11 @@ def train(args: Args) -> None:
 def learner(args: Args) -> None:
     """Receives steps, learns, publishes the policy: SERL's learner."""
     wrap = partial(wrap_images, args=args)
-    env = wrap(make_env(args))  # for its spaces, and to evaluate
-    run, agent, buffer, demos = start_pixels(args, env, wrap)
+    task = make_env(args)  # for its spaces, demonstrations, evaluation
+    run, agent, buffer, demos = start_pixels(args, task, wrap)
+    eval_env = wrap(task)
+    if args.eval_every >= args.total_timesteps:
+        task.close()
     actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
@@ -1207,11 +1205,11 @@ def learner(args: Args) -> None:
         count = 0
         with run.phase("env"):
             wait_ms = 100 if args.utd_ratio else 0
-            received = [] if agent.owed(run.step) else actors.receive(wait_ms)
+            most = args.total_timesteps - run.step
+            received = [] if agent.owed(run.step) else actors.receive(wait_ms, most)
         # Store.
         for actor_name, data in received:
-            if run.step + count < args.total_timesteps:
-                count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
+            count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
         if count:
             agent.observe(buffer.newest_observations(count))
         run.advance(count)
@@ -1223,13 +1221,14 @@ def learner(args: Args) -> None:
         if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
             actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()))
             published = agent.critic_updates
-        log_and_evaluate(args, run, agent, env, metrics)
+        log_and_evaluate(args, run, agent, eval_env, metrics)
         # Save: actors may then forget what they sent.
         if run.should_save(2 * args.eval_every):
             run.save()
             actors.saved()
 
     actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done=not run.signals)
+    eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
 
@@ -1283,6 +1282,8 @@ def actor(args: Args) -> None:
             with run.phase("env"):
                 obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
             learner_end.send(pack_pixels(agent.step_type, None, obs).tobytes())
+            if run.should_save(2 * args.eval_every):
+                run.save()
         # Log.
         if run.due(max(args.eval_every // 2, 1)):
             run.log("train", run.episodes() | run.speed())
@@ -1292,8 +1293,11 @@ def actor(args: Args) -> None:
 
 
 def main(args: Args) -> None:
+    if args.eval_only and args.role == "actor":
+        fail(f"--eval-only {args.eval_only}: is an actor's run; give its learner's")
+    role = "both" if args.eval_only else args.role
     with ends_well(args):
-        {"both": train, "learner": learner, "actor": actor}[args.role](args)
+        {"both": train, "learner": learner, "actor": actor}[role](args)
 
 
 if __name__ == "__main__":

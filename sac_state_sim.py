@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from common import envs, link, setup
 from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
+from common.normalizer import RunningNormalizer
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
 
@@ -56,7 +57,6 @@ STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
 FIXED_STD = 0.1  # of --std-parameterization fixed
 EXPLORE_STEPS = 20  # how long --explore-prob holds a value
 PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
-FIRST_STATISTICS = 32  # observations from which statistics of them start
 ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it waits
 
 
@@ -308,45 +308,6 @@ class Critic(nn.Module):
         return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
 
 
-class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until `start`.
-
-    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
-    """
-
-    REACH = 10
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("low", torch.zeros(dim))
-        self.register_buffer("high", torch.zeros(dim))
-
-    def start(self, obs: Tensor) -> None:
-        """The range of the first observations (N, O), without the most extreme hundredth, and at least one, of them."""
-        outer = min(1 + len(obs) // 100, (len(obs) - 1) // 2)
-        self.low.copy_(obs.kthvalue(1 + outer, 0).values)
-        self.high.copy_(obs.kthvalue(len(obs) - outer, 0).values)
-
-    def update(self, obs: Tensor) -> None:
-        """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
-        reach = self.REACH * (self.high - self.low).clamp(min=1)
-        obs = obs.clamp(self.low - reach, self.high + reach)
-        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
-        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
-        total = self.count + len(obs)
-        delta = obs.mean(0) - self.mean
-        weight = len(obs) / total
-        self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
-        self.mean += weight * delta
-        self.count.copy_(total)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
-
-
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
 class Batch(NamedTuple):
     observations: Tensor  # (B, O)
@@ -480,7 +441,7 @@ def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.En
     demos = agent.make_buffer(len(steps) - len(episodes))
     for step in steps:
         demos.add(step)
-    agent.observe(demos, len(demos))
+    agent.observe(demos.newest_observations(len(demos)))
     print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
     return demos
 
@@ -501,7 +462,7 @@ class Agent:
         self.step_type = step_type(self.obs_dim, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
-        self.normalizer = (Normalizer(self.obs_dim) if args.normalize_observations else nn.Identity()).to(device)
+        self.normalizer = (RunningNormalizer(self.obs_dim) if args.normalize_observations else nn.Identity()).to(device)
         self.actor = Actor(self.obs_dim, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(self.obs_dim, self.action_dim, args).to(device)
@@ -569,18 +530,10 @@ class Agent:
         """The deterministic actions (N, A) that are evaluated."""
         return np.stack([self.act(obs, deterministic=True) for obs in observations])
 
-    def observe(self, buffer: ReplayBuffer, count: int) -> None:
-        """Takes the newest `count` observations into the running statistics, which start when there are enough."""
-        if not self.args.normalize_observations:
-            return
-        starts = self.normalizer.count == 0
-        if starts and len(buffer) < min(FIRST_STATISTICS, buffer.capacity):
-            return
-        observations = buffer.newest_observations(len(buffer) if starts else count)
-        if starts:
-            self.normalizer.start(observations)
-        for part in observations.split(count):
-            self.normalizer.update(part)
+    def observe(self, observations: Tensor) -> None:
+        """Takes observations (N, O) into the running statistics."""
+        if self.args.normalize_observations:
+            self.normalizer.update(observations)
 
     @property
     def alpha(self) -> Tensor:
@@ -728,7 +681,7 @@ class Agent:
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
-def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env | None, metrics: dict[str, Tensor]) -> None:
+def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: dict[str, Tensor]) -> None:
     """Rows of train.csv and eval.csv, where they are due."""
     if run.due(max(args.eval_every // 2, 1)):
         run.log("train", run.episodes() | run.speed() | metrics)
@@ -797,7 +750,7 @@ def train(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Store: `terminated` cuts the bootstrap, `truncated` does not.
         buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
-        agent.observe(buffer, 1)
+        agent.observe(buffer.newest_observations(1))
         run.advance()
         # Reset: each episode has a seed of its own, so that a run goes on from here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
@@ -853,7 +806,7 @@ def learner(args: Args) -> None:
         for actor_name, data in received:
             count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
         if count:
-            agent.observe(buffer, count)
+            agent.observe(buffer.newest_observations(count))
         run.advance(count)
         # Learn.
         updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY

@@ -27,11 +27,11 @@ import tyro
 from run import REPO, RESULTS
 from speed import bind, interpreter, run_contender, take_turns, timing, versions
 
-RANDOM_STEPS = 300
-OURS = """--demos 0 --learning-starts {random} --total-timesteps {total} --image-size {size} --crop-padding 4
+RANDOM_STEPS = 100  # at least
+OURS = """--demos 0 --learning-starts {random} --total-timesteps {total} --image-size {size} --eval-every {twice}
     --latent-dim 256 --batch-size 256 --num-qs 10 --num-min-qs 2 --utd-ratio 4 --policy-delay 4 --activation tanh
-    --no-normalize-observations --bc-weight 0 --actor-ema 0 --gamma 0.96 --log-every 1 --eval-every 1000000000
-    --save-every 1000000000 --final-eval-episodes 1 --no-capture-video --run-dir run --threads {threads}"""
+    --no-normalize-observations --bc-weight 0 --actor-ema 0 --gamma 0.96 --eval-episodes 1 --final-eval-episodes 1
+    --no-capture-video --run-dir run --threads {threads}"""
 ENCODERS = {"small": "--encoder small --small-channels 32 64 128 256 --pooling average", "resnet": "--encoder resnet10"}
 # Prints the seconds that `rounds` times four updates of the critics and one of the actor took.
 SERL = """
@@ -102,7 +102,10 @@ def commands(args: Args) -> dict[str, tuple[list[str], int]]:
     found = {}
     for encoder in args.encoders:
         name, steps = f"{encoder}_{args.image_size}", args.updates // 4
-        values = {"random": RANDOM_STEPS, "total": RANDOM_STEPS + 1 + steps, "size": args.image_size}
+        first = (
+            -(-RANDOM_STEPS // steps) * steps
+        )  # its row has the first update, which compiles, the next row the others
+        values = {"random": first - 1, "total": first + steps, "size": args.image_size, "twice": 2 * steps}
         flags = f"{OURS.format(**values, threads=args.threads)} {ENCODERS[encoder]}".split()
         ours = [sys.executable, str(REPO / "sac_pixel_sim.py"), *flags]
         found[f"ours_{name}"] = ours, 4 * steps
@@ -121,8 +124,8 @@ def measure(contender: str, command: list[str], updates: int, args: Args) -> dic
         stdout, others = run_contender(command, Path(folder), args.threads, args.gpu)
         if contender.startswith("ours"):
             with (Path(folder) / "run" / "train.csv").open(newline="") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["global_step"]) > RANDOM_STEPS + 1]
-            seconds = sum(float(row["time/update_ms"]) for row in rows) / 1e3
+                last = list(csv.DictReader(file))[-1]
+            seconds = float(last["time/update_ms"]) * updates / 4 / 1e3  # of as many steps
         else:
             seconds = json.loads(stdout.splitlines()[-1])
     return timing(updates, seconds) | {"others_cores": others}

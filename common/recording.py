@@ -182,7 +182,10 @@ class Recording:
             kinds = {self.episodes[episode.id]["verdict"]: np.arange(len(frames))}
             if "label" in episode.infos:
                 labels = episode.infos["label"]
-                kinds = {f"label {label}": 1 + np.flatnonzero(labels == label) for label in np.unique(labels)}
+                kinds = {}
+                for label in np.unique(labels):
+                    name = "left out" if label < 0 else f"label {label}"
+                    kinds[name] = 1 + np.flatnonzero(labels == label)
             for kind, numbers in kinds.items():
                 shown = numbers[np.linspace(0, len(numbers) - 1, 6).round().astype(int)]
                 rows.append((f"{episode.id} {kind}", frames[shown]))

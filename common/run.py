@@ -285,9 +285,8 @@ class Run:
             if quality(scalars) >= quality(self.best):
                 self.best = scalars
             shown = ("eval/episodic_return", "eval/success_rate")
-            self.bar.set_postfix(
-                {k.split("/")[1]: f"{scalars[k]:.2f}" for k in shown if scalars.get(k) == scalars.get(k)}
-            )
+            known = [key for key in shown if not math.isnan(scalars.get(key, math.nan))]
+            self.bar.set_postfix({key.split("/")[1]: f"{scalars[key]:.2f}" for key in known})
 
     def end_of_training(self) -> None:
         """A checkpoint. Raises KeyboardInterrupt when the run was asked to end; from now on Ctrl-C ends it at once."""

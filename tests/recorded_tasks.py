@@ -7,6 +7,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from robot_client import RobotError
+
 FAR = 0.6  # where an episode starts: on a sphere of this radius
 STEP = 0.1  # how far an action of 1 moves the point
 NEAR = 0.12  # success
@@ -108,6 +110,16 @@ class Stuck(Reach):
         return super().step(action * (Reach.resets != 2))
 
 
+class Stopped(Reach):
+    """Before the second episode somebody has pressed the robot's stop button."""
+
+    def reset(self, **options):
+        result = super().reset(**options)
+        if Reach.resets == 2:
+            raise RobotError("the stop button is pressed")
+        return result
+
+
 class Silent(Reach):
     """Says nothing about success."""
 
@@ -137,6 +149,17 @@ class Boxed(Reach):
         return *step, info | {"executed_action": executed, "asked_action": action}
 
 
+class Square(Reach):
+    """With pictures that a classifier takes."""
+
+    observation_space = spaces.Dict(
+        state=spaces.Box(-10, 10, (3,), np.float32), front=spaces.Box(0, 255, (32, 32, 3), np.uint8)
+    )
+
+    def observe(self):
+        return super().observe() | {"front": np.full((32, 32, 3), 100, np.uint8)}
+
+
 class TwoCameras(Reach):
     """A second picture."""
 
@@ -147,5 +170,5 @@ class TwoCameras(Reach):
         return obs | {"side": obs["front"]}
 
 
-for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Silent, Gripper, Boxed, TwoCameras):
+for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Stopped, Silent, Gripper, Boxed, Square, TwoCameras):
     gym.register(f"{task.__name__}-v0", f"{__name__}:{task.__name__}", max_episode_steps=30)

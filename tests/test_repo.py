@@ -38,12 +38,14 @@ CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_C
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
-    "sac_state_sim.py": 900,
-    "sac_pixel_sim.py": 1300,
+    "sac_state_sim.py": 950,
+    "sac_pixel_sim.py": 1340,
+    "sac_pixel_real.py": 1750,
     "bc_flow_offline.py": 1300,
-    "robot_server.py": 1700,
-    "robot_client.py": 1200,
-    "common/envs.py": 410,
+    "robot_server.py": 2860,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "robot_client.py": 1660,  # client, cameras, teleoperation, environment
+    "common/envs.py": 480,
+    "common/setup.py": 380,
     "common/datasets.py": 970,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
@@ -352,7 +354,7 @@ def imported_modules(source: str) -> set[str]:
 
 def test_modules():
     assert module_faults({path: text(path) for path in MODULES}) == []
-    assert len(MODULES) - 1 <= 8  # the package's own file is empty
+    assert len(MODULES) - 1 <= 12  # the package's own file is empty
     assert not imported_modules(text("robot_server.py")) | imported_modules(text("franka_sim.py"))
 
 

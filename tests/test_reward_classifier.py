@@ -1,5 +1,6 @@
 """reward_classifier.py: labels, splits, thresholds, and whole runs on small datasets of which the answer is known."""
 
+import json
 import math
 import os
 from pathlib import Path
@@ -22,7 +23,9 @@ from reward_classifier import Args, Clip, Frames, Scored, choose_threshold, fram
 
 @pytest.fixture
 def datasets(tmp_path, monkeypatch):
-    """Local Minari datasets of this test; the folder is the current one."""
+    """Local Minari datasets of this test; the folder is the current one. Batches are small, steps large."""
+    monkeypatch.setattr(script, "BATCH_SIZE", 24)
+    monkeypatch.setattr(script, "LEARNING_RATE", 1e-3)
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -30,7 +33,7 @@ def datasets(tmp_path, monkeypatch):
 
 def run(**flags: object) -> dict:
     """A whole run in this process with small budgets; what its file holds."""
-    args = Args(**{"run_dir": "run", "updates": 60, "data": ("hil/frames-v0",)} | flags)
+    args = Args(**{"run_dir": "run", "updates": 60, "threads": 1, "data": ("hil/frames-v0",)} | flags)
     args.check()
     script.main(args)
     return torch.load("run/classifier.pt", weights_only=True)
@@ -153,6 +156,12 @@ def test_scores_of_known_episodes():
     assert row["separation"] == pytest.approx(success - failure)
 
 
+def test_a_demonstration_that_ends_with_its_first_success_can_be_seen():
+    demo = scored([-1, -1, -1, 1], ".--#")
+    assert measure([demo], 0.0, hold=2)["seen_successes"] == 1
+    assert measure([demo._replace(odds=demo.odds - 2)], 0.0, hold=2)["seen_successes"] == 0
+
+
 # --- Whole runs -------------------------------------------------------------------------------------------------------
 def test_learns_from_labelled_frames(datasets, capsys):
     write_frames("hil/frames-v0", episodes=14)
@@ -170,7 +179,10 @@ def test_learns_from_labelled_frames(datasets, capsys):
     out = capsys.readouterr().out
     assert "camera front tells next to nothing" in out and "camera wrist tells" not in out
     assert "recall 100%" in out
-    assert Path("run/scores.csv").read_text().splitlines()[0].startswith("episodes,camera,frames,frames_right")
+    assert json.loads(Path("run/scores.json").read_text()) == saved["about"]["scores"]
+    evaluation = read_csv(Path("run"), "eval.csv")
+    assert evaluation["eval/frames_right"] == [1.0] and evaluation["eval/false_successes"] == [0]
+    assert evaluation["eval/front_frames_right"][0] == pytest.approx(held_out["front"]["frames_right"])
     losses = read_csv(Path("run"), "train.csv")["losses/held_out"]
     assert losses[-1] < 0.5 * losses[0]
     for name in ("errors.png", "curve.png"):
@@ -216,7 +228,7 @@ def test_learns_from_demonstrations_and_a_frozen_trunk(datasets, monkeypatch):
     trunk = make_trunk("resnet10", 3)
     torch.save(trunk.state_dict(), "trunk.pt")
     write_frames("hil/demos-v0", episodes=6, labelled=False, fingerprint=None)
-    saved = run(data=("hil/demos-v0",), encoder="resnet10", pretrained="trunk.pt", updates=2)
+    saved = run(data=("hil/demos-v0",), encoder="resnet10", pretrained="trunk.pt", updates=20)
     for name, tensor in trunk.state_dict().items():
         assert torch.equal(saved["weights"][f"trunks.0.{name}"], tensor)
     assert saved["fingerprint"] == {"observations": {"front": [64, 64, 3], "wrist": [64, 64, 3]}}
@@ -237,9 +249,9 @@ def test_added_episodes_are_those_where_the_two_disagreed(datasets, capsys):
 
 def test_a_run_that_goes_on_is_the_run_that_did_not_stop(datasets):
     write_frames("hil/frames-v0")
-    script.main(Args(run_dir="whole", updates=40, data=("hil/frames-v0",)))
-    script.main(Args(run_dir="parts", updates=20, data=("hil/frames-v0",)))
-    script.main(Args(run_dir="parts", resume="parts", updates=40, data=("hil/frames-v0",)))
+    script.main(Args(run_dir="whole", updates=40, threads=1, data=("hil/frames-v0",)))
+    script.main(Args(run_dir="parts", updates=20, threads=1, data=("hil/frames-v0",)))
+    script.main(Args(run_dir="parts", resume="parts", updates=40, threads=1, data=("hil/frames-v0",)))
     whole, parts = (torch.load(f"{name}/classifier.pt", weights_only=True) for name in ("whole", "parts"))
     assert read_csv(Path("parts"), "train.csv")["global_step"] == [20, 40]
     for name, tensor in whole["weights"].items():
@@ -249,7 +261,7 @@ def test_a_run_that_goes_on_is_the_run_that_did_not_stop(datasets):
 
 def test_the_simulated_peg_without_any_data(tmp_path):
     """As a user does, with a small budget; then its answers live, and on another task and size."""
-    flags = ("--simulated-episodes", 10, "--test-episodes", 5, "--updates", 60, "--image-size", 32)
+    flags = ("--simulated-episodes", 10, "--test-episodes", 5, "--updates", 60, "--image-size", 32, "--threads", 1)
     finished = run_forked("reward_classifier.py", *flags, "--run-dir", "run", cwd=tmp_path, timeout=280)
     scores = torch.load(tmp_path / "run" / "classifier.pt", weights_only=True)["about"]["scores"]
     assert scores["held out"]["together"]["separation"] > 0.5
@@ -275,7 +287,7 @@ def test_the_simulated_peg_without_any_data(tmp_path):
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     write_frames("hil/frames-v0")
-    flags = ("--data", "hil/frames-v0", "--updates", 2000, "--run-dir", "run")
+    flags = ("--data", "hil/frames-v0", "--updates", 2000, "--threads", 1, "--run-dir", "run")
     with popen_forked("reward_classifier.py", *flags, cwd=tmp_path) as process:
         wait_until(lambda: (tmp_path / "run" / "checkpoint.pt").exists(), 250)
         os.kill(process.pid, 2)
@@ -348,18 +360,19 @@ def fault_of(**flags: object) -> str:
     [
         ({}, {"data": ("hil/none-v0",)}, "--data hil/none-v0: "),
         ({"successes": False}, {}, "no frame of success in the episodes to learn from"),
-        ({"episodes": 2}, {}, "no frame of success in the episodes held out"),
+        ({"episodes": 2}, {}, "no frame of failure in the episodes held out"),
         ({"classes": 3}, {}, "--data hil/frames-v0: has the labels [-1, 0, 1, 2]; --classes names 2"),
         ({}, {"cameras": ("side", "wrist")}, "--cameras side: hil/frames-v0 has the cameras front, wrist"),
         ({}, {"add": ("hil/frames-v0",)}, "--add hil/frames-v0: does not tell both verdicts"),
         ({"suggestion": "right"}, {"add": ("hil/frames-v0",)}, "person and classifier agree in all of its 12 episodes"),
-        ({}, {"encoder": "mobilenet"}, "--encoder mobilenet: images of 32 pixels are too small"),
+        ({}, {"encoder": "resnet10"}, "--encoder resnet10: images of 32 pixels are too small"),
         ({}, {"data": (), "add": ("runs/peg",)}, "--add: give the first classifier's --data DATASET"),
         ({}, {"pretrained": "none.pt"}, "--encoder small"),
         ({}, {"hold": 0}, "--hold 0: must be at least 1"),
         ({}, {"false_successes": 1.0}, "--false-successes 1.0"),
         ({}, {"classes": ("success",)}, "--classes success: at least two different names"),
-        ({}, {"watch": "gone.pt"}, "--watch gone.pt: not there"),
+        ({}, {"watch": "gone.pt", "run_dir": None}, "--watch gone.pt: not there"),
+        ({}, {"watch": "gone.pt"}, "--watch: shows a finished classifier, give neither --resume nor --run-dir"),
     ],
 )
 def test_bad_input_is_named_in_one_line(datasets, options, flags, fault):

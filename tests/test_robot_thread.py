@@ -108,16 +108,20 @@ class World:
         monkeypatch.setattr(robot_server.time, "monotonic", lambda: self.now)
         self.args, self.handles = robot_server.Args(**flags), 0
         memory = mmap.mmap(-1, 2 * Board.SIZE)
+
+        def boards() -> tuple[Board, Board]:
+            return Board(memory, 0, robot_server.NUMBERS), Board(memory, Board.SIZE, {})
+
         self.gripper = SimGripper(self.args)
-        self.control = Control(self.args, self.gripper, Board(memory, 0), Board(memory, Board.SIZE))
+        self.control = Control(self.args, self.gripper, *boards())
         self.arm = self.control.arm = FakeArm(self.args)
         self.control.state = self.arm.get_state()
-        self.control.advanced = self.now
+        self.control.advanced = self.control.ticked = self.now
         self.control.limiter.seed(self.control.state.tcp_pose)
         self.control.publish()
         self.control.link = Link(self.control)
         facts = {"gripper": {"kind": "sim", "max_width": 0.08}, "robot": {"task": None}, "server_id": "x"}
-        self.new_front = lambda: Front(self.args, self.control.link, Board(memory, 0), Board(memory, Board.SIZE), facts)
+        self.new_front = lambda: Front(self.args, self.control.link, *boards(), facts)
         self.front = self.new_front()
 
     def ask(self, op: str, token: str = TOKENS[0], **args: object) -> dict:
@@ -433,17 +437,18 @@ def test_nothing_that_the_front_says_is_believed(world):
 
 def test_half_a_state_is_never_read():
     memory = mmap.mmap(-1, Board.SIZE)
-    writer, reader = Board(memory, 0), Board(memory, 0)
-    writer.write({"number": 1})
-    assert reader.read() == {"number": 1}
-    writer.write({"number": 2})
+    writer, reader = (Board(memory, 0, {"pose": 3, "time": 1}) for _ in range(2))
+    first = {"pose": [1.0, 2.0, 3.0], "time": 0.5, "mode": "idle"}
+    writer.write(first)
+    assert reader.read() == first | {"pose": (1.0, 2.0, 3.0)}
+    writer.write(first | {"time": 0.6})
     memory[writer.starts[0] + Board.HEAD.size] ^= 0xFF  # the newest one is damaged
     with pytest.raises(OSError, match="cannot be read"):
         reader.read()
-    writer.write({"number": 3})
-    assert reader.read() == {"number": 3} and reader.read() is reader.read()
+    writer.write(first | {"time": -math.inf, "mode": "hold"})
+    assert reader.read()["time"] == -math.inf and reader.read()["mode"] == "hold" and reader.read() is reader.read()
     with pytest.raises(ValueError, match="too many"):
-        writer.write({"much": b"x" * Board.SIZE})
+        writer.write(first | {"mode": "x" * Board.SIZE})
 
 
 def test_the_force_guard(monkeypatch, caplog):

@@ -264,10 +264,9 @@ for task in (InPlace, LostExpert, LongEpisodes):
 
 def demonstrations(tmp_path: Path, **changes) -> tuple[Agent, FrameBuffer]:
     args = small_args(**{"env_id": "PixelPoint-v0", "demos": "3", "image_size": 32} | changes)
-    wrap = partial(wrap_images, args=args)
-    env = wrap(make_env(args))
-    agent = Agent(views_of(env), env.action_space, args, CPU)
-    return agent, load_pixel_demos(args, agent, wrap, types.SimpleNamespace(dir=tmp_path, state=None))
+    wrap, task = partial(wrap_images, args=args), make_env(args)
+    agent = Agent(views_of(wrap(task)), wrap(task).action_space, args, CPU)
+    return agent, load_pixel_demos(args, agent, task, wrap, types.SimpleNamespace(dir=tmp_path, state=None))
 
 
 def test_demonstrations_of_a_task_that_writes_in_place_are_copied(tmp_path):
@@ -447,7 +446,7 @@ def test_memory_disk_and_wire_are_announced_before_they_are_taken(tmp_path, monk
 
 
 def test_frames_in_another_place(tmp_path):
-    args = small_args(buffer_dir=str(tmp_path / "disk"))
+    args = small_args(frames_dir=str(tmp_path / "disk"))
     agent = Agent(small_views(), box(2), args, CPU)
     agent.make_buffer("replay", 10, run_stub(tmp_path / "my-run"), 12)
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["my-run-replay.frames"]
@@ -934,7 +933,7 @@ def differences(one: Path, other: Path, folder: Path | None = None) -> list[str]
         "",
         "--frame-stack 2 --action-chunk 3 --buffer-size 50 --dropout 0.1 --film state --augment crop jitter flip"
         " --n-step 3",
-        "--reward vice --buffer-dir frames --pooling softmax",
+        "--reward vice --frames-dir frames --pooling softmax",
     ],
     ids=["plain", "everything-and-wrap-around", "vice-and-frames-in-another-place"],
 )

@@ -29,7 +29,6 @@ from sac_state_sim import (
     Agent,
     Args,
     Batch,
-    Normalizer,
     ReplayBuffer,
     load_demos,
     make_env,
@@ -631,7 +630,7 @@ def test_updates_depend_on_the_seed_only(options):
 def test_agent_state_round_trip_is_exact():
     options = {"dropout": 0.1, "lr_warmup": 20, "policy_delay": 3}
     one, buffer = small_agent(**options), filled_buffer()
-    one.observe(buffer, 50)
+    one.observe(buffer.newest_observations(50))
     one.update(buffer, None, 7)
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
@@ -737,78 +736,11 @@ def test_steps_as_they_are_sent():
 
 
 # --- Normalizer -------------------------------------------------------------------------------------------------------
-def statistics(data: np.ndarray, learning_starts: int = 0, **changes) -> Normalizer:
-    """Those that an agent has after observations `data` (N, O), which come one by one."""
-    agent = small_agent(data.shape[1], 2, **changes)
-    buffer, dtype = ReplayBuffer(len(data), data.shape[1], 2, CPU), step_type(data.shape[1], 2)
-    for obs, next_obs in zip(data, [*data[1:], data[0]]):
-        buffer.add(pack_step(dtype, None, obs))
-        buffer.add(pack_step(dtype, np.zeros(2), next_obs))
-        agent.observe(buffer, 1)
-    return agent.normalizer
-
-
-def test_normalizer_is_numpys_mean_and_variance():
-    data = np.random.default_rng(0).normal([0, 5, -100, 2], [1, 0.1, 30, 0], (1000, 4))
-    x, normalizer = torch.tensor(data, dtype=torch.float32), Normalizer(4)
-    assert_close(normalizer(x[:3]), data[:3].clip(-10, 10))  # the identity, but for the clamp
-    normalizer.start(x[:40])
-    for chunk in torch.split(x, [1, 1, 300, 7, 500, 191]):
-        normalizer.update(chunk)
-    for each in (normalizer, statistics(data)):
-        np.testing.assert_allclose(each.mean, data.mean(0), rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(each.var, data.var(0), rtol=1e-3, atol=1e-4)
-        normal = each(x)
-        assert_close(normal[:, :3].mean(0), np.zeros(3), 1e-3)
-        assert_close(normal[:, :3].std(0), np.ones(3), 5e-3)
-        assert each(torch.tensor([1e9, -1e9, 0, 2]))[:2].tolist() == [10, -10]
-        assert each.count == 1000
-
-
-@pytest.mark.parametrize("place", [0, 5, 31, 100, 1999])
-@pytest.mark.parametrize("spike", [1e5, -1e10])
-def test_one_spike_does_not_ruin_the_statistics(place, spike):
-    """S4: wherever it comes, the spread of a feature stays of its own size; it came out as 0.0008 of it."""
-    data = np.random.default_rng(0).normal([0, 5, 300], [1, 0.1, 30], (2000, 3))
-    spiked = data.copy()
-    spiked[place] = spike
-    with_spike, without = statistics(spiked), statistics(data)
-    scale = (with_spike.var / without.var).sqrt()
-    assert (scale > 0.99).all() and scale[[0, 2]].max() < 2, scale
-    assert scale[1] < 6  # a range below 1 counts as 1
-    assert ((with_spike.mean - without.mean).abs() < without.var.sqrt()).all()
-
-
-def test_statistics_follow_a_feature_that_moves_late():
-    """S4: what is clipped at first is learned: constant for 1,000 steps, then of the size of 500."""
-    data = np.concatenate([np.zeros((1000, 1)), np.random.default_rng(0).normal(0, 500, (1000, 1))])
-    assert statistics(data).var.sqrt().item() == pytest.approx(data.std(), rel=0.05)
-
-
-def test_statistics_of_few_or_many_demonstrations_and_of_a_small_buffer():
-    """They start with 32 observations, of demonstrations or live ones, or with all that there is room for."""
-    agent, demos = small_agent(), filled_buffer(20)
-    agent.observe(demos, 20)
-    assert agent.normalizer.count == 0
-    demos = filled_buffer(200, capacity=200)
-    demos.rows.observations[17, 1] = 1e9
-    agent.observe(demos, 200)
-    rest = np.delete(demos.rows.observations[:, 1].numpy(), 17)
-    assert agent.normalizer.count == 200
-    assert agent.normalizer.var[1].sqrt().item() < 5 * rest.std()
-    buffer = ReplayBuffer(1, 3, 2, CPU)
-    agent = small_agent()
-    for _ in range(3):
-        fill(buffer, random_batch(1))
-        agent.observe(buffer, 1)
-    assert agent.normalizer.count == 3
-
-
 def test_normalized_agent_sees_normalized_observations():
     agent, scale, shift = small_agent(), torch.tensor([10.0, 0.1, 3.0]), torch.tensor([5.0, -1.0, 100.0])
     plain, obs = small_agent(normalize_observations=False), torch.randn(2000, 3)
     batch = random_batch(2000)._replace(observations=obs * scale + shift)
-    agent.observe(fill(ReplayBuffer(2000, 3, 2, CPU), batch), 2000)
+    agent.observe(batch.observations)
     for row in ((obs[:5] - obs.mean(0)) / obs.std(0)).numpy():
         shifted = row * (scale * obs.std(0)).numpy() + (shift + scale * obs.mean(0)).numpy()
         np.testing.assert_allclose(agent.act(shifted, True), plain.act(row, True), atol=2e-3)
@@ -1142,7 +1074,7 @@ def test_compiled_losses_are_the_eager_ones():
 def on_gpu(agent_args: Args, batch: Batch) -> tuple[Agent, ReplayBuffer]:
     device = torch.device("cuda")
     agent, buffer = Agent(box(3), box(2), agent_args, device), fill(ReplayBuffer(5000, 3, 2, device), batch)
-    agent.observe(buffer, len(buffer))
+    agent.observe(buffer.newest_observations(len(buffer)))
     return agent, buffer
 
 

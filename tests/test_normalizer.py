@@ -1,0 +1,79 @@
+"""common/normalizer.py: running statistics that are numpy's, and that no single value can ruin."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+
+from common.normalizer import RunningNormalizer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _on_one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def statistics(data: np.ndarray) -> RunningNormalizer:
+    """Those of observations `data` (N, O) that come one by one."""
+    normalizer = RunningNormalizer(data.shape[1])
+    for row in torch.tensor(data, dtype=torch.float32):
+        normalizer.update(row[None])
+    return normalizer
+
+
+def test_they_are_numpys_mean_and_variance():
+    data = np.random.default_rng(0).normal([0, 5, -100, 2], [1, 0.1, 30, 0], (1000, 4))
+    x, in_parts = torch.tensor(data, dtype=torch.float32), RunningNormalizer(4)
+    np.testing.assert_allclose(in_parts(x[:3]), data[:3].clip(-10, 10), rtol=1e-5)  # the identity, but for the clamp
+    for chunk in torch.split(x, [1, 1, 300, 7, 500, 191]):
+        in_parts.update(chunk)
+    for normalizer in (in_parts, statistics(data)):
+        np.testing.assert_allclose(normalizer.mean, data.mean(0), rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(normalizer.var, data.var(0), rtol=1e-3, atol=1e-4)
+        normal = normalizer(x)
+        np.testing.assert_allclose(normal[:, :3].mean(0), np.zeros(3), atol=1e-3)
+        np.testing.assert_allclose(normal[:, :3].std(0), np.ones(3), atol=5e-3)
+        assert normalizer(torch.tensor([1e9, -1e9, 0, 2]))[:2].tolist() == [10, -10]
+        assert normalizer.count == 1000
+
+
+@pytest.mark.parametrize(("place", "spike"), [(0, 1e5), (5, -1e10), (31, 1e5), (100, -1e5), (599, 1e10)])
+def test_one_spike_does_not_ruin_them(place, spike):
+    """S4: wherever it comes, the spread of a feature stays of its own size; 1e5 made the others 0.0008 of it."""
+    data = np.random.default_rng(0).normal([0, 5, 300], [1, 0.1, 30], (600, 3))
+    spiked = data.copy()
+    spiked[place] = spike
+    with_spike, without = statistics(spiked), statistics(data)
+    scale = (with_spike.var / without.var).sqrt()
+    assert (scale > 0.99).all() and scale[[0, 2]].max() < 4, scale
+    assert scale[1] < 8  # a range below 1 counts as 1
+    assert ((with_spike.mean - without.mean).abs() < without.var.sqrt()).all()
+
+
+def test_they_follow_a_feature_that_moves_late():
+    """S4: what is clipped at first is learned: constant for 400 steps, then of the size of 500."""
+    data = np.concatenate([np.zeros((400, 1)), np.random.default_rng(0).normal(0, 500, (400, 1))])
+    assert statistics(data).var.sqrt().item() == pytest.approx(data.std(), rel=0.05)
+
+
+def test_they_start_with_32_observations():
+    """One by one or at once; what waits is part of a checkpoint, in one of many there may be spikes as well."""
+    x = torch.tensor(np.random.default_rng(0).normal(size=(200, 3)), dtype=torch.float32)
+    one, other, file = statistics(x[:31].numpy()), RunningNormalizer(3), io.BytesIO()
+    assert one.count == 0
+    np.testing.assert_allclose(one(x), x, rtol=1e-5)
+    torch.save(one.state_dict(), file)
+    file.seek(0)
+    other.load_state_dict(torch.load(file, weights_only=True))
+    for normalizer in (one, other):
+        normalizer.update(x[31:60])
+        assert normalizer.count == 60
+        np.testing.assert_allclose(normalizer.mean, x[:60].mean(0), atol=1e-5)
+    spiked, at_once = x.clone(), RunningNormalizer(3)
+    spiked[17, 1] = 1e9
+    at_once.update(spiked)
+    assert at_once.var[1].sqrt().item() < 5 * np.delete(x[:, 1].numpy(), 17).std()

@@ -1,0 +1,520 @@
+"""sac_pixel_real.py: what it learns from, by hand, and a short working day on the simulated robot."""
+
+import contextlib
+import dataclasses
+import os
+import re
+import signal
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import free_port, one_line, popen_script, read_csv, run_script, wait_until
+
+import robot_client as rc
+import sac_pixel_real as real
+from common import envs
+from common.pixels import FrameFile, Views, pack_pixels
+from common.recording import Recording, dataset_folder
+
+PEG = rc.TASKS["peg"]
+CPU = torch.device("cpu")
+SMALL = {"latent_dim": 8, "small_channels": (4, 4), "image_size": 16, "batch_size": 4, "hidden_dims": (16,)}
+
+
+def small_args(**flags) -> real.Args:
+    return real.Args(**(SMALL | flags))
+
+
+def small_agent(**flags) -> real.Agent:
+    args = small_args(**flags)
+    env = real.wrap_robot(real.make_env(args), args)
+    return real.Agent(real.views_of(env), env.action_space, args, CPU)
+
+
+def some_obs(agent: real.Agent, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (agent.views.stack, *agent.views.frame_shape), np.uint8)
+    return {"images": images, "state": rng.normal(size=(1, agent.views.state_dim)).astype(np.float32)}
+
+
+# --- Gripper ----------------------------------------------------------------------------------------------------------
+def test_grasp_target_is_double_dqn():
+    agent = small_agent(gamma=0.9)
+    values = {
+        "next": torch.tensor([[1.0, 3.0, 2.0], [5.0, 0.0, 0.0]]),  # this critic chooses stay, and open
+        "now": torch.tensor([[0.0, 0.0, 4.0], [2.0, 0.0, 0.0]]),
+    }
+    agent.critic.encode = lambda observation: observation
+    agent.target_critic.encode = lambda observation: observation
+    agent.grasp_critic = values.get
+    agent.target_grasp_critic = lambda _: torch.tensor([[10.0, 20.0, 30.0], [7.0, 8.0, 9.0]])
+    actions = torch.tensor([[0.0] * 6 + [0.9], [0.0] * 6 + [-0.6]])  # close, open
+    batch = real.Batch("now", actions, torch.tensor([0.5, 1.0]), "next", torch.tensor([0.0, 1.0]))
+    loss = agent.grasp_loss(batch, "now")
+    targets = [0.5 + 0.9 * 20.0, 1.0]  # the target critic values what this one chose; an end has no value
+    assert loss.item() == pytest.approx(((4 - targets[0]) ** 2 + (2 - targets[1]) ** 2) / 2)
+
+
+def test_gripper_is_told_the_same_by_critic_and_environment():
+    env = real.make_env(small_args()).unwrapped
+    for value in (-1.0, -0.5, -0.4999, 0.0, 0.4999, 0.5, 1.0):
+        index = real.grasp_index(torch.tensor([value])).item()
+        for closure in (0.0, 1.0):
+            env.closure = closure
+            assert env.closure_after(np.float32(value)) == (0.0, closure, 1.0)[index]
+    agent = small_agent()
+    for motion, value in ((0, -1.0), (1, 0.0), (2, 1.0)):
+        agent.grasp_critic = lambda _, best=motion: torch.nn.functional.one_hot(torch.tensor([best]), 3)
+        action = agent.act(some_obs(agent), deterministic=True)
+        assert action.shape == (7,) and action[-1] == value
+        assert real.grasp_index(torch.from_numpy(action[-1:])).item() == motion
+
+
+def test_gripper_may_be_left_alone_or_be_the_actors():
+    for gripper, decided in (("fixed", 6), ("continuous", 7)):
+        agent = small_agent(gripper=gripper)
+        assert agent.arm_dim == decided and agent.grasp_critic is None
+        for action in (agent.act(some_obs(agent), deterministic=False), agent.random_action()):
+            assert action.shape == (7,) and (action[-1] == 0) == (gripper == "fixed")
+
+
+def test_penalties_of_demonstrations_are_the_environments():
+    actions = np.zeros((6, 4))
+    actions[:, -1] = [0.9, 0.2, 0.9, -0.9, -0.4, 0.6]
+    env = real.make_env(small_args()).unwrapped
+    for closure in (0.0, 1.0):
+        env.closure, expected = closure, []
+        for value in actions[:, -1]:
+            after = env.closure_after(value)
+            expected.append(-0.02 * abs(after - env.closure))
+            env.closure = after
+        assert real.grasp_penalties(actions, closure, 0.02) == pytest.approx(expected)
+    assert real.grasp_penalties(actions, None, 0.02) == [0, 0, 0, -0.02, 0, -0.02]  # closed or not before: unknown
+
+
+# --- Interventions ----------------------------------------------------------------------------------------------------
+VIEWS = Views(("front",), 2, 1, {"state": (0, 1)})
+
+
+def frame_buffer(folder: Path, name: str, capacity: int, views: Views) -> real.FrameBuffer:
+    return real.FrameBuffer(capacity, views, 2, FrameFile(folder / name, views.frame_shape, CPU))
+
+
+def steps_of(text: str, first: int, views: Views = VIEWS) -> list[np.ndarray]:
+    """Steps whose observation and frame are numbers from `first` on: r reset, p the policy's, h a person's."""
+    steps = []
+    for number, kind in enumerate(text, first):
+        history = [max(number - back, first) for back in range(views.stack - 1, -1, -1)]
+        images = np.array(history, np.uint8)[:, None, None, None, None] * np.ones((1, *views.frame_shape), np.uint8)
+        obs = {"images": images, "state": np.array(history, np.float32)[:, None]}
+        action = None if kind == "r" else np.full(2, number, np.float32)
+        step = pack_pixels(real.robot_step_type(views, 2), action, obs, reward=number)
+        step["intervened"] = kind == "h"
+        steps.append(step)
+    return steps
+
+
+def contents(buffer: real.FrameBuffer) -> list[tuple]:
+    """Of each transition: newest number of the observation, all of its frames, the action, the frame that followed."""
+    slots = torch.arange(len(buffer))
+    frames = buffer.frames.get(buffer.windows[slots])[..., 0, 0, 0, 0].tolist()  # (N, 2, T)
+    columns = (buffer.rows.observations[: len(buffer), -1], buffer.rows.actions[: len(buffer), 0])
+    newest, actions = (column.tolist() for column in columns)
+    return [(newest[i], frames[i][0], actions[i], frames[i][1][-1]) for i in range(len(buffer))]
+
+
+def test_interventions_go_to_both_buffers_as_segments_of_their_own(tmp_path):
+    replay = frame_buffer(tmp_path, "replay", 20, VIEWS)
+    demos = frame_buffer(tmp_path, "demos", 20, VIEWS)
+    interventions = real.Interventions(demos, real.robot_step_type(VIEWS, 2))
+    one, other = steps_of("rpphhphr", 0), steps_of("rhhp", 100)
+    order = [*zip("a" * 4, one[:4]), *zip("b" * 2, other[:2]), *zip("a" * 4, one[4:]), *zip("b" * 2, other[2:])]
+    added = [(replay.add(step, actor), interventions.add(step, actor)) for actor, step in order]
+    assert [count for count, _ in added] == [0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
+    persons = [(2, [2], 3, 3), (100, [100], 101, 101), (3, [3], 4, 4), (5, [5], 6, 6), (101, [101], 102, 102)]
+    assert contents(demos) == persons
+    assert all(step in contents(replay) for step in persons) and len(replay) == 9
+    # A segment goes on from the slot before only where nothing came between; the next one does not.
+    assert demos.continues[: len(demos)].tolist() == [False, False, False, False, False]
+
+
+def test_segments_begin_with_the_history_that_was_seen(tmp_path):
+    views = VIEWS._replace(stack=3)
+    demos = frame_buffer(tmp_path, "demos", 20, views)
+    interventions = real.Interventions(demos, real.robot_step_type(views, 2))
+    for step in steps_of("rpppph", 0, views) + steps_of("rh", 50, views):
+        interventions.add(step, "a")
+    assert contents(demos) == [(4, [2, 3, 4], 5, 5), (50, [50, 50, 50], 51, 51)]
+
+
+def test_interventions_go_on_in_the_middle_of_a_segment(tmp_path):
+    """A learner that is killed goes on from its checkpoint, and its actor sends from there on."""
+    expected = frame_buffer(tmp_path, "whole", 20, VIEWS)
+    whole = real.Interventions(expected, real.robot_step_type(VIEWS, 2))
+    for step in steps_of("rpphhhp", 0):
+        whole.add(step, "a")
+    for at in range(1, 7):
+        demos = frame_buffer(tmp_path, f"demos{at}", 20, VIEWS)
+        before = real.Interventions(demos, real.robot_step_type(VIEWS, 2))
+        for step in steps_of("rpphhhp", 0)[:at]:
+            before.add(step, "a")
+        after = real.Interventions(demos, real.robot_step_type(VIEWS, 2))
+        after.load_state_dict(before.state_dict())
+        for step in steps_of("rpphhhp", 0)[at:]:
+            after.add(step, "a")
+        assert contents(demos) == contents(expected)
+
+
+# --- Demonstrations ---------------------------------------------------------------------------------------------------
+def record_demos(folder: Path, verdicts: list[bool], monkeypatch, config=PEG, gripper: float = 1.0, length=5) -> None:
+    """hil/demos-v0, without a robot: the state counts steps, the pictures are grey."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
+    env = envs.make("robot_client:FrankaReal-v0", config=config, max_episode_steps=100)
+    about = {"mode": "demos", "classes": 2}
+    recording = Recording(dataset_folder("hil/demos-v0", "--dataset"), "hil/demos-v0", env, about)
+    space = env.observation_space
+    for won in verdicts:
+        last = np.arange(length) == length - 1
+        observations = {name: np.zeros((length + 1, *space[name].shape), space[name].dtype) for name in space}
+        observations["state"][:, 0] = np.arange(length + 1)
+        actions = np.zeros((length, *env.action_space.shape), np.float32)
+        actions[:, -1] = gripper
+        fields = {"observations": observations, "actions": actions, "rewards": (last & won).astype(np.float32)}
+        fields |= {"terminations": last & won, "truncations": last & (not won), "infos": {"success": last & won}}
+        recording.add(fields, {"success": won, "verdict": "success" if won else "failure", "attempt": 0})
+
+
+def new_run(folder: Path, args: real.Args) -> real.Run:
+    args.run_dir = str(folder / "run")
+    return real.Run(args, "peg", real.__file__)
+
+
+def test_demonstrations_are_never_overwritten(tmp_path, monkeypatch):
+    record_demos(tmp_path, [True, False, True], monkeypatch)
+    args = small_args(total_timesteps=30, buffer_size=10)
+    run = new_run(tmp_path, args)
+    agent, replay, demos = real.start_learner(args, run, CPU)
+    assert len(demos) == 10 and len(agent.probe["images"]) == 1  # of the two successes
+    assert demos.rows.rewards[:10].tolist() == [0, 0, 0, 0, 1] * 2
+    demonstrated = demos.rows.observations[:10].clone()
+    interventions = real.Interventions(demos, agent.step_type)
+    run.keep(agent=agent, buffer=replay, demos=demos, interventions=interventions)
+
+    def intervene(count: int) -> None:
+        for _ in range(count):
+            step = pack_pixels(agent.step_type, np.zeros(7), some_obs(agent))
+            step["intervened"] = True
+            replay.add(step, "a")
+            interventions.add(step, "a")
+
+    reset = pack_pixels(agent.step_type, None, some_obs(agent))
+    replay.add(reset, "a"), interventions.add(reset, "a")
+    intervene(20)
+    run.writer = None
+    run.save()
+    run.state = torch.load(run.dir / "checkpoint.pt", weights_only=True)
+    agent, replay, demos = real.start_learner(args, run, CPU)  # goes on
+    interventions = real.Interventions(demos, agent.step_type)
+    run.keep(agent=agent, buffer=replay, demos=demos, interventions=interventions)
+    intervene(10)
+    assert len(replay) == 10 and len(demos) == 40
+    assert torch.equal(demos.rows.observations[:10], demonstrated)
+
+
+@pytest.mark.parametrize(
+    ("flags", "demos", "message"),
+    [
+        ({}, {"verdicts": [False, False]}, "--demos hil/demos-v0: none of its episodes is a success"),
+        ({"demos": "hil/none-v0"}, {"verdicts": [True]}, "--demos hil/none-v0: "),
+        (
+            {},
+            {"verdicts": [True], "config": dataclasses.replace(PEG, hz=20.0)},
+            "--demos hil/demos-v0: is of another set-up: hz is 20.0 there, 10.0 here",
+        ),
+        (
+            {},
+            {"verdicts": [True], "config": dataclasses.replace(PEG, cameras=PEG.cameras[:1])},
+            "--demos hil/demos-v0: is not of this task; its observations are",
+        ),
+    ],
+)
+def test_demonstrations_that_teach_nothing_are_refused(tmp_path, monkeypatch, flags, demos, message):
+    record_demos(tmp_path, monkeypatch=monkeypatch, **demos)
+    args = small_args(**flags)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        real.start_learner(args, new_run(tmp_path, args), CPU)
+
+
+def test_gripper_that_never_closes_is_noticed(tmp_path, monkeypatch, capsys):
+    record_demos(tmp_path, [True], monkeypatch, gripper=-1.0)
+    args = small_args()
+    real.start_learner(args, new_run(tmp_path, args), CPU)
+    assert "the gripper is never told to close in them" in capsys.readouterr().err
+
+
+# --- Policies ---------------------------------------------------------------------------------------------------------
+def test_policy_is_the_same_after_loading(tmp_path):
+    agent, other = small_agent(), small_agent(seed=2)
+    agent.probe = {name: torch.from_numpy(value) for name, value in some_obs(agent).items()}
+    real.save_policy(agent, 7, tmp_path / "newest.policy")
+    assert not np.allclose(agent.act(some_obs(agent, 3), True), other.act(some_obs(agent, 3), True), atol=1e-3)
+    assert real.load_policy(other, tmp_path / "newest.policy") == 7
+    assert np.array_equal(agent.act(some_obs(agent, 3), True), other.act(some_obs(agent, 3), True))
+    saved = torch.load(tmp_path / "newest.policy", weights_only=True)
+    stranger = small_agent(seed=3)  # such as an actor that stayed random
+    count = len(stranger.actor_parameters)
+    saved["tensors"][:count] = [parameter.detach() for parameter in stranger.actor_parameters]
+    torch.save(saved, tmp_path / "wrong.policy")
+    with pytest.raises(SystemExit, match="the policy answers .* and was saved when it answered"):
+        real.load_policy(small_agent(), tmp_path / "wrong.policy")
+    with pytest.raises(SystemExit, match="--frame-stack is 1 there, 2 here"):
+        real.load_policy(small_agent(frame_stack=2), tmp_path / "newest.policy")
+    with pytest.raises(SystemExit, match="is not there yet; train first"):
+        real.load_policy(other, tmp_path / "best.policy")
+
+
+def test_agent_is_the_same_after_loading():
+    agent, other = small_agent(), small_agent(seed=2)
+    agent.probe = {name: torch.from_numpy(value) for name, value in some_obs(agent).items()}
+    state = agent.state_dict()
+    other.load_state_dict(state)
+    assert torch.equal(other.answers(), agent.answers())
+    with pytest.raises(ValueError, match="the policy answers"):
+        small_agent().load_state_dict(state | {"actor": small_agent(seed=3).actor.state_dict()})
+    with pytest.raises(ValueError, match="the task is another one: hz is 20"):
+        small_agent().load_state_dict(state | {"fingerprint": dataclasses.replace(PEG, hz=20).fingerprint()})
+    del state["critic"]["encoder.heads.0.1.0.weight"]  # strictly
+    with pytest.raises(RuntimeError, match="Missing key"):
+        small_agent().load_state_dict(state)
+
+
+def test_wilson_interval():
+    """Values of Agresti and Coull 1998 and of R's binom.confint(method="wilson")."""
+    assert real.wilson(50, 50) == pytest.approx((0.9287, 1.0), abs=1e-4)
+    assert real.wilson(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert real.wilson(5, 10) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    assert real.wilson(95, 100) == pytest.approx((0.8882, 0.9785), abs=1e-4)
+
+
+# --- The person -------------------------------------------------------------------------------------------------------
+class Desk:
+    """A terminal at which somebody types one list of commands after the other, and the robot that stands still."""
+
+    def __init__(self, *typed: list[str]):
+        self.typed = list(typed)
+        self.terminal = self
+        self.still = 0
+        self.run = SimpleNamespace(signals=0, on_signal=self.on_signal)
+        self.unwrapped = self
+
+    def commands(self) -> list[str]:
+        return self.typed.pop(0) if self.typed else []
+
+    def stand_still(self) -> None:
+        self.still += 1
+
+    def on_signal(self) -> None:
+        self.run.signals += 1
+
+    def heed(self, ended: bool = False) -> str:
+        return real.heed(self.run, self, self, ended)
+
+
+def test_verdict_is_heeded_at_once():
+    assert Desk([]).heed() == ""
+    for verdict in ("success", "failure", "discard"):
+        assert Desk(["label", verdict]).heed() == verdict
+
+
+def test_robot_stands_still_during_a_pause():
+    desk = Desk(["pause"], [], [], ["undo"], ["go on"])
+    assert desk.heed() == "" and desk.still == 4
+    desk = Desk(["pause"], [], ["failure"])
+    assert desk.heed() == "failure" and desk.still == 2
+    desk = Desk(["pause"], ["quit"])
+    assert desk.heed() == "" and desk.run.signals == 1
+    desk = Desk(["pause"])
+    desk.stand_still = lambda: (_ for _ in ()).throw(rc.RobotError("the server is gone"))
+    assert desk.heed() == ""  # the next step says so
+
+
+def test_end_of_an_episode_may_be_overruled(monkeypatch):
+    monkeypatch.setattr(real, "OVERRULE_S", 0.2)
+    desk = Desk([], [], ["failure"])
+    assert desk.heed(ended=True) == "failure" and desk.still == 2
+    desk = Desk()
+    desk.stand_still = lambda: time.sleep(0.02)
+    start = time.monotonic()
+    assert desk.heed(ended=True) == "" and 0.2 <= time.monotonic() - start < 2
+    desk.terminal = None  # nobody is there
+    assert desk.heed(ended=True) == "" and time.monotonic() - start < 2
+
+
+def test_scripted_person_helps_ever_less(monkeypatch):
+    person = real.Person(small_args(help_until=100), "scripted")
+    probabilities = []
+    for step in (0, 50, 100, 200):
+        person.taper(step)
+        probabilities.append(person.teleop.probability)
+    assert probabilities == pytest.approx([real.HELP_PROB, real.HELP_PROB / 2, 0, 0])
+    monkeypatch.setattr(real, "WRONG_KEY_PROB", 0.5)
+    keys = [person.commands() for _ in range(100)]
+    assert 20 < sum(map(bool, keys)) < 80 and {key for pressed in keys for key in pressed} == {"failure", "discard"}
+
+
+# --- Bad input --------------------------------------------------------------------------------------------------------
+def refusal(folder: Path, *flags: object, **options) -> str:
+    return one_line(run_script("sac_pixel_real.py", *flags, cwd=folder, check=False, **options), "sac_pixel_real.py")
+
+
+def test_wrong_flags_are_refused(tmp_path):
+    for flags, message in (
+        (("--task", "pig"), "--task pig: there are peg, pick"),
+        (("--reward", "none.pt"), "--reward none.pt: no such file"),
+        (("--reward", "person", "--teleop", "none"), "--reward person: nobody is there"),
+        (("--eval-only", "nowhere"), "--eval-only nowhere: no run of this script"),
+        (("--num-min-qs", 3), "--num-min-qs 3: there are only"),
+    ):
+        argv = list(map(str, flags))
+        with contextlib.chdir(tmp_path), pytest.raises(SystemExit, match=re.escape(message)):
+            real.main(real.parse(real.Args, real.__doc__, real.Args.MAY_CHANGE, argv))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_hands_that_are_absent_are_one_line(tmp_path):
+    assert "keyboard: standard input is no terminal" in refusal(tmp_path)
+    line = refusal(tmp_path, "--teleop", "spacemouse")
+    assert not (tmp_path / "runs").exists()
+    assert "SpaceMouse: " in line and "that are plugged in: " in line and 'ATTRS{idVendor}=="256f"' in line
+
+
+def test_classifier_of_other_cameras_is_refused(tmp_path):
+    from common.success import SuccessClassifier, SuccessDetector
+
+    for cameras, message in ((("side",), "cameras"), (("front",), "")):
+        fingerprint = PEG.fingerprint()
+        fingerprint["cameras"] = [fingerprint["cameras"][0] | {"name": cameras[0]}]
+        detector = SuccessDetector(SuccessClassifier(cameras, 128), 0.5, 1, fingerprint, {})
+        torch.save(detector.contents(), tmp_path / "classifier.pt")
+        args = small_args(reward=str(tmp_path / "classifier.pt"))
+        if message:
+            with pytest.raises(SystemExit, match="--reward .*classifier.pt: was trained on other pictures: .*side"):
+                real.judged(real.make_env(args), args)
+        else:
+            assert isinstance(real.judged(real.make_env(args), args), real.SuccessReward)
+
+
+def test_server_that_does_not_run_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(rc.TASKS, "peg", dataclasses.replace(PEG, wait_s=0.5))
+    args = small_args(teleop="none", server="tcp://127.0.0.1:9", run_dir=str(tmp_path / "run"))
+    env = real.wrap_robot(real.make_env(args), args)
+    with pytest.raises(rc.UnreachableError, match=r"no answer from tcp://127.0.0.1:9 .*is robot_server\.py running"):
+        real.reset_robot(env, 1)
+    env.unwrapped.episodes = 1  # it was there: it is waited for, until the run is to end
+    run = SimpleNamespace(signals=0)
+    monkeypatch.setattr(real.time, "sleep", lambda _: setattr(run, "signals", 1))
+    assert real.reset_robot(env, 1, run) is None
+
+
+# --- A working day on the simulated robot -----------------------------------------------------------------------------
+TINY = "--latent-dim 8 --small-channels 4 4 --image-size 32 --batch-size 8 --hidden-dims 32 --utd-ratio 1 --threads 1"
+TINY += " --learning-starts 60 --teleop scripted --gripper fixed --no-capture-video"
+
+
+class Day:
+    """A robot, an actor with its learner, and a hand that kills them."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.port = free_port()
+        self.run_dir = folder / "run"
+        self.flags = ("--server", f"tcp://127.0.0.1:{self.port}")
+        self.record_bytes = small_record_type().itemsize
+
+    def robot(self):
+        flags = ("--port", self.port, "--env-id", "FrankaPegInsert-v0", "--sim-speed", 0)
+        return popen_script("robot_server.py", *flags, cwd=self.folder)
+
+    def script(self, *flags: object):
+        return popen_script("sac_pixel_real.py", *flags, *self.flags, cwd=self.folder)
+
+    def sent(self) -> np.ndarray:
+        """What the actor has journalled; the first file is dropped only after 1,024 of them."""
+        data = (self.run_dir / "journal" / f"{0:012d}.records").read_bytes()
+        return np.frombuffer(data[: len(data) // self.record_bytes * self.record_bytes], small_record_type())
+
+    def held_back(self) -> np.ndarray:
+        """What it has staged of the running episode."""
+        path = self.run_dir / "staged.records"
+        data = path.read_bytes()[8:] if path.exists() else b""
+        return np.frombuffer(data[: len(data) // self.record_bytes * self.record_bytes], small_record_type())
+
+    def episodes(self) -> int:
+        path = self.run_dir / "train.csv"
+        return len(path.read_text().splitlines()) - 1 if path.exists() else 0
+
+    def learner_pid(self, actor) -> int:
+        children = Path(f"/proc/{actor.pid}/task/{actor.pid}/children").read_text().split()
+        (pid,) = [child for child in children if "learner" in Path(f"/proc/{child}/cmdline").read_text()]
+        return int(pid)
+
+
+def small_record_type() -> np.dtype:
+    args = real.Args(image_size=32)
+    env = real.wrap_robot(real.make_env(args), args)
+    return real.robot_step_type(real.views_of(env), env.action_space.shape[0])
+
+
+def test_working_day_with_everything_killed_once(tmp_path):
+    """Demonstrations, training, kill -9 of learner, server, actor; nothing is lost, nothing doubled; evaluation."""
+    day = Day(tmp_path)
+    with contextlib.ExitStack() as robots:
+        robot = robots.enter_context(day.robot())
+        wait_until(lambda: "serving on" in robot.stdout_path.read_text() or robot.poll() is not None)
+        run_script("record_demos.py", "--teleop", "expert", "--episodes", 2, *day.flags, cwd=tmp_path, timeout=400)
+        where = ("--run-dir", day.run_dir, "--address", f"127.0.0.1:{free_port()}")
+        with day.script(*TINY.split(), *where, "--total-timesteps", 10_000) as actor:
+            ended = lambda: f"{actor.stderr_path.read_text()}\n{actor.stdout_path.read_text()}"  # noqa: E731
+            wait_until(lambda: day.episodes() >= 2 or actor.poll() is not None, 400)
+            assert actor.poll() is None, ended()
+            os.kill(day.learner_pid(actor), signal.SIGKILL)
+            wait_until(lambda: "ended by signal 9 and is started again" in actor.stderr_path.read_text())
+            wait_until(lambda: day.episodes() >= 3 or actor.poll() is not None, 400)
+            os.killpg(robot.pid, signal.SIGKILL)
+            robots.enter_context(day.robot())
+            faults = day.episodes()
+            wait_until(lambda: day.episodes() >= faults + 2 or actor.poll() is not None, 400)
+            assert actor.poll() is None, ended()
+            wait_until(lambda: len(day.held_back()) > 3, 400)  # in the middle of an episode
+            learner = day.learner_pid(actor)
+            os.kill(actor.pid, signal.SIGKILL)
+            actor.wait()
+            sent, held_back = day.sent(), day.held_back()
+            wait_until(lambda: not Path(f"/proc/{learner}").exists())  # its learner saves, and ends by itself
+        transitions = int((~sent["first"]).sum() + (~held_back["first"]).sum())
+        total = transitions + 20
+        flags = ("--resume", day.run_dir, "--total-timesteps", total)
+        finished = run_script("sac_pixel_real.py", *flags, *day.flags, cwd=tmp_path, timeout=500)
+        assert f"evaluate it: python sac_pixel_real.py --eval-only {day.run_dir}" in finished.stdout
+        flags = ("--eval-only", day.run_dir, "--final-eval-episodes", 2)
+        evaluated = run_script("sac_pixel_real.py", *flags, *day.flags, cwd=tmp_path, timeout=400)
+    journal = day.sent()
+    assert (journal[: len(sent)] == sent).all()
+    assert (journal[len(sent) : len(sent) + len(held_back)] == held_back).all()  # what the crash left of an episode
+    checkpoint = torch.load(day.run_dir / "learner" / "checkpoint.pt", weights_only=True)
+    learned = checkpoint["buffer"]["columns"]
+    steps = journal[~journal["first"]][:total]
+    assert len(learned[0]) == total == len(steps)  # none lost, none doubled
+    assert np.array_equal(learned[1].numpy(), steps["action"])
+    assert np.array_equal(learned[2].numpy(), steps["reward"])
+    assert np.array_equal(learned[3].numpy(), steps["observation"])
+    assert checkpoint["agent"]["critic_updates"] == total - 60
+    shown = read_csv(day.run_dir, "train.csv")
+    assert shown["charts/demonstrations"][-1] > 0 and max(shown["charts/intervention_rate"]) > 0
+    assert re.search(r"newest policy, update \d+: success \d of 2, 95% 0\.\d\d to [01]\.\d\d", evaluated.stdout)
+    rows = read_csv(day.run_dir, "evaluation_newest.csv")
+    assert rows["episode"] == [0, 1] and min(rows["cycle_s"]) > 0
