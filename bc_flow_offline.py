@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
-from common import datasets, envs
+from common import d4rl, datasets, envs
 from common.datasets import StoredImages, each
 from common.evaluation import (
     CsvLogger,
@@ -648,7 +648,7 @@ def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
             fail(f"--dataset-proportion {args.dataset_proportion}: leaves nothing of {ds.size} steps")
         for key, value in ds.items():
             ds[key] = each(lambda x: x if isinstance(x, StoredImages) else x[:size], value)
-    is_antmaze = args.env_name.startswith("antmaze") and datasets.is_d4rl(args.env_name)
+    is_antmaze = args.env_name.startswith("antmaze") and d4rl.is_d4rl(args.env_name)
     if datasets.ROBOMIMIC.fullmatch(args.env_name) or is_antmaze:
         ds["rewards"] = ds["rewards"] - 1
     if args.sparse:
