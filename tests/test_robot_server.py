@@ -1,6 +1,7 @@
 """robot_server.py: its protocol, and what it promises about motion, on the simulated arm."""
 
 import math
+import os
 import shutil
 import signal
 import socket
@@ -827,6 +828,8 @@ def test_as_fast_as_it_can(tmp_path):
             first, start = wire.state()["robot_time"], time.monotonic()
             time.sleep(1)
             speeds.append((wire.state()["robot_time"] - first) / (time.monotonic() - start))
+        if max(speeds) < 2 and os.getloadavg()[0] > 4 * os.cpu_count():
+            pytest.skip(f"the machine is too busy: {max(speeds):.1f} times real time")
         assert max(speeds) > 2
 
 
