@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
-from common import datasets, envs
+from common import d4rl, datasets, envs
 from common.datasets import StoredImages, each
 from common.evaluation import (
     CsvLogger,
@@ -66,7 +66,7 @@ from common.evaluation import (
     means,
     plot_curves,
     roll_out,
-    write_video,
+    write_grid,
 )
 from common.run import Run, write_atomically
 from common.setup import (
@@ -648,7 +648,7 @@ def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
             fail(f"--dataset-proportion {args.dataset_proportion}: leaves nothing of {ds.size} steps")
         for key, value in ds.items():
             ds[key] = each(lambda x: x if isinstance(x, StoredImages) else x[:size], value)
-    is_antmaze = args.env_name.startswith("antmaze") and datasets.is_d4rl(args.env_name)
+    is_antmaze = args.env_name.startswith("antmaze") and d4rl.is_d4rl(args.env_name)
     if datasets.ROBOMIMIC.fullmatch(args.env_name) or is_antmaze:
         ds["rewards"] = ds["rewards"] - 1
     if args.sparse:
@@ -1083,7 +1083,7 @@ class Evaluation:
 
                     wandb.log({"eval/video": get_wandb_video(renders, fps, path)})
                 else:
-                    write_video(renders, path, fps)
+                    write_grid(renders, path, fps)
         except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
             print(f"no video: {error}; afterwards --eval-only {args.run_dir} writes it", file=sys.stderr)
 

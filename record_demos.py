@@ -63,7 +63,7 @@ from robot_client import (
 NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, for each frame with it
 NEAR_MISSES = 0.5  # and how many of them shortly before or after a success
 NEAR_S = 2.0  # what "shortly" is
-VERDICTS = ("success", "failure", "discard")
+ENDINGS = ("success", "failure", "discard")
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -153,8 +153,11 @@ def check_server(args: Args) -> None:
 
 
 def success(info: dict) -> float:
-    """Whether the episode whose last info this is was a success, NaN where the task does not say. TASK: yours."""
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))
+    """Whether the episode whose last info this is was a success, NaN where the task does not say.
+
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
+    """
+    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
 
 
 # --- Hands ------------------------------------------------------------------------------------------------------------
@@ -373,7 +376,7 @@ class Session:
 
     # --- an episode ---
     def record(self, obs: dict) -> tuple[list, list[dict], str]:
-        """T + 1 observations, what belongs to each of the T steps, and the verdict: one of VERDICTS, "none" (mode
+        """T + 1 observations, what belongs to each of the T steps, and the verdict: one of ENDINGS, "none" (mode
         classifier) or "fault"."""
         pace = Pace(self.hz) if self.person and not self.paces_itself else None
         space = self.env.action_space
@@ -412,7 +415,7 @@ class Session:
         if verdict or self.args.mode == "classifier":
             return verdict or ("none" if ended else "")
         if self.person:
-            return self.wait("it has ended: y success, n failure, x discard", None, *VERDICTS)[0] if ended else ""
+            return self.wait("it has ended: y success, n failure, x discard", None, *ENDINGS)[0] if ended else ""
         if ended and math.isnan(success(info)):
             fail(f"--env-id {self.args.env_id}: does not say what success is; say it in success()")
         return "success" if success(info) == 1 else "failure" if ended else ""
@@ -426,9 +429,9 @@ class Session:
         for command in commands:
             if command == "pause":
                 text = f"{self.hand.fault or 'paused'}: Enter goes on"
-                command, observations[-1] = self.wait(text, observations[-1], "go on", "pause", *VERDICTS)
+                command, observations[-1] = self.wait(text, observations[-1], "go on", "pause", *ENDINGS)
                 self.hand.forget()
-            if command in VERDICTS:
+            if command in ENDINGS:
                 return command
             self.obey(command)
         return "discard" if self.stopped else ""

@@ -116,6 +116,7 @@ idle = [socket.create_connection((host, int(port))) for _ in range(1100)]
 time.sleep(6)
 """,
     "flood": """
+os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))  # else, after `chrt -f`, it would never give way
 context = zmq.Context()
 peer = context.socket(zmq.DEALER)
 peer.linger = 0
@@ -129,7 +130,7 @@ while time.monotonic() < end:
 """,
 }
 ATTACKER = """
-import contextlib, random, resource, socket, struct, time
+import contextlib, os, random, resource, socket, struct, time
 import zmq
 from robot_peers import PING, REQUEST, attack, push, raw_peer
 from robot_wire import message

@@ -56,7 +56,7 @@ def push(peers: list[socket.socket], data: bytes, seconds: float) -> int:
 class Honest(threading.Thread):
     """A client that streams at 50 Hz meanwhile; `times` of its requests in ms."""
 
-    def __init__(self, process: Popen, timeout: float = 1.0):
+    def __init__(self, process: Popen, timeout: float = 20.0):
         super().__init__()
         self.process, self.ending = process, threading.Event()
         self.times: list[float] = []

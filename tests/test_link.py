@@ -599,16 +599,16 @@ def versions(port: int):
 def test_a_paced_learner_waits_and_a_free_one_goes_on(tmp_path):
     """--utd-ratio 0 learns while no step arrives; a ratio is kept."""
     for ratio in (0, 1):
-        site = Site(tmp_path / str(ratio), "--total-timesteps", 1000, "--utd-ratio", ratio, *LOGGED)
+        site = Site(tmp_path / str(ratio), "--total-timesteps", 10**6, "--utd-ratio", ratio, *LOGGED)
         with site.start("actor") as actor, site.start("learner") as learner, versions(site.port) as version:
             wait_until(lambda site=site: site.step() >= 100)
             os.kill(actor.pid, signal.SIGKILL)
             if ratio == 0:
-                wait_until(lambda version=version: version() >= 1500)
+                goal = version() + 300
+                wait_until(lambda version=version, goal=goal: version() >= goal, timeout=250)
             else:
                 time.sleep(2)
             os.kill(learner.pid, signal.SIGINT)
             learner.join(60)
         made, asked = updates(site)
-        steps = read_checkpoint(site.cwd / "learner")["run"]["step"]
-        assert steps < 1000 and (made == asked if ratio else made >= 1500)
+        assert made == asked if ratio else made >= goal

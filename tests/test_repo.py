@@ -34,19 +34,20 @@ WITH_ARGS = [name for name in (*SCRIPTS, *BENCHMARKS) if name != "benchmarks/spe
 MAY_DIFFER = {"Args", "Agent", "make_env", "main", "train", "learner", "actor", "evaluate"}
 SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agent", "Evaluation", "Main"]
 FOOTER = 'if __name__ == "__main__":\n    main({})'
-CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_CHANGE)")  # the second with --resume
+# The second with --resume; the third where tyro is imported late.
+CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_CHANGE)", "parse_args()")
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 950,
-    "sac_pixel_sim.py": 1310,
-    "sac_pixel_real.py": 1510,
-    "bc_flow_offline.py": 1300,
-    "robot_server.py": 2820,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "sac_pixel_sim.py": 1340,
+    "sac_pixel_real.py": 1750,
+    "bc_flow_offline.py": 1310,
+    "robot_server.py": 2860,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1660,  # client, cameras, teleoperation, environment
     "common/envs.py": 480,
     "common/setup.py": 380,
-    "common/datasets.py": 1130,
+    "common/datasets.py": 970,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
 
@@ -110,7 +111,7 @@ def drift_faults(sources: dict[str, str]) -> list[str]:
 
 
 def test_same_name_same_code():
-    assert drift_faults({name: text(name) for name in (*SCRIPTS, *MODULES)}) == []
+    assert drift_faults({name: text(name) for name in SCRIPTS}) == []
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,7 @@ def imported_modules(source: str) -> set[str]:
 
 def test_modules():
     assert module_faults({path: text(path) for path in MODULES}) == []
-    assert len(MODULES) - 1 <= 8  # the package's own file is empty
+    assert len(MODULES) - 1 <= 12  # the package's own file is empty
     assert not imported_modules(text("robot_server.py")) | imported_modules(text("franka_sim.py"))
 
 

@@ -1747,7 +1747,7 @@ def test_first_motion_by_keyboard(peg, tmp_path, terminal):
         contextlib.closing(RobotClient(peg)) as observer,
         popen_script("robot_client.py", *flags, cwd=tmp_path, stdin=theirs) as process,
     ):
-        wait_until(lambda: " N | gripper " in process.stdout_path.read_text() or process.poll() is not None, 20.0)
+        wait_until(lambda: " N | gripper " in process.stdout_path.read_text() or process.poll() is not None, 90.0)
         start = observer.state()["tcp_pose"]
         for _ in range(60):
             os.write(ours, b"r")
@@ -1755,7 +1755,7 @@ def test_first_motion_by_keyboard(peg, tmp_path, terminal):
         assert observer.state()["tcp_pose"][2] - start[2] > 0.03
         assert "space  take over and stand still" in process.stdout_path.read_text()  # the keys are on the screen
         os.write(ours, b"q")
-        process.wait(20)
+        process.wait(60)
         assert process.returncode == 0, process.stderr_path.read_text()
 
 

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import msgpack
 import numpy as np
@@ -25,7 +26,7 @@ import zmq
 from conftest import REPO, run_script, script_env, wait_until
 from mock_franka import MockFranka
 from mock_robotiq import MockRobotiq
-from robot_wire import TOKEN, Wire, follow, moved, serving, watch
+from robot_wire import TOKEN, Wire, follow, fronts, moved, serving, watch
 
 OTHER = "b" * 16
 SDKS = {"franky": ("franky", 10), "panda-py": ("panda_py", 5)}  # --robot: module, protocol version
@@ -398,9 +399,10 @@ def test_server_killed_and_restarted(tmp_path):
     with serving(tmp_path, "--port", port) as process, Wire(process.requests, timeout=0.5) as wire:
         start = wire.stream()
         wire.ask("target", pose=start, seq=1)
-        first = wire.state()["server_id"]
+        first, children = wire.state()["server_id"], fronts(process.pid)
         process.kill()
         process.wait()
+        wait_until(lambda: not any(Path(f"/proc/{pid}/fd/0").exists() for pid in children), 20)
         with pytest.raises(TimeoutError):
             wire.ask("state")
         with serving(tmp_path, "--port", port):

@@ -879,9 +879,9 @@ TINY += " --batch-size 16 --utd-ratio 1 --demos 2 --threads 1 --buffer-size 1000
 TINY += " --eval-every 100 --eval-episodes 1 --final-eval-episodes 2 --no-capture-video"
 
 
-def run(*flags: object, cwd: Path, **options):
+def run(*flags: object, cwd: Path, timeout: float = 600, **options):
     """The script with small networks and budgets; later flags win."""
-    return run_forked(SCRIPT, *TINY.split(), *flags, cwd=cwd, env=TASKS, **options)
+    return run_forked(SCRIPT, *TINY.split(), *flags, cwd=cwd, env=TASKS, timeout=timeout, **options)
 
 
 def checkpoint(run_dir: Path) -> dict:
@@ -927,6 +927,7 @@ def differences(one: Path, other: Path, folder: Path | None = None) -> list[str]
     return [name for name, equal in same.items() if not equal]
 
 
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(
     "flags",
     [
@@ -945,13 +946,15 @@ def test_resume_is_exact(tmp_path, flags):
     for rows in (2, 4):
         with popen_forked(SCRIPT, *command, cwd=tmp_path, env=TASKS) as process:
             table = tmp_path / "parts" / "train.csv"
-            wait_until(lambda t=table, n=rows: (t.exists() and t.read_text().count("\n") > n) or not process.is_alive())
+            wait_until(
+                lambda t=table, n=rows: (t.exists() and t.read_text().count("\n") > n) or not process.is_alive(), 600
+            )
             os.kill(process.pid, signal.SIGINT)
-            process.join(120)
+            process.join(600)
         stopped += "stopped; go on with --resume" in process.stderr_path.read_text()
         command = ["--resume", "parts"]
     assert stopped >= 1
-    run_forked(SCRIPT, "--resume", "parts", cwd=tmp_path, env=TASKS)
+    run_forked(SCRIPT, "--resume", "parts", cwd=tmp_path, env=TASKS, timeout=600)
     folder = tmp_path / "frames" if "frames" in flags else None
     assert differences(tmp_path / "whole", tmp_path / "parts", folder) == []
     columns = read_csv(tmp_path / "parts", "train.csv")
@@ -961,6 +964,7 @@ def test_resume_is_exact(tmp_path, flags):
         assert 0 < columns["losses/vice_reward"][-1] < 1 and math.isfinite(columns["losses/vice_loss"][-1])
 
 
+@pytest.mark.timeout(1200)
 def test_kill_at_any_moment(tmp_path):
     """Killed at ten moments, also inside a checkpoint, images and wrap-around included: it always goes on, and ends as
     if nothing had been."""
@@ -981,7 +985,7 @@ def test_kill_at_any_moment(tmp_path):
             moments += 1
     assert moments > 1
     if not finished:
-        run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, env=TASKS)
+        run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, env=TASKS, timeout=600)
     assert differences(tmp_path / "whole", tmp_path / "run") == []
 
 
@@ -1040,7 +1044,7 @@ def test_learns_actions_that_follow_the_image(tmp_path):
     """The best action, +0.6 or -0.6, stands in the image alone."""
     flags = "--env-id probe_envs:GreyImages-v0 --demos 0 --total-timesteps 1200 --eval-every 2000 --gamma 0.5"
     flags += " --lr 3e-3 --utd-ratio 2 --actor-ema 0.99 --run-dir run --image-size 20"
-    run(*flags.split(), cwd=tmp_path, timeout=300)
+    run(*flags.split(), cwd=tmp_path)
     assert read_csv(tmp_path / "run", "eval.csv")["eval/episodic_return"][-1] > -0.05  # doing nothing: -0.36
 
 
@@ -1064,7 +1068,7 @@ def test_learner_and_actors(tmp_path):
         popen_script(SCRIPT, *actor, "two", cwd=tmp_path, env=TASKS) as two,
     ):
         for name in ("one", "two"):  # both have begun, and wait for the learner after 100 steps
-            wait_until(lambda name=name: [*(tmp_path / name).glob("journal/*.records")])
+            wait_until(lambda name=name: [*(tmp_path / name).glob("journal/*.records")], 600)
         run_script(SCRIPT, *learner, cwd=tmp_path, env=TASKS)
         for process in (one, two):
             assert process.wait(120) == 0, process.stderr_path.read_text()
@@ -1101,7 +1105,7 @@ def test_learner_and_actors(tmp_path):
     ],
 )
 def test_bad_input(tmp_path, flags, words):
-    result = run(*flags.split(), "--total-timesteps", 60, cwd=tmp_path, check=False, timeout=60)
+    result = run(*flags.split(), "--total-timesteps", 60, cwd=tmp_path, check=False)
     assert result.returncode == 1
     assert words in result.stderr.splitlines()[-1] and "Traceback" not in result.stderr
     assert not (tmp_path / "runs").exists()
