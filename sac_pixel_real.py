@@ -1342,7 +1342,7 @@ def publish(
 def learner_beside(args: Args, run: Run) -> Child:
     """The learner of `run` as a process of its own."""
     folder = run.dir / "learner"
-    flags = dataclasses.replace(args, role="learner", resume=None, run_dir=str(folder))
+    flags = dataclasses.replace(args, role="learner", track=False, resume=None, run_dir=str(folder))
     again = dataclasses.replace(flags, resume=str(folder), run_dir=None)
     return Child(__file__, setup.to_flags(flags), setup.to_flags(again), folder)
 
@@ -1371,11 +1371,11 @@ class Log:
         self.best = -1.0
 
     def add(self, verdict: str, steps: list[Step], agent: Agent, version: int, age_s: float) -> None:
-        """An episode has ended; discarded ones and those that a fault ended count for nothing."""
+        """An episode has ended; those that were discarded, stopped, or ended by a fault count for nothing."""
         share = float(np.mean([step.intervened for step in steps]))
         late = np.array([step.late_s for step in steps])
         won = verdict == "success"
-        if verdict not in ("discard", "fault"):
+        if verdict not in ("discard", "fault", "stopped"):
             self.helped.append(share)
             self.unaided.extend([won] if share == 0 else [])
         transitions, replay, demos = agent.counts.tolist()
@@ -1549,7 +1549,7 @@ def catch_up(run: Run, sender: link.Actor, person: Person, child: Child | None) 
 def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -> tuple[list[Step], str]:
     """An episode at the robot's rate: its steps, and the verdict.
 
-    The verdict is one of VERDICTS, "time limit", or "fault": the robot, its server, or a camera failed.
+    The verdict is one of VERDICTS, "time limit", "stopped", or "fault": the robot, its server, or a camera failed.
     """
     sender, step_type = policy.sender, policy.agent.step_type
     sender.stage(pack_pixels(step_type, None, obs).tobytes())
@@ -1565,11 +1565,11 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
         with run.phase("env"):
             obs, reward, terminated, truncated, info = env.step(action)
         run.advance()
-        # Heed the person, whose verdict comes before that of classifier or task; a time limit is no end.
-        said = heed(run, person, env, ended=terminated or truncated and not info["fault"])
+        # Heed the person, whose verdict comes before that of classifier or task. Who quits ends the episode at once.
+        said = heed(run, person, env, ended=(terminated or truncated) and not info["fault"])
         if said in ("success", "failure"):
             reward, terminated = float(said == "success"), said == "success"
-        verdict = said or judgement(terminated, truncated or run.impatient(), info)
+        verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
         # Store: success was decided before the penalty. What a person does is a demonstration, standing still is not.
         executed, asked = info["executed_action"], info["asked_action"]
         intervened = bool(info.get("intervened", False))

@@ -410,7 +410,7 @@ def test_what_an_episode_leaves(last, said, verdict, reward, terminated):
     person = SimpleNamespace(terminal=None, taper=lambda step: None)
     robot = Robot(agent, last)
     person.commands = lambda: said if robot.steps == 4 else []
-    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext(), impatient=lambda: False)
+    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
     run.advance = lambda: None
     steps, got = real.episode(run, robot, policy, person, some_obs(agent))
     stored = np.frombuffer(b"".join(sent), agent.step_type)
@@ -434,7 +434,7 @@ def test_standing_still_is_no_demonstration():
     policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
     policy.act = lambda obs: np.zeros(7, np.float32)
     robot = Robot(agent, (0.0, False, True, {}))
-    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext(), impatient=lambda: False)
+    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
     run.advance = lambda: None
     person = SimpleNamespace(terminal=None, taper=lambda step: None, commands=list)
     steps, _ = real.episode(run, robot, policy, person, some_obs(agent))
@@ -605,7 +605,7 @@ def test_working_day_with_everything_killed_once(tmp_path):
         flags = ("--resume", day.run_dir, "--total-timesteps", total)
         finished = run_script("sac_pixel_real.py", *flags, *day.flags, cwd=tmp_path, timeout=500)
         assert f"evaluate it: python sac_pixel_real.py --eval-only {day.run_dir}" in finished.stdout
-        flags = ("--eval-only", day.run_dir, "--final-eval-episodes", 2)
+        flags = ("--eval-only", day.run_dir, "--final-eval-episodes", 2, "--capture-video")
         evaluated = run_script("sac_pixel_real.py", *flags, *day.flags, cwd=tmp_path, timeout=400)
     journal = day.sent()
     assert (journal[: len(sent)] == sent).all()
@@ -623,3 +623,4 @@ def test_working_day_with_everything_killed_once(tmp_path):
     assert re.search(r"newest policy, update \d+: success \d of 2, 95% 0\.\d\d to [01]\.\d\d", evaluated.stdout)
     rows = read_csv(day.run_dir, "evaluation_newest.csv")
     assert rows["episode"] == [0, 1] and min(rows["cycle_s"]) > 0
+    assert (day.run_dir / "evaluation_newest.mp4").stat().st_size > 1000
