@@ -73,7 +73,7 @@ RECENT = 20  # episodes that the status line's success and interventions are of
 LATE_S = 0.003  # a step later than this after its beat counts as late
 OVERRULE_S = 1.0  # how long a person may overrule classifier or task when they end an episode
 VERDICTS = ("success", "failure", "discard")  # of a person
-HELP_PROB = 0.03  # scripted person: of taking over at a step, at first
+HELP_AFTER = (20, 30)  # steps of an episode after which a scripted person takes over
 WRONG_KEY_PROB = 0.0005  # scripted person: of pressing a wrong key at a step
 
 
@@ -94,7 +94,7 @@ class Args(RunArgs):
     teleop: Literal["keyboard", "spacemouse", "scripted", "none"] = "keyboard"
     """who may intervene; scripted: the simulated task's expert, often at first and ever less, for rehearsals"""
     help_until: int = 4_000
-    """teleop scripted: environment steps after which it no longer intervenes"""
+    """teleop scripted: environment steps over which it intervenes in ever fewer episodes, down to none"""
     reward: str = "task"
     """task: as the task's configuration says; person: verdicts only; or the file of a classifier"""
     gripper: Literal["critic", "continuous", "fixed"] = "critic"
@@ -299,26 +299,32 @@ class Person:
         hands = {
             "keyboard": lambda: rc.Keyboard(terminal=self.terminal),
             "spacemouse": rc.SpaceMouse,
-            "scripted": lambda: rc.ScriptedExpert(0.0, 20, args.seed),
+            "scripted": lambda: rc.ScriptedExpert(0.0, 1, args.seed),
             "none": lambda: None,
         }
         self.teleop: rc.Teleop | None = hands[teleop]()
 
-    def taper(self, step: int) -> None:
-        """A scripted person helps often at first, then ever less, as HIL-SERL advises (docs/franka_walkthrough.md)."""
+    def begin(self, step: int) -> None:
+        """An episode begins at this step of the run: what was typed during the reset is thrown away.
+
+        A scripted person lets the policy try, then helps to the end: in all episodes at first, then in ever fewer, as
+        HIL-SERL advises (docs/franka_walkthrough.md).
+        """
+        if self.terminal:
+            self.terminal.forget()
+        helps = self.rng.random() >= step / max(self.help_until, 1)
+        self.helps_after = self.rng.integers(*HELP_AFTER, endpoint=True) if helps else math.inf
+
+    def watch(self, t: int) -> None:
+        """Before step `t` of the episode."""
         if self.scripted:
-            self.teleop.probability = HELP_PROB * max(0.0, 1 - step / max(self.help_until, 1))
+            self.teleop.probability = float(t >= self.helps_after)
 
     def commands(self) -> list[str]:
         """What was typed since the last call; a scripted person presses a wrong key now and then."""
         if self.scripted and self.rng.random() < WRONG_KEY_PROB:
             return [str(self.rng.choice(["failure", "discard"]))]
         return self.terminal.commands() if self.terminal else []
-
-    def forget(self) -> None:
-        """Throw away what was typed during a reset."""
-        if self.terminal:
-            self.terminal.forget()
 
     def close(self) -> None:
         if self.teleop:
@@ -1508,7 +1514,7 @@ def collect(
             obs = reset_robot(env, envs.episode_seed(seed, 0, run.episode), run)
         if obs is None:
             return
-        person.forget()
+        person.begin(run.step)
         # Act, step, store.
         steps, verdict = episode(run, env, policy, person, obs)
         # Send: a discarded episode is forgotten.
@@ -1561,7 +1567,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
             policy.take()
             action = policy.act(obs)
         # Step: a person may take over.
-        person.taper(run.step)
+        person.watch(len(steps))
         with run.phase("env"):
             obs, reward, terminated, truncated, info = env.step(action)
         run.advance()

@@ -356,11 +356,19 @@ def test_end_of_an_episode_may_be_overruled(monkeypatch):
 
 def test_scripted_person_helps_ever_less(monkeypatch):
     person = real.Person(small_args(help_until=100), "scripted")
-    probabilities = []
-    for step in (0, 50, 100, 200):
-        person.taper(step)
-        probabilities.append(person.teleop.probability)
-    assert probabilities == pytest.approx([real.HELP_PROB, real.HELP_PROB / 2, 0, 0])
+    for step, least, most in ((0, 200, 200), (50, 70, 130), (100, 0, 0), (200, 0, 0)):
+        helped = 0
+        for _ in range(200):
+            person.begin(step)
+            probabilities = []
+            for t in range(40):
+                person.watch(t)
+                probabilities.append(person.teleop.probability)
+            start = 40 - int(sum(probabilities))
+            assert probabilities == [0.0] * start + [1.0] * (40 - start)  # to the end
+            assert 20 <= start <= 30 or start == 40
+            helped += start < 40
+        assert least <= helped <= most
     monkeypatch.setattr(real, "WRONG_KEY_PROB", 0.5)
     keys = [person.commands() for _ in range(100)]
     assert 20 < sum(map(bool, keys)) < 80 and {key for pressed in keys for key in pressed} == {"failure", "discard"}
@@ -407,7 +415,7 @@ def test_what_an_episode_leaves(last, said, verdict, reward, terminated):
     sent: list[bytes] = []
     policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
     policy.act = lambda obs: np.full(7, 0.5, np.float32)
-    person = SimpleNamespace(terminal=None, taper=lambda step: None)
+    person = SimpleNamespace(terminal=None, watch=lambda t: None)
     robot = Robot(agent, last)
     person.commands = lambda: said if robot.steps == 4 else []
     run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
@@ -436,7 +444,7 @@ def test_standing_still_is_no_demonstration():
     robot = Robot(agent, (0.0, False, True, {}))
     run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
     run.advance = lambda: None
-    person = SimpleNamespace(terminal=None, taper=lambda step: None, commands=list)
+    person = SimpleNamespace(terminal=None, watch=lambda t: None, commands=list)
     steps, _ = real.episode(run, robot, policy, person, some_obs(agent))
     assert [step.intervened for step in steps] == [False, True, False, False]
     assert not np.frombuffer(b"".join(sent), agent.step_type)["intervened"].any()
