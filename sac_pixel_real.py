@@ -72,6 +72,7 @@ SAVE_EVERY = 1_000  # transitions between two checkpoints of the learner
 RECENT = 20  # episodes that the status line's success and interventions are of
 LATE_S = 0.003  # a step later than this after its beat counts as late
 OVERRULE_S = 1.0  # how long a person may overrule classifier or task when they end an episode
+REWARDS = ("task", "pose", "person")  # or a classifier's file
 VERDICTS = ("success", "failure", "discard")  # of a person
 HELP_AFTER = (20, 30)  # steps of an episode after which a scripted person takes over
 WRONG_KEY_PROB = 0.0005  # scripted person: of pressing a wrong key at a step
@@ -96,7 +97,8 @@ class Args(RunArgs):
     help_until: int = 4_000
     """teleop scripted: environment steps over which it intervenes in ever fewer episodes, down to none"""
     reward: str = "task"
-    """task: as the task's configuration says; person: verdicts only; or the file of a classifier"""
+    """what success is: task: what the simulated robot's task says; pose: the tcp at the configuration's goal_pose;
+    person: verdicts only; or the file of a classifier"""
     gripper: Literal["critic", "continuous", "fixed"] = "critic"
     """who decides about the gripper: a critic over open, stay and close (HIL-SERL); the action's last entry; nobody"""
     gripper_penalty: float = 0.02
@@ -212,8 +214,8 @@ class Args(RunArgs):
             fail(f"--grad-accum-steps {self.grad_accum_steps}: must divide {what}")
         if self.gripper == "critic" and rc.TASKS[self.task].gripper == "continuous":
             fail(f"--gripper critic: the gripper of --task {self.task} is continuous; give --gripper continuous")
-        if self.reward not in ("task", "person") and not Path(self.reward).exists():
-            fail(f"--reward {self.reward}: no such file; give task, person, or a file of reward_classifier.py")
+        if self.reward not in REWARDS and not Path(self.reward).exists():
+            fail(f"--reward {self.reward}: no such file; give {', '.join(REWARDS)}, or a file of reward_classifier.py")
         if self.reward == "person" and self.teleop in ("none", "scripted") and not self.eval_only:
             fail(f"--reward person: nobody is there with --teleop {self.teleop}")
 
@@ -235,7 +237,7 @@ def make_env(args: Args) -> gym.Env:
         rc.TASKS[args.task],  # TASK: your configuration
         server=args.server,
         keys=args.server_keys,
-        reward=rc.TASKS[args.task].reward if args.reward == "task" else "none",
+        reward=args.reward if args.reward in ("task", "pose") else "none",
         gripper_penalty=args.gripper_penalty,
     )
     # --total-timesteps are this environment's steps: TimeLimit would end an episode at the same step as the task.
@@ -253,7 +255,7 @@ def wrap_robot(env: gym.Env, args: Args) -> gym.Env:
 
 def judged(env: gym.Env, args: Args) -> gym.Env:
     """With the classifier's reward, if --reward names one. Exits with one line when it is of another task."""
-    if args.reward in ("task", "person"):
+    if args.reward in REWARDS:
         return env
     try:
         return SuccessReward(env, SuccessDetector.load(args.reward, envs.fingerprint(env)))
@@ -1526,7 +1528,7 @@ def collect(
         suggested = any(step.suggested for step in steps)
         if args.reward != "person" and verdict in VERDICTS[:2] and suggested != (verdict == "success"):
             log.disagreements += 1
-            if args.reward != "task":
+            if args.reward not in REWARDS:
                 record_disagreement(run, task, steps, verdict)
         log.add(verdict, steps, agent, policy.version, time.monotonic() - policy.came)
         if policy.version:

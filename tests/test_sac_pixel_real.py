@@ -474,6 +474,12 @@ def test_disagreements_become_data_of_the_classifier(tmp_path):
     assert [int(clip.labels.max()) for clip in clips] == [0, 1] and all(clip.added for clip in clips)
 
 
+def test_success_is_what_the_flag_says(tmp_path):
+    """Demonstrations of the scripted expert end in the simulated task's success, not at a pose."""
+    for reward, config in (("task", "task"), ("pose", "pose"), ("person", "none"), (str(tmp_path), "none")):
+        assert real.make_env(small_args(reward=reward)).unwrapped.config.reward == config
+
+
 # --- Bad input --------------------------------------------------------------------------------------------------------
 def refusal(folder: Path, *flags: object, **options) -> str:
     return one_line(run_script("sac_pixel_real.py", *flags, cwd=folder, check=False, **options), "sac_pixel_real.py")
