@@ -66,7 +66,7 @@ from common.evaluation import (
     means,
     plot_curves,
     roll_out,
-    write_video,
+    write_grid,
 )
 from common.run import Run, write_atomically
 from common.setup import (
@@ -1083,7 +1083,7 @@ class Evaluation:
 
                     wandb.log({"eval/video": get_wandb_video(renders, fps, path)})
                 else:
-                    write_video(renders, path, fps)
+                    write_grid(renders, path, fps)
         except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
             print(f"no video: {error}; afterwards --eval-only {args.run_dir} writes it", file=sys.stderr)
 

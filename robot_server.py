@@ -2190,11 +2190,11 @@ class Front:
             self.authenticator = ThreadAuthenticator(context)
             self.authenticator.start()
             self.authenticator.configure_curve(domain="*", location=args.keys)  # every *.key in there may connect
-        for s, fd, longest in zip(sockets, fds, (1 << 16, 256)):
+        for s, fd, longest, waiting in zip(sockets, fds, (1 << 16, 256), (200, 20)):
             s.linger = 0
             s.maxmsgsize = longest
             s.rcvhwm = 0  # see Doors
-            s.sndhwm = 200  # answers that wait for a peer; more are dropped
+            s.sndhwm = waiting  # messages that wait for a peer; more are dropped
             s.handshake_ivl = 1000  # ms
             s.tcp_keepalive = 1
             s.tcp_keepalive_idle = 5  # s

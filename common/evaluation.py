@@ -243,7 +243,7 @@ def video_grid(renders: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(rows, 1)
 
 
-def write_video(renders: list[np.ndarray], path: Path, fps: int) -> None:
+def write_grid(renders: list[np.ndarray], path: Path, fps: int) -> None:
     import imageio.v2 as imageio
 
     with imageio.get_writer(path, fps=fps, macro_block_size=1) as video:
@@ -256,7 +256,7 @@ def get_wandb_video(renders: list[np.ndarray], fps: int = 15, path: Path | None 
     import wandb
 
     path = path or Path(tempfile.mkdtemp(), "video.mp4")
-    write_video(renders, path, fps)
+    write_grid(renders, path, fps)
     return wandb.Video(str(path), format="mp4")
 
 

@@ -39,9 +39,10 @@ def under_attack(tmp_path: Path) -> Iterator[tuple[Popen, Honest]]:
         print(
             f"grown {grown:.1f} MB, honest median {statistics.median(honest.times):.1f} max {max(honest.times):.0f} ms"
         )
-        assert process.poll() is None and fronts(process.pid)[0] == first, log[-3000:]
-        assert grown < 50 and "Traceback" not in log and "Assertion" not in log
-        assert set(honest.errors) <= {"not_streaming"}, honest.errors  # of a machine that stood still for 2 s
+        assert process.poll() is None and grown < 50 and "Traceback" not in log and "Assertion" not in log, log[-3000:]
+        # Where the front hardly gets to run, memory grows between two looks, and the last resort may act, once.
+        assert fronts(process.pid)[0] == first or log.count("another one takes over") == 1, log[-3000:]
+        assert set(honest.errors) <= {"not_streaming", "timeout"} and honest.errors.count("timeout") < 2, honest.errors
         states = watch(process.states, 0.3)
         assert statistics.median(honest.times) < 500  # its p99: benchmarks/robot_survival.py
         assert states[-1]["fault"] is None

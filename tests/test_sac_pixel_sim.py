@@ -947,7 +947,9 @@ def test_resume_is_exact(tmp_path, flags):
     for rows in (2, 4):
         with popen_forked(SCRIPT, *command, cwd=tmp_path, env=TASKS) as process:
             table = tmp_path / "parts" / "train.csv"
-            wait_until(lambda t=table, n=rows: (t.exists() and t.read_text().count("\n") > n) or not process.is_alive())
+            wait_until(
+                lambda t=table, n=rows: (t.exists() and t.read_text().count("\n") > n) or not process.is_alive(), 600
+            )
             os.kill(process.pid, signal.SIGINT)
             process.join(600)
         stopped += "stopped; go on with --resume" in process.stderr_path.read_text()
@@ -1102,7 +1104,7 @@ def test_learner_and_actors(tmp_path):
         popen_script(SCRIPT, *actor, "two", cwd=tmp_path, env=TASKS) as two,
     ):
         for name in ("one", "two"):  # both have begun, and wait for the learner after 100 steps
-            wait_until(lambda name=name: [*(tmp_path / name).glob("journal/*.records")])
+            wait_until(lambda name=name: [*(tmp_path / name).glob("journal/*.records")], 600)
         run_script(SCRIPT, *learner, cwd=tmp_path, env=TASKS)
         for process in (one, two):
             assert process.wait(120) == 0, process.stderr_path.read_text()
