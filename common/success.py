@@ -173,12 +173,25 @@ class SuccessDetector:
         return detector
 
 
-class SuccessReward(gym.Wrapper):
-    """Reward 1 at every step after which the detector sees success, else 0; the first ends the episode."""
+def is_detector(path: str) -> bool:
+    """Whether this is a file of reward_classifier.py."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)["kind"] == SuccessDetector.KIND
+    except Exception:  # noqa: BLE001  no such file, or whatever a foreign file raises
+        return False
 
-    def __init__(self, env: gym.Env, detector: SuccessDetector):
+
+class SuccessReward(gym.Wrapper):
+    """Reward 1 at every step after which the detector sees success, else 0; the first one ends the episode.
+
+    With `only_reward` ends and info["success"] stay the task's own, so that an evaluation is not the classifier's.
+    """
+
+    def __init__(self, env: gym.Env, detector: SuccessDetector, only_reward: bool = False):
         super().__init__(env)
         self.detector = detector
+        self.only_reward = only_reward
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -189,7 +202,10 @@ class SuccessReward(gym.Wrapper):
     def step(self, action):
         obs, _, terminated, truncated, info = self.env.step(action)
         success = self.detector(obs)
-        return obs, float(success), terminated or success, truncated, info | {"success": success}
+        if not self.only_reward:
+            terminated = terminated or success
+            info = info | {"success": success}
+        return obs, float(success), terminated, truncated, info
 
 
 PICTURES_DEPEND_ON = ("task", "name", "env_id", "image_size", "cameras", "observations")  # of a fingerprint
