@@ -53,6 +53,7 @@ from torch.utils.checkpoint import checkpoint
 import robot_client as rc
 from common import envs, link, pixels, setup, vision
 from common.child import Child
+from common.normalizer import RunningNormalizer
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import Recording, stacked, write_video
 from common.run import Run
@@ -269,7 +270,7 @@ def success(info: dict) -> float:
 
 
 def reset_robot(env: gym.Env, seed: int, run: Run | None = None) -> dict | None:
-    """The first observation of an episode. Waits for a robot that was there and has gone; None when `run` is to end.
+    """The first observation of an episode. Waits for a robot that refuses, or was there; None when `run` is to end.
 
     Raises RobotError, in one line with the remedy, when it has not been there yet.
     """
@@ -277,7 +278,7 @@ def reset_robot(env: gym.Env, seed: int, run: Run | None = None) -> dict | None:
         try:
             return env.reset(seed=seed)[0]
         except rc.RobotError as error:
-            if env.unwrapped.episodes == 0:
+            if env.unwrapped.episodes == 0 and not isinstance(error, rc.RefusedError):
                 raise
             print(f"waiting for the robot: {error}", file=sys.stderr, flush=True)
             time.sleep(1)
@@ -426,57 +427,6 @@ class Critic(nn.Module):
         x = torch.cat([obs, actions], -1).expand(self.num, -1, -1)
         features = self.trunk(x, generator)  # (E, B, H)
         return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
-
-
-class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until FIRST of them have come.
-
-    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
-    """
-
-    FIRST, REACH = 32, 10
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("low", torch.zeros(dim))
-        self.register_buffer("high", torch.zeros(dim))
-        self.register_buffer("first", torch.zeros(self.FIRST, dim))  # the first observations, until they are enough
-        self.register_buffer("waiting", torch.zeros((), dtype=torch.long))  # how many these are
-
-    def update(self, obs: Tensor) -> None:
-        """Takes in observations (N, O)."""
-        parts = [obs]
-        if self.count == 0:
-            parts = [*(row[None] for row in self.first[: self.waiting]), obs]
-            seen = torch.cat(parts)
-            if len(seen) < self.FIRST:
-                self.first[: len(seen)] = seen
-                self.waiting.fill_(len(seen))
-                return
-            outer = 1 + len(seen) // 100  # at either end they may be spikes
-            self.low.copy_(seen.kthvalue(1 + outer, 0).values)
-            self.high.copy_(seen.kthvalue(len(seen) - outer, 0).values)
-        for part in parts:
-            self.add(part)
-
-    def add(self, obs: Tensor) -> None:
-        """Chan et al. 1979, parallel variance."""
-        reach = self.REACH * (self.high - self.low).clamp(min=1)
-        obs = obs.clamp(self.low - reach, self.high + reach)
-        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
-        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
-        total = self.count + len(obs)
-        delta = obs.mean(0) - self.mean
-        weight = len(obs) / total
-        self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
-        self.mean += weight * delta
-        self.count.copy_(total)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
 
 
 class Observation(NamedTuple):
@@ -893,7 +843,7 @@ class Agent:
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
         normalize = args.normalize_observations and views.state_dim
-        self.normalizer = (Normalizer(views.state_dim) if normalize else nn.Identity()).to(device)
+        self.normalizer = (RunningNormalizer(views.state_dim) if normalize else nn.Identity()).to(device)
         self.actor = PixelActor(views, self.arm_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = PixelCritic(views, self.arm_dim, args, load).to(device)
@@ -993,7 +943,7 @@ class Agent:
 
     def observe(self, observations: Tensor) -> None:
         """Takes states (N, T * S) into the running statistics."""
-        if isinstance(self.normalizer, Normalizer):
+        if isinstance(self.normalizer, RunningNormalizer):
             self.normalizer.update(observations)
 
     @property

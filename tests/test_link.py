@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -245,6 +246,76 @@ def test_weights_reach_the_actor(tmp_path):
         assert got == (5, b"five\nlines")
         learner.publish(6, b"newer")
         wait_until(lambda: actor.weights() == (6, b"newer"), timeout=30)
+
+
+class CrashError(Exception):
+    """Stands for kill -9: what comes after it does not happen."""
+
+
+def staging_actor(folder: Path) -> Actor:
+    return Actor(f"127.0.0.1:{free_port()}", None, HELLO, SIZE, folder)
+
+
+def journalled(folder: Path) -> bytes:
+    return Journal(folder / "journal", SIZE).read(0, 100)
+
+
+def test_what_is_staged_is_sent_when_it_is_released(tmp_path):
+    actor = staging_actor(tmp_path)
+    for number in range(3):
+        actor.stage(record(number))
+    assert actor.journal.written == 0
+    assert actor.release() == 3 and actor.release() == 0
+    assert journalled(tmp_path) == records(0, 3)
+    for number in range(3, 6):
+        actor.stage(record(number))
+    assert actor.discard() == 0 and actor.release() == 0
+    actor.stage(record(7))
+    assert actor.release() == 1
+    assert journalled(tmp_path) == records(0, 3) + record(7)
+
+
+@pytest.mark.parametrize("written", range(5))
+def test_release_that_is_killed_loses_and_doubles_nothing(tmp_path, written):
+    """After `written` of 4 records: in the middle of it, or (4) before the staged file is removed."""
+    actor = staging_actor(tmp_path)
+    actor.send(record(0))
+    for number in range(1, 5):
+        actor.stage(record(number))
+    append, left = actor.journal.append, [written]
+
+    def killed(data: bytes) -> None:
+        if not left[0]:
+            raise CrashError
+        left[0] -= 1
+        append(data)
+
+    actor.journal.append = killed
+    if written == 4:
+        actor.staged = SimpleNamespace(exists=actor.staged.exists, read_bytes=actor.staged.read_bytes)  # no unlink
+    with pytest.raises((CrashError, AttributeError)):
+        actor.release()
+    assert journalled(tmp_path) == records(0, 1 + written)
+    again = staging_actor(tmp_path)
+    again.release()
+    assert journalled(tmp_path) == records(0, 5)
+    again.stage(record(5))
+    assert again.release() == 1 and journalled(tmp_path) == records(0, 6)
+
+
+def test_stage_that_is_killed_in_any_byte_keeps_whole_records(tmp_path):
+    (tmp_path / "whole").mkdir()
+    actor = staging_actor(tmp_path / "whole")
+    for number in range(2):
+        actor.stage(record(number))
+    data = actor.staged.read_bytes()
+    assert len(data) == 8 + 2 * SIZE
+    for cut in range(len(data) + 1):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        (folder / "staged.records").write_bytes(data[:cut])
+        staging_actor(folder).release()
+        assert journalled(folder) == records(0, max(cut - 8, 0) // SIZE)
 
 
 def test_all_actors_are_told_that_it_is_over(tmp_path):
