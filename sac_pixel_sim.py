@@ -50,7 +50,7 @@ from common.normalizer import RunningNormalizer
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
-from common.success import SuccessDetector, SuccessReward, is_detector
+from common.success import is_detector, rewarded
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -242,11 +242,7 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
     if not isinstance(env, envs.Checked):  # wrappers of your own
         env = envs.Checked(env, args.env_id)
     if is_detector(args.reward):
-        try:
-            detector = SuccessDetector.load(args.reward, envs.fingerprint(env))
-            env = SuccessReward(env, detector, only_reward=True)
-        except ValueError as error:
-            fail(f"--reward {error}")
+        env = rewarded(env, args.reward)
     env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)

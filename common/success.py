@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.envs import differences
+from common import envs
+from common.setup import fail
 from common.vision import fingerprint, make_pooling, make_trunk, map_shape
 
 
@@ -208,6 +209,14 @@ class SuccessReward(gym.Wrapper):
         return obs, float(success), terminated, truncated, info
 
 
+def rewarded(env: gym.Env, path: str) -> SuccessReward:
+    """The task with rewards, and only these, of the detector in a file. Exits with one line when it is of another."""
+    try:
+        return SuccessReward(env, SuccessDetector.load(path, envs.fingerprint(env)), only_reward=True)
+    except ValueError as error:
+        fail(f"--reward {error}")
+
+
 PICTURES_DEPEND_ON = ("task", "name", "env_id", "image_size", "cameras", "observations")  # of a fingerprint
 NOT_SEEN = ("fps", "timeout_s", "warmup_frames")  # of a camera's settings
 
@@ -216,7 +225,7 @@ def differences_of_pictures(theirs: dict, ours: dict, cameras: tuple[str, ...]) 
     """What differs between two fingerprints that these cameras' pictures depend on, where both say something."""
     common = [name for name in PICTURES_DEPEND_ON if name in theirs and name in ours]
     a, b = ({name: of_cameras(part[name], cameras) for name in common} for part in (theirs, ours))
-    return list(differences(a, b))
+    return list(envs.differences(a, b))
 
 
 def of_cameras(value: object, cameras: tuple[str, ...]) -> object:
