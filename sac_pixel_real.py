@@ -73,7 +73,7 @@ RECENT = 20  # episodes that the status line's success and interventions are of
 LATE_S = 0.003  # a step later than this after its beat counts as late
 OVERRULE_S = 1.0  # how long a person may overrule classifier or task when they end an episode
 VERDICTS = ("success", "failure", "discard")  # of a person
-HELP_PROB = 0.03  # scripted person: of taking over at a step, at first
+HELP_AFTER = (20, 30)  # steps of an episode after which a scripted person takes over
 WRONG_KEY_PROB = 0.0005  # scripted person: of pressing a wrong key at a step
 
 
@@ -94,7 +94,7 @@ class Args(RunArgs):
     teleop: Literal["keyboard", "spacemouse", "scripted", "none"] = "keyboard"
     """who may intervene; scripted: the simulated task's expert, often at first and ever less, for rehearsals"""
     help_until: int = 4_000
-    """teleop scripted: environment steps after which it no longer intervenes"""
+    """teleop scripted: environment steps over which it intervenes in ever fewer episodes, down to none"""
     reward: str = "task"
     """task: as the task's configuration says; person: verdicts only; or the file of a classifier"""
     gripper: Literal["critic", "continuous", "fixed"] = "critic"
@@ -299,26 +299,32 @@ class Person:
         hands = {
             "keyboard": lambda: rc.Keyboard(terminal=self.terminal),
             "spacemouse": rc.SpaceMouse,
-            "scripted": lambda: rc.ScriptedExpert(0.0, 20, args.seed),
+            "scripted": lambda: rc.ScriptedExpert(0.0, 1, args.seed),
             "none": lambda: None,
         }
         self.teleop: rc.Teleop | None = hands[teleop]()
 
-    def taper(self, step: int) -> None:
-        """A scripted person helps often at first, then ever less, as HIL-SERL advises (docs/franka_walkthrough.md)."""
+    def begin(self, step: int) -> None:
+        """An episode begins at this step of the run: what was typed during the reset is thrown away.
+
+        A scripted person lets the policy try, then helps to the end: in all episodes at first, then in ever fewer, as
+        HIL-SERL advises (docs/franka_walkthrough.md).
+        """
+        if self.terminal:
+            self.terminal.forget()
+        helps = self.rng.random() >= step / max(self.help_until, 1)
+        self.helps_after = self.rng.integers(*HELP_AFTER, endpoint=True) if helps else math.inf
+
+    def watch(self, t: int) -> None:
+        """Before step `t` of the episode."""
         if self.scripted:
-            self.teleop.probability = HELP_PROB * max(0.0, 1 - step / max(self.help_until, 1))
+            self.teleop.probability = float(t >= self.helps_after)
 
     def commands(self) -> list[str]:
         """What was typed since the last call; a scripted person presses a wrong key now and then."""
         if self.scripted and self.rng.random() < WRONG_KEY_PROB:
             return [str(self.rng.choice(["failure", "discard"]))]
         return self.terminal.commands() if self.terminal else []
-
-    def forget(self) -> None:
-        """Throw away what was typed during a reset."""
-        if self.terminal:
-            self.terminal.forget()
 
     def close(self) -> None:
         if self.teleop:
@@ -1342,7 +1348,7 @@ def publish(
 def learner_beside(args: Args, run: Run) -> Child:
     """The learner of `run` as a process of its own."""
     folder = run.dir / "learner"
-    flags = dataclasses.replace(args, role="learner", resume=None, run_dir=str(folder))
+    flags = dataclasses.replace(args, role="learner", track=False, resume=None, run_dir=str(folder))
     again = dataclasses.replace(flags, resume=str(folder), run_dir=None)
     return Child(__file__, setup.to_flags(flags), setup.to_flags(again), folder)
 
@@ -1371,11 +1377,11 @@ class Log:
         self.best = -1.0
 
     def add(self, verdict: str, steps: list[Step], agent: Agent, version: int, age_s: float) -> None:
-        """An episode has ended; discarded ones and those that a fault ended count for nothing."""
+        """An episode has ended; those that were discarded, stopped, or ended by a fault count for nothing."""
         share = float(np.mean([step.intervened for step in steps]))
         late = np.array([step.late_s for step in steps])
         won = verdict == "success"
-        if verdict not in ("discard", "fault"):
+        if verdict not in ("discard", "fault", "stopped"):
             self.helped.append(share)
             self.unaided.extend([won] if share == 0 else [])
         transitions, replay, demos = agent.counts.tolist()
@@ -1508,7 +1514,7 @@ def collect(
             obs = reset_robot(env, envs.episode_seed(seed, 0, run.episode), run)
         if obs is None:
             return
-        person.forget()
+        person.begin(run.step)
         # Act, step, store.
         steps, verdict = episode(run, env, policy, person, obs)
         # Send: a discarded episode is forgotten.
@@ -1549,7 +1555,7 @@ def catch_up(run: Run, sender: link.Actor, person: Person, child: Child | None) 
 def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -> tuple[list[Step], str]:
     """An episode at the robot's rate: its steps, and the verdict.
 
-    The verdict is one of VERDICTS, "time limit", or "fault": the robot, its server, or a camera failed.
+    The verdict is one of VERDICTS, "time limit", "stopped", or "fault": the robot, its server, or a camera failed.
     """
     sender, step_type = policy.sender, policy.agent.step_type
     sender.stage(pack_pixels(step_type, None, obs).tobytes())
@@ -1561,15 +1567,15 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
             policy.take()
             action = policy.act(obs)
         # Step: a person may take over.
-        person.taper(run.step)
+        person.watch(len(steps))
         with run.phase("env"):
             obs, reward, terminated, truncated, info = env.step(action)
         run.advance()
-        # Heed the person, whose verdict comes before that of classifier or task; a time limit is no end.
-        said = heed(run, person, env, ended=terminated or truncated and not info["fault"])
+        # Heed the person, whose verdict comes before that of classifier or task. Who quits ends the episode at once.
+        said = heed(run, person, env, ended=(terminated or truncated) and not info["fault"])
         if said in ("success", "failure"):
             reward, terminated = float(said == "success"), said == "success"
-        verdict = said or judgement(terminated, truncated or run.impatient(), info)
+        verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
         # Store: success was decided before the penalty. What a person does is a demonstration, standing still is not.
         executed, asked = info["executed_action"], info["asked_action"]
         intervened = bool(info.get("intervened", False))

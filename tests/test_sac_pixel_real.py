@@ -356,11 +356,19 @@ def test_end_of_an_episode_may_be_overruled(monkeypatch):
 
 def test_scripted_person_helps_ever_less(monkeypatch):
     person = real.Person(small_args(help_until=100), "scripted")
-    probabilities = []
-    for step in (0, 50, 100, 200):
-        person.taper(step)
-        probabilities.append(person.teleop.probability)
-    assert probabilities == pytest.approx([real.HELP_PROB, real.HELP_PROB / 2, 0, 0])
+    for step, least, most in ((0, 200, 200), (50, 70, 130), (100, 0, 0), (200, 0, 0)):
+        helped = 0
+        for _ in range(200):
+            person.begin(step)
+            probabilities = []
+            for t in range(40):
+                person.watch(t)
+                probabilities.append(person.teleop.probability)
+            start = 40 - int(sum(probabilities))
+            assert probabilities == [0.0] * start + [1.0] * (40 - start)  # to the end
+            assert 20 <= start <= 30 or start == 40
+            helped += start < 40
+        assert least <= helped <= most
     monkeypatch.setattr(real, "WRONG_KEY_PROB", 0.5)
     keys = [person.commands() for _ in range(100)]
     assert 20 < sum(map(bool, keys)) < 80 and {key for pressed in keys for key in pressed} == {"failure", "discard"}
@@ -407,10 +415,10 @@ def test_what_an_episode_leaves(last, said, verdict, reward, terminated):
     sent: list[bytes] = []
     policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
     policy.act = lambda obs: np.full(7, 0.5, np.float32)
-    person = SimpleNamespace(terminal=None, taper=lambda step: None)
+    person = SimpleNamespace(terminal=None, watch=lambda t: None)
     robot = Robot(agent, last)
     person.commands = lambda: said if robot.steps == 4 else []
-    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext(), impatient=lambda: False)
+    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
     run.advance = lambda: None
     steps, got = real.episode(run, robot, policy, person, some_obs(agent))
     stored = np.frombuffer(b"".join(sent), agent.step_type)
@@ -434,9 +442,9 @@ def test_standing_still_is_no_demonstration():
     policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
     policy.act = lambda obs: np.zeros(7, np.float32)
     robot = Robot(agent, (0.0, False, True, {}))
-    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext(), impatient=lambda: False)
+    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
     run.advance = lambda: None
-    person = SimpleNamespace(terminal=None, taper=lambda step: None, commands=list)
+    person = SimpleNamespace(terminal=None, watch=lambda t: None, commands=list)
     steps, _ = real.episode(run, robot, policy, person, some_obs(agent))
     assert [step.intervened for step in steps] == [False, True, False, False]
     assert not np.frombuffer(b"".join(sent), agent.step_type)["intervened"].any()
@@ -605,7 +613,7 @@ def test_working_day_with_everything_killed_once(tmp_path):
         flags = ("--resume", day.run_dir, "--total-timesteps", total)
         finished = run_script("sac_pixel_real.py", *flags, *day.flags, cwd=tmp_path, timeout=500)
         assert f"evaluate it: python sac_pixel_real.py --eval-only {day.run_dir}" in finished.stdout
-        flags = ("--eval-only", day.run_dir, "--final-eval-episodes", 2)
+        flags = ("--eval-only", day.run_dir, "--final-eval-episodes", 2, "--capture-video")
         evaluated = run_script("sac_pixel_real.py", *flags, *day.flags, cwd=tmp_path, timeout=400)
     journal = day.sent()
     assert (journal[: len(sent)] == sent).all()
@@ -623,3 +631,4 @@ def test_working_day_with_everything_killed_once(tmp_path):
     assert re.search(r"newest policy, update \d+: success \d of 2, 95% 0\.\d\d to [01]\.\d\d", evaluated.stdout)
     rows = read_csv(day.run_dir, "evaluation_newest.csv")
     assert rows["episode"] == [0, 1] and min(rows["cycle_s"]) > 0
+    assert (day.run_dir / "evaluation_newest.mp4").stat().st_size > 1000
