@@ -68,6 +68,7 @@ from common.evaluation import (
     roll_out,
     write_grid,
 )
+from common.normalizer import RunningNormalizer
 from common.run import Run, write_atomically
 from common.setup import (
     Fault,
@@ -358,45 +359,6 @@ class GaussianPolicy(nn.Module):
         return mean, log_std.clamp(-2, 2)  # an expert without noise: smaller, the easiest actions outweigh all others
 
 
-class Normalizer(nn.Module):
-    """Running mean and variance of observations; the identity until `start`.
-
-    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
-    """
-
-    REACH = 10
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.register_buffer("count", torch.zeros(()))
-        self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("var", torch.ones(dim))
-        self.register_buffer("low", torch.zeros(dim))
-        self.register_buffer("high", torch.zeros(dim))
-
-    def start(self, obs: Tensor) -> None:
-        """The range of the first observations (N, O), without the most extreme hundredth, and at least one, of them."""
-        outer = min(1 + len(obs) // 100, (len(obs) - 1) // 2)
-        self.low.copy_(obs.kthvalue(1 + outer, 0).values)
-        self.high.copy_(obs.kthvalue(len(obs) - outer, 0).values)
-
-    def update(self, obs: Tensor) -> None:
-        """Takes in observations (N, O); Chan et al. 1979, parallel variance."""
-        reach = self.REACH * (self.high - self.low).clamp(min=1)
-        obs = obs.clamp(self.low - reach, self.high + reach)
-        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
-        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
-        total = self.count + len(obs)
-        delta = obs.mean(0) - self.mean
-        weight = len(obs) / total
-        self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
-        self.mean += weight * delta
-        self.count.copy_(total)
-
-    def forward(self, obs: Tensor) -> Tensor:
-        return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
-
-
 class ImpalaTrunk(nn.Module):
     """(B, H, W, C) uint8 -> (B, 32, H / 8, W / 8); impala_small of qc utils/encoders.py: one residual block a stage."""
 
@@ -450,7 +412,7 @@ class ObservationEncoder(nn.Module):
         if args.encoder and not cameras:
             fail(f"--encoder {args.encoder}: the observations are states, without images; leave it out")
         self.images = nn.ModuleDict({name: ImageEncoder(shapes[name], args) for name in cameras})
-        self.normalizer = Normalizer(state_dim) if args.normalize_observations and state_dim else nn.Identity()
+        self.normalizer = RunningNormalizer(state_dim) if args.normalize_observations and state_dim else nn.Identity()
         self.dim = state_dim + 512 * len(cameras)
         self.checkpointing = args.checkpoint_activations
 
@@ -779,7 +741,6 @@ class BCAgent:
         """Takes the mean and standard deviation of states (N, S) for normalize_observations."""
         states = states.to(self.device).repeat(1, self.args.frame_stack)
         for actor in {self.actor, self.mean_actor}:
-            actor.encoder.normalizer.start(states)
             actor.encoder.normalizer.update(states)
 
     def loss(self, observations, x_1: Tensor, valid: Tensor, x_0: Tensor, t: Tensor) -> Tensor:

@@ -8,6 +8,8 @@
     python reward_classifier.py --watch FILE                        # needs a classifier; its answers live, as a bar
     python reward_classifier.py --watch FILE --env-id robot_client:FrankaReal-v0 --teleop keyboard  # needs a robot
 
+Expect: eval/frames_right >= 0.99 (in lights that it has not seen) [benchmarks/results/reward_classifier.csv]
+
 The run folder gets classifier.pt (one file: network, threshold, scores; sac_pixel_sim.py --reward FILE and
 record_demos.py --classifier FILE take it), scores.json, errors.png (the worst frames: look at them), curve.png.
 Read the two tables: a camera that tells nothing alone is the wrong one, or looks at the wrong place. Then add data for

@@ -50,6 +50,7 @@ from common.normalizer import RunningNormalizer
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
+from common.success import is_detector, rewarded
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -81,7 +82,7 @@ class Args(RunArgs):
     """names of the images to learn from (default: all); render: the rendered picture of a task without images"""
     reward: str = "env"
     """env: the task's; vice: of a classifier that learns along from the demonstrations' last images; or a file with a
-    trained classifier, such as checkpoint.pt of a run with --reward vice"""
+    trained classifier: of reward_classifier.py, or checkpoint.pt of a run with --reward vice"""
     frame_stack: int = 1
     """observations of this many steps are seen at once"""
     action_chunk: int = 1
@@ -240,6 +241,8 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
     envs.check_actions(env, args.env_id)
     if not isinstance(env, envs.Checked):  # wrappers of your own
         env = envs.Checked(env, args.env_id)
+    if is_detector(args.reward):
+        env = rewarded(env, args.reward)
     env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)
@@ -772,7 +775,7 @@ class Agent:
             self.classifier = Classifier(views, args, load).to(device)
             self.classifier_optimizer = self.make_optimizer(self.classifier.parameters(), 0.0)
             self.optimizers.append(self.classifier_optimizer)
-        elif args.reward != "env":
+        elif args.reward != "env" and not is_detector(args.reward):
             self.classifier = load_classifier(saved or args.reward, views, args, self.trunk).to(device)
             self.classifier.requires_grad_(False)
         self.num_demos = args.num_demos()
@@ -854,7 +857,7 @@ class Agent:
     @torch.inference_mode()
     def judge(self, obs: dict, reward: float) -> float:
         """The reward of a step that led to `obs`: the task's, or 1 where a trained classifier sees success, else 0."""
-        if self.args.reward in ("env", "vice"):
+        if self.args.reward == "vice" or self.classifier is None:
             return reward
         return float(self.classifier(self.one_observation(obs)) > 0)
 

@@ -32,7 +32,8 @@ NEWCOMERS = (  # the rows of README's table, ten at most; benchmarks/README.md h
     "bc_pick_default",
     "bc_halfcheetah_chunks",
 )
-MEASURED = re.compile(r"\w+(_per_second|_ms|_mb|_of_a_core|_ticks)")  # columns of comparisons that are shown
+# Columns of comparisons that are shown.
+MEASURED = re.compile(r"[\w.]+(_per_second|_ms|_mb|_of_a_core|_ticks)|(hold|stop)_s|restarts|errors")
 BETWEEN = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.S)
 RUN_LINE = re.compile(r"^(\| `(\w+)` \| [^|\n]+ \|).*$", re.M)  # of exploration.md: the name and settings of a run
 
@@ -55,6 +56,8 @@ def table(head: list[str], lines: list[list[str]]) -> str:
 
 
 def shown(value: float) -> str:
+    if value != value:
+        return "–"
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -104,15 +107,18 @@ def speed_table(lines: list[dict[str, str]]) -> str:
     groups: dict[str, list[dict[str, str]]] = {}
     for line in lines:
         groups.setdefault(line["contender"], []).append(line)
-    medians = {
-        name: [statistics.median(float(line[column]) for line in group) for column in columns]
-        for name, group in groups.items()
-    }
+    medians = {name: [median_of(group, column) for column in columns] for name, group in groups.items()}
     ranked = sorted(groups, key=lambda name: medians[name][0], reverse=columns[0].endswith("_per_second"))
     return table(
         ["contender", *(f"{column.replace('_', ' ')}, median" for column in columns), "repetitions"],
         [[name, *map(shown, medians[name]), str(len(groups[name]))] for name in ranked],
     )
+
+
+def median_of(lines: list[dict[str, str]], column: str) -> float:
+    """Over the lines that have a value there; NaN where none has."""
+    values = [float(line[column]) for line in lines if line[column]]
+    return statistics.median(values) if values else float("nan")
 
 
 def hardware_line(lines: list[dict[str, str]]) -> str:

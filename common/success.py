@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.envs import differences
+from common import envs
+from common.setup import fail
 from common.vision import fingerprint, make_pooling, make_trunk, map_shape
 
 
@@ -173,12 +174,25 @@ class SuccessDetector:
         return detector
 
 
-class SuccessReward(gym.Wrapper):
-    """Reward 1 at every step after which the detector sees success, else 0; the first ends the episode."""
+def is_detector(path: str) -> bool:
+    """Whether this is a file of reward_classifier.py."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, map_location="cpu", weights_only=True)["kind"] == SuccessDetector.KIND
+    except Exception:  # noqa: BLE001  no such file, or whatever a foreign file raises
+        return False
 
-    def __init__(self, env: gym.Env, detector: SuccessDetector):
+
+class SuccessReward(gym.Wrapper):
+    """Reward 1 at every step after which the detector sees success, else 0; the first one ends the episode.
+
+    With `only_reward` ends and info["success"] stay the task's own, so that an evaluation is not the classifier's.
+    """
+
+    def __init__(self, env: gym.Env, detector: SuccessDetector, only_reward: bool = False):
         super().__init__(env)
         self.detector = detector
+        self.only_reward = only_reward
 
     def reset(self, **kwargs):
         obs, info = self.env.reset(**kwargs)
@@ -189,7 +203,18 @@ class SuccessReward(gym.Wrapper):
     def step(self, action):
         obs, _, terminated, truncated, info = self.env.step(action)
         success = self.detector(obs)
-        return obs, float(success), terminated or success, truncated, info | {"success": success}
+        if not self.only_reward:
+            terminated = terminated or success
+            info = info | {"success": success}
+        return obs, float(success), terminated, truncated, info
+
+
+def rewarded(env: gym.Env, path: str) -> SuccessReward:
+    """The task with rewards, and only these, of the detector in a file. Exits with one line when it is of another."""
+    try:
+        return SuccessReward(env, SuccessDetector.load(path, envs.fingerprint(env)), only_reward=True)
+    except ValueError as error:
+        fail(f"--reward {error}")
 
 
 PICTURES_DEPEND_ON = ("task", "name", "env_id", "image_size", "cameras", "observations")  # of a fingerprint
@@ -200,7 +225,7 @@ def differences_of_pictures(theirs: dict, ours: dict, cameras: tuple[str, ...]) 
     """What differs between two fingerprints that these cameras' pictures depend on, where both say something."""
     common = [name for name in PICTURES_DEPEND_ON if name in theirs and name in ours]
     a, b = ({name: of_cameras(part[name], cameras) for name in common} for part in (theirs, ours))
-    return list(differences(a, b))
+    return list(envs.differences(a, b))
 
 
 def of_cameras(value: object, cameras: tuple[str, ...]) -> object:

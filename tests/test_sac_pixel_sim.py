@@ -38,6 +38,7 @@ from torch import Tensor, nn
 import sac_pixel_sim
 from common import vision
 from common.pixels import FrameFile, Views, pack_pixels, pixel_step_type, views_of
+from common.success import SuccessClassifier, SuccessDetector
 from common.vision import MobileNetTrunk, ResNetTrunk, SpatialEmbeddings, Standardize
 from sac_pixel_sim import (
     Agent,
@@ -1038,6 +1039,41 @@ def test_the_classifier_of_a_vice_run_gives_rewards(tmp_path):
     assert set(state["buffer"]["columns"][REWARDS].tolist()) <= {0.0, 1.0}
     theirs, ours = (checkpoint(tmp_path / name)["agent"]["classifier"] for name in ("vice", "classified"))
     assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
+
+
+def detector_file(path: Path, bias: float, cameras: tuple[str, ...] = ("front", "wrist")) -> str:
+    """A file of reward_classifier.py that sees success always, or with a negative `bias` never."""
+    classifier = SuccessClassifier(cameras, 32)
+    torch.nn.init.constant_(classifier.together[-1].weight, 0.0)
+    classifier.together[-1].bias.data = torch.tensor([0.0, bias])
+    fingerprint = {"observations": {camera: [32, 32, 3] for camera in cameras}}
+    torch.save(SuccessDetector(classifier, 0.5, 2, fingerprint, {}).contents(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize(("bias", "rewards"), [(50.0, [1.0] * 5), (-50.0, [0.0] * 5)])
+def test_a_file_of_reward_classifier_gives_rewards(tmp_path, bias, rewards):
+    """Ends and success of the episodes stay the task's."""
+    flags = {"env_id": "probe_envs:PixelPoint-v0", "image_size": 32}
+    plain = small_args(**flags)
+    args = small_args(**flags, reward=detector_file(tmp_path / "c.pt", bias))
+    results = []
+    for one in (args, plain):
+        env = wrap_images(make_env(one), one)
+        env.reset(seed=3)
+        results.append([env.step(np.zeros(env.action_space.shape, np.float32))[1:] for _ in range(5)])
+    assert [step[0] for step in results[0]] == rewards
+    assert [step[1:3] for step in results[0]] == [step[1:3] for step in results[1]]
+    assert [step[3].get("success") for step in results[0]] == [step[3].get("success") for step in results[1]]
+    agent = Agent(views_of(env), env.action_space, args, CPU)
+    assert agent.classifier is None and agent.judge({}, 0.7) == 0.7
+
+
+def test_a_file_of_reward_classifier_for_other_cameras_is_refused(tmp_path):
+    path = detector_file(tmp_path / "c.pt", 1.0, ("front", "side"))
+    args = small_args(env_id="probe_envs:PixelPoint-v0", image_size=32, reward=path)
+    with pytest.raises(SystemExit, match="--reward .*: was trained on other pictures: observations.side is only there"):
+        wrap_images(make_env(args), args)
 
 
 def test_learns_actions_that_follow_the_image(tmp_path):

@@ -11,7 +11,14 @@ import pytest
 import torch
 from gymnasium import spaces
 
-from common.success import SuccessClassifier, SuccessDetector, SuccessReward, differences_of_pictures, log_odds
+from common.success import (
+    SuccessClassifier,
+    SuccessDetector,
+    SuccessReward,
+    differences_of_pictures,
+    is_detector,
+    log_odds,
+)
 
 CAMERA = {"name": "wrist", "crop": None, "fps": 30, "exposure": 1e4}
 FINGERPRINT = {"name": "peg", "hz": 10.0, "image_size": 32, "cameras": [CAMERA | {"name": "front"}, CAMERA]}
@@ -103,6 +110,9 @@ def test_reward_of_the_detector():
     env = SuccessReward(Slideshow([200, 200]), detector)
     env.reset()
     assert env.step(0)[1] == 1.0  # the first frame counts
+    env = SuccessReward(Slideshow([200, 200, 200]), detector, only_reward=True)
+    env.reset()
+    assert env.step(0)[1:] == (1.0, False, False, {"a": 1})
 
 
 def test_log_odds_are_those_of_the_last_class():
@@ -190,6 +200,14 @@ def test_files_that_are_none(saved, tmp_path):
         with pytest.raises(ValueError, match="reward_classifier.py trains one") as error:
             SuccessDetector.load(str(tmp_path / name))
         assert fault in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_is_a_file_of_a_detector(saved, tmp_path):
+    torch.save({"kind": "another"}, tmp_path / "other.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    assert is_detector(str(saved))
+    assert not any(is_detector(str(tmp_path / name)) for name in ("other.pt", "list.pt", "gone.pt"))
+    assert not is_detector("env")
 
 
 class Touch:
