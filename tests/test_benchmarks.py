@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import REPO
+from conftest import REPO, free_port, run_script
 from test_repo import Command, args_of, command_faults
 
 sys.path.insert(0, str(REPO / "benchmarks"))
@@ -228,3 +228,14 @@ def test_lines_of_exploration(tmp_path):
     )
     with pytest.raises(SystemExit, match="names the run unknown"):
         report.filled_exploration("| `unknown` | none |\n", runs)
+
+
+@pytest.mark.slow
+def test_a_working_day_is_rehearsed(tmp_path):
+    """Every step of README's day, the classifier's too, with too little of everything."""
+    flags = ("--short", "--classifier", "--folder", tmp_path / "day", "--port", free_port())
+    finished = run_script("benchmarks/hil_rehearsal.py", *flags, cwd=tmp_path, timeout=1800)
+    assert re.search(r"^episodes +2$", finished.stdout, re.M) and re.search(
+        r"^transitions +200$", finished.stdout, re.M
+    )
+    assert "--reward" in finished.stdout and "classifier.pt" in finished.stdout
