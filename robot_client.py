@@ -1301,7 +1301,8 @@ class FrankaEnv(gym.Env):
         if change:
             self.closure = self.ordered = self.closure_after(values[-1])
         info["grasp_penalty"] = -self.config.gripper_penalty * change
-        info["limited"] = self.client.target(self.target, self.ordered)["result"]["limited"]
+        told = self.client.target(self.target, self.ordered)["result"]  # None: it was, in an answer that was lost
+        info["limited"] = told["limited"] if told else []
         if change and self.config.gripper_wait_s:
             self.wait_for_gripper()
         executed = self.base_to_action(motion_between(self.target, start))[: self.axes] / scale

@@ -15,6 +15,7 @@ import time
 import types
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import gymnasium as gym
@@ -1361,6 +1362,18 @@ def test_other_faults_truncate(trouble, fault):
     env = scripted_env(**trouble)
     _, _, terminated, truncated, info = env.step(np.zeros(7))
     assert truncated and not terminated and fault in info["fault"] and info["reflexes"] == 0
+
+
+def test_step_goes_on_when_the_answer_to_its_target_was_lost():
+    """The second try is refused as stale, without a result: the first one had arrived."""
+    env = rc.FrankaEnv(rc.PEG)
+    pose = rc.pose_from_euler(rc.PEG.reset_pose)
+    env.state, env.target = {"reference": pose, "tcp_pose": pose}, pose
+    for result, limited in ((None, []), ({"limited": ["speed"]}, ["speed"])):
+        env.client = SimpleNamespace(target=lambda pose, closure, result=result: {"result": result})
+        info = {}
+        env.command(np.zeros(7), info)
+        assert info["limited"] == limited
 
 
 # --- Environment against robot_server.py on the simulated arm ---------------------------------------------------------
