@@ -1453,7 +1453,11 @@ class Newest:
         """A random motion, until something is learned."""
         return self.agent.act(obs, deterministic=False) if self.version else self.agent.random_action()
 
-    def save(self, best: bool) -> None:
+    def save(self, obs: dict, best: bool) -> None:
+        """With an observation to check it by."""
+        if not self.version:
+            return
+        self.agent.probe = {name: torch.from_numpy(value) for name, value in obs.items()}
         for path in [self.path, self.path.with_name("best.policy")][: 1 + best]:
             save_policy(self.agent, self.version, path)
 
@@ -1507,8 +1511,13 @@ def collect(
     seed = args.seed + sender.number
     agent.generator.manual_seed(envs.episode_seed(seed, 0, sender.journal.written))
     run.episode = max(run.episode, sender.journal.written)  # so no two episodes have the same seed
+    obs = None
     while True:
         catch_up(run, sender, person, child)
+        if sender.done and obs is not None:
+            time.sleep(1)  # the learner's last policy is on its way
+            policy.take()
+            policy.save(obs, best=False)
         if run.signals or sender.done:
             return
         # Reset.
@@ -1518,7 +1527,7 @@ def collect(
             return
         person.begin(run.step)
         # Act, step, store.
-        steps, verdict = episode(run, env, policy, person, obs)
+        steps, verdict, obs = episode(run, env, policy, person, obs)
         # Send: a discarded episode is forgotten.
         if verdict == "discard":
             sender.discard()
@@ -1531,9 +1540,7 @@ def collect(
             if args.reward not in REWARDS:
                 record_disagreement(run, task, steps, verdict)
         log.add(verdict, steps, agent, policy.version, time.monotonic() - policy.came)
-        if policy.version:
-            agent.probe = {name: torch.from_numpy(value) for name, value in obs.items()}
-            policy.save(log.is_best())
+        policy.save(obs, log.is_best())
         run.episode += 1
         run.save()
         task.episodes.clear()
@@ -1554,8 +1561,8 @@ def catch_up(run: Run, sender: link.Actor, person: Person, child: Child | None) 
             sender.done = True
 
 
-def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -> tuple[list[Step], str]:
-    """An episode at the robot's rate: its steps, and the verdict.
+def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -> tuple[list[Step], str, dict]:
+    """An episode at the robot's rate: its steps, the verdict, the last observation.
 
     The verdict is one of VERDICTS, "time limit", "stopped", or "fault": the robot, its server, or a camera failed.
     """
@@ -1590,7 +1597,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
         steps.append(step)
     if info["fault"]:
         print(f"\nthe episode was ended: {info['fault']}", file=sys.stderr, flush=True)
-    return steps, verdict
+    return steps, verdict, obs
 
 
 def judgement(terminated: bool, truncated: bool, info: dict) -> str:

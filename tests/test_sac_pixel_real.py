@@ -420,7 +420,7 @@ def test_what_an_episode_leaves(last, said, verdict, reward, terminated):
     person.commands = lambda: said if robot.steps == 4 else []
     run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
     run.advance = lambda: None
-    steps, got = real.episode(run, robot, policy, person, some_obs(agent))
+    steps, got, _ = real.episode(run, robot, policy, person, some_obs(agent))
     stored = np.frombuffer(b"".join(sent), agent.step_type)
     assert got == verdict and len(steps) == 4
     assert stored["first"].tolist() == [True] + [False] * (len(stored) - 1)
@@ -445,7 +445,7 @@ def test_standing_still_is_no_demonstration():
     run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
     run.advance = lambda: None
     person = SimpleNamespace(terminal=None, watch=lambda t: None, commands=list)
-    steps, _ = real.episode(run, robot, policy, person, some_obs(agent))
+    steps, _, _ = real.episode(run, robot, policy, person, some_obs(agent))
     assert [step.intervened for step in steps] == [False, True, False, False]
     assert not np.frombuffer(b"".join(sent), agent.step_type)["intervened"].any()
 
@@ -635,6 +635,7 @@ def test_working_day_with_everything_killed_once(tmp_path):
     shown = read_csv(day.run_dir, "train.csv")
     assert shown["charts/demonstrations"][-1] > 0 and max(shown["charts/intervention_rate"]) > 0
     assert re.search(r"newest policy, update \d+: success \d of 2, 95% 0\.\d\d to [01]\.\d\d", evaluated.stdout)
+    assert f"update {total - 60}:" in evaluated.stdout  # the last policy
     rows = read_csv(day.run_dir, "evaluation_newest.csv")
     assert rows["episode"] == [0, 1] and min(rows["cycle_s"]) > 0
     assert (day.run_dir / "evaluation_newest.mp4").stat().st_size > 1000
