@@ -52,7 +52,6 @@ from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
 from common import envs, link, pixels, setup, vision
-from common.child import Child
 from common.normalizer import RunningNormalizer
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import Recording, stacked, write_video
@@ -1347,12 +1346,12 @@ def publish(
     actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done)
 
 
-def learner_beside(args: Args, run: Run) -> Child:
+def learner_beside(args: Args, run: Run) -> link.Child:
     """The learner of `run` as a process of its own."""
     folder = run.dir / "learner"
     flags = dataclasses.replace(args, role="learner", track=False, resume=None, run_dir=str(folder))
     again = dataclasses.replace(flags, resume=str(folder), run_dir=None)
-    return Child(__file__, setup.to_flags(flags), setup.to_flags(again), folder)
+    return link.Child(__file__, setup.to_flags(flags), setup.to_flags(again), folder)
 
 
 class Step(NamedTuple):
@@ -1504,7 +1503,7 @@ def collect(
     task: envs.Recorder,
     policy: Newest,
     person: Person,
-    child: Child | None,
+    child: link.Child | None,
 ) -> None:
     """Episode after episode, until the learner has what it asked for. `env` wraps `task`."""
     sender, agent = policy.sender, policy.agent
@@ -1546,7 +1545,7 @@ def collect(
         task.episodes.clear()
 
 
-def catch_up(run: Run, sender: link.Actor, person: Person, child: Child | None) -> None:
+def catch_up(run: Run, sender: link.Actor, person: Person, child: link.Child | None) -> None:
     """Waits until the learner has heard of all that was sent: it is behind by the newest episode at most."""
     asked = time.monotonic()
     while not (run.signals or sender.done):
