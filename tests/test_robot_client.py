@@ -1263,8 +1263,9 @@ def test_fingerprint_is_plain_and_tells_what_data_depend_on():
 def test_pausing_stands_still_at_the_rate_of_the_steps(clock):
     env = posed_env(np.array([0.5, 0, 0.14, 1, 0, 0, 0]))
     env.client, env.pace, env.ordered = mock.Mock(), rc.Pace(10, lambda: clock.now), 1.0
+    env.look, env.observe = mock.Mock(), mock.Mock(return_value=("what is seen now", ""))
     for _ in range(5):
-        env.stand_still()
+        assert env.stand_still() == ("what is seen now", "")
     assert clock.now == pytest.approx(100.501)
     assert [call.args for call in env.client.target.call_args_list] == [(env.target, 1.0)] * 5
     env.client.target.side_effect = rc.RefusedError("reflex", "fault")
