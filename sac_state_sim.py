@@ -63,6 +63,8 @@ ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it 
 # --- Args -------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args(RunArgs):
+    threads: int = 1
+    """CPU threads for PyTorch; more do not help networks of this size"""
     record_dataset: str | None = None
     """store the last evaluation's episodes as this local Minari dataset, e.g. franka/pick-v0"""
     # environment

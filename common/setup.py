@@ -159,7 +159,7 @@ def to_flags(args: object) -> list[str]:
 
 def help_text(Args: type, doc: str) -> str:  # noqa: N803
     """`doc`, then every flag with type, default and meaning, in the groups that comment lines in the class name."""
-    groups: dict[str, list[str]] = {}
+    entries: dict[str, tuple[str, str]] = {}  # of each flag, its group and its lines
     group = "flags"
     for owner in reversed([c for c in Args.__mro__ if dataclasses.is_dataclass(c)]):
         source = textwrap.dedent(inspect.getsource(owner))
@@ -172,10 +172,12 @@ def help_text(Args: type, doc: str) -> str:  # noqa: N803
             name = field.target.id
             entry = usage(name, typing.get_type_hints(Args)[name], getattr(Args, name))
             text = textwrap.fill(" ".join(ast.literal_eval(meaning.value).split()), 100, **INDENT)
-            groups.setdefault(group, []).append(f"  {entry}\n{text}")
+            first_group = entries[name][0] if name in entries else group
+            entries[name] = (first_group, f"  {entry}\n{text}")
     parts = [doc.strip()]
-    for group, entries in groups.items():
-        parts.append(f"{group}:\n" + "\n".join(entries))
+    for group in dict.fromkeys(group for group, _ in entries.values()):
+        lines = [text for where, text in entries.values() if where == group]
+        parts.append(f"{group}:\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 
