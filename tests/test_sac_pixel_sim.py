@@ -231,7 +231,7 @@ def test_grey_images_of_another_shape_without_states():
     assert obs["images"].max() > 200 and np.array_equal(obs["images"][..., 0], obs["images"][..., 2])
 
 
-class InPlace(probe_envs.PixelPoint):
+class PixelsInPlace(probe_envs.PixelPoint):
     """Writes every observation into the same arrays."""
 
     arrays = None
@@ -259,7 +259,7 @@ class LongEpisodes(probe_envs.PixelPoint):
         return obs, reward, False, self.t == 60, info
 
 
-for task in (InPlace, LostExpert, LongEpisodes):
+for task in (PixelsInPlace, LostExpert, LongEpisodes):
     gym.register(f"{task.__name__}-v0", task, disable_env_checker=True, max_episode_steps=100)
 
 
@@ -272,7 +272,7 @@ def demonstrations(tmp_path: Path, **changes) -> tuple[Agent, FrameBuffer]:
 
 def test_demonstrations_of_a_task_that_writes_in_place_are_copied(tmp_path):
     """[S1]"""
-    one, other = (demonstrations(tmp_path / name, env_id=f"{name}-v0")[1] for name in ("InPlace", "PixelPoint"))
+    one, other = (demonstrations(tmp_path / name, env_id=f"{name}-v0")[1] for name in ("PixelsInPlace", "PixelPoint"))
     images, same = (demos.frames.get(demos.windows) for demos in (one, other))
     assert torch.equal(images, same) and len({image.numpy().tobytes() for image in images}) > 10
 
