@@ -68,20 +68,9 @@ from common.evaluation import (
     roll_out,
     write_grid,
 )
-from common.normalizer import RunningNormalizer
 from common.run import Run, write_atomically
-from common.setup import (
-    Fault,
-    Graphed,
-    RunArgs,
-    check_new_folder,
-    ends_well,
-    fail,
-    flag,
-    go_on,
-    parse,
-    set_up_torch,
-)
+from common.setup import Fault, RunArgs, check_new_folder, ends_well, fail, flag, go_on, parse
+from common.tensors import Graphed, RunningNormalizer, set_up_torch
 from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 ACTION_CLIP_EPS = 1e-5  # dataset actions stay this far inside [-1, 1]; qc envs/env_utils.py:150

@@ -46,8 +46,9 @@ from torch import Tensor
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, vision
 from common.run import Run
-from common.setup import check_memory, ends_well, fail, flag, parse, set_up_torch, write_atomically
+from common.setup import ends_well, fail, flag, parse, write_atomically
 from common.success import SuccessClassifier, SuccessDetector, differences_of_pictures, log_odds
+from common.tensors import check_memory, set_up_torch
 
 SIMULATED = "FrankaPegInsert-v0"
 MARGIN = 2  # frames before and after a change of label that are left out

@@ -51,13 +51,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
-from common import envs, link, pixels, setup, vision
-from common.normalizer import RunningNormalizer
+from common import envs, link, pixels, setup, tensors, vision
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import Recording, stacked, write_video
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, parse, write_atomically
 from common.success import SuccessDetector, SuccessReward
+from common.tensors import RunningNormalizer
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -887,7 +887,7 @@ class Agent:
             self.critic.encode = torch.compile(self.critic.encode)
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
-            self.update_once = setup.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
         """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes on brings it.
@@ -895,7 +895,7 @@ class Agent:
         Exits with one line when there is no room.
         """
         small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
-        setup.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
+        tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
         if self.args.frames_dir:
             path = Path(self.args.frames_dir) / f"{run.dir.name}-{path.name}"
@@ -1150,7 +1150,7 @@ class Agent:
         self.critic_updates = state["critic_updates"]
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
-        setup.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
+        tensors.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
         self.probe = state["probe"]
         self.check_answers(state["answers"])
 
@@ -1198,7 +1198,7 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
 def evaluate_policy(args: Args) -> None:
     """--eval-only: seeded start poses; a row of evaluation_POLICY.csv for each episode, a summary, a video."""
     env = wrap_robot(judged(make_env(args), args), args)
-    agent = Agent(views_of(env), env.action_space, args, setup.set_up_torch(args.threads, args.amp))
+    agent = Agent(views_of(env), env.action_space, args, tensors.set_up_torch(args.threads, args.amp))
     folder = Path(args.eval_only)
     version = load_policy(agent, folder / f"{args.policy}.policy")
     person = Person(args, "none")
@@ -1285,7 +1285,7 @@ def start_learner(args: Args, run: Run, device: torch.device) -> tuple[Agent, Fr
 
 def learner(args: Args) -> None:
     """Receives steps, learns, publishes the policy."""
-    device = setup.set_up_torch(args.threads, args.amp)
+    device = tensors.set_up_torch(args.threads, args.amp)
     run = Run(args, args.task, __file__, device)
     agent, buffer, demos = start_learner(args, run, device)
     interventions = Interventions(demos, agent.step_type)
@@ -1343,15 +1343,15 @@ def publish(
 ) -> None:
     """The policy, and how much it has learned from, to all actors; `done` ends them."""
     agent.counts.copy_(torch.tensor([transitions, len(buffer), len(demos)]))
-    actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done)
+    actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done)
 
 
-def learner_beside(args: Args, run: Run) -> link.Child:
+def learner_beside(args: Args, run: Run) -> setup.Child:
     """The learner of `run` as a process of its own."""
     folder = run.dir / "learner"
     flags = dataclasses.replace(args, role="learner", track=False, resume=None, run_dir=str(folder))
     again = dataclasses.replace(flags, resume=str(folder), run_dir=None)
-    return link.Child(__file__, setup.to_flags(flags), setup.to_flags(again), folder)
+    return setup.Child(__file__, setup.to_flags(flags), setup.to_flags(again), folder)
 
 
 class Step(NamedTuple):
@@ -1445,7 +1445,7 @@ class Newest:
         newer = self.sender.weights()
         if newer:
             self.version, weights = newer
-            setup.unpack_tensors(weights, self.agent.policy_tensors())
+            tensors.unpack_tensors(weights, self.agent.policy_tensors())
             self.came = time.monotonic()
 
     def act(self, obs: dict) -> np.ndarray:
@@ -1463,7 +1463,7 @@ class Newest:
 
 def actor(args: Args) -> None:
     """Acts at the robot's rate, heeds the person, sends each episode; with --role both beside its learner."""
-    device = setup.set_up_torch(1, args.amp)
+    device = tensors.set_up_torch(1, args.amp)
     task = judged(make_env(args), args)
     person = Person(args, args.teleop)
     child = None
@@ -1503,7 +1503,7 @@ def collect(
     task: envs.Recorder,
     policy: Newest,
     person: Person,
-    child: link.Child | None,
+    child: setup.Child | None,
 ) -> None:
     """Episode after episode, until the learner has what it asked for. `env` wraps `task`."""
     sender, agent = policy.sender, policy.agent
@@ -1545,7 +1545,7 @@ def collect(
         task.episodes.clear()
 
 
-def catch_up(run: Run, sender: link.Actor, person: Person, child: link.Child | None) -> None:
+def catch_up(run: Run, sender: link.Actor, person: Person, child: setup.Child | None) -> None:
     """Waits until the learner has heard of all that was sent: it is behind by the newest episode at most."""
     asked = time.monotonic()
     while not (run.signals or sender.done):

@@ -44,13 +44,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
-from common import envs, link, pixels, setup, vision
+from common import envs, link, pixels, setup, tensors, vision
 from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
-from common.normalizer import RunningNormalizer
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
 from common.success import is_detector, rewarded
+from common.tensors import RunningNormalizer
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -788,7 +788,7 @@ class Agent:
             self.critic.encode = torch.compile(self.critic.encode)
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
-            self.update_once = setup.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
         """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes on brings it.
@@ -796,7 +796,7 @@ class Agent:
         Exits with one line when there is no room.
         """
         small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
-        setup.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
+        tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
         if self.args.frames_dir:
             path = Path(self.args.frames_dir) / f"{run.dir.name}-{path.name}"
@@ -1076,7 +1076,7 @@ class Agent:
         self.goals = state["goals"]
         for optimizer in self.optimizers:
             optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
-        setup.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
+        tensors.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -1107,7 +1107,7 @@ def start_pixels(
     args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, FrameBuffer, FrameBuffer | None]:
     """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
-    device = setup.set_up_torch(args.threads, args.amp)
+    device = tensors.set_up_torch(args.threads, args.amp)
     run = Run(args, args.env_id, __file__, device) if args.resume or args.eval_only else None
     saved = run.state["agent"] if run and run.state else None
     env = wrap(task)
@@ -1222,7 +1222,7 @@ def learner(args: Args) -> None:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, updates)
         if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
-            actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()))
+            actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()))
             published = agent.critic_updates
         log_and_evaluate(args, run, agent, eval_env, metrics)
         # Save: actors may then forget what they sent.
@@ -1230,7 +1230,7 @@ def learner(args: Args) -> None:
             run.save()
             actors.saved()
 
-    actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done=not run.signals)
+    actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done=not run.signals)
     eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
@@ -1239,7 +1239,7 @@ def learner(args: Args) -> None:
 def actor(args: Args) -> None:
     """Acts with the learner's newest policy and sends every step: SERL's actor."""
     env = wrap_images(make_env(args), args)
-    device = setup.set_up_torch(args.threads, args.amp)
+    device = tensors.set_up_torch(args.threads, args.amp)
     agent = Agent(views_of(env), env.action_space, args, device)
     run = Run(args, args.env_id, __file__, device)
     run.keep()
@@ -1267,7 +1267,7 @@ def actor(args: Args) -> None:
             newer = learner_end.weights()
             if newer:
                 version, weights = newer
-                setup.unpack_tensors(weights, agent.policy_tensors())
+                tensors.unpack_tensors(weights, agent.policy_tensors())
             action = agent.act(obs, deterministic=False) if version else agent.random_action()
         # Step the environment.
         with run.phase("env"):

@@ -41,11 +41,11 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from common import envs, link, setup
+from common import envs, link, setup, tensors
 from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
-from common.normalizer import RunningNormalizer
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
+from common.tensors import RunningNormalizer
 
 try:
     import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
@@ -487,12 +487,12 @@ class Agent:
         if args.compile and device.type == "cuda":
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
-            self.update_once = setup.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, capacity: int) -> ReplayBuffer:
         """A buffer of this agent's transitions. Exits with one line when the memory is not there."""
         needed = 4 * capacity * (2 * self.obs_dim + self.action_dim + 2)
-        setup.check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
+        tensors.check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
         return ReplayBuffer(capacity, self.obs_dim, self.action_dim, self.device, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
@@ -679,7 +679,7 @@ class Agent:
         self.held_steps, self.held = np.array(state["held"], np.float32)
         for optimizer in (self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer):
             optimizer.param_groups[0]["capturable"] = self.device.type == "cuda"
-        setup.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
+        tensors.load_generator(self.generator, state["generator"], self.args.seed + self.critic_updates)
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
@@ -710,7 +710,7 @@ def start(
     args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
     """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
-    device = setup.set_up_torch(args.threads, args.amp)
+    device = tensors.set_up_torch(args.threads, args.amp)
     env = wrap(task)
     agent = Agent(env.observation_space, env.action_space, args, device)
     buffer = agent.make_buffer(min(args.buffer_size, args.total_timesteps))
@@ -816,7 +816,7 @@ def learner(args: Args) -> None:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, updates)
         if agent.critic_updates >= max(published + PUBLISH_EVERY, 1):
-            actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()))
+            actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()))
             published = agent.critic_updates
         log_and_evaluate(args, run, agent, eval_env, metrics)
         # Save: actors may then forget what they sent.
@@ -824,7 +824,7 @@ def learner(args: Args) -> None:
             run.save()
             actors.saved()
 
-    actors.publish(agent.critic_updates, setup.pack_tensors(agent.policy_tensors()), done=not run.signals)
+    actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done=not run.signals)
     eval_env.close()
     run.end_of_training()
     run.finish(final_evaluation(args, agent, run, wrap))
@@ -833,7 +833,7 @@ def learner(args: Args) -> None:
 def actor(args: Args) -> None:
     """Acts with the learner's newest policy and sends every step: SERL's actor."""
     env = wrap_states(make_env(args), args)
-    device = setup.set_up_torch(args.threads, args.amp)
+    device = tensors.set_up_torch(args.threads, args.amp)
     agent = Agent(env.observation_space, env.action_space, args, device)
     run = Run(args, args.env_id, __file__, device)
     run.keep()
@@ -861,7 +861,7 @@ def actor(args: Args) -> None:
             newer = learner_end.weights()
             if newer:
                 version, weights = newer
-                setup.unpack_tensors(weights, agent.policy_tensors())
+                tensors.unpack_tensors(weights, agent.policy_tensors())
             action = agent.act(obs, deterministic=False) if version else agent.random_action()
         # Step the environment.
         with run.phase("env"):

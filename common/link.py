@@ -8,16 +8,10 @@ learned from exactly once, whichever side is killed.
 """
 
 import contextlib
-import ctypes
-import fcntl
 import ipaddress
 import json
 import math
-import os
-import signal
 import socket
-import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -30,7 +24,6 @@ DEFAULT_PORT = 5588
 MESSAGE_BYTES = 1 << 25  # records in one message, at most
 RECORDS_PER_FILE = 1024  # of the journal
 TIMEOUT_S = 60.0  # an actor gives up when no learner has answered for so long
-LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -314,10 +307,9 @@ class Actor:
         self.exchange(0)
         return len(records)
 
-    def discard(self) -> int:
-        """Forgets what was kept back; 0 records."""
+    def discard(self) -> None:
+        """Forgets what was kept back."""
         self.staged.unlink(missing_ok=True)
-        return 0
 
     def exchange(self, wait_ms: int) -> None:
         """Takes the learner's answer if it is there, and sends records. Exits when it is silent for too long."""
@@ -340,13 +332,8 @@ class Actor:
             fail(f"the learner has {self.held} of this actor's records and the journal begins later: start a new actor")
         count = max(1, MESSAGE_BYTES // self.journal.record_bytes)
         records = self.journal.read(self.held, count) if self.held < self.journal.written else b""
-        header = {
-            "protocol": PROTOCOL,
-            "hello": self.hello,
-            "actor": self.name,
-            "first": self.held,
-            "count": len(records) // self.journal.record_bytes,
-        }
+        number = len(records) // self.journal.record_bytes
+        header = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "first": self.held, "count": number}
         with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
             self.dealer.send_multipart([json.dumps(header).encode(), records], self.zmq.NOBLOCK)
             self.waiting = True
@@ -359,59 +346,3 @@ class Actor:
         header, _, weights = self.subscriber.recv().partition(b"\n")
         header = json.loads(header)
         return header["version"], weights
-
-
-class Child:
-    """`python SCRIPT` beside this process, at a lower priority; started again when it is killed, ended with this one.
-
-    With the flags `new`, or `again` once there is a run in `folder`; its output goes to a file beside that.
-    """
-
-    def __init__(self, script: str, new: list[str], again: list[str], folder: Path):
-        self.script, self.new, self.again, self.folder = script, new, again, folder
-        self.log = folder.with_suffix(".log")
-        self.lock = folder.with_suffix(".lock")
-        self.start()
-
-    def start(self) -> None:
-        """Waits for one whose parent was killed, and which may still be saving: it holds the lock while it lives."""
-        with self.log.open("ab") as log, self.lock.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            flags = self.again if (self.folder / "args.json").exists() else self.new
-            self.process = subprocess.Popen(
-                [sys.executable, os.path.abspath(self.script), *flags],
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[lock.fileno()],
-                preexec_fn=end_with_parent,
-                start_new_session=True,
-            )
-
-    def finished(self) -> bool:
-        """Whether it has ended well. Starts it again if it was killed.
-
-        Exits with its last line when it has said why it cannot go on.
-        """
-        code = self.process.poll()
-        if code is None or code == 0:
-            return code == 0
-        if code > 0:
-            last = self.log.read_text(errors="replace").strip().splitlines()[-1]
-            fail(f"the {self.folder.name} ended: {last.partition('.py: ')[2] or last} (see {self.log})")
-        print(f"the {self.folder.name} was ended by signal {-code} and is started again", file=sys.stderr, flush=True)
-        self.start()
-        return False
-
-    def end(self) -> None:
-        """Asks it to end, and waits until it has saved and done so."""
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        self.process.wait()
-
-
-def end_with_parent() -> None:
-    """In the child, before it runs: a lower priority, and SIGTERM when its parent dies (Linux)."""
-    os.nice(10)
-    if LIBC:
-        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -1,28 +1,29 @@
-"""What a script starts and ends with: flags and --help, how it says no, whole files, PyTorch on this machine."""
+"""What a script starts and ends with: flags and --help, how it says no, whole files, a process beside it."""
 
 import ast
 import contextlib
 import ctypes
 import dataclasses
 import errno
+import fcntl
 import inspect
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import torch
 import tyro
-from torch import Tensor
 
 T = TypeVar("T")
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
 
 
@@ -273,102 +274,58 @@ def git_commit(folder: Path) -> str:
     return "unknown"
 
 
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
-def set_up_torch(threads: int, amp: bool) -> torch.device:
-    """Precision, threads and memory for speed; the device: a GPU if there is one.
+# --- Processes --------------------------------------------------------------------------------------------------------
+class Child:
+    """`python SCRIPT` beside this process, at a lower priority; started again when it is killed, ended with this one.
 
-    Exits with one line when `amp` asks for bfloat16 of a CPU that would have to emulate it.
-    """
-    torch.set_num_threads(max(1, threads))
-    torch.set_float32_matmul_precision("medium")  # a GPU's TF32; on a CPU oneDNN, on AMD twice as fast as MKL
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations, rather than have the
-        libc.mallopt(-3, 1 << 25)  # system map them anew in every update
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if amp and device.type == "cpu" and not cpu_has_bfloat16():
-        fail("--amp: this CPU has no bfloat16 units (AVX512-BF16, AMX), which makes it 14 times slower; leave it out")
-    return device
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 matrices itself; Linux, elsewhere no."""
-    with contextlib.suppress(OSError):
-        return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()))
-    return False
-
-
-def check_memory(needed: int, what: str, remedy: str) -> None:
-    """Says what takes more than 1 GB (bytes) before it is taken. Exits with one line when there is not enough."""
-    if needed < 1 << 30:
-        return
-    print(f"{what}: {needed / 1e9:.1f} GB", flush=True)
-    free = free_memory()
-    if needed > free:
-        fail(f"{what} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; {remedy}")
-
-
-def free_memory() -> float:
-    """Bytes that can still be taken, swap and other programs apart; infinite where the system does not say."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-        return 1024.0 * int(found[1])
-    return float("inf")
-
-
-def pack_tensors(tensors: list[Tensor]) -> bytes:
-    """Tensors one after the other, as float32."""
-    return torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy().tobytes()
-
-
-def unpack_tensors(data: bytes, tensors: list[Tensor]) -> None:
-    """Fills `tensors` with what `pack_tensors` made of such. Exits with one line when they are not of these shapes."""
-    vector = torch.frombuffer(bytearray(data), dtype=torch.float32)
-    sizes = [tensor.numel() for tensor in tensors]
-    if len(vector) != sum(sizes):
-        fail("the learner's policy has another size; give actor and learner the same flags")
-    for tensor, values in zip(tensors, vector.split(sizes), strict=True):
-        tensor.copy_(values.reshape(tensor.shape))
-
-
-def load_generator(generator: torch.Generator, state: Tensor, other_seed: int) -> None:
-    """The generator as it was; `other_seed` when the state is a GPU's and is read on a CPU, or vice versa."""
-    if state.shape == generator.get_state().shape:
-        generator.set_state(state.cpu())
-    else:
-        generator.manual_seed(other_seed)
-
-
-class Graphed:
-    """A function of tensors on a GPU as one CUDA graph: everything that it launches is launched together.
-
-    Its first `eager` calls run as usual on a side stream (they compile, and fill the optimizers), then one is captured
-    for each value of the keyword arguments. The results are the same tensors in every call.
+    With the flags `new`, or `again` once there is a run in `folder`; its output goes to a file beside that.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], generator: torch.Generator, eager: int):
-        self.function, self.generator, self.eager = function, generator, eager
-        self.calls = 0
-        self.graphs: dict[tuple, tuple] = {}
+    def __init__(self, script: str, new: list[str], again: list[str], folder: Path):
+        self.script, self.new, self.again, self.folder = script, new, again, folder
+        self.log = folder.with_suffix(".log")
+        self.lock = folder.with_suffix(".lock")
+        self.start()
 
-    def __call__(self, *inputs: Tensor, **options: bool) -> dict[str, Tensor]:
-        self.calls += 1
-        if self.calls <= self.eager:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                results = self.function(*inputs, **options)
-            torch.cuda.current_stream().wait_stream(stream)
-            return results
-        key = tuple(options.items())
-        if key not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            static_inputs = [tensor.clone() for tensor in inputs]
-            graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader pins memory meanwhile
-                results = self.function(*static_inputs, **options)
-            self.graphs[key] = graph, static_inputs, results
-        graph, static_inputs, results = self.graphs[key]
-        for static, tensor in zip(static_inputs, inputs, strict=True):
-            static.copy_(tensor)
-        graph.replay()
-        return results
+    def start(self) -> None:
+        """Waits for one whose parent was killed, and which may still be saving: it holds the lock while it lives."""
+        with self.log.open("ab") as log, self.lock.open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            flags = self.again if (self.folder / "args.json").exists() else self.new
+            self.process = subprocess.Popen(
+                [sys.executable, os.path.abspath(self.script), *flags],
+                stdout=log,
+                stderr=log,
+                stdin=subprocess.DEVNULL,
+                pass_fds=[lock.fileno()],
+                preexec_fn=end_with_parent,
+                start_new_session=True,
+            )
+
+    def finished(self) -> bool:
+        """Whether it has ended well. Starts it again if it was killed.
+
+        Exits with its last line when it has said why it cannot go on.
+        """
+        code = self.process.poll()
+        if code is None or code == 0:
+            return code == 0
+        if code > 0:
+            last = self.log.read_text(errors="replace").strip().splitlines()[-1]
+            fail(f"the {self.folder.name} ended: {last.partition('.py: ')[2] or last} (see {self.log})")
+        print(f"the {self.folder.name} was ended by signal {-code} and is started again", file=sys.stderr, flush=True)
+        self.start()
+        return False
+
+    def end(self) -> None:
+        """Asks it to end, and waits until it has saved and done so."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        self.process.wait()
+
+
+def end_with_parent() -> None:
+    """In the child, before it runs: a lower priority, and SIGTERM when its parent dies (Linux)."""
+    os.nice(10)
+    if LIBC:
+        LIBC.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG

@@ -664,7 +664,7 @@ def test_a_wide_state_takes_the_memory_of_the_steps_asked_for(tmp_path, monkeypa
     _, agent, buffer, _ = sac_state_sim.start(args, task, lambda env: sac_state_sim.wrap_states(env, args))
     assert buffer.capacity == 60
     agent.obs_dim = 4096
-    monkeypatch.setattr("common.setup.free_memory", lambda: 16e9)
+    monkeypatch.setattr("common.tensors.free_memory", lambda: 16e9)
     with pytest.raises(
         SystemExit, match="replay buffer of 1,000,000 transitions needs 32.8 GB, 16.0 GB are free; give"
     ):

@@ -1,17 +1,21 @@
-"""common/setup.py: flags, as sac_state_sim.py has them, and what PyTorch is set up with."""
+"""common/setup.py: flags, as sac_state_sim.py has them, and a process beside this one."""
 
 import dataclasses
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import typing
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
-import torch
+from conftest import REPO, wait_until
 
 import sac_state_sim
-from common import setup
-from common.setup import RunArgs, check_memory, help_text, parse, set_up_torch
+from common.setup import Child, RunArgs, help_text, parse
 from sac_state_sim import Args
 
 
@@ -170,42 +174,92 @@ def test_every_flag_has_a_meaning():
         assert help_text(flags, "").count("\n  --") == len(dataclasses.fields(flags))
 
 
-# --- PyTorch ----------------------------------------------------------------------------------------------------------
-CPUS = [
-    ("flags : fpu avx2 avx512f avx512_bf16", True),
-    ("flags : fpu amx_bf16 amx_tile", True),
-    ("Features : fp asimd bf16", True),
-    ("flags : fpu avx2 avx512f", False),
-]
+# --- A process beside this one ----------------------------------------------------------------------------------------
+WORKER = """
+import pathlib, signal, sys, time
+
+folder = pathlib.Path(sys.argv[2])
+folder.mkdir(exist_ok=True)
+(folder / "args.json").touch()
+with (folder / "starts").open("a") as file:
+    file.write(sys.argv[1] + "\\n")
+if sys.argv[1] == "says":
+    raise SystemExit("worker.py: --demos: there are none")
 
 
-@pytest.mark.parametrize(("cpuinfo", "fast"), CPUS)
-def test_amp_only_where_it_is_fast(monkeypatch, cpuinfo, fast):
-    """R10: a CPU that would emulate bfloat16 is named, instead of ten times the time in silence."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(setup.Path, "read_text", lambda self: cpuinfo)
-    threads = torch.get_num_threads()
-    try:
-        assert set_up_torch(1, amp=False).type == "cpu"
-        if fast:
-            assert set_up_torch(1, amp=True).type == "cpu"
-        else:
-            with pytest.raises(SystemExit, match="--amp: this CPU has no bfloat16"):
-                set_up_torch(1, amp=True)
-    finally:
-        torch.set_num_threads(threads)
+def end(*_):
+    time.sleep(0.5)  # saves
+    (folder / "saved").touch()
+    raise SystemExit(0)
 
 
-def test_memory_is_announced_and_refused_in_one_line(monkeypatch, capsys):
-    """S5: before it is taken; what is small is not mentioned."""
-    monkeypatch.setattr(setup, "free_memory", lambda: 5e9)
-    check_memory(10**8, "buffer", "smaller")
-    assert capsys.readouterr().out == ""
-    check_memory(4 * 10**9, "buffer", "smaller")
-    assert capsys.readouterr().out == "buffer: 4.0 GB\n"
-    with pytest.raises(SystemExit, match=r"buffer needs 6.0 GB, 5.0 GB are free; give a smaller --buffer-size"):
-        check_memory(6 * 10**9, "buffer", "give a smaller --buffer-size")
+signal.signal(signal.SIGTERM, end)
+while not (folder / "enough").exists():
+    time.sleep(0.01)
+"""
+PARENT = """
+import pathlib, sys, time
+
+sys.path.insert(0, sys.argv[1])
+from common.setup import Child
+
+folder = pathlib.Path(sys.argv[3])
+Child(sys.argv[2], ["new", str(folder)], ["again", str(folder)], folder)
+time.sleep(60)
+"""
 
 
-def test_free_memory_is_a_number_of_bytes():
-    assert 1e7 < setup.free_memory() < 1e14 or setup.free_memory() == float("inf")
+def starts(folder: Path) -> list[str]:
+    return (folder / "starts").read_text().split() if (folder / "starts").exists() else []
+
+
+@pytest.fixture
+def worker(tmp_path) -> Path:
+    path = tmp_path / "worker.py"
+    path.write_text(WORKER)
+    return path
+
+
+def test_child_that_is_killed_goes_on(worker, tmp_path, capsys):
+    folder = tmp_path / "learner"
+    child = Child(str(worker), ["new", str(folder)], ["again", str(folder)], folder)
+    wait_until(lambda: starts(folder) == ["new"])
+    assert not child.finished()
+    assert os.getpriority(os.PRIO_PROCESS, child.process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10
+    child.process.kill()
+    child.process.wait()
+    assert not child.finished() and "the learner was ended by signal 9 and is started again" in capsys.readouterr().err
+    wait_until(lambda: starts(folder) == ["new", "again"])
+    (folder / "enough").touch()
+    wait_until(child.finished)
+    child.end()  # of one that has ended
+    assert not (folder / "saved").exists()
+
+
+def test_child_that_says_why_is_heard(worker, tmp_path):
+    folder = tmp_path / "learner"
+    child = Child(str(worker), ["says", str(folder)], [], folder)
+    child.process.wait()
+    with pytest.raises(SystemExit, match=r"the learner ended: --demos: there are none \(see .*learner.log\)"):
+        child.finished()
+
+
+def test_child_saves_when_it_is_asked_to_end(worker, tmp_path):
+    folder = tmp_path / "learner"
+    child = Child(str(worker), ["new", str(folder)], [], folder)
+    wait_until(lambda: starts(folder))
+    child.end()
+    assert (folder / "saved").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child does not learn that its parent was killed")
+def test_child_saves_when_its_parent_is_killed_and_the_next_one_waits_for_it(worker, tmp_path):
+    folder = tmp_path / "learner"
+    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(REPO), str(worker), str(folder)])
+    wait_until(lambda: starts(folder))
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    child = Child(str(worker), ["new", str(folder)], ["again", str(folder)], folder)
+    assert (folder / "saved").exists() and starts(folder)[:1] == ["new"]
+    wait_until(lambda: starts(folder) == ["new", "again"])
+    child.end()

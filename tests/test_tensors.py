@@ -1,4 +1,4 @@
-"""common/normalizer.py: running statistics that are numpy's, and that no single value can ruin."""
+"""common/tensors.py: how PyTorch is set up; running statistics that are numpy's and stand spikes."""
 
 import io
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from common.normalizer import RunningNormalizer
+from common import tensors
+from common.tensors import RunningNormalizer, check_memory, set_up_torch
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -77,3 +78,44 @@ def test_they_start_with_32_observations():
     spiked[17, 1] = 1e9
     at_once.update(spiked)
     assert at_once.var[1].sqrt().item() < 5 * np.delete(x[:, 1].numpy(), 17).std()
+
+
+# --- PyTorch on this machine ------------------------------------------------------------------------------------------
+CPUS = [
+    ("flags : fpu avx2 avx512f avx512_bf16", True),
+    ("flags : fpu amx_bf16 amx_tile", True),
+    ("Features : fp asimd bf16", True),
+    ("flags : fpu avx2 avx512f", False),
+]
+
+
+@pytest.mark.parametrize(("cpuinfo", "fast"), CPUS)
+def test_amp_only_where_it_is_fast(monkeypatch, cpuinfo, fast):
+    """R10: a CPU that would emulate bfloat16 is named, instead of ten times the time in silence."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(tensors.Path, "read_text", lambda self: cpuinfo)
+    threads = torch.get_num_threads()
+    try:
+        assert set_up_torch(1, amp=False).type == "cpu"
+        if fast:
+            assert set_up_torch(1, amp=True).type == "cpu"
+        else:
+            with pytest.raises(SystemExit, match="--amp: this CPU has no bfloat16"):
+                set_up_torch(1, amp=True)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_memory_is_announced_and_refused_in_one_line(monkeypatch, capsys):
+    """S5: before it is taken; what is small is not mentioned."""
+    monkeypatch.setattr(tensors, "free_memory", lambda: 5e9)
+    check_memory(10**8, "buffer", "smaller")
+    assert capsys.readouterr().out == ""
+    check_memory(4 * 10**9, "buffer", "smaller")
+    assert capsys.readouterr().out == "buffer: 4.0 GB\n"
+    with pytest.raises(SystemExit, match=r"buffer needs 6.0 GB, 5.0 GB are free; give a smaller --buffer-size"):
+        check_memory(6 * 10**9, "buffer", "give a smaller --buffer-size")
+
+
+def test_free_memory_is_a_number_of_bytes():
+    assert 1e7 < tensors.free_memory() < 1e14 or tensors.free_memory() == float("inf")

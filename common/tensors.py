@@ -1,0 +1,164 @@
+"""PyTorch on this machine: device, memory, tensors as bytes, CUDA graphs; observations scaled by what has been seen."""
+
+import contextlib
+import ctypes
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from common.setup import fail
+
+
+def set_up_torch(threads: int, amp: bool) -> torch.device:
+    """Precision, threads and memory for speed; the device: a GPU if there is one.
+
+    Exits with one line when `amp` asks for bfloat16 of a CPU that would have to emulate it.
+    """
+    torch.set_num_threads(max(1, threads))
+    torch.set_float32_matmul_precision("medium")  # a GPU's TF32; on a CPU oneDNN, on AMD twice as fast as MKL
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: keep freed activations, rather than have the
+        libc.mallopt(-3, 1 << 25)  # system map them anew in every update
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if amp and device.type == "cpu" and not cpu_has_bfloat16():
+        fail("--amp: this CPU has no bfloat16 units (AVX512-BF16, AMX), which makes it 14 times slower; leave it out")
+    return device
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 matrices itself; Linux, elsewhere no."""
+    with contextlib.suppress(OSError):
+        return bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", Path("/proc/cpuinfo").read_text()))
+    return False
+
+
+def check_memory(needed: int, what: str, remedy: str) -> None:
+    """Says what takes more than 1 GB (bytes) before it is taken. Exits with one line when there is not enough."""
+    if needed < 1 << 30:
+        return
+    print(f"{what}: {needed / 1e9:.1f} GB", flush=True)
+    free = free_memory()
+    if needed > free:
+        fail(f"{what} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free; {remedy}")
+
+
+def free_memory() -> float:
+    """Bytes that can still be taken, swap and other programs apart; infinite where the system does not say."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+        return 1024.0 * int(found[1])
+    return float("inf")
+
+
+def pack_tensors(tensors: list[Tensor]) -> bytes:
+    """Tensors one after the other, as float32."""
+    return torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy().tobytes()
+
+
+def unpack_tensors(data: bytes, tensors: list[Tensor]) -> None:
+    """Fills `tensors` with what `pack_tensors` made of such. Exits with one line when they are not of these shapes."""
+    vector = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    sizes = [tensor.numel() for tensor in tensors]
+    if len(vector) != sum(sizes):
+        fail("the learner's policy has another size; give actor and learner the same flags")
+    for tensor, values in zip(tensors, vector.split(sizes), strict=True):
+        tensor.copy_(values.reshape(tensor.shape))
+
+
+def load_generator(generator: torch.Generator, state: Tensor, other_seed: int) -> None:
+    """The generator as it was; `other_seed` when the state is a GPU's and is read on a CPU, or vice versa."""
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state.cpu())
+    else:
+        generator.manual_seed(other_seed)
+
+
+class Graphed:
+    """A function of tensors on a GPU as one CUDA graph: everything that it launches is launched together.
+
+    Its first `eager` calls run as usual on a side stream (they compile, and fill the optimizers), then one is captured
+    for each value of the keyword arguments. The results are the same tensors in every call.
+    """
+
+    def __init__(self, function: Callable[..., dict[str, Tensor]], generator: torch.Generator, eager: int):
+        self.function, self.generator, self.eager = function, generator, eager
+        self.calls = 0
+        self.graphs: dict[tuple, tuple] = {}
+
+    def __call__(self, *inputs: Tensor, **options: bool) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls <= self.eager:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                results = self.function(*inputs, **options)
+            torch.cuda.current_stream().wait_stream(stream)
+            return results
+        key = tuple(options.items())
+        if key not in self.graphs:
+            graph = torch.cuda.CUDAGraph()
+            static_inputs = [tensor.clone() for tensor in inputs]
+            graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a loader pins memory meanwhile
+                results = self.function(*static_inputs, **options)
+            self.graphs[key] = graph, static_inputs, results
+        graph, static_inputs, results = self.graphs[key]
+        for static, tensor in zip(static_inputs, inputs, strict=True):
+            static.copy_(tensor)
+        graph.replay()
+        return results
+
+
+class RunningNormalizer(nn.Module):
+    """Running mean and variance of observations; the identity until FIRST of them have come.
+
+    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
+    """
+
+    FIRST, REACH = 32, 10
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("var", torch.ones(dim))
+        self.register_buffer("low", torch.zeros(dim))
+        self.register_buffer("high", torch.zeros(dim))
+        self.register_buffer("first", torch.zeros(self.FIRST, dim))  # the first observations, until they are enough
+        self.register_buffer("waiting", torch.zeros((), dtype=torch.long))  # how many these are
+
+    def update(self, obs: Tensor) -> None:
+        """Takes in observations (N, O)."""
+        parts = [obs]
+        if self.count == 0:
+            parts = [*(row[None] for row in self.first[: self.waiting]), obs]
+            seen = torch.cat(parts)
+            if len(seen) < self.FIRST:
+                self.first[: len(seen)] = seen
+                self.waiting.fill_(len(seen))
+                return
+            outer = 1 + len(seen) // 100  # at either end they may be spikes
+            self.low.copy_(seen.kthvalue(1 + outer, 0).values)
+            self.high.copy_(seen.kthvalue(len(seen) - outer, 0).values)
+        for part in parts:
+            self.add(part)
+
+    def add(self, obs: Tensor) -> None:
+        """Chan et al. 1979, parallel variance."""
+        reach = self.REACH * (self.high - self.low).clamp(min=1)
+        obs = obs.clamp(self.low - reach, self.high + reach)
+        self.low.copy_(torch.minimum(self.low, obs.amin(0)))
+        self.high.copy_(torch.maximum(self.high, obs.amax(0)))
+        total = self.count + len(obs)
+        delta = obs.mean(0) - self.mean
+        weight = len(obs) / total
+        self.var += weight * (obs.var(0, correction=0) - self.var + (1 - weight) * delta.square())
+        self.mean += weight * delta
+        self.count.copy_(total)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
