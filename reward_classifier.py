@@ -45,6 +45,7 @@ from torch import Tensor
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, vision
+from common.episodes import expert_of
 from common.run import Run
 from common.setup import ends_well, fail, flag, parse, write_atomically
 from common.success import SuccessClassifier, SuccessDetector, differences_of_pictures, log_odds
@@ -610,7 +611,7 @@ def watch(args: Args) -> None:
         detector = SuccessDetector.load(args.watch, envs.fingerprint(env))
     except ValueError as error:
         fail(f"--watch {error}")
-    expert = envs.expert_of(env, "--teleop expert") if args.teleop == "expert" else None
+    expert = expert_of(env, "--teleop expert") if args.teleop == "expert" else None
     live = sys.stdout.isatty()
     for number in range(args.episodes):
         obs, _ = env.reset(seed=envs.episode_seed(args.seed, 1, number))
