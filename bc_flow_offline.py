@@ -65,6 +65,7 @@ from common.evaluation import (
     get_wandb_video,
     means,
     plot_curves,
+    say_no_video,
     roll_out,
     write_grid,
 )
@@ -1046,7 +1047,7 @@ class Evaluation:
                 else:
                     write_grid(renders, path, fps)
         except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
-            print(f"no video: {error}; afterwards --eval-only {args.run_dir} writes it", file=sys.stderr)
+            say_no_video(error, args.run_dir)
 
     def log(self, agent: BCAgent, run: Run, logger: LoggingHelper) -> dict[str, float]:
         """A row of eval.csv, with video_episodes a video beside it."""

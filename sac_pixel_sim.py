@@ -5,7 +5,7 @@
     python sac_pixel_sim.py --resume RUN_DIR                        # go on after Ctrl-C or a crash
     python sac_pixel_sim.py --encoder resnet10 --image-size 128 --pretrained resnet10_params.pkl  # needs SERL's file
     python sac_pixel_sim.py --reward vice                           # the reward is learned from images of success
-    python sac_pixel_sim.py --env-id Hopper-v5 --cameras render --demos 0   # needs MUJOCO_GL=egl without a display
+    python sac_pixel_sim.py --env-id Hopper-v5 --cameras render --demos 0   # needs a task that renders
     python sac_pixel_sim.py --role learner                          # needs an actor; SERL's two processes
     python sac_pixel_sim.py --role actor --address 127.0.0.1:5588   # needs a learner; as many as you like
 

@@ -34,7 +34,7 @@ import numpy as np
 from gymnasium import spaces
 
 from common import d4rl
-from common.envs import HUGE, Checked, Episode, layout, looks_like_image
+from common.envs import HUGE, Checked, Episode, choose_opengl, layout, looks_like_image, time_limited, with_opengl
 from common.setup import Fault, fail
 
 
@@ -611,8 +611,11 @@ def make_task(dataset, render: bool = False) -> gym.Env | None:
     """
     options = {"render_mode": "rgb_array"} if render else {}
     try:
-        env = Foreign(Checked(recover(dataset, options), f"the task of {dataset.id}"))
+        task = with_opengl(lambda: recover(dataset, options), f"the task of {dataset.id}")
+        env = Foreign(Checked(task, f"the task of {dataset.id}"))
         env.reset(seed=0)
+    if render:
+        choose_opengl()
     except Exception as error:  # noqa: BLE001
         remedy = f"; pip install {pip_name(error.name)}" if isinstance(error, ImportError) and error.name else ""
         plain = isinstance(error, ImportError | gym.error.Error | Misfit | Fault)
@@ -662,7 +665,7 @@ def recover(dataset, options: dict) -> gym.Env:
         if about.get("reference") == "D4RL":
             kind = about.get("d4rl") or d4rl.kind_of(re.sub("^d4rl/|-[0-9a-f]{8}(?=-v)", "", dataset.id))
             return d4rl.make_robot(kind, bool(about.get("contact_forces")), options)
-        return dataset.recover_environment(eval_env=True, **options)
+        return time_limited(dataset.recover_environment(eval_env=True, **options), f"the task of {dataset.id}")
 
 
 def pip_name(module: str) -> str:

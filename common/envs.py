@@ -1,6 +1,8 @@
 """Tasks: made with one-line errors, checked at every step, wrapped, demonstrated, recorded."""
 
 import copy
+import ctypes.util
+import importlib
 import json
 import math
 import os
@@ -31,14 +33,66 @@ def make(env_id: str, render: bool = False, option: str = "--env-id", **options)
         sys.path.append(os.getcwd())
     if render:
         options["render_mode"] = "rgb_array"
+        choose_opengl()
     try:
-        env = gym.make(env_id, disable_env_checker=True, **options)
+        env = with_opengl(lambda: gym.make(env_id, disable_env_checker=True, **options), f"{option} {env_id}")
     except (gym.error.Error, ImportError) as error:
         fail(f"{option} {env_id}: {error}")
-    if env.spec is None or env.spec.max_episode_steps is None:
-        say_once(f"{env_id} has no registered time limit; its episodes are cut after {LONGEST_EPISODE:,} steps")
-        env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
-    return Checked(env, env_id)
+    return Checked(time_limited(env, env_id), env_id)
+
+
+def time_limited(env: gym.Env, name: str) -> gym.Env:
+    """The task, with a long time limit if it has none: an evaluation would not end."""
+    if env.spec is not None and env.spec.max_episode_steps is not None:
+        return env
+    say_once(f"{name} has no registered time limit; its episodes are cut after {LONGEST_EPISODE:,} steps")
+    return gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
+
+
+def choose_opengl() -> None:
+    """Without a display and MUJOCO_GL: what renders later will take the library that is installed, EGL or OSMesa."""
+    if sys.platform != "linux" or any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))):
+        return
+    installed = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
+    if installed:
+        os.environ["MUJOCO_GL"] = installed[0].lower()
+
+
+def with_opengl(make_task: Callable[[], gym.Env], name: str) -> gym.Env:
+    """What `make_task` makes, also where it wants OpenGL for states (gym-hil). Raises Fault when there is none."""
+    try:
+        return make_task()
+    except Exception as error:
+        if not is_opengls(error):
+            raise
+    choose_opengl()
+    try:
+        load_opengl()
+        return make_task()
+    except Exception as error:
+        if not is_opengls(error):
+            raise
+        raise Fault(f"{name}: {with_remedy(error)}") from error
+
+
+def load_opengl() -> None:
+    """MuJoCo looked at MUJOCO_GL when it was imported; it looks again."""
+    try:
+        importlib.reload(importlib.import_module("mujoco.rendering.classic.gl_context"))
+    except (AttributeError, ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(f"OpenGL does not load ({error})") from error
+
+
+def is_opengls(error: Exception) -> bool:
+    """Whether OpenGL is missing. FatalError is MuJoCo's, which need not be installed."""
+    return "OpenGL" in str(error) or (type(error).__name__ == "FatalError" and "GL" in str(error))
+
+
+def with_remedy(error: Exception) -> str:
+    """An error's message, and how OpenGL is had if it is missing."""
+    if not is_opengls(error) or "apt-get" in str(error):
+        return str(error)
+    return f"{error}; set MUJOCO_GL=egl; if that is missing: apt-get install -y libegl1 libgl1-mesa-dri"
 
 
 @cache
@@ -178,6 +232,12 @@ class ScaledActions(gym.ActionWrapper):
     def action(self, action):
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
         return np.clip(middle + half * action, self.low, self.high).astype(self.action_space.dtype)
+
+def picture(env: gym.Env):
+    """The newest frame that a task renders; some give a list."""
+    image = env.render()
+    return image[-1] if isinstance(image, list | tuple) else image
+
 
 
 class AnySuccess(gym.Wrapper):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor
 
-from common.envs import looks_like_image
+from common.envs import is_opengls, looks_like_image, picture, with_remedy
 from common.setup import Fault, fail
 
 
@@ -32,9 +32,9 @@ def one_line_without_opengl(env_id: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ != "FatalError" and "OpenGL" not in str(error):  # FatalError: MuJoCo's
+        if isinstance(error, Fault) or not is_opengls(error):
             raise
-        fail(f"--env-id {env_id}: {error}. Set MUJOCO_GL=egl; if that is missing: apt-get install -y libegl1")
+        fail(f"--env-id {env_id}: {with_remedy(error)}")
 
 
 class Rendered(gym.ObservationWrapper):
@@ -46,8 +46,7 @@ class Rendered(gym.ObservationWrapper):
         self.observation_space = spaces.Box(0, 255, self.picture().shape, np.uint8)
 
     def picture(self) -> np.ndarray:
-        image = self.env.render()
-        image = image[-1] if isinstance(image, list) else image
+        image = picture(self.env)
         if np.ndim(image) != 3 or np.asarray(image).dtype != np.uint8:
             raise Fault(f"--cameras render: render() gives {type(image).__name__}, not an image (H, W, 3) of bytes")
         return image

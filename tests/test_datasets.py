@@ -30,7 +30,8 @@ from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, w
 
 import bc_flow_offline
 from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
-from common import d4rl, datasets
+from common import d4rl, datasets, envs
+from common.setup import Fault
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 SCRIPT, CPU = "bc_flow_offline.py", torch.device("cpu")
@@ -1076,6 +1077,20 @@ def test_b6_tasks_that_this_version_cannot_make(capsys, old, new):
     else:
         assert env is None and no_evaluation(capsys)
     assert train.size == 14
+
+
+def test_a_task_without_a_time_limit_is_cut(monkeypatch, capsys):
+    """R3: an evaluation would not end."""
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=1)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('\\"kwargs\\": {}', '\\"kwargs\\": {\\"length\\": 1000}'))
+    monkeypatch.setattr(envs, "LONGEST_EPISODE", 30)
+    envs.say_once.cache_clear()
+    env, *_ = make_env_and_datasets("own/data-v0")
+    env.reset(seed=0)
+    assert [env.step(np.zeros(1, np.float32))[3] for _ in range(30)] == [False] * 29 + [True]
+    said = "the task of own/data-v0 has no registered time limit; its episodes are cut after 30 steps\n"
+    assert capsys.readouterr().err == said
 
 
 def test_b6_data_of_a_newer_minari(capsys):

@@ -61,6 +61,90 @@ def test_a_task_without_a_time_limit_gets_one(monkeypatch, capsys):
 
 # --- Checked ----------------------------------------------------------------------------------------------------------
 class Odd(gym.Env):
+gym.register("Wrapped-v0", lambda **options: gym.wrappers.TimeLimit(probe_envs.Endless(**options), 5))
+
+
+def test_a_time_limit_that_only_its_wrapper_knows(monkeypatch, capsys):
+    """R3: nothing is said, and nothing is added."""
+    monkeypatch.setattr(probe_envs.time, "sleep", lambda seconds: None)
+    envs.say_once.cache_clear()
+    env = envs.make("Wrapped-v0")
+    env.reset(seed=0)
+    assert [env.step(np.zeros(1))[3] for _ in range(5)] == [False] * 4 + [True]
+    assert capsys.readouterr().err == ""
+
+
+# --- OpenGL -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("variables", "libraries", "chosen"),
+    [
+        ({}, ("EGL", "OSMesa"), "egl"),
+        ({}, ("OSMesa",), "osmesa"),
+        ({}, (), None),
+        ({"DISPLAY": ":0"}, ("EGL",), None),
+        ({"WAYLAND_DISPLAY": "wayland-0"}, ("EGL",), None),
+        ({"MUJOCO_GL": "osmesa"}, ("EGL",), "osmesa"),
+    ],
+)
+def test_the_library_that_renders_without_a_display(monkeypatch, variables, libraries, chosen):
+    for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.setenv(name, "")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(envs.sys, "platform", "linux")
+    monkeypatch.setattr(envs.ctypes.util, "find_library", lambda name: name if name in libraries else None)
+    envs.choose_opengl()
+    assert envs.os.environ["MUJOCO_GL"] == (chosen or "")
+
+
+class FatalError(Exception):
+    """Stands for MuJoCo's."""
+
+
+NO_LIBRARY = FatalError("an OpenGL platform library has not been loaded into this process")
+
+
+@pytest.mark.parametrize(
+    ("errors", "outcome"),
+    [
+        ([], "made"),
+        ([NO_LIBRARY], "made"),
+        ([NO_LIBRARY, NO_LIBRARY], "--env-id Arm-v0: an OpenGL platform .* set MUJOCO_GL=egl; .*: apt-get install"),
+        ([FatalError("gladLoadGL error")], "made"),
+        ([FatalError("the simulation is unstable")], "unstable"),
+        ([NO_LIBRARY, ValueError("gear")], "gear"),
+    ],
+)
+def test_a_task_that_renders_before_it_is_asked_to(monkeypatch, errors, outcome):
+    """gym-hil makes a renderer for states, too: MuJoCo gets its library, and the task a second try."""
+    loaded, errors = [], list(errors)
+    monkeypatch.setattr(envs, "choose_opengl", lambda: None)
+    monkeypatch.setattr(envs, "load_opengl", lambda: loaded.append(len(errors)))
+
+    def make():
+        if errors:
+            raise errors.pop(0)
+        return "made"
+
+    if outcome == "made":
+        assert envs.with_opengl(make, "--env-id Arm-v0") == "made"
+    else:
+        with pytest.raises((Fault, FatalError, ValueError), match=outcome) as error:
+            envs.with_opengl(make, "--env-id Arm-v0")
+        assert isinstance(error.value, Fault) == outcome.startswith("--env-id")
+    assert len(loaded) <= 1 and not errors
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch):
+    monkeypatch.setattr(envs.importlib, "reload", lambda module: module.no_such_attribute)
+
+    def make():
+        raise NO_LIBRARY
+
+    with pytest.raises(Fault, match=r"Arm-v0: OpenGL does not load \(.*no_such_attribute.*apt-get install"):
+        envs.with_opengl(make, "Arm-v0")
+
+
     """A task whose reset and step return what a test gives."""
 
     action_space = spaces.Box(-1, 1, (1,))

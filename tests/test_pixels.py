@@ -92,7 +92,32 @@ def test_images_in_any_form_become_the_same(form):
     assert np.array_equal(env.reset()[0]["images"], original[None])
 
 
-def test_images_are_resized_by_area_and_a_squeezed_one_is_told():
+@pytest.mark.parametrize(
+    ("high", "stored", "given", "words"),
+    [
+        (255, np.uint8, np.int64([0, 200, 255]), None),
+        (1, np.float32, np.float32([0, 200 / 255, 1]), None),
+        (255, np.uint8, np.float32([0, 0.8, 1]), "cam holds float32 in 0 ... 1, its space says uint8 in 0 ... 255"),
+        (255, np.uint8, np.int64([0, 200, 256]), "cam holds int64 in 0 ... 256, its space says uint8"),
+        (1, np.float32, np.float32([0, 200, 255]), "cam holds float32 in 0 ... 255, its space says float32 in 0 ... 1"),
+        (1, np.float32, np.uint8([0, 200, 255]), "cam holds uint8 in 0 ... 255, its space says float32"),
+        (1, np.float32, np.float32([-1, 0.5, 1]), "cam holds float32 in -1 ... 1"),
+    ],
+)
+def test_images_that_are_not_what_their_space_says(high, stored, given, words):
+    """S3: taken where it is sure what they are, else named; they would be black, or turn over."""
+    space = spaces.Dict({"cam": spaces.Box(0, high, (12, 12, 3), stored), "state": VECTOR})
+    obs = {"cam": np.tile(np.repeat(given, 3), (12, 4)).reshape(12, 12, 3), "state": np.zeros(2)}
+    env = ImagesAndState(Shows(space, obs), "T-v0", (), 12)
+    if words:
+        with pytest.raises(Fault, match=re.escape(words)):
+            env.reset()
+    else:
+        assert sorted(set(env.reset()[0]["images"].ravel())) == [0, 200, 255]
+
+
+def test_images_are_resized_by_area_and_a_squeezed_one_is_told(capsys):
+    """P6"""
     wide, square = pixels(16, 32, 3), pixels(32, 32, 3)
     space = spaces.Dict({"wide": image(16, 32, 3), "square": image(32, 32, 3)})
     env = ImagesAndState(Shows(space, {"wide": wide, "square": square}), "T-v0", (), 8)
@@ -102,6 +127,8 @@ def test_images_are_resized_by_area_and_a_squeezed_one_is_told():
     assert np.abs(small - means).max() <= 0.5
     assert env.reset()[0]["state"].shape == (0,)
 
+    module.views_of(gym.wrappers.FrameStackObservation(env, 1))
+    assert capsys.readouterr().out == "wide is not square: it is squeezed to 8 x 8\n"
 
 @pytest.mark.parametrize(
     ("space", "words"),
@@ -150,12 +177,15 @@ def test_the_rendered_picture_as_observation(as_list):
 def test_only_opengl_s_errors_become_one_line():
     line = "--env-id T-v0: Images need OpenGL.*apt-get install -y libegl1"
     with pytest.raises(SystemExit, match=line), one_line_without_opengl("T-v0"):
-        raise RuntimeError("Images need OpenGL, run: apt-get install")
+        raise RuntimeError("Images need OpenGL")
+    with pytest.raises(SystemExit, match="apt-get install x$"), one_line_without_opengl("T-v0"):
+        raise RuntimeError("Images need OpenGL, run: apt-get install x")  # has its remedy
     with pytest.raises(RuntimeError, match="camera 2"), one_line_without_opengl("T-v0"):
         raise RuntimeError("camera 2: frame timeout")
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
+    """P6: another error of the task keeps its traceback."""
 def frame(number: int) -> np.ndarray:
     return np.full((2, 3), number, np.uint8)
 
