@@ -103,8 +103,8 @@ def say_once(text: str) -> None:
 class Checked(gym.Wrapper):
     """Passes on what a task says, and raises Fault, which names the culprit, where it breaks gymnasium's rules.
 
-    Observations are copies, so that a task may write into the same array in each step. Rewards are floats. Wrappers of
-    one's own are checked by another one around them.
+    Observations and actions are copies, so that a task may write into the same array in each step, or into what it is
+    given. Rewards are floats. Wrappers of one's own are checked by another one around them.
     """
 
     RESET = "reset(self, *, seed=None, options=None) must return (observation, info)"
@@ -122,7 +122,7 @@ class Checked(gym.Wrapper):
 
     def step(self, action):
         self.steps += 1
-        obs, reward, terminated, truncated, info = self.called(self.STEP, 5, self.env.step, action)
+        obs, reward, terminated, truncated, info = self.called(self.STEP, 5, self.env.step, copy.copy(action))
         obs = self.checked(obs)
         if np.size(reward) != 1 or np.asarray(reward).dtype.kind not in "fiub":
             raise Fault(f"{self.name}: the reward of step {self.steps} is {reward!r}, not a number")
@@ -185,6 +185,24 @@ class Checked(gym.Wrapper):
                 f"{self.name}: {name} is {value:.4g} at step {self.steps} of an episode; "
                 "give a number in its place in a wrapper (make_env)"
             )
+
+
+def truth(info: dict, *names: str) -> float:
+    """What the first of `names` that a task's info has says, 0 or 1 or between; NaN where it has none of them.
+
+    Raises Fault when that is something else: text, for one, is never false.
+    """
+    for name in names:
+        if name in info:
+            value = np.asarray(info[name])
+            if (
+                value.size == 1
+                and value.dtype.kind in "biuf"
+                and (0 <= value.item() <= 1 or value.item() != value.item())
+            ):
+                return float(value.item())
+            raise Fault(f"the task's info[{name!r}] is {info[name]!r}, not True or False; change success() (TASK)")
+    return math.nan
 
 
 def check_actions(env: gym.Env, env_id: str) -> None:

@@ -464,6 +464,48 @@ def test_recorder_keeps_episodes_and_copies():
 
 
 # --- Demonstrations ---------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"success": True}, 1),
+        ({"success": np.False_, "is_success": True}, 0),
+        ({"is_success": np.array([1.0])}, 1),
+        ({"succeed": np.float32(0.25)}, 0.25),
+        ({"success": math.nan}, math.nan),
+        ({"other": "yes"}, math.nan),
+    ],
+)
+def test_success_as_tasks_tell_it(info, expected):
+    """S10"""
+    assert envs.truth(info, "success", "is_success", "succeed") == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", ["yes", "False", None, 3, -1.0, [True, False], {}])
+def test_success_that_is_no_truth_value(value):
+    """S10: text is never false, a count is no rate."""
+    with pytest.raises(Fault, match=r"the task's info\['success'\] is .*success\(\) \(TASK\)"):
+        envs.truth({"success": value}, "success")
+
+
+class WritesIntoActions(probe_envs.Point):
+    """Scales its action in place."""
+
+    def step(self, action):
+        action *= 3
+        return super().step(action)
+
+
+def test_a_task_may_write_into_its_action():
+    """S1's kind: recorded is what was given."""
+    env = Recorder(Checked(WritesIntoActions(), "Writes-v0"))
+    env.reset(seed=1)
+    given = np.full(3, 0.25, np.float32)
+    for _ in range(20):
+        env.step(given)
+    (episode,) = env.episodes
+    assert given.tolist() == [0.25] * 3 and set(episode.actions.ravel()) == {0.25}
+
+
 def point() -> gym.Env:
     return envs.make("probe_envs:Point-v0")
 
