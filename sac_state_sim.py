@@ -186,6 +186,8 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
     for box in envs.leaves(space):
         if envs.looks_like_image(box):
             fail(f"--env-id {args.env_id}: observations of shape {box.shape} look like images; use sac_pixel_sim.py")
+        if isinstance(box, spaces.Text):
+            fail(f"--env-id {args.env_id}: observations hold {box}; leave it out in a wrapper (make_env)")
     if not space.is_np_flattenable:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
     envs.check_actions(env, args.env_id)

@@ -1,5 +1,6 @@
 """common/pixels.py: observations of any form with images in them, and frames in a memory-mapped file."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -126,9 +127,9 @@ def test_images_are_resized_by_area_and_a_squeezed_one_is_told(capsys):
     means = [square.reshape(8, 4, 8, 4, 3).mean((1, 3)), wide.reshape(8, 2, 8, 4, 3).mean((1, 3))]
     assert np.abs(small - means).max() <= 0.5
     assert env.reset()[0]["state"].shape == (0,)
-
     module.views_of(gym.wrappers.FrameStackObservation(env, 1))
     assert capsys.readouterr().out == "wide is not square: it is squeezed to 8 x 8\n"
+
 
 @pytest.mark.parametrize(
     ("space", "words"),
@@ -139,6 +140,7 @@ def test_images_are_resized_by_area_and_a_squeezed_one_is_told(capsys):
         ),
         (spaces.Dict({"rgb": image(16, 16, 3), "rgba": image(16, 16, 4)}), "cannot take rgba"),
         (spaces.Dict({"rgb": image(16, 16, 3), "stacked": image(4, 16, 16, 3)}), "cannot take stacked"),
+        (spaces.Dict({"rgb": image(16, 16, 3), "grid": image(7, 7, 3)}), "cannot take grid.*8 pixels.*in a wrapper"),
         (spaces.Dict({"state": VECTOR}), "observes no images; use sac_state_sim.py, or --cameras render"),
         (VECTOR, "observes no images"),
     ],
@@ -151,6 +153,12 @@ def test_what_cannot_be_taken_is_named(space, words):
         obs = {name: np.zeros(part.shape, part.dtype) for name, part in space.items()}
         env = ImagesAndState(Shows(space, obs), "T-v0", ("rgb",), 16)
         assert env.reset()[0]["state"].shape == (0,) and env.cameras == ("rgb",)
+
+
+def test_text_is_no_state():
+    space = spaces.Dict({"rgb": image(16, 16, 3), "task": spaces.Text(5)})
+    with pytest.raises(SystemExit, match=r"cannot take task, Text.*in a wrapper"):
+        ImagesAndState(Shows(space, None), "T-v0", (), 16)
 
 
 def test_unknown_cameras_and_small_tables():
@@ -175,6 +183,7 @@ def test_the_rendered_picture_as_observation(as_list):
 
 
 def test_only_opengl_s_errors_become_one_line():
+    """P6: another error of the task keeps its traceback."""
     line = "--env-id T-v0: Images need OpenGL.*apt-get install -y libegl1"
     with pytest.raises(SystemExit, match=line), one_line_without_opengl("T-v0"):
         raise RuntimeError("Images need OpenGL")
@@ -185,7 +194,6 @@ def test_only_opengl_s_errors_become_one_line():
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
-    """P6: another error of the task keeps its traceback."""
 def frame(number: int) -> np.ndarray:
     return np.full((2, 3), number, np.uint8)
 
