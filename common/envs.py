@@ -233,6 +233,12 @@ def looks_like_image(space: spaces.Space) -> bool:
     return len(sides) >= 2 and (space.dtype == np.uint8 or int(np.prod(sides)) > 256)
 
 
+def picture(env: gym.Env):
+    """The newest frame that a task renders; some give a list."""
+    image = env.render()
+    return image[-1] if isinstance(image, list | tuple) else image
+
+
 def episode_seed(seed: int, stream: int, episode: int) -> int:
     """The seed of an episode's reset; streams keep training (0), evaluation (1), demonstrations (2) apart."""
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
@@ -250,12 +256,6 @@ class ScaledActions(gym.ActionWrapper):
     def action(self, action):
         middle, half = (self.high + self.low) / 2, (self.high - self.low) / 2
         return np.clip(middle + half * action, self.low, self.high).astype(self.action_space.dtype)
-
-def picture(env: gym.Env):
-    """The newest frame that a task renders; some give a list."""
-    image = env.render()
-    return image[-1] if isinstance(image, list | tuple) else image
-
 
 
 class AnySuccess(gym.Wrapper):

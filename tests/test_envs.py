@@ -61,7 +61,6 @@ def test_a_task_without_a_time_limit_gets_one(monkeypatch, capsys):
 
 
 # --- Checked ----------------------------------------------------------------------------------------------------------
-class Odd(gym.Env):
 gym.register("Wrapped-v0", lambda **options: gym.wrappers.TimeLimit(probe_envs.Endless(**options), 5))
 
 
@@ -146,6 +145,7 @@ def test_a_library_that_does_not_load_is_named(monkeypatch):
         envs.with_opengl(make, "Arm-v0")
 
 
+class Odd(gym.Env):
     """A task whose reset and step return what a test gives."""
 
     action_space = spaces.Box(-1, 1, (1,))
@@ -464,7 +464,6 @@ def test_recorder_keeps_episodes_and_copies():
     assert episode.rewards.shape == (20,) and episode.info == {"success": episode.info["success"]}
 
 
-# --- Demonstrations ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
     ("info", "expected"),
     [
@@ -507,6 +506,7 @@ def test_a_task_may_write_into_its_action():
     assert given.tolist() == [0.25] * 3 and set(episode.actions.ravel()) == {0.25}
 
 
+# --- Demonstrations ---------------------------------------------------------------------------------------------------
 def point() -> gym.Env:
     return envs.make("probe_envs:Point-v0")
 
