@@ -34,7 +34,7 @@ import numpy as np
 from gymnasium import spaces
 
 from common import d4rl
-from common.envs import HUGE, Checked, Episode, choose_opengl, layout, looks_like_image, time_limited, with_opengl
+from common.envs import HUGE, Checked, Episode, layout, looks_like_image, time_limited, with_opengl
 from common.setup import Fault, fail
 
 
@@ -613,10 +613,8 @@ def make_task(dataset, render: bool = False) -> gym.Env | None:
     Somebody else's code may raise anything, and learning goes on all the same.
     """
     options = {"render_mode": "rgb_array"} if render else {}
-    if render:
-        choose_opengl()
     try:
-        task = with_opengl(lambda: recover(dataset, options), f"the task of {dataset.id}")
+        task = with_opengl(lambda: recover(dataset, options), f"the task of {dataset.id}", render)
         env = Foreign(Checked(task, f"the task of {dataset.id}"))
         env.reset(seed=0)
     except Exception as error:  # noqa: BLE001

@@ -9,7 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -33,9 +33,9 @@ def make(env_id: str, render: bool = False, option: str = "--env-id", **options)
         sys.path.append(os.getcwd())
     if render:
         options["render_mode"] = "rgb_array"
-        choose_opengl()
     try:
-        env = with_opengl(lambda: gym.make(env_id, disable_env_checker=True, **options), f"{option} {env_id}")
+        make_it = partial(gym.make, env_id, disable_env_checker=True, **options)
+        env = with_opengl(make_it, f"{option} {env_id}", render)
     except (gym.error.Error, ImportError) as error:
         fail(f"{option} {env_id}: {error}")
     return Checked(time_limited(env, env_id), env_id)
@@ -49,25 +49,10 @@ def time_limited(env: gym.Env, name: str) -> gym.Env:
     return gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
 
 
-def choose_opengl() -> None:
-    """Without a display and MUJOCO_GL: what renders later will take the library that is installed, EGL or OSMesa."""
-    if sys.platform != "linux" or any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))):
-        return
-    installed = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
-    if installed:
-        os.environ["MUJOCO_GL"] = installed[0].lower()
-
-
-def with_opengl(make_task: Callable[[], gym.Env], name: str) -> gym.Env:
-    """What `make_task` makes, also where it wants OpenGL for states (gym-hil). Raises Fault when there is none."""
+def with_opengl(make_task: Callable[[], gym.Env], name: str, render: bool) -> gym.Env:
+    """What `make_task` makes. Without a display it renders by EGL or OSMesa. Raises Fault when it cannot, and must."""
+    choose_opengl(render)
     try:
-        return make_task()
-    except Exception as error:
-        if not is_opengls(error):
-            raise
-    choose_opengl()
-    try:
-        load_opengl()
         return make_task()
     except Exception as error:
         if not is_opengls(error):
@@ -75,12 +60,30 @@ def with_opengl(make_task: Callable[[], gym.Env], name: str) -> gym.Env:
         raise Fault(f"{name}: {with_remedy(error)}") from error
 
 
-def load_opengl() -> None:
-    """MuJoCo looked at MUJOCO_GL when it was imported; it looks again."""
-    try:
-        importlib.reload(importlib.import_module("mujoco.rendering.classic.gl_context"))
-    except (AttributeError, ImportError, OSError, RuntimeError) as error:
-        raise RuntimeError(f"OpenGL does not load ({error})") from error
+def choose_opengl(render: bool) -> None:
+    """Without a display and MUJOCO_GL: what renders takes the library that is installed.
+
+    Tasks that `render` look at MUJOCO_GL. mujoco.Renderer looked there when MuJoCo was imported; now it does when it is
+    made (gym-hil makes one for states, too). Nothing is loaded before; a second try after a failure, MuJoCo aborts.
+    """
+    if sys.platform != "linux" or any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))):
+        return
+    installed = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
+    if not installed:
+        return
+    if render:
+        os.environ["MUJOCO_GL"] = installed[0].lower()
+    gl_context = sys.modules.get("mujoco.rendering.classic.gl_context")
+
+    def new_context(width: int, height: int):
+        os.environ["MUJOCO_GL"] = installed[0].lower()
+        try:
+            return importlib.reload(gl_context).GLContext(width, height)
+        except (AttributeError, ImportError, OSError, RuntimeError) as error:
+            raise RuntimeError(f"OpenGL does not load with MUJOCO_GL={installed[0].lower()} ({error})") from error
+
+    if gl_context:
+        gl_context.GLContext = new_context
 
 
 def is_opengls(error: Exception) -> bool:

@@ -2,6 +2,7 @@
 
 import math
 import re
+import types
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -93,56 +94,59 @@ def test_the_library_that_renders_without_a_display(monkeypatch, variables, libr
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(envs.sys, "platform", "linux")
     monkeypatch.setattr(envs.ctypes.util, "find_library", lambda name: name if name in libraries else None)
-    envs.choose_opengl()
+    gl_context = types.ModuleType("mujoco.rendering.classic.gl_context")
+    gl_context.GLContext = "glfw's"
+    monkeypatch.setitem(envs.sys.modules, gl_context.__name__, gl_context)
+    envs.choose_opengl(render=False)
+    assert envs.os.environ["MUJOCO_GL"] == variables.get("MUJOCO_GL", "")  # for states nothing changes
+    if chosen and not variables:
+        monkeypatch.setattr(
+            envs.importlib, "reload", lambda module: types.SimpleNamespace(GLContext=lambda *size: size)
+        )
+        assert gl_context.GLContext(64, 48) == (64, 48) and envs.os.environ["MUJOCO_GL"] == chosen
+    else:
+        assert gl_context.GLContext == "glfw's"
+    monkeypatch.setenv("MUJOCO_GL", variables.get("MUJOCO_GL", ""))
+    envs.choose_opengl(render=True)
     assert envs.os.environ["MUJOCO_GL"] == (chosen or "")
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch):
+    """gym-hil makes a renderer for states, too."""
+    for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.setenv(name, "")
+    gl_context = types.ModuleType("mujoco.rendering.classic.gl_context")
+    monkeypatch.setitem(envs.sys.modules, gl_context.__name__, gl_context)
+    monkeypatch.setattr(envs.sys, "platform", "linux")
+    monkeypatch.setattr(envs.ctypes.util, "find_library", lambda name: name)
+    monkeypatch.setattr(envs.importlib, "reload", lambda module: module.no_such_attribute)
+    with pytest.raises(Fault, match=r"Arm-v0: OpenGL does not load with MUJOCO_GL=egl \(.*no_such.*apt-get install"):
+        envs.with_opengl(lambda: gl_context.GLContext(64, 48), "Arm-v0", render=False)
 
 
 class FatalError(Exception):
     """Stands for MuJoCo's."""
 
 
-NO_LIBRARY = FatalError("an OpenGL platform library has not been loaded into this process")
-
-
 @pytest.mark.parametrize(
-    ("errors", "outcome"),
+    ("error", "outcome"),
     [
-        ([], "made"),
-        ([NO_LIBRARY], "made"),
-        ([NO_LIBRARY, NO_LIBRARY], "--env-id Arm-v0: an OpenGL platform .* set MUJOCO_GL=egl; .*: apt-get install"),
-        ([FatalError("gladLoadGL error")], "made"),
-        ([FatalError("the simulation is unstable")], "unstable"),
-        ([NO_LIBRARY, ValueError("gear")], "gear"),
+        (
+            FatalError("an OpenGL platform library has not been loaded"),
+            "Arm-v0: an OpenGL .* set MUJOCO_GL=egl; .*: apt",
+        ),
+        (FatalError("gladLoadGL error"), "Arm-v0: gladLoadGL error; set MUJOCO_GL=egl"),
+        (FatalError("the simulation is unstable"), "^the simulation is unstable$"),
+        (ValueError("gear"), "^gear$"),
     ],
 )
-def test_a_task_that_renders_before_it_is_asked_to(monkeypatch, errors, outcome):
-    """gym-hil makes a renderer for states, too: MuJoCo gets its library, and the task a second try."""
-    loaded, errors = [], list(errors)
-    monkeypatch.setattr(envs, "choose_opengl", lambda: None)
-    monkeypatch.setattr(envs, "load_opengl", lambda: loaded.append(len(errors)))
-
+def test_only_opengls_errors_get_its_remedy(monkeypatch, error, outcome):
     def make():
-        if errors:
-            raise errors.pop(0)
-        return "made"
+        raise error
 
-    if outcome == "made":
-        assert envs.with_opengl(make, "--env-id Arm-v0") == "made"
-    else:
-        with pytest.raises((Fault, FatalError, ValueError), match=outcome) as error:
-            envs.with_opengl(make, "--env-id Arm-v0")
-        assert isinstance(error.value, Fault) == outcome.startswith("--env-id")
-    assert len(loaded) <= 1 and not errors
-
-
-def test_a_library_that_does_not_load_is_named(monkeypatch):
-    monkeypatch.setattr(envs.importlib, "reload", lambda module: module.no_such_attribute)
-
-    def make():
-        raise NO_LIBRARY
-
-    with pytest.raises(Fault, match=r"Arm-v0: OpenGL does not load \(.*no_such_attribute.*apt-get install"):
-        envs.with_opengl(make, "Arm-v0")
+    monkeypatch.setattr(envs, "choose_opengl", lambda render: None)
+    with pytest.raises((Fault, FatalError, ValueError), match=outcome):
+        envs.with_opengl(make, "Arm-v0", render=False)
 
 
 class Odd(gym.Env):
