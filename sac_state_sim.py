@@ -188,6 +188,8 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
     for box in envs.leaves(space):
         if envs.looks_like_image(box):
             fail(f"--env-id {args.env_id}: observations of shape {box.shape} look like images; use sac_pixel_sim.py")
+        if isinstance(box, spaces.Text):
+            fail(f"--env-id {args.env_id}: observations hold {box}; leave it out in a wrapper (make_env)")
     if not space.is_np_flattenable:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
     envs.check_actions(env, args.env_id)
@@ -207,7 +209,7 @@ def success(info: dict) -> float:
 
     Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
     """
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
+    return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
