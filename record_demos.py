@@ -511,8 +511,8 @@ def say(text: str) -> None:
     print(f"\r{text}\033[K" if sys.stdout.isatty() else text.strip("\a"), flush=True)
 
 
-# --- Report -----------------------------------------------------------------------------------------------------------
-def report(recording: Recording, env: gym.Env) -> None:
+# --- Summary ----------------------------------------------------------------------------------------------------------
+def sum_up(recording: Recording, env: gym.Env) -> None:
     """What was recorded, in numbers, as a contact sheet, and as videos: they show what is wrong with it."""
     import minari
 
@@ -523,21 +523,21 @@ def report(recording: Recording, env: gym.Env) -> None:
     lengths = np.array([int(episode["total_steps"]) for episode in recording.episodes])
     print(f"{recording.name}: {len(lengths)} episodes, {lengths.sum():,} steps, {lengths.sum() / hz:.0f} s")
     if recording.metadata["mode"] == "demos":
-        report_demos(lengths, np.array([bool(episode["success"]) for episode in recording.episodes]))
+        sum_up_demos(lengths, np.array([bool(episode["success"]) for episode in recording.episodes]))
     else:
-        report_labels(recording, hz)
+        sum_up_labels(recording, hz)
     if any("suggested" in episode for episode in recording.episodes):
         others = [int(episode["id"]) for episode in recording.episodes if episode.get("disagreement")]
         print(f"classifier and verdict disagree in {len(others)} episodes: {others}")
     episodes = list(minari.load_dataset(recording.name).iterate_episodes())
     actions = np.concatenate([episode.actions for episode in episodes])
     late_s = np.concatenate([episode.infos["late_s"] for episode in episodes])
-    report_actions(actions, 1000 * late_s)
+    sum_up_actions(actions, 1000 * late_s)
     sheet = recording.write_pictures(episodes, env)
     print(f"look at {sheet} and the videos beside it" if sheet else "no pictures are observed: no videos")
 
 
-def report_demos(lengths: np.ndarray, won: np.ndarray) -> None:
+def sum_up_demos(lengths: np.ndarray, won: np.ndarray) -> None:
     """`lengths` (N,) of the episodes, and whether they succeeded."""
     print(f"successes: {won.sum()} of {len(won)}")
     if not won.any():
@@ -550,7 +550,7 @@ def report_demos(lengths: np.ndarray, won: np.ndarray) -> None:
         print(f"to clone the successes only: bc_flow_offline.py --top-fraction {math.floor(1000 * won.mean()) / 1000}")
 
 
-def report_labels(recording: Recording, hz: float) -> None:
+def sum_up_labels(recording: Recording, hz: float) -> None:
     counts = count_labels(recording.labels, recording.metadata["classes"], hz)
     print("frames: " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
     print(f"near misses are those of label 0 at most {NEAR_S:g} s before or after label 1")
@@ -558,7 +558,7 @@ def report_labels(recording: Recording, hz: float) -> None:
     print(f"left out, close to a change of label: {left_out} frames")
 
 
-def report_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
+def sum_up_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
     """`actions` (N, A), and how late (N,) the steps were."""
     saturated = (np.abs(actions) > 0.99).mean(0)
     print(f"saturated actions, of each entry: {' '.join(f'{share:.0%}' for share in saturated)}")
@@ -594,7 +594,7 @@ def main(args: Args) -> None:
             hand.close()
         env.close()
     show("")
-    report(recording, env)
+    sum_up(recording, env)
 
 
 if __name__ == "__main__":
