@@ -27,7 +27,6 @@ New task: `grep -n TASK: record_demos.py` shows the place to edit.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import errno
 import math
@@ -44,20 +43,19 @@ import numpy as np
 
 import franka_sim  # noqa: F401  registers the simulated tasks
 from common import envs
-from common.recording import Recording, dataset_folder, stacked
+from common.recording import Recording, dataset_folder, settled, stacked
 from common.setup import Fault, fail, flag, git_commit, parse
 from robot_client import (
     KEYS,
     SERVER,
-    TASKS,
-    Keyboard,
     Pace,
     RobotClient,
     RobotError,
     ScriptedExpert,
-    SpaceMouse,
     Teleop,
     Terminal,
+    open_teleop,
+    task_named,
 )
 
 NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, for each frame with it
@@ -119,8 +117,7 @@ class Args:
             fail(f"--noise {self.noise}: give a number from 0 to 1")
         if self.classes > 2 and self.teleop == "expert":
             fail(f"--classes {self.classes}: a person labels them; the expert's task knows success only")
-        if self.task not in TASKS:
-            fail(f"--task {self.task}: there are {', '.join(TASKS)}; add yours to TASKS")
+        task_named(self.task)
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -128,15 +125,15 @@ def make_env(args: Args) -> gym.Env:
     """The task, with the observations and actions that are recorded."""
     if args.env_id == "robot_client:FrankaReal-v0":
         check_server(args)
-        task = TASKS[args.task]  # TASK: yours
-        config = dataclasses.replace(
-            task,
+        config = task_named(
+            args.task,  # TASK: yours
             server=args.server,
             keys=args.keys,
             reward="task" if args.teleop == "expert" else "none",  # otherwise a person says what success is
             terminate_on_success=args.mode == "demos",
-            max_episode_steps=args.max_episode_steps or task.max_episode_steps,
         )
+        if args.max_episode_steps:
+            config.max_episode_steps = args.max_episode_steps
         return envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
     options = {"image_obs": True} if args.env_id.startswith("Franka") else {}  # TASK: keyword options of your task
     return envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
@@ -204,10 +201,8 @@ def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
     terminal = Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
     if terminal:
         print(KEYS)
-    if args.teleop == "keyboard":
-        return Keyboard(terminal=terminal), terminal
-    if args.teleop == "spacemouse":
-        return SpaceMouse(), terminal
+    if args.teleop != "expert":
+        return open_teleop(args.teleop, terminal), terminal
     if not hasattr(env.unwrapped, "expert_action"):
         fail(f"--teleop expert: {args.env_id} has no expert_action(); steer it by --teleop keyboard")
     if args.wait_for_key and terminal is None:
@@ -217,14 +212,6 @@ def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
 
 
 # --- Labels -----------------------------------------------------------------------------------------------------------
-def settled(labels: np.ndarray, margin: int) -> np.ndarray:
-    """(T,) labels, -1 (left out) for those less than `margin` steps before or after a change."""
-    result = labels.copy()
-    for change in np.flatnonzero(np.diff(labels)) + 1:
-        result[max(change - margin, 0) : change + margin] = -1
-    return result
-
-
 def near_misses(labels: np.ndarray, steps: int) -> np.ndarray:
     """(T,) whether a frame shows no success, but was taken at most so many steps before or after one."""
     near = np.zeros(len(labels), bool)
@@ -251,7 +238,11 @@ class Session:
         self.recording = recording
         self.hand = hand
         self.terminal = terminal
-        self.detector = open_classifier(args.classifier, env) if args.classifier else None
+        self.detector = None
+        if args.classifier:
+            from common.success import open_detector  # here: PyTorch takes seconds
+
+            self.detector = open_detector(args.classifier, "--classifier", env)
         self.person = args.teleop != "expert"
         self.paces_itself = hasattr(env.unwrapped, "stand_still")
         self.hz = float(env.metadata.get("render_fps", 10))
@@ -268,7 +259,7 @@ class Session:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
-        os.write(2, b"\nstopping after this step or reset; Ctrl-C again stops at once\n")
+        os.write(2, b"\nstopping; Ctrl-C again stops at once\n")
 
     def run(self) -> None:
         while not self.stopped and self.missing():
@@ -276,6 +267,9 @@ class Session:
             try:
                 self.episode()
             except RobotError as error:  # server away, a reflex while the arm stood still, the stop button
+                if self.quits():
+                    say(str(error))
+                    return
                 if self.terminal is None or self.terminal.fault:
                     raise
                 self.wait(f"{error}. Enter goes on with the next episode, q ends", None, "go on")
@@ -312,6 +306,10 @@ class Session:
         commands = self.terminal.commands()
         self.stopped |= "quit" in commands
         return commands
+
+    def quits(self) -> bool:
+        """Whether somebody has asked it to end."""
+        return self.stopped or bool(self.terminal and self.terminal.quits())
 
     def obey(self, command: str) -> None:
         """What a key does at any time."""
@@ -353,14 +351,20 @@ class Session:
 
     # --- before an episode ---
     def reset(self) -> dict:
-        """The first observation: FrankaEnv has seen the arm stand still at its pose, and new pictures since then."""
+        """The first observation: FrankaEnv has seen the arm stand still at its pose, and new pictures since then.
+
+        What was typed meanwhile has no effect, but for pause, and for quit, which ends the robot's reset on its way.
+        """
         show("reset ...")
-        obs, _ = self.env.reset(seed=self.seed())
-        pressed = [command for command in self.commands() if command != "quit"]
-        if pressed:
-            say(f"pressed during the reset, so without effect: {', '.join(pressed)}")
+        options = {"give_up": self.quits} if self.paces_itself else None
+        obs, _ = self.env.reset(seed=self.seed(), options=options)
+        lost = self.terminal.forget() if self.terminal else []
+        if lost:
+            say(f"pressed during the reset, so without effect: {', '.join(lost)}")
         self.hand.forget()
         self.label = 0
+        if "pause" in self.commands():
+            _, obs = self.wait("paused: Enter goes on", obs, "go on")
         return obs
 
     def seed(self) -> int:
@@ -488,16 +492,6 @@ class Session:
         what = verdict if demos else "labelled"
         done = f"episode {len(self.recording.episodes) - 1}: {what}, {len(steps)} steps{opinion}"
         say(f"{done}; to go: {self.missing() or 'nothing'}")
-
-
-def open_classifier(path: str, env: gym.Env):
-    """The success classifier in a file of reward_classifier.py. Exits with one line when it does not fit the task."""
-    from common.success import SuccessDetector
-
-    try:
-        return SuccessDetector.load(path, envs.fingerprint(env))
-    except ValueError as error:
-        fail(f"--classifier {error}")
 
 
 def show(text: str) -> None:

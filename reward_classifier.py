@@ -45,6 +45,7 @@ from torch import Tensor
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, vision
+from common.recording import cameras_of, settled
 from common.run import Run
 from common.setup import ends_well, fail, flag, parse, write_atomically
 from common.success import SuccessClassifier, SuccessDetector, differences_of_pictures, log_odds
@@ -187,7 +188,7 @@ class Lights(gym.Wrapper):
 
     def noisy(self, obs: dict) -> dict:
         result = dict(obs)
-        for name in cameras_in(self.env.observation_space):
+        for name in cameras_of(self.env.observation_space):
             pixels = obs[name] + self.noise * self.rng.standard_normal(obs[name].shape)
             result[name] = pixels.clip(0, 255).astype(np.uint8)
         return result
@@ -229,14 +230,6 @@ class Script:
         return np.clip(action, -1, 1).astype(np.float32)
 
 
-def left_out_near_changes(labels: np.ndarray) -> np.ndarray:
-    """Labels (T,) with -1 up to MARGIN frames before and after each change."""
-    result = labels.copy()
-    for change in np.flatnonzero(labels[1:] != labels[:-1]) + 1:
-        result[max(0, change - MARGIN) : change + MARGIN] = -1
-    return result
-
-
 def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, count: int) -> Iterator[Clip]:
     """`count` episodes of the simulated peg; their seeds are those of demonstrations."""
     from tqdm import tqdm
@@ -251,7 +244,7 @@ def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, coun
             obs, _, _, _, info = env.step(script.action(info["success"]))
             images.append(classifier.images(obs))
             labels.append(int(info["success"]))
-        yield Clip(f"{kind} {number}", np.stack(images), left_out_near_changes(np.array(labels)))
+        yield Clip(f"{kind} {number}", np.stack(images), settled(np.array(labels), MARGIN))
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
@@ -267,17 +260,10 @@ def dataset_at(option: str, source: str):
         fail(f"{option} {source}: {what}; `minari list local` shows what is there, record_demos.py records")
 
 
-def cameras_in(space: gym.Space) -> dict[str, int]:
-    """Names of the cameras in a space of observations, and the size of their pictures."""
-    parts = getattr(space, "spaces", {})
-    images = {name: part for name, part in parts.items() if envs.looks_like_image(part) and part.shape[2:] == (3,)}
-    return {name: part.shape[0] for name, part in images.items()}
-
-
 def fingerprint_of(dataset) -> dict:
     """That of its task, or, where it has none, the shapes of its pictures."""
     found = dataset.storage.metadata.get("fingerprint")
-    shapes = {name: [size, size, 3] for name, size in cameras_in(dataset.observation_space).items()}
+    shapes = {name: [size, size, 3] for name, size in cameras_of(dataset.observation_space).items()}
     return found or {"observations": shapes}
 
 
@@ -640,7 +626,7 @@ def read_out(detector: SuccessDetector, success: bool) -> str:
 # --- Main -------------------------------------------------------------------------------------------------------------
 def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifier:
     """A new network for the pictures of a space of observations, which `where` has."""
-    there = cameras_in(space)
+    there = cameras_of(space)
     cameras = args.cameras or tuple(there)
     missing = [camera for camera in cameras if camera not in there]
     if missing or not cameras:

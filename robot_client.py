@@ -48,9 +48,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 import gymnasium as gym
 import msgpack
@@ -470,16 +470,17 @@ class Camera:
         """Wait for a frame that arrived after this time (monotonic s). Raises CameraError if none comes."""
         with self._arrived:
             if not self._arrived.wait_for(lambda: self.frame and self.frame.time > than, timeout_s):
-                error = self.error or "it stands still"
-                raise CameraError(f"camera {self.config.name}: no new picture within {timeout_s} s: {error}")
+                self.complain(f"no new picture within {timeout_s} s")
 
     def read(self, max_age_s: float) -> Frame:
         """The newest frame. Raises CameraError if it is older than `max_age_s`."""
         age = time.monotonic() - self.frame.time if self.frame else math.inf
         if age > max_age_s:
-            error = self.error or "it stands still"
-            raise CameraError(f"camera {self.config.name}: newest picture is {age:.2f} s old: {error}")
+            self.complain(f"newest picture is {age:.2f} s old")
         return self.frame
+
+    def complain(self, what: str) -> NoReturn:
+        raise CameraError(f"camera {self.config.name}: {what}: {self.error or 'it stands still'}")
 
     def close(self) -> None:
         self._stop.set()
@@ -744,11 +745,22 @@ class Terminal:
             return float(since < REPEAT_S)
         return 0.25 if since < HOLD_S else 0.0
 
-    def forget(self) -> None:
-        """Throw away what was typed up to now, such as during a reset."""
-        self._commands.clear()
+    def quits(self) -> bool:
+        """Whether "quit" is among the commands that nobody has asked for yet."""
+        return "quit" in self._commands
+
+    def forget(self) -> list[str]:
+        """Throw away what was typed up to now, such as during a reset; but not what says that it shall stop: pause,
+        unless it was taken back, and quit. Returns the commands that are lost."""
+        typed = self.commands()
         self._typed.clear()
         self._repeats.clear()
+        pauses = [command for command in typed if command in ("pause", "go on")]
+        kept = ["pause"] if pauses and pauses[-1] == "pause" else []
+        if "quit" in typed:
+            kept.append("quit")
+        self._commands.extend(kept)
+        return [command for command in typed if command not in kept]
 
     def close(self) -> None:
         self._stop.set()
@@ -895,6 +907,11 @@ class SpaceMouse(Teleop):
         self._thread.join(timeout=2.0)
 
 
+def open_teleop(name: str, terminal: Terminal | None = None) -> Teleop:
+    """The device "keyboard" or "spacemouse". Raises RobotError when it is not there."""
+    return SpaceMouse() if name == "spacemouse" else Keyboard(terminal=terminal)
+
+
 class ScriptedExpert(Teleop):
     """Stands in for a person in tests and rehearsals: now and then it takes over for a while, with the actions of the
     task's scripted expert (`expert_action` of the unwrapped environment). `probability`: per step, to take over."""
@@ -1039,6 +1056,7 @@ class TaskConfig:
 
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
 MAX_STATE_AGE_S = 0.5
+RESET_HZ = 20  # targets per second on the way to the start pose
 LEASE_S = 3.0  # outlives a front of the server that is started anew; without targets the arm holds long before
 GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
 # TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
@@ -1057,6 +1075,13 @@ PICK = TaskConfig(
     reward="task",
 )
 TASKS = {"peg": PEG, "pick": PICK}
+
+
+def task_named(name: str, **changes: Any) -> TaskConfig:
+    """An entry of TASKS, with these changes. Exits with one line when there is none of this name."""
+    if name not in TASKS:
+        fail(f"--task {name}: there are {', '.join(TASKS)}; add yours to TASKS in robot_client.py")
+    return replace(TASKS[name], **changes)
 
 
 class FrankaEnv(gym.Env):
@@ -1112,11 +1137,15 @@ class FrankaEnv(gym.Env):
         self.closure = 0.0  # of the gripper, as commanded
         self.ordered: float | None = None  # the closure that targets carry: none until an action changes it
         self.stopped = ""  # how a person stopped the robot
+        self.give_up: Callable[[], bool] = lambda: False  # whether a reset shall end on its way
 
     # Reset
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """`options`: {"keep_scene": True} leaves a simulated scene as it is."""
+        """`options`: {"keep_scene": True} leaves a simulated scene as it is; {"give_up": function} is asked again and
+        again on the way to the start pose: when it says so, the arm holds where it is, and RobotError is raised."""
         super().reset(seed=seed)
+        options = options or {}
+        self.give_up = options.get("give_up", lambda: False)
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
             raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
@@ -1126,7 +1155,7 @@ class FrankaEnv(gym.Env):
         for attempt in range(3):
             self.connect()
             try:
-                self.prepare(start_pose, None if options and options.get("keep_scene") else scene_seed)
+                self.prepare(start_pose, None if options.get("keep_scene") else scene_seed)
                 break
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
                 if attempt == 2 or not self.config.recover_at_reset:
@@ -1154,21 +1183,11 @@ class FrankaEnv(gym.Env):
         config = self.config
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
-        self.hello = hello = self.client.hello(config.wait_s)
-        limits, scale, served = hello["limits"], config.action_scale[:3], hello["robot"]["task"]
-        low, high = limits["workspace_low"], limits["workspace_high"]
-        for wrong, what in (
-            (np.linalg.norm(scale) > limits["max_jump"] / 2, f"action_scale {scale} is too large for --max-jump"),
-            (np.any(self.low[:3] < low) or np.any(self.high[:3] > high), f"the workspace reaches beyond {low}, {high}"),
-            (config.reward == "task" and not served, "reward='task' needs a simulated robot"),
-            (
-                config.env_id and served and served != config.env_id,
-                f"the task {config.name!r} is not {served}; start robot_server.py --env-id {config.env_id}",
-            ),
-            (config.gripper != "fixed" and hello["gripper"]["kind"] == "none", "without a gripper it must be 'fixed'"),
-        ):
-            if wrong:
-                raise RobotError(f"TaskConfig does not fit {config.server}: {what}")
+        self.hello = self.client.hello(config.wait_s)
+        wrong = self.misfit()
+        if wrong:
+            raise RobotError(f"TaskConfig does not fit {config.server}: {wrong}")
+        served = self.hello["robot"]["task"]
         if self.scene is None and served and any(camera.kind == "sim" for camera in config.cameras):
             self.scene = Scene(served)
         if not self.cameras:
@@ -1176,6 +1195,24 @@ class FrankaEnv(gym.Env):
         for camera in self.cameras:
             camera.start(config.wait_s)
         self.acquire()
+
+    def misfit(self) -> str:
+        """What the server cannot do that the task asks for, if there is something."""
+        config = self.config
+        limits = self.hello["limits"]
+        low, high = limits["workspace_low"], limits["workspace_high"]
+        served = self.hello["robot"]["task"]
+        if np.linalg.norm(config.action_scale[:3]) > limits["max_jump"] / 2:
+            return f"action_scale {config.action_scale[:3]} is too large for --max-jump"
+        if np.any(self.low[:3] < low) or np.any(self.high[:3] > high):
+            return f"the workspace reaches beyond {low}, {high}"
+        if config.reward == "task" and not served:
+            return "reward='task' needs a simulated robot"
+        if config.env_id and served and served != config.env_id:
+            return f"the task {config.name!r} is not {served}; start robot_server.py --env-id {config.env_id}"
+        if config.gripper != "fixed" and self.hello["gripper"]["kind"] == "none":
+            return "without a gripper it must be 'fixed'"
+        return ""
 
     def acquire(self) -> None:
         """Become the robot's commander. A dead one's lease ends by itself. Raises RefusedError for a live one."""
@@ -1219,14 +1256,17 @@ class FrankaEnv(gym.Env):
     def go_to(self, pose: np.ndarray) -> None:
         """Stream targets along a straight line to `pose`, no faster than the arm follows, and wait until it is there.
         Raises RefusedError if it is not."""
-        start, speed = self.client.state()["reference"], self.config.reset_speed  # 5 rad for each m
-        motion, pace = motion_between(pose, start), self.client.pace(20)
+        start = self.client.state()["reference"]
+        motion = motion_between(pose, start)
+        speed = self.config.reset_speed  # and 5 rad for each m
         seconds = max(np.linalg.norm(motion[:3]) / speed, np.linalg.norm(motion[3:]) / (5 * speed), 0.05)
-        steps, step = math.ceil(20 * seconds), 1
+        steps = math.ceil(RESET_HZ * seconds)
+        pace = self.client.pace(RESET_HZ)
+        step = 1
         for _ in range(3 * steps + 60):
             target = moved(start, motion * step / steps)
-            lag = motion_between(target, np.array(self.client.target(target)["reference"]))
-            pace.wait()
+            reference = self.stream(target, pace)["reference"]
+            lag = motion_between(target, np.array(reference))
             if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
                 step += 1
             if step > steps:
@@ -1235,21 +1275,33 @@ class FrankaEnv(gym.Env):
 
     def come_to_rest(self, pose: np.ndarray, still_s: float) -> None:
         """Wait until the arm has stood still at `pose` for this long. Raises RefusedError if it does not."""
-        pace, still, (near, aligned) = self.client.pace(20), 0, self.config.reset_tolerance
-        for _ in range(60):  # 3 s
-            self.client.target(pose)
-            pace.wait()
+        near, aligned = self.config.reset_tolerance
+        pace = self.client.pace(RESET_HZ)
+        still = 0  # beats
+        for _ in range(3 * RESET_HZ):
+            self.stream(pose, pace)
             state = self.client.state()
-            off, speed = motion_between(state["tcp_pose"], pose), np.abs(state["tcp_vel"])
+            off = motion_between(state["tcp_pose"], pose)
+            speed = np.abs(state["tcp_vel"])
             there = np.abs(off[:3]).max() < near and np.linalg.norm(off[3:]) < aligned
             still = still + 1 if there and speed[:3].max() < 0.01 and speed[3:].max() < 0.05 else 0
-            if still > 20 * still_s:
+            if still > RESET_HZ * still_s:
                 return
         raise RefusedError(
-            f"reset: the tcp stands {np.round(off[:3], 3)} m and {np.linalg.norm(off[3:]):.2f} rad off, or moves at "
-            f"{speed[:3].max():.3f} m/s; is something in its way?",
+            f"reset: the tcp stands {np.round(off[:3], 3)} m and {np.linalg.norm(off[3:]):.2f} rad off, "
+            f"or moves at {speed[:3].max():.3f} m/s; is something in its way?",
             "failed",
         )
+
+    def stream(self, pose: np.ndarray, pace: Pace) -> dict:
+        """A target on the way to the start, and a beat. Returns the server's reply.
+        Raises RobotError when the reset is given up."""
+        reply = self.client.target(pose)
+        pace.wait()
+        if self.give_up():
+            self.client.hold()
+            raise RobotError("the reset was given up, the arm holds")
+        return reply
 
     # Step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
@@ -1537,7 +1589,7 @@ class Doctor:
 
     def open_teleop(self) -> None:
         if self.args.teleop != "none":
-            self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
+            self.teleop = open_teleop(self.args.teleop)
             self.say(True, "teleop", self.args.teleop)
 
     def look(self) -> None:
@@ -1545,43 +1597,31 @@ class Doctor:
         if self.scene:
             self.scene.put(self.client.task()["scene"])
 
-    def show(self) -> None:
-        """Print state, cameras and teleoperation in one line."""
-        parts = describe(self.client) if self.client else []
-        self.look()
-        for camera in self.cameras:
-            try:
-                frame = camera.read(1.0)
-                parts.append(f"{camera.config.name} {frame.number} {1000 * (time.monotonic() - frame.time):.0f} ms")
-            except CameraError as error:
-                parts.append(str(error))
-        print_line(parts + describe_hand(self.teleop))
-
     def close(self) -> None:
         for closing in (*self.cameras, self.teleop, self.client):
             if closing:
                 closing.close()
 
 
-def describe(client: RobotClient) -> list[str]:
-    state = client.state()
-    numbers = [*state["tcp_pose"][:3], *np.degrees(euler_from_quat(state["tcp_pose"][3:])), *state["tcp_force"]]
-    return [
-        "{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers),
-        f"gripper {1000 * state['gripper_width']:.0f} mm",
-        " ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]),
-    ]
-
-
-def describe_hand(teleop: Teleop | None) -> list[str]:
-    if teleop is None:
-        return []
-    motion, gripper = teleop.motion()
-    return [teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}"]
-
-
-def print_line(parts: list[str]) -> None:
-    """Over the last one in a terminal."""
+def show(client: RobotClient | None, cameras: Sequence[Camera], teleop: Teleop | None) -> None:
+    """Print state, cameras and teleoperation in one line, over the last one in a terminal."""
+    parts = []
+    if client:
+        state = client.state()
+        pose = state["tcp_pose"]
+        numbers = [*pose[:3], *np.degrees(euler_from_quat(pose[3:])), *state["tcp_force"]]
+        parts.append("{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers))
+        parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
+        parts.append(" ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]))
+    for camera in cameras:
+        try:
+            frame = camera.read(1.0)
+            parts.append(f"{camera.config.name} {frame.number} {1000 * (time.monotonic() - frame.time):.0f} ms")
+        except CameraError as error:
+            parts.append(str(error))
+    if teleop:
+        motion, gripper = teleop.motion()
+        parts.append(teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}")
     print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
@@ -1609,7 +1649,7 @@ def drive(args: Args, teleop: Teleop, end: float) -> None:
         env.reset(options={"keep_scene": True})
         while time.monotonic() < end and not (terminal and "quit" in terminal.commands()):
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
-            print_line(describe(env.unwrapped.client) + describe_hand(teleop))
+            show(env.unwrapped.client, (), teleop)
             if terminated or truncated:
                 raise RobotError(info["fault"])
 
@@ -1633,7 +1673,8 @@ def main(args: Args) -> None:
         if args.drive:
             drive(args, doctor.teleop, end)
         while (doctor.client or doctor.cameras or doctor.teleop) and time.monotonic() < end and not args.drive:
-            doctor.show()
+            doctor.look()
+            show(doctor.client, doctor.cameras, doctor.teleop)
             time.sleep(0.2)
     except (RobotError, OSError) as error:
         fail(str(error))

@@ -169,7 +169,7 @@ class Recording:
     def write_pictures(self, episodes: list, env: gym.Env) -> Path | None:
         """A video of each of Minari's `episodes`, with the cameras side by side, and a contact sheet of the newest: six
         pictures of each, or of each of their labels. Returns the sheet's path; None when no pictures are observed."""
-        cameras = cameras_of(env)
+        cameras = list(cameras_of(env.observation_space))
         if not cameras:
             return None
         rows = []
@@ -213,11 +213,20 @@ def stacked(observations: list):
     return np.stack(observations)
 
 
+def settled(labels: np.ndarray, margin: int) -> np.ndarray:
+    """Labels (T,), -1 (left out) for those less than `margin` frames before or after a change."""
+    result = labels.copy()
+    for change in np.flatnonzero(np.diff(labels)) + 1:
+        result[max(change - margin, 0) : change + margin] = -1
+    return result
+
+
 # --- Pictures ---------------------------------------------------------------------------------------------------------
-def cameras_of(env: gym.Env) -> list[str]:
-    """Names of the pictures in a task's observations."""
-    parts = getattr(env.observation_space, "spaces", {})
-    return [name for name, space in parts.items() if envs.looks_like_image(space) and space.shape[-1] == 3]
+def cameras_of(space: gym.Space) -> dict[str, int]:
+    """Names of the cameras in a space of observations, and the height of their pictures."""
+    parts = getattr(space, "spaces", {})
+    pictures = {name: part for name, part in parts.items() if envs.looks_like_image(part) and part.shape[2:] == (3,)}
+    return {name: part.shape[0] for name, part in pictures.items()}
 
 
 def write_video(frames: np.ndarray, path: Path, hz: float) -> None:

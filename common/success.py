@@ -173,6 +173,14 @@ class SuccessDetector:
         return detector
 
 
+def open_detector(path: str, option: str, env: gym.Env) -> SuccessDetector:
+    """The detector in a file. Exits with one line that names `option` when there is none, or it is of another task."""
+    try:
+        return SuccessDetector.load(path, envs.fingerprint(env))
+    except ValueError as error:
+        fail(f"{option} {error}")
+
+
 def is_detector(path: str) -> bool:
     """Whether this is a file of reward_classifier.py."""
     try:
@@ -210,10 +218,7 @@ class SuccessReward(gym.Wrapper):
 
 def rewarded(env: gym.Env, path: str) -> SuccessReward:
     """The task with rewards, and only these, of the detector in a file. Exits with one line when it is of another."""
-    try:
-        return SuccessReward(env, SuccessDetector.load(path, envs.fingerprint(env)), only_reward=True)
-    except ValueError as error:
-        fail(f"--reward {error}")
+    return SuccessReward(env, open_detector(path, "--reward", env), only_reward=True)
 
 
 PICTURES_DEPEND_ON = ("task", "name", "env_id", "image_size", "cameras", "observations")  # of a fingerprint
