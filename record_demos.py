@@ -43,7 +43,7 @@ import numpy as np
 
 import franka_sim  # noqa: F401  registers the simulated tasks
 from common import envs
-from common.recording import Recording, dataset_folder, settled, stacked
+from common.recording import Recording, Step, dataset_folder, fields_of, settled
 from common.setup import Fault, fail, flag, git_commit, parse
 from robot_client import (
     KEYS,
@@ -379,12 +379,13 @@ class Session:
         return self.wait(f"ready: move to begin; to go: {self.missing()}", obs, "go on", "input")[1]
 
     # --- an episode ---
-    def record(self, obs: dict) -> tuple[list, list[dict], str]:
-        """T + 1 observations, what belongs to each of the T steps, and the verdict: one of ENDINGS, "none" (mode
-        classifier) or "fault"."""
+    def record(self, obs: dict) -> tuple[list, list[Step], str]:
+        """T + 1 observations, T steps, and the verdict: one of ENDINGS, "none" (mode classifier) or "fault"."""
         pace = Pace(self.hz) if self.person and not self.paces_itself else None
         space = self.env.action_space
-        observations, steps, verdict, seconds = [obs], [], "", 0.0
+        observations = [obs]
+        steps: list[Step] = []
+        verdict = ""
         if self.detector:
             self.detector.reset()
         while not verdict:
@@ -392,21 +393,21 @@ class Session:
             asked = np.zeros(space.shape, space.dtype) if steered is None else steered
             obs, reward, terminated, truncated, info = self.env.step(asked)
             late_s = pace.wait()[1] if pace else info.get("late_s", 0.0)
-            seconds += info.get("period_s", 1 / self.hz)
-            step = {
-                "action": info.get("executed_action", np.clip(asked, space.low, space.high)),
-                "asked_action": info.get("asked_action", asked),
-                "reward": reward,
-                "terminated": terminated,
-                "intervened": steered is not None,
-                "time_s": seconds,
-                "late_s": late_s,
-                "suggestion": bool(self.detector(obs)) if self.detector else False,
-            }
+            suggested = bool(self.detector(obs)) if self.detector else False
             observations.append(obs)
+            verdict = self.judge(observations, len(steps) + 1, terminated or truncated, info)
+            step = Step(
+                action=info.get("executed_action", np.clip(asked, space.low, space.high)),
+                asked=info.get("asked_action", asked),
+                reward=reward,
+                terminated=terminated,
+                intervened=steered is not None,
+                suggested=suggested,
+                period_s=info.get("period_s", 1 / self.hz),
+                late_s=late_s,
+                label=self.label if self.person else int(success(info) == 1),
+            )
             steps.append(step)
-            verdict = self.judge(observations, len(steps), terminated or truncated, info)
-            step["label"] = self.label if self.person else int(success(info) == 1)
             show(self.status(len(steps)))
         return observations, steps, verdict
 
@@ -448,19 +449,12 @@ class Session:
         return f"LABEL {self.label} | " if self.args.mode == "classifier" else ""
 
     # --- after an episode ---
-    def keep(self, observations: list, steps: list[dict], verdict: str) -> None:
+    def keep(self, observations: list, steps: list[Step], verdict: str) -> None:
         """Writes the episode and says so."""
-
-        def column(name: str) -> np.ndarray:
-            return np.array([step[name] for step in steps])
-
         demos = self.args.mode == "demos"
         won = demos and verdict == "success"
-        last = np.arange(len(steps)) == len(steps) - 1  # (T,)
-        if demos and self.person:
-            rewards, terminations = (last & won).astype(float), last & won
-        elif demos:
-            rewards, terminations = column("reward"), column("terminated")
+        fields = fields_of(observations, steps, won)
+        infos = fields["infos"]
         attributes = {
             "seed": self.seed(),
             "attempt": self.attempt,
@@ -470,23 +464,19 @@ class Session:
             "recorded_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "git_commit": self.commit,
         }
-        infos = {name: column(name) for name in ("asked_action", "intervened", "time_s", "late_s")}
-        infos["success"] = last & won
         if not demos:
-            infos["label"] = settled(column("label").astype(np.int8), self.args.margin)
-            rewards, terminations = (infos["label"] == 1).astype(float), np.zeros_like(last)
+            labels = np.array([step.label for step in steps], np.int8)
+            infos["label"] = settled(labels, self.args.margin)
+            fields["rewards"] = (infos["label"] == 1).astype(float)
+        elif not self.person:  # the task says what it rewards, and whether it ends
+            fields["rewards"] = np.array([step.reward for step in steps])
+            fields["terminations"] = np.array([step.terminated for step in steps])
+            fields["truncations"][-1] = not steps[-1].terminated
         if self.detector:
-            infos["suggestion"] = column("suggestion")
             attributes["suggested"] = bool(infos["suggestion"].any())
             attributes["disagreement"] = demos and attributes["suggested"] != won
-        fields = {
-            "observations": stacked(observations),
-            "actions": column("action"),
-            "rewards": rewards,
-            "terminations": terminations,
-            "truncations": last & ~terminations,
-            "infos": infos,
-        }
+        else:
+            del infos["suggestion"]
         self.recording.add(fields, attributes)
         opinion = "; THE CLASSIFIER DISAGREES" if attributes.get("disagreement") else ""
         what = verdict if demos else "labelled"

@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -191,6 +192,40 @@ class Recording:
                 rows.append((f"{episode.id} {kind}", frames[shown]))
         write_sheet(rows[-60:], self.folder / "contact_sheet.png")
         return self.folder / "contact_sheet.png"
+
+
+class Step(NamedTuple):
+    """What is remembered of a step until its episode is over."""
+
+    action: np.ndarray  # executed
+    asked: np.ndarray
+    reward: float  # before penalties
+    terminated: bool
+    intervened: bool  # by a person
+    suggested: bool  # success, by classifier or task
+    period_s: float
+    late_s: float
+    label: int = 0  # a person's, of the frame that followed
+
+
+def fields_of(observations: list, steps: list[Step], won: bool) -> dict:
+    """An episode of T steps, and its T + 1 observations, in Minari's layout; success rewards and ends its last step."""
+    last = np.arange(len(steps)) == len(steps) - 1  # (T,)
+    return {
+        "observations": stacked(observations),
+        "actions": np.array([step.action for step in steps]),
+        "rewards": (last & won).astype(float),
+        "terminations": last & won,
+        "truncations": last & (not won),
+        "infos": {
+            "asked_action": np.array([step.asked for step in steps]),
+            "intervened": np.array([step.intervened for step in steps]),
+            "success": last & won,
+            "suggestion": np.array([step.suggested for step in steps]),
+            "time_s": np.cumsum([step.period_s for step in steps]),
+            "late_s": np.array([step.late_s for step in steps]),
+        },
+    }
 
 
 def put(group, fields: dict, attributes: dict) -> None:
