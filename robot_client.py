@@ -192,6 +192,19 @@ class RefusedError(RobotError):
     """The server is alive and said no. `code` is one of the protocol's, or "failed" for a job that went wrong."""
 
 
+SOCKET_OPTIONS = {
+    zmq.REQ_RELAXED: 1,
+    zmq.REQ_CORRELATE: 1,
+    zmq.LINGER: 0,
+    zmq.IMMEDIATE: 1,
+    zmq.MAXMSGSIZE: 1 << 20,
+    zmq.RECONNECT_IVL: 50,  # ms, as those below
+    zmq.RECONNECT_IVL_MAX: 400,
+    zmq.HEARTBEAT_IVL: 500,
+    zmq.HEARTBEAT_TIMEOUT: 1500,
+}
+
+
 def load_keys(folder: str | Path) -> tuple[bytes, bytes, bytes]:
     """The client's public and secret key, and the server's public one. Raises RobotError that names the file."""
     client, server = Path(folder) / "client.key_secret", Path(folder) / "server.key"
@@ -231,12 +244,10 @@ class RobotClient:
         self._clock = 0.0  # robot's time minus speed x ours, of the newest reply
         curve = load_keys(keys) if keys else None
         self.socket = zmq.Context.instance().socket(zmq.REQ)
-        options = {"REQ_RELAXED": 1, "REQ_CORRELATE": 1, "LINGER": 0, "IMMEDIATE": 1, "MAXMSGSIZE": 1 << 20}
-        options |= {"RECONNECT_IVL": 50, "RECONNECT_IVL_MAX": 400, "HEARTBEAT_IVL": 500, "HEARTBEAT_TIMEOUT": 1500}
-        options |= {"IPV6": int(server.count(":") > 2)}  # only then: with it, localhost may mean ::1
         try:
-            for option, value in options.items():
-                self.socket.setsockopt(getattr(zmq, option), value)
+            for option, value in SOCKET_OPTIONS.items():
+                self.socket.setsockopt(option, value)
+            self.socket.ipv6 = server.count(":") > 2  # only then: with it, localhost may mean ::1
             if curve:
                 self.socket.curve_publickey, self.socket.curve_secretkey, self.socket.curve_serverkey = curve
             self.socket.connect(server)
@@ -300,8 +311,19 @@ class RobotClient:
     def state(self) -> dict:
         """The measured state (arrays in the base frame; m, rad, N) with "mode", "reference", "fault", "jobs", times."""
         reply = self.call("state")
-        keys = ("mode", "fault", "jobs", "lease", "robot_time", "server_time", "server_id", "state_age", "reference")
-        state = reply["result"] | {key: reply[key] for key in keys}
+        state = reply["result"]
+        for key in (
+            "mode",
+            "fault",
+            "jobs",
+            "lease",
+            "robot_time",
+            "server_time",
+            "server_id",
+            "state_age",
+            "reference",
+        ):
+            state[key] = reply[key]
         for key in ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "reference"):
             state[key] = np.array(state[key])
         return state
@@ -1045,15 +1067,32 @@ class TaskConfig:
         parts["cameras"] = tuple(CameraConfig(**camera) for camera in values["cameras"])
         return cls(**(values | parts))
 
+    def check(self) -> None:
+        """Raises ValueError when settings contradict each other."""
+        axes = len(self.action_scale)
+        if axes not in (3, 6) or len(self.workspace) != axes or min(self.action_scale) <= 0:
+            what = "action_scale and workspace have 3 entries each, or 6 with rotation, all above 0"
+            raise ValueError(f"TaskConfig: {what}")
+        if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):
+            raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
+
+    def observation_space(self) -> spaces.Dict:
+        sizes = PROPRIO | {"tcp_vel": len(self.action_scale)}
+        size = sum(sizes[name] for name in self.proprio)
+        parts = {"state": spaces.Box(-np.inf, np.inf, (size,), np.float32)}
+        for camera in self.cameras:
+            parts[camera.name] = spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
+        return spaces.Dict(parts)
+
     def fingerprint(self) -> dict[str, Any]:
         """What gives actions and observations their meaning, in plain JSON values. Data, classifier and policy belong
         together only where it is the same."""
-        names = ("name", "hz", "reset_pose", "random_reset", "action_scale", "workspace", "relative_frame")
-        names += ("compliance", "gripper", "proprio", "cameras", "image_size")
-        values = asdict(self)
-        return json.loads(json.dumps({"version": 1} | {name: values[name] for name in names}))
+        values = {name: value for name, value in asdict(self).items() if name in MEANING}
+        return json.loads(json.dumps({"version": 1} | values))
 
 
+MEANING = ("name", "hz", "reset_pose", "random_reset", "action_scale", "workspace", "relative_frame")
+MEANING += ("compliance", "gripper", "proprio", "cameras", "image_size")
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
 MAX_STATE_AGE_S = 0.5
 RESET_HZ = 20  # targets per second on the way to the start pose
@@ -1109,30 +1148,26 @@ class FrankaEnv(gym.Env):
     ) -> None:
         """`success`: of an observation, instead of `config.reward`, for example a classifier. Raises ValueError for
         settings that contradict each other."""
-        config = TaskConfig.from_dict(config) if isinstance(config, dict) else config
-        self.config = config = config or TaskConfig()
+        if isinstance(config, dict):
+            config = TaskConfig.from_dict(config)
+        self.config = config or TaskConfig()
+        self.config.check()
         self.success = success
         self.render_mode = render_mode
-        self.metadata = self.metadata | {"render_fps": config.hz}
-        self.axes = len(config.action_scale)
-        if self.axes not in (3, 6) or len(config.workspace) != self.axes or min(config.action_scale) <= 0:
-            raise ValueError(
-                "TaskConfig: action_scale and workspace have 3 entries each, or 6 with rotation, all above 0"
-            )
-        if config.hz < 4 or not set(config.proprio) <= set(PROPRIO):
-            raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
-        sizes = PROPRIO | {"tcp_vel": self.axes}
-        state = spaces.Box(-np.inf, np.inf, (sum(sizes[name] for name in config.proprio),), np.float32)
-        image = spaces.Box(0, 255, (config.image_size, config.image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict({"state": state} | {camera.name: image for camera in config.cameras})
-        self.action_space = spaces.Box(-1, 1, (self.axes + (config.gripper != "fixed"),), np.float32)
-        self.reset_pose = pose_from_euler(config.reset_pose)
-        self.goal_pose = pose_from_euler(config.goal_pose)
-        self.low, self.high = np.array(config.workspace).T
+        self.metadata = self.metadata | {"render_fps": self.config.hz}
+        self.axes = len(self.config.action_scale)
+        self.observation_space = self.config.observation_space()
+        numbers = self.axes + (self.config.gripper != "fixed")
+        self.action_space = spaces.Box(-1, 1, (numbers,), np.float32)
+        self.reset_pose = pose_from_euler(self.config.reset_pose)
+        self.goal_pose = pose_from_euler(self.config.goal_pose)
+        self.low, self.high = np.array(self.config.workspace).T
         self.client: RobotClient | None = None
         self.scene: Scene | None = None
         self.cameras: list[Camera] = []
-        self.episodes = self.reflexes = self.elapsed_steps = 0
+        self.episodes = 0
+        self.reflexes = 0
+        self.elapsed_steps = 0
         self.origin = self.reset_pose  # of the observed pose, in a relative frame
         self.closure = 0.0  # of the gripper, as commanded
         self.ordered: float | None = None  # the closure that targets carry: none until an action changes it
@@ -1306,8 +1341,14 @@ class FrankaEnv(gym.Env):
     # Step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         asked = self.checked(action)
-        info: dict[str, Any] = {"asked_action": asked.astype(np.float32), "limited": [], "grasp_penalty": 0.0}
-        info |= {"executed_action": np.zeros(asked.shape, np.float32), "period_s": 0.0, "late_s": 0.0}
+        info: dict[str, Any] = {
+            "asked_action": asked.astype(np.float32),
+            "executed_action": np.zeros(asked.shape, np.float32),
+            "limited": [],
+            "grasp_penalty": 0.0,
+            "period_s": 0.0,
+            "late_s": 0.0,
+        }
         code = ""
         try:
             info["executed_action"] = self.command(asked, info).astype(np.float32)
@@ -1327,10 +1368,13 @@ class FrankaEnv(gym.Env):
         obs, camera_fault = self.observe()
         fault = fault or camera_fault
         success = not fault and self.is_success(obs)
-        truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
-        info |= {"success": success, "fault": fault or None}
-        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns, "robot_time": self.state["robot_time"]}
         terminated = reflex or (success and self.config.terminate_on_success)
+        truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
+        info["success"] = success
+        info["fault"] = fault or None
+        info["reflexes"] = self.reflexes
+        info["overruns"] = self.pace.overruns
+        info["robot_time"] = self.state["robot_time"]
         return obs, float(success), terminated, truncated and not terminated, info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
@@ -1364,7 +1408,8 @@ class FrankaEnv(gym.Env):
         """(7,) what an action moves on from: the last target, but no further than half an action ahead of the reference
         that the server has in force. So single actions are carried out in full although the server takes its time, and
         where the arm is blocked or too slow, the target waits for it."""
-        scale, reference = np.array(self.config.action_scale), self.state["reference"]
+        scale = np.array(self.config.action_scale)
+        reference = self.state["reference"]
         lead = motion_between(self.target, reference)
         lead[:3] = shortened(lead[:3], scale[:3].max() / 2)
         lead[3:] = shortened(lead[3:], scale[3:].max(initial=0.0) / 2)
@@ -1424,10 +1469,14 @@ class FrankaEnv(gym.Env):
 
     def observe(self) -> tuple[dict[str, np.ndarray], str]:
         """The observation, and what is wrong with a camera."""
-        state, fault = self.state, ""
-        pose = relative_pose(state["tcp_pose"], self.origin) if self.config.relative_frame else state["tcp_pose"].copy()
-        if not self.config.relative_frame and pose[3:] @ self.reset_pose[3:] < 0:
-            pose[3:] *= -1  # one sign, or the network sees jumps
+        state = self.state
+        fault = ""
+        if self.config.relative_frame:
+            pose = relative_pose(state["tcp_pose"], self.origin)
+        else:
+            pose = state["tcp_pose"].copy()
+            if pose[3:] @ self.reset_pose[3:] < 0:
+                pose[3:] *= -1  # one sign, or the network sees jumps
         wrench = self.base_to_action(np.concatenate([state["tcp_force"], state["tcp_torque"]]))
         values = {
             "gripper": [self.measured_closure()],
@@ -1442,7 +1491,8 @@ class FrankaEnv(gym.Env):
             try:
                 frame = camera.read(self.config.max_image_age_s)
             except CameraError as error:
-                frame, fault = camera.frame, str(error)
+                frame = camera.frame
+                fault = str(error)
             obs[camera.config.name] = frame.image.copy()
         return obs, fault
 
@@ -1523,18 +1573,24 @@ class Doctor:
             self.failed += wrong == "FAIL"
 
     def examine(self) -> None:
-        packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
+        names = ("numpy", "gymnasium", "pyzmq", "msgpack")
+        packages = [f"{name} {importlib.metadata.version(name)}" for name in names]
         self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
-        for name, wrong, check in (
-            ("server", "FAIL", self.examine_server),
-            ("realsense", "warn", self.examine_realsense),
-            ("teleop", "FAIL", self.open_teleop),
-        ):
-            try:
-                check()
-            except RobotError as error:
-                self.say(False, name, str(error), wrong=wrong)
-        self.start_cameras()
+        self.attempt("server", self.examine_server)
+        self.attempt("realsense", self.examine_realsense, wrong="warn")
+        for camera in list(self.cameras):
+            if not self.attempt("cameras", camera.start):
+                self.cameras.remove(camera)
+        self.attempt("teleop", self.open_teleop)
+
+    def attempt(self, name: str, check: Callable[[], object], wrong: Literal["FAIL", "warn"] = "FAIL") -> bool:
+        """Whether a check ends well; else a line that says why not."""
+        try:
+            check()
+        except RobotError as error:
+            self.say(False, name, str(error), wrong=wrong)
+            return False
+        return True
 
     def examine_server(self) -> None:
         """What the server says about itself."""
@@ -1579,14 +1635,6 @@ class Doctor:
             self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
 
-    def start_cameras(self) -> None:
-        for camera in list(self.cameras):
-            try:
-                camera.start()
-            except CameraError as error:
-                self.say(False, "cameras", str(error))
-                self.cameras.remove(camera)
-
     def open_teleop(self) -> None:
         if self.args.teleop != "none":
             self.teleop = open_teleop(self.args.teleop)
@@ -1596,6 +1644,22 @@ class Doctor:
         """Put the simulated cameras where the simulated robot is."""
         if self.scene:
             self.scene.put(self.client.task()["scene"])
+
+    def save_pictures(self, folder: Path) -> None:
+        """One of each camera."""
+        self.look()
+        folder.mkdir(parents=True, exist_ok=True)
+        for camera in self.cameras:
+            path = folder / f"{camera.config.name}.png"
+            Image.fromarray(camera.read(1.0).image).save(path)
+            print(f"wrote {path}")
+
+    def watch(self, end: float) -> None:
+        """Show live values until then."""
+        while time.monotonic() < end:
+            self.look()
+            show(self.client, self.cameras, self.teleop)
+            time.sleep(0.2)
 
     def close(self) -> None:
         for closing in (*self.cameras, self.teleop, self.client):
@@ -1661,21 +1725,14 @@ def main(args: Args) -> None:
         if args.drive and not (doctor.teleop and doctor.client):
             fail("--drive needs a server, and --teleop keyboard or spacemouse")
         if args.snapshots:
-            doctor.look()
-            args.snapshots.mkdir(parents=True, exist_ok=True)
-        for camera in doctor.cameras if args.snapshots else []:
-            path = args.snapshots / f"{camera.config.name}.png"
-            Image.fromarray(camera.read(1.0).image).save(path)
-            print(f"wrote {path}")
+            doctor.save_pictures(args.snapshots)
         if args.teleop == "keyboard":
             print(KEYS)
         end = time.monotonic() + (args.seconds or math.inf)
         if args.drive:
             drive(args, doctor.teleop, end)
-        while (doctor.client or doctor.cameras or doctor.teleop) and time.monotonic() < end and not args.drive:
-            doctor.look()
-            show(doctor.client, doctor.cameras, doctor.teleop)
-            time.sleep(0.2)
+        elif doctor.client or doctor.cameras or doctor.teleop:
+            doctor.watch(end)
     except (RobotError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
