@@ -57,6 +57,7 @@ from tqdm import tqdm
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import d4rl, datasets, envs
 from common.datasets import StoredImages, each
+from common.episodes import expert_episodes
 from common.evaluation import (
     CsvLogger,
     LoggingHelper,
@@ -509,7 +510,7 @@ def collect_demos(args: Args) -> str:
     def demonstrations() -> Iterator[tuple]:
         attempts = 10 * args.demos
         with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
-            for episode in envs.expert_episodes(attempts, env, args.seed, noise=0.0):
+            for episode in expert_episodes(attempts, env, args.seed, noise=0.0):
                 if success(episode.info) != 0:
                     yield datasets.as_stored(episode)
                     bar.update()

@@ -46,6 +46,7 @@ from torch import Tensor
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 import robot_client as rc
 from common import envs, vision
+from common.episodes import expert_of
 from common.recording import cameras_of, settled
 from common.run import Run
 from common.setup import ends_well, fail, flag, parse, write_atomically
@@ -598,7 +599,7 @@ def watch(args: Args) -> None:
     """Shows, step by step, what a finished classifier says of a task."""
     env = make_env(args)
     detector = open_detector(args.watch, "--watch", env)
-    expert = envs.expert_of(env, "--teleop expert") if args.teleop == "expert" else None
+    expert = expert_of(env, "--teleop expert") if args.teleop == "expert" else None
     live = sys.stdout.isatty()
     for number in range(args.episodes):
         obs, _ = env.reset(seed=envs.episode_seed(args.seed, 1, number))

@@ -53,6 +53,7 @@ from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
 from common import envs, link, pixels, setup, tensors, vision
+from common.episodes import Recorder, demonstrations, replay, summary
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import Recording, Step, fields_of, write_video
 from common.run import Run
@@ -801,11 +802,11 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     config = task.unwrapped.config
     closure = {"open": 0.0, "close": 1.0}.get(config.gripper_at_reset)  # None: as it is
     steps, episodes = [], []
-    for episode in envs.demonstrations(args.demos, task, args.seed, 0.0):
+    for episode in demonstrations(args.demos, task, args.seed, 0.0):
         if success(episode.info) != 1:
             continue
         penalties = grasp_penalties(episode.actions, closure, args.gripper_penalty * (config.gripper == "binary"))
-        replayed = envs.replay(episode, task, partial(wrap_robot, args=args))
+        replayed = replay(episode, task, partial(wrap_robot, args=args))
         for (action, obs, reward, terminated), penalty in zip(replayed, [0.0, *penalties]):
             steps.append(pack_pixels(agent.step_type, action, obs, reward + penalty, terminated))
         episodes.append(episode._replace(observations=[]))
@@ -822,7 +823,7 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
         demos.add(step)
     agent.observe(demos.newest_observations(len(demos)))
     agent.probe = {"images": torch.from_numpy(obs["images"]), "state": torch.from_numpy(obs["state"])}
-    print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
+    print(f"demonstrations: {summary(episodes, success)}", flush=True)
     return demos
 
 
@@ -1508,7 +1509,7 @@ def actor(args: Args) -> None:
     child = None
     finished = False
     try:
-        task = envs.Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
+        task = Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
         env = wrap_robot(task, args)
         agent = Agent(views_of(env), env.action_space, args, device)
         run = Run(args, args.task, __file__, device)
@@ -1539,7 +1540,7 @@ def collect(
     run: Run,
     log: Log,
     env: gym.Env,
-    task: envs.Recorder,
+    task: Recorder,
     policy: Newest,
     person: Person,
     child: setup.Child | None,
@@ -1677,7 +1678,7 @@ def heed(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
             return ""
 
 
-def record_disagreement(run: Run, task: envs.Recorder, steps: list[Step], verdict: str) -> None:
+def record_disagreement(run: Run, task: Recorder, steps: list[Step], verdict: str) -> None:
     """The episode in which person and classifier disagree, for `reward_classifier.py --add RUN`."""
     won = verdict == "success"
     attributes = {

@@ -45,7 +45,8 @@ from torch.utils.checkpoint import checkpoint
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, link, pixels, setup, tensors, vision
-from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
+from common.episodes import Recorder, check_new_dataset, demonstrations, replay, store_evaluation, summary
+from common.evaluation import evaluate, record_video
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
@@ -703,8 +704,8 @@ def load_pixel_demos(
 ) -> FrameBuffer:
     """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
     steps, episodes, goals = [], [], []
-    for episode in envs.demonstrations(args.demos, task, args.seed, DEMO_NOISE):
-        for action, obs, reward, terminated in envs.replay(episode, task, wrap, args.action_chunk):
+    for episode in demonstrations(args.demos, task, args.seed, DEMO_NOISE):
+        for action, obs, reward, terminated in replay(episode, task, wrap, args.action_chunk):
             reward = reward if action is None else agent.judge(obs, reward)
             steps.append(pack_pixels(agent.step_type, action, obs, reward, terminated))
         if success(episode.info) != 0:  # also where the task does not say
@@ -717,7 +718,7 @@ def load_pixel_demos(
     for step in steps:
         demos.add(step)
     agent.observe(demos.newest_observations(len(demos)))
-    print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
+    print(f"demonstrations: {summary(episodes, success)}", flush=True)
     if args.reward == "vice" and not goals:
         fail(f"--reward vice: none of the demonstrations of --demos {args.demos} ends in success")
     if args.reward == "vice":
@@ -1091,7 +1092,7 @@ def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: 
 
 def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
-    task = envs.Recorder(make_env(args)) if args.record_dataset else make_env(args)
+    task = Recorder(make_env(args)) if args.record_dataset else make_env(args)
     env = wrap(task)
     scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
     if args.record_dataset:

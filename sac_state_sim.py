@@ -42,7 +42,8 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from common import envs, link, setup, tensors
-from common.evaluation import check_new_dataset, evaluate, record_video, store_evaluation
+from common.episodes import Recorder, check_new_dataset, demonstrations, replay, store_evaluation, summary
+from common.evaluation import evaluate, record_video
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
 from common.tensors import RunningNormalizer
@@ -433,10 +434,10 @@ def fill(column: Tensor, saved: Tensor) -> Tensor:
 
 def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
     """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
-    episodes = list(envs.demonstrations(args.demos, task, args.seed, args.demo_noise))
+    episodes = list(demonstrations(args.demos, task, args.seed, args.demo_noise))
     steps = []
     for episode in episodes:
-        for action, obs, reward, terminated in envs.replay(episode, task, wrap, args.action_chunk):
+        for action, obs, reward, terminated in replay(episode, task, wrap, args.action_chunk):
             steps.append(pack_step(agent.step_type, action, obs, reward, terminated))
     if len(steps) == len(episodes):
         fail(f"--demos {args.demos}: has no steps")
@@ -444,7 +445,7 @@ def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.En
     for step in steps:
         demos.add(step)
     agent.observe(demos.newest_observations(len(demos)))
-    print(f"demonstrations: {envs.summary(episodes, success)}", flush=True)
+    print(f"demonstrations: {summary(episodes, success)}", flush=True)
     return demos
 
 
@@ -694,7 +695,7 @@ def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: 
 
 def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
-    task = envs.Recorder(make_env(args)) if args.record_dataset else make_env(args)
+    task = Recorder(make_env(args)) if args.record_dataset else make_env(args)
     env = wrap(task)
     scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
     if args.record_dataset:

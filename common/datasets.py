@@ -34,7 +34,8 @@ import numpy as np
 from gymnasium import spaces
 
 from common import d4rl
-from common.envs import HUGE, Checked, Episode, layout, looks_like_image
+from common.envs import HUGE, Checked, layout, looks_like_image
+from common.episodes import Episode
 from common.setup import Fault, fail
 
 
@@ -88,7 +89,7 @@ def id_for(namespace: str, name: str, contents: str) -> str:
 
 
 def as_stored(episode: Episode) -> tuple:
-    """An episode of envs.Recorder as `store` takes it."""
+    """An episode of Recorder as `store` takes it."""
     observations = each(lambda *steps: np.stack(steps), *episode.observations)
     return observations, episode.actions, episode.rewards, episode.terminations, episode.truncations
 

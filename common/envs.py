@@ -1,14 +1,12 @@
-"""Tasks: made with one-line errors, checked at every step, wrapped, demonstrated, recorded."""
+"""Tasks: made with one-line errors, checked at every step, wrapped, compared by fingerprints."""
 
 import copy
 import json
-import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -236,178 +234,6 @@ class ActionChunk(gym.Wrapper):
         return obs, rewards, terminated, truncated, info
 
 
-class Episode(NamedTuple):
-    """A recorded episode of T steps, in the task's own observations and actions."""
-
-    observations: list  # T + 1
-    actions: np.ndarray  # (T, A)
-    rewards: np.ndarray  # (T,)
-    terminations: np.ndarray  # (T,) bool
-    truncations: np.ndarray  # (T,) bool
-    info: dict  # of the last step
-
-
-class Recorder(gym.Wrapper):
-    """Keeps every episode that ends, in `episodes`."""
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        self.episodes: list[Episode] = []
-
-    def reset(self, **kwargs):
-        obs, info = self.env.reset(**kwargs)
-        self.observations = [copy.deepcopy(obs)]
-        self.steps = []
-        return obs, info
-
-    def step(self, action):
-        obs, reward, terminated, truncated, info = self.env.step(action)
-        self.observations.append(copy.deepcopy(obs))
-        self.steps.append((np.array(action), float(reward), bool(terminated), bool(truncated)))
-        if terminated or truncated:
-            columns = [np.array(column) for column in zip(*self.steps)]
-            self.episodes.append(Episode(self.observations, *columns, info))
-        return obs, reward, terminated, truncated, info
-
-
-class Playback(gym.Env):
-    """A recorded episode as an environment, so that demonstrations pass through the same wrappers as live steps."""
-
-    def __init__(self, env: gym.Env, episode: Episode):
-        self.observation_space = env.observation_space
-        self.action_space = env.action_space
-        self.spec = env.spec
-        self.episode = episode
-
-    def reset(self, **kwargs):
-        self.t = 0
-        return self.episode.observations[0], {}
-
-    def step(self, action):
-        reward = float(self.episode.rewards[self.t])
-        terminated = bool(self.episode.terminations[self.t])
-        self.t += 1
-        return self.episode.observations[self.t], reward, terminated, self.t == len(self.episode.rewards), {}
-
-
-# --- Demonstrations ---------------------------------------------------------------------------------------------------
-def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterator[Episode]:
-    """Episodes for the task `env`: `source` of them by its scripted expert, or those of the Minari dataset `source`.
-
-    `noise` is the standard deviation on the expert's actions, relative to their range [-1, 1]. Exits with one line when
-    the task has no expert, or the dataset is not of this task.
-    """
-    if source.isdecimal():
-        return expert_episodes(int(source), env, seed, noise)
-    return minari_episodes(source, env)
-
-
-def expert_of(env: gym.Env, option: str) -> Callable[[], np.ndarray]:
-    """The method expert_action() of the task or of a wrapper of one's own. Exits with one line when there is none.
-
-    A wrapper that changes actions must have one of its own: the task's are not what the wrapper takes.
-    """
-    layer = env
-    while True:
-        if "expert_action" in dir(type(layer)):
-            return layer.expert_action
-        changes = isinstance(layer, gym.ActionWrapper) or (
-            isinstance(layer, gym.Wrapper) and layer.action_space != layer.env.action_space
-        )
-        if changes:
-            name = type(layer).__name__
-            fail(f"{option}: {name} changes actions, so it needs an expert_action() of its own; or give --demos 0")
-        if not isinstance(layer, gym.Wrapper):
-            name = layer.spec.id if layer.spec else layer
-            fail(f"{option}: {name} has no expert_action(); give a dataset, or --demos 0")
-        layer = layer.env
-
-
-def expert_episodes(count: int, env: gym.Env, seed: int, noise: float) -> Iterator[Episode]:
-    expert = expert_of(env, f"--demos {count}")
-    recorder, space = Recorder(env), env.action_space
-    rng = np.random.default_rng(seed)
-    for number in range(count):
-        recorder.reset(seed=episode_seed(seed, 2, number))
-        done = False
-        while not done:
-            eps = noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
-            action = np.asarray(expert(), float)
-            if action.shape != space.shape or not np.isfinite(action).all():
-                fail(f"--demos {count}: expert_action() gives {action}, actions are {space}")
-            action = np.clip(action + eps, space.low, space.high).astype(space.dtype)
-            _, _, terminated, truncated, _ = recorder.step(action)
-            done = terminated or truncated
-        yield recorder.episodes.pop()
-
-
-def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
-    import minari
-
-    try:
-        dataset = minari.load_dataset(dataset_id)
-    except (FileNotFoundError, ValueError) as error:
-        fail(f"--demos {dataset_id}: {error}; `minari list local` shows what is there")
-    ours, theirs = env.action_space, dataset.action_space
-    same_actions = ours.shape == theirs.shape and np.allclose([ours.low, ours.high], [theirs.low, theirs.high])
-    if not same_actions:
-        fail(f"--demos {dataset_id}: is not of this task; its actions are {theirs}, the task's {ours}")
-    if layout(env.observation_space) != layout(dataset.observation_space):
-        spaces_of = f"{dataset.observation_space}, the task's {env.observation_space}"
-        fail(f"--demos {dataset_id}: is not of this task; its observations are {spaces_of}")
-    about = dataset.storage.metadata
-    if "fingerprint" in about:
-        check_fingerprint(f"--demos {dataset_id}", about["fingerprint"], fingerprint(env))
-    for episode in dataset.iterate_episodes():
-        observations = [step_of(episode.observations, t) for t in range(len(episode) + 1)]
-        infos = episode.infos or {}
-        info = {key: values[-1] for key, values in infos.items() if not isinstance(values, dict) and len(values)}
-        ends = (episode.terminations, episode.truncations)
-        for name, values in (("actions", episode.actions), ("rewards", episode.rewards)):
-            if not np.isfinite(values).all():
-                fail(f"--demos {dataset_id}: {name} of episode {episode.id} hold numbers that are not finite")
-        yield Episode(observations, episode.actions, episode.rewards, *ends, info)
-
-
-def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
-    """Episodes, steps and successes, in words."""
-    verdicts = [success(episode.info) for episode in episodes]
-    known = "success unknown" if any(map(math.isnan, verdicts)) else f"{int(sum(verdicts))} successful"
-    return f"{len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {known}"
-
-
-def layout(space: spaces.Space) -> object:
-    """The shapes of a space's parts, to compare two spaces by."""
-    return {key: layout(part) for key, part in space.items()} if isinstance(space, spaces.Dict) else space.shape
-
-
-def step_of(observations, t: int):
-    """Step t of observations with a leading time axis, at any depth."""
-    return (
-        {key: step_of(part, t) for key, part in observations.items()}
-        if isinstance(observations, dict)
-        else observations[t]
-    )
-
-
-def replay(episode: Episode, env: gym.Env, wrap: Callable[[gym.Env], gym.Env], chunk: int = 1) -> Iterator[tuple]:
-    """An episode of the task `env` as the wrapped task would give it: (action, obs, reward, terminated), from the reset
-    on, whose action is None. Actions are in [-1, 1]; with `chunk` > 1 the last chunk is filled up by its last action.
-    """
-    playback = wrap(Checked(Playback(env, episode), "a demonstration"))
-    low, high = env.action_space.low, env.action_space.high
-    width = np.where(high > low, high - low, 1)
-    actions = np.clip(2 * (episode.actions - low) / width - 1, -1, 1)  # (T, A)
-    padding = np.repeat(actions[-1:], -len(actions) % chunk, 0)
-    obs, _ = playback.reset()
-    yield None, obs, 0.0, False
-    for action in np.concatenate([actions, padding]).reshape(-1, chunk * actions.shape[1]):
-        obs, reward, terminated, truncated, _ = playback.step(action)
-        yield action, obs, reward, terminated
-        if terminated or truncated:
-            return
-
-
 # --- Fingerprints -----------------------------------------------------------------------------------------------------
 def fingerprint(env: gym.Env) -> dict:
     """What gives a task's observations and actions their meaning, in plain JSON values.
@@ -459,3 +285,8 @@ def by_name(value: object) -> object:
     if isinstance(value, list) and value and all(isinstance(part, dict) and "name" in part for part in value):
         return {part["name"]: part for part in value}
     return value
+
+
+def layout(space: spaces.Space) -> object:
+    """The shapes of a space's parts, to compare two spaces by."""
+    return {key: layout(part) for key, part in space.items()} if isinstance(space, spaces.Dict) else space.shape

@@ -1,18 +1,17 @@
-"""common/envs.py: tasks by gymnasium's rules and against them, wrappers, demonstrations, recordings."""
+"""common/envs.py: tasks by gymnasium's rules and against them, wrappers."""
 
 import math
 import re
 from collections.abc import Callable
 
 import gymnasium as gym
-import minari
 import numpy as np
 import probe_envs
 import pytest
 from gymnasium import spaces
 
-from common import envs, evaluation
-from common.envs import ActionChunk, AnySuccess, Checked, GripperPenalty, Recorder, ScaledActions, episode_seed
+from common import envs
+from common.envs import ActionChunk, AnySuccess, Checked, GripperPenalty, ScaledActions, episode_seed
 from common.setup import Fault
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -362,118 +361,3 @@ def test_any_steps_success_counts_with_a_wrapper():
     for _ in range(2):
         env.reset(seed=0)
         assert [env.step(np.zeros(1))[4]["success"] for _ in range(4)] == [False, True, True, True]
-
-
-def test_recorder_keeps_episodes_and_copies():
-    env = Recorder(probe_envs.InPlace())
-    for length in (20, 3):
-        env.reset(seed=1)
-        for t in range(length):
-            action = np.full(3, 0.1 * t, np.float32)
-            env.step(action)
-            action[:] = 9
-    (episode,) = env.episodes  # the other one has not ended
-    assert len(episode.observations) == 21 and episode.actions.max() == np.float32(1.9)
-    assert len({obs["point"].tobytes() for obs in episode.observations}) > 10
-    assert episode.truncations.tolist() == [False] * 19 + [True] and not episode.terminations.any()
-    assert episode.rewards.shape == (20,) and episode.info == {"success": episode.info["success"]}
-
-
-# --- Demonstrations ---------------------------------------------------------------------------------------------------
-def point() -> gym.Env:
-    return envs.make("probe_envs:Point-v0")
-
-
-class Reversed(gym.ActionWrapper):
-    """Changes actions without saying what the expert would do."""
-
-    def action(self, action):
-        return -action
-
-
-class ReversedToo(Reversed):
-    def expert_action(self):
-        return -self.env.unwrapped.expert_action()
-
-
-class Half(gym.Wrapper):
-    """Changes the action space only."""
-
-    action_space = spaces.Box(-1, 1, (3,))
-
-
-def test_experts_behind_wrappers():
-    """R1: a wrapper that changes actions has an expert of its own, or is named; others are looked through."""
-    for wrap in (ReversedToo, lambda env: ReversedToo(gym.wrappers.TimeLimit(env, 50)), Recorder):
-        episodes = list(envs.demonstrations("2", wrap(point()), seed=1, noise=0.0))
-        assert [episode.info["success"] for episode in episodes] == [True, True]
-        assert len({episode.observations[0]["goal"].tobytes() for episode in episodes}) == 2
-    for wrap, name in ((Reversed, "Reversed"), (Half, "Half")):
-        with pytest.raises(SystemExit, match=f"--demos 2: {name} changes actions, so it needs an expert_action"):
-            next(envs.demonstrations("2", wrap(point()), seed=1, noise=0.0))
-    with pytest.raises(SystemExit, match="--demos 5: Pendulum-v1 has no expert_action"):
-        next(envs.demonstrations("5", envs.make("Pendulum-v1"), seed=1, noise=0.0))
-
-
-@pytest.mark.parametrize("action", [np.zeros(2), 0.0, np.full(3, math.nan), None])
-def test_experts_that_say_no_action(monkeypatch, action):
-    monkeypatch.setattr(probe_envs.Point, "expert_action", lambda self: action)
-    with pytest.raises(SystemExit, match=r"--demos 1: expert_action\(\) gives"):
-        next(envs.demonstrations("1", point(), seed=1, noise=0.0))
-
-
-def test_recorded_episodes_become_demonstrations(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    recorded = list(envs.demonstrations("3", point(), seed=5, noise=0.1))
-    evaluation.record("point/expert-v0", recorded, point(), lambda info: info["success"], algorithm_name="expert")
-    dataset = minari.load_dataset("point/expert-v0")
-    assert isinstance(dataset.recover_environment().unwrapped, probe_envs.Point)
-    assert isinstance(dataset.recover_environment(eval_env=True).unwrapped, probe_envs.Point)
-    for ours, theirs in zip(recorded, envs.demonstrations("point/expert-v0", point(), seed=0, noise=0.0), strict=True):
-        for name in ("actions", "rewards", "terminations", "truncations"):
-            np.testing.assert_array_equal(getattr(theirs, name), getattr(ours, name))
-        for one, other in zip(theirs.observations, ours.observations, strict=True):
-            assert np.array_equal(one["goal"], other["goal"]) and np.array_equal(one["point"], other["point"])
-        assert theirs.info["success"] == ours.info["success"]
-    with pytest.raises(SystemExit, match="--record-dataset point/expert-v0: exists"):
-        evaluation.check_new_dataset("point/expert-v0")
-    with pytest.raises(SystemExit, match="--record-dataset"):
-        evaluation.check_new_dataset("no version")
-
-
-class OtherKeys(probe_envs.Point):
-    observation_space = spaces.Dict({"place": spaces.Box(-1, 1, (2,)), "goal": spaces.Box(-1, 1, (2,))})
-
-    def observe(self):
-        return {"place": np.float32(self.point), "goal": np.float32(self.goal)}
-
-
-class OtherBounds(probe_envs.Point):
-    action_space = spaces.Box(-1, 1, (3,), np.float32)
-
-    def expert_action(self):
-        return super().expert_action() / 2
-
-
-@pytest.mark.parametrize("task", [probe_envs.OtherPoint, OtherKeys, OtherBounds])
-def test_demonstrations_of_another_task_are_refused(tmp_path, monkeypatch, task):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    name = f"{task.__name__}-v7"
-    gym.register(name, task, max_episode_steps=20)  # a class, not the name of one
-    other = envs.make(name)
-    evaluation.record(
-        "other/expert-v0", envs.demonstrations("1", other, seed=1, noise=0.0), other, lambda info: math.nan
-    )
-    with pytest.raises(SystemExit, match="--demos other/expert-v0: is not of this task"):
-        next(envs.demonstrations("other/expert-v0", point(), seed=0, noise=0.0))
-    with pytest.raises(SystemExit, match="--demos no/such-v0: "):
-        next(envs.demonstrations("no/such-v0", point(), seed=0, noise=0.0))
-
-
-def test_demonstrations_with_numbers_that_are_none(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    (episode,) = envs.demonstrations("1", point(), seed=1, noise=0.0)
-    episode.rewards[3] = math.nan
-    evaluation.record("point/nan-v0", [episode], point(), lambda info: math.nan)
-    with pytest.raises(SystemExit, match="--demos point/nan-v0: rewards of episode 0"):
-        list(envs.demonstrations("point/nan-v0", point(), seed=0, noise=0.0))

@@ -20,6 +20,7 @@ from conftest import popen_script, read_csv, run_script, wait_until
 import record_demos
 import robot_client
 from common import envs
+from common.episodes import demonstrations
 from common.recording import settled
 from common.success import SuccessClassifier, SuccessDetector
 
@@ -119,13 +120,13 @@ def test_data_is_cloned_and_is_demonstrations(tmp_path, monkeypatch):
     record(tmp_path, "--episodes", 3, "--noise", 0)
     dataset = load(tmp_path, monkeypatch)
     env = envs.make("recorded_tasks:Reach-v0")
-    episodes = list(envs.demonstrations("hil/demos-v0", env, seed=1, noise=0.0))
+    episodes = list(demonstrations("hil/demos-v0", env, seed=1, noise=0.0))
     assert [len(episode.actions) for episode in episodes] == [len(episode) for episode in dataset.iterate_episodes()]
     assert all(episode.info["success"] for episode in episodes)
     with pytest.raises(SystemExit, match=r"--demos hil/demos-v0: is not of this task"):
-        list(envs.demonstrations("hil/demos-v0", envs.make("recorded_tasks:Gripper-v0"), seed=1, noise=0.0))
+        list(demonstrations("hil/demos-v0", envs.make("recorded_tasks:Gripper-v0"), seed=1, noise=0.0))
     with pytest.raises(SystemExit, match=r'task is "Reach-v0" there, "Slow-v0" here'):
-        list(envs.demonstrations("hil/demos-v0", envs.make("recorded_tasks:Slow-v0"), seed=1, noise=0.0))
+        list(demonstrations("hil/demos-v0", envs.make("recorded_tasks:Slow-v0"), seed=1, noise=0.0))
     flags = ("--offline-steps", 4, "--batch-size", 4, "--encoder", "impala_small", "--hidden-dims", 16)
     flags += ("--eval-episodes", 2, "--log-interval", 2, "--num-workers", 1, "--no-capture-video")
     for loading in ("memory", "workers"):

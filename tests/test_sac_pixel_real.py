@@ -18,6 +18,7 @@ from conftest import free_port, one_line, popen_script, read_csv, run_script, wa
 import robot_client as rc
 import sac_pixel_real as real
 from common import envs, link
+from common.episodes import Recorder
 from common.pixels import FrameFile, Views, pack_pixels
 from common.recording import Recording, dataset_folder
 
@@ -543,7 +544,7 @@ def test_disagreements_become_data_of_the_classifier(tmp_path):
     detector = SuccessDetector(SuccessClassifier(("front", "wrist"), 128), 0.5, 1, envs.fingerprint(env), {})
     torch.save(detector.contents(), tmp_path / "classifier.pt")
     args = small_args(reward=str(tmp_path / "classifier.pt"))
-    task = envs.Recorder(real.judged(real.make_env(args), args))
+    task = Recorder(real.judged(real.make_env(args), args))
     run = SimpleNamespace(dir=tmp_path / "run", episode=5)
     run.dir.mkdir()
     for verdict, length in (("failure", 6), ("success", 8)):
