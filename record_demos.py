@@ -158,20 +158,7 @@ def success(info: dict) -> float:
 
 
 # --- Hands ------------------------------------------------------------------------------------------------------------
-class Expert(ScriptedExpert):
-    """The simulated task's scripted expert, in every step, with noise on its actions."""
-
-    def __init__(self, noise: float, seed: int):
-        super().__init__(seed=seed)
-        self.noise = noise
-
-    def read(self, env: gym.Env) -> np.ndarray:
-        space = env.action_space
-        eps = self.noise * (space.high - space.low) / 2 * self.rng.standard_normal(space.shape)
-        return np.clip(env.unwrapped.expert_action() + eps, space.low, space.high).astype(space.dtype)
-
-
-class Rover(Expert):
+class Rover(ScriptedExpert):
     """For frames of all kinds: the expert steers, to success and on in it; now and then the arm wanders off."""
 
     TOWARDS = (15, 45)  # steps
@@ -179,19 +166,19 @@ class Rover(Expert):
 
     def forget(self) -> None:
         self.drift: np.ndarray | None = None  # (6,) motion in the base's axes; none: towards success
-        self.left = int(self.rng.integers(*self.TOWARDS))
+        self.until_turn = int(self.rng.integers(*self.TOWARDS))  # steps
 
-    def read(self, env: gym.Env) -> np.ndarray:
+    def read(self, env: gym.Env) -> np.ndarray | None:
         action = super().read(env)
-        if self.left == 0 and self.drift is None:
+        if self.until_turn == 0 and self.drift is None:
             self.drift = np.zeros(6)
             self.drift[:3] = self.rng.uniform((-0.5, -0.5, -0.2), (0.5, 0.5, 0.8))
-            self.left = int(self.rng.integers(*self.AWAY))
-        elif self.left == 0:
+            self.until_turn = int(self.rng.integers(*self.AWAY))
+        elif self.until_turn == 0:
             self.forget()
-        self.left -= 1
-        if self.drift is not None:
-            turn = getattr(env.unwrapped, "base_to_action", np.asarray)  # into the relative frame, where there is one
+        self.until_turn -= 1
+        if action is not None and self.drift is not None:
+            turn = getattr(env.unwrapped, "base_to_action", np.asarray)  # into the relative frame
             action[:3] = turn(self.drift)[:3]
         return action
 
@@ -207,8 +194,8 @@ def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
         fail(f"--teleop expert: {args.env_id} has no expert_action(); steer it by --teleop keyboard")
     if args.wait_for_key and terminal is None:
         fail("--wait-for-key: standard input is no terminal; start the script in one, or leave the flag out")
-    kind = Expert if args.mode == "demos" else Rover
-    return kind(args.noise, args.seed), terminal
+    kind = ScriptedExpert if args.mode == "demos" else Rover
+    return kind(seed=args.seed, noise=args.noise), terminal
 
 
 # --- Labels -----------------------------------------------------------------------------------------------------------
@@ -430,7 +417,9 @@ class Session:
 
         After a pause the episode goes on from what is seen then.
         """
-        commands = self.commands() + ["pause"] * bool(self.hand.fault)
+        commands = self.commands()
+        if self.person and self.hand.fault:
+            commands.append("pause")
         for command in commands:
             if command == "pause":
                 text = f"{self.hand.fault or 'paused'}: Enter goes on"

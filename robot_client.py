@@ -936,11 +936,15 @@ def open_teleop(name: str, terminal: Terminal | None = None) -> Teleop:
 
 class ScriptedExpert(Teleop):
     """Stands in for a person in tests and rehearsals: now and then it takes over for a while, with the actions of the
-    task's scripted expert (`expert_action` of the unwrapped environment). `probability`: per step, to take over."""
+    task's scripted expert (`expert_action` of the unwrapped environment).
 
-    def __init__(self, probability: float = 1.0, steps: int = 20, seed: int = 0):
+    `probability`: per step, to take over for `steps`. `noise`: standard deviation of noise on the actions, in [-1, 1].
+    """
+
+    def __init__(self, probability: float = 1.0, steps: int = 20, seed: int = 0, noise: float = 0.0):
         self.probability = probability
         self.steps = steps
+        self.noise = noise
         self.left = 0
         self.rng = np.random.default_rng(seed)
 
@@ -959,7 +963,9 @@ class ScriptedExpert(Teleop):
             self.fault = str(error)
             return None
         self.fault = ""
-        return action
+        space = env.action_space
+        eps = self.noise * (space.high - space.low) / 2 * self.rng.standard_normal(space.shape)
+        return np.clip(action + eps, space.low, space.high).astype(space.dtype)
 
 
 class Intervention(gym.Wrapper):

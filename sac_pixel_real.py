@@ -801,7 +801,8 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     task = make_env(args)
     config = task.unwrapped.config
     closure = {"open": 0.0, "close": 1.0}.get(config.gripper_at_reset)  # None: as it is
-    steps, episodes = [], []
+    steps = []
+    episodes = []
     for episode in demonstrations(args.demos, task, args.seed, 0.0):
         if success(episode.info) != 1:
             continue
@@ -1243,7 +1244,6 @@ def evaluate_policy(args: Args) -> None:
     folder = Path(args.eval_only)
     version = load_policy(agent, folder / f"{args.policy}.policy")
     person = Person(args, "none")
-    rows: list[str] = []
     outcomes: list[Outcome] = []
     frames: list[np.ndarray] = []
     try:
@@ -1254,18 +1254,22 @@ def evaluate_policy(args: Args) -> None:
             print(f"episode {number}: {outcome.verdict} after {outcome.seconds:.1f} s", flush=True)
             if outcome.verdict == "quit":
                 break
-            if outcome.verdict != "discard":
-                outcomes.append(outcome)
-                won = outcome.verdict == "success"
-                rows.append(f"{number},{won:d},{outcome.seconds:.3f},{outcome.suggested:d}\n")
-                frames += seen if len(outcomes) <= 4 else []
+            if outcome.verdict == "discard":
+                continue
+            outcomes.append(outcome)
+            if len(outcomes) <= 4:
+                frames += seen
     finally:
         person.close()
         env.close()
-    table = "episode,success,cycle_s,suggested\n" + "".join(rows)
+    table = "episode,success,cycle_s,suggested\n"
+    for number, outcome in enumerate(outcomes):
+        won = outcome.verdict == "success"
+        table += f"{number},{won:d},{outcome.seconds:.3f},{outcome.suggested:d}\n"
     write_atomically(folder / f"evaluation_{args.policy}.csv", table.encode())
     if args.capture_video and frames:
-        write_video(np.stack(frames), folder / f"evaluation_{args.policy}.mp4", env.metadata["render_fps"])
+        path = folder / f"evaluation_{args.policy}.mp4"
+        write_video(np.stack(frames), path, env.metadata["render_fps"])
     report_outcomes(args, version, outcomes)
 
 
@@ -1274,7 +1278,8 @@ def report_outcomes(args: Args, version: int, outcomes: list[Outcome]) -> None:
     false = sum(outcome.suggested and outcome.verdict == "failure" for outcome in outcomes)
     missed = sum(not outcome.suggested and outcome.verdict == "success" for outcome in outcomes)
     low, high = wilson(len(won), len(outcomes))
-    print(f"{args.policy} policy, update {version}: success {len(won)} of {len(outcomes)}, 95% {low:.2f} to {high:.2f}")
+    successes = f"success {len(won)} of {len(outcomes)}, 95% {low:.2f} to {high:.2f}"
+    print(f"{args.policy} policy, update {version}: {successes}")
     print(f"cycle time {np.mean(won or [math.nan]):.1f} s on average, where it succeeds")
     if args.reward != "person":
         print(f"--reward {args.reward} against the verdicts: {false} false successes, {missed} missed")
@@ -1497,8 +1502,9 @@ class Newest:
         if not self.version:
             return
         self.agent.probe = {name: torch.from_numpy(value) for name, value in obs.items()}
-        for path in [self.path, self.path.with_name("best.policy")][: 1 + best]:
-            save_policy(self.agent, self.version, path)
+        save_policy(self.agent, self.version, self.path)
+        if best:
+            save_policy(self.agent, self.version, self.path.with_name("best.policy"))
 
 
 def actor(args: Args) -> None:
@@ -1561,7 +1567,8 @@ def collect(
             return
         # Reset.
         with run.phase("env"):
-            obs = reset_robot(env, envs.episode_seed(seed, 0, run.episode), person, partial(stop_asked, run, person))
+            episode_seed = envs.episode_seed(seed, 0, run.episode)
+            obs = reset_robot(env, episode_seed, person, partial(stop_asked, run, person))
         person.begin(run.step)
         if obs is not None:
             heed(run, person, env, ended=False)  # a pause that began during the reset
@@ -1632,15 +1639,16 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
             reward, terminated = float(said == "success"), said == "success"
         verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
         # Store: success was decided before the penalty. What a person does is a demonstration, standing still is not.
-        executed, asked = info["executed_action"], info["asked_action"]
+        executed = info["executed_action"]
+        asked = info["asked_action"]
         intervened = bool(info.get("intervened", False))
         if verdict != "fault" or terminated:  # else what follows the action is not known
             step = pack_pixels(step_type, executed, obs, reward + info["grasp_penalty"], terminated)
             step["intervened"] = intervened and asked.any()
             sender.stage(step.tobytes())
         suggested = bool(info["success"])
-        step = Step(executed, asked, reward, terminated, intervened, suggested, info["period_s"], info["late_s"])
-        steps.append(step)
+        times = (info["period_s"], info["late_s"])
+        steps.append(Step(executed, asked, reward, terminated, intervened, suggested, *times))
     if info["fault"]:
         print(f"\nthe episode was ended: {info['fault']}", file=sys.stderr, flush=True)
     return steps, verdict, obs
