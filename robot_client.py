@@ -310,20 +310,8 @@ class RobotClient:
 
     def state(self) -> dict:
         """The measured state (arrays in the base frame; m, rad, N) with "mode", "reference", "fault", "jobs", times."""
-        reply = self.call("state")
-        state = reply["result"]
-        for key in (
-            "mode",
-            "fault",
-            "jobs",
-            "lease",
-            "robot_time",
-            "server_time",
-            "server_id",
-            "state_age",
-            "reference",
-        ):
-            state[key] = reply[key]
+        state = self.call("state")
+        state |= state.pop("result")
         for key in ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "reference"):
             state[key] = np.array(state[key])
         return state
@@ -1664,7 +1652,7 @@ class Doctor:
         """Show live values until then."""
         while time.monotonic() < end:
             self.look()
-            show(self.client, self.cameras, self.teleop)
+            show_live(self.client, self.cameras, self.teleop)
             time.sleep(0.2)
 
     def close(self) -> None:
@@ -1673,7 +1661,7 @@ class Doctor:
                 closing.close()
 
 
-def show(client: RobotClient | None, cameras: Sequence[Camera], teleop: Teleop | None) -> None:
+def show_live(client: RobotClient | None, cameras: Sequence[Camera], teleop: Teleop | None) -> None:
     """Print state, cameras and teleoperation in one line, over the last one in a terminal."""
     parts = []
     if client:
@@ -1719,7 +1707,7 @@ def drive(args: Args, teleop: Teleop, end: float) -> None:
         env.reset(options={"keep_scene": True})
         while time.monotonic() < end and not (terminal and "quit" in terminal.commands()):
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
-            show(env.unwrapped.client, (), teleop)
+            show_live(env.unwrapped.client, (), teleop)
             if terminated or truncated:
                 raise RobotError(info["fault"])
 

@@ -2,6 +2,7 @@
 
     python sac_pixel_real.py --demos hil/demos-v0                   # needs robot_server.py, a terminal, demonstrations
     python sac_pixel_real.py --demos hil/demos-v0 --reward classifier.pt --teleop spacemouse   # needs a robot
+    python sac_pixel_real.py --clone-updates 1000                   # needs all of it; begins as the demonstrations do
     python sac_pixel_real.py --resume RUN_DIR                       # needs robot_server.py; after Ctrl-C or a crash
     python sac_pixel_real.py --eval-only RUN_DIR                    # needs robot_server.py
     python sac_pixel_real.py --role learner --address 0.0.0.0:5588 --curve-keys keys    # needs an actor
