@@ -301,9 +301,17 @@ class RobotClient:
         """Beats by the robot's clock, so that a simulated robot may be faster than real time."""
         return Pace(hz, self.robot_time, self.speed)
 
-    def hello(self, wait_s: float = 0.0) -> dict:
-        """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server to be there."""
-        hello = self.call("hello", tries=max(self.tries, round(wait_s / self.timeout_s)))["result"]
+    def hello(self, wait_s: float = 0.0, give_up: Callable[[], bool] = lambda: False) -> dict:
+        """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server to be there, or until `give_up`
+        says so."""
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                hello = self.call("hello")["result"]
+                break
+            except UnreachableError:
+                if time.monotonic() > end or give_up():
+                    raise
         # Without a word about it: real time. 0: as fast as it can; then sleep less and look again.
         self.speed = hello["robot"].get("speed", 1.0) or 10.0
         return hello
@@ -1212,7 +1220,7 @@ class FrankaEnv(gym.Env):
         config = self.config
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
-        self.hello = self.client.hello(config.wait_s)
+        self.hello = self.client.hello(config.wait_s, self.give_up)
         wrong = self.misfit()
         if wrong:
             raise RobotError(f"TaskConfig does not fit {config.server}: {wrong}")

@@ -251,6 +251,20 @@ def test_no_stale_command_reaches_a_server_that_comes_back(fake, client):
         assert {request["op"] for request in back.requests} == {"hello"}
 
 
+def test_waiting_for_a_server_may_be_given_up():
+    asked = []
+
+    def give_up() -> bool:
+        asked.append(time.monotonic())
+        return len(asked) == 2
+
+    with contextlib.closing(RobotClient("tcp://127.0.0.1:9", timeout_s=0.1, tries=2)) as client:
+        start = time.monotonic()
+        with pytest.raises(rc.UnreachableError, match="no answer from"):
+            client.hello(60.0, give_up)
+    assert len(asked) == 2 and time.monotonic() - start < 10
+
+
 class Cable:
     """A TCP connection through us to `port`, which can be cut: nothing passes, nobody is told."""
 
