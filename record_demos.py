@@ -27,7 +27,6 @@ New task: `grep -n TASK: record_demos.py` shows the place to edit.
 """
 
 import contextlib
-import dataclasses
 import datetime
 import errno
 import math
@@ -44,20 +43,19 @@ import numpy as np
 
 import franka_sim  # noqa: F401  registers the simulated tasks
 from common import envs
-from common.recording import Recording, dataset_folder, stacked
+from common.recording import Recording, Step, dataset_folder, fields_of, settled
 from common.setup import Fault, fail, flag, git_commit, parse
 from robot_client import (
     KEYS,
     SERVER,
-    TASKS,
-    Keyboard,
     Pace,
     RobotClient,
     RobotError,
     ScriptedExpert,
-    SpaceMouse,
     Teleop,
     Terminal,
+    open_teleop,
+    task_named,
 )
 
 NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, for each frame with it
@@ -119,8 +117,7 @@ class Args:
             fail(f"--noise {self.noise}: give a number from 0 to 1")
         if self.classes > 2 and self.teleop == "expert":
             fail(f"--classes {self.classes}: a person labels them; the expert's task knows success only")
-        if self.task not in TASKS:
-            fail(f"--task {self.task}: there are {', '.join(TASKS)}; add yours to TASKS")
+        task_named(self.task)
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -128,15 +125,15 @@ def make_env(args: Args) -> gym.Env:
     """The task, with the observations and actions that are recorded."""
     if args.env_id == "robot_client:FrankaReal-v0":
         check_server(args)
-        task = TASKS[args.task]  # TASK: yours
-        config = dataclasses.replace(
-            task,
+        config = task_named(
+            args.task,  # TASK: yours
             server=args.server,
             keys=args.keys,
             reward="task" if args.teleop == "expert" else "none",  # otherwise a person says what success is
             terminate_on_success=args.mode == "demos",
-            max_episode_steps=args.max_episode_steps or task.max_episode_steps,
         )
+        if args.max_episode_steps:
+            config.max_episode_steps = args.max_episode_steps
         return envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
     options = {"image_obs": True} if args.env_id.startswith("Franka") else {}  # TASK: keyword options of your task
     return envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
@@ -161,20 +158,7 @@ def success(info: dict) -> float:
 
 
 # --- Hands ------------------------------------------------------------------------------------------------------------
-class Expert(ScriptedExpert):
-    """The simulated task's scripted expert, in every step, with noise on its actions."""
-
-    def __init__(self, noise: float, seed: int):
-        super().__init__(seed=seed)
-        self.noise = noise
-
-    def read(self, env: gym.Env) -> np.ndarray:
-        space = env.action_space
-        eps = self.noise * (space.high - space.low) / 2 * self.rng.standard_normal(space.shape)
-        return np.clip(env.unwrapped.expert_action() + eps, space.low, space.high).astype(space.dtype)
-
-
-class Rover(Expert):
+class Rover(ScriptedExpert):
     """For frames of all kinds: the expert steers, to success and on in it; now and then the arm wanders off."""
 
     TOWARDS = (15, 45)  # steps
@@ -182,19 +166,19 @@ class Rover(Expert):
 
     def forget(self) -> None:
         self.drift: np.ndarray | None = None  # (6,) motion in the base's axes; none: towards success
-        self.left = int(self.rng.integers(*self.TOWARDS))
+        self.until_turn = int(self.rng.integers(*self.TOWARDS))  # steps
 
-    def read(self, env: gym.Env) -> np.ndarray:
+    def read(self, env: gym.Env) -> np.ndarray | None:
         action = super().read(env)
-        if self.left == 0 and self.drift is None:
+        if self.until_turn == 0 and self.drift is None:
             self.drift = np.zeros(6)
             self.drift[:3] = self.rng.uniform((-0.5, -0.5, -0.2), (0.5, 0.5, 0.8))
-            self.left = int(self.rng.integers(*self.AWAY))
-        elif self.left == 0:
+            self.until_turn = int(self.rng.integers(*self.AWAY))
+        elif self.until_turn == 0:
             self.forget()
-        self.left -= 1
-        if self.drift is not None:
-            turn = getattr(env.unwrapped, "base_to_action", np.asarray)  # into the relative frame, where there is one
+        self.until_turn -= 1
+        if action is not None and self.drift is not None:
+            turn = getattr(env.unwrapped, "base_to_action", np.asarray)  # into the relative frame
             action[:3] = turn(self.drift)[:3]
         return action
 
@@ -204,27 +188,17 @@ def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
     terminal = Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
     if terminal:
         print(KEYS)
-    if args.teleop == "keyboard":
-        return Keyboard(terminal=terminal), terminal
-    if args.teleop == "spacemouse":
-        return SpaceMouse(), terminal
+    if args.teleop != "expert":
+        return open_teleop(args.teleop, terminal), terminal
     if not hasattr(env.unwrapped, "expert_action"):
         fail(f"--teleop expert: {args.env_id} has no expert_action(); steer it by --teleop keyboard")
     if args.wait_for_key and terminal is None:
         fail("--wait-for-key: standard input is no terminal; start the script in one, or leave the flag out")
-    kind = Expert if args.mode == "demos" else Rover
-    return kind(args.noise, args.seed), terminal
+    kind = ScriptedExpert if args.mode == "demos" else Rover
+    return kind(seed=args.seed, noise=args.noise), terminal
 
 
 # --- Labels -----------------------------------------------------------------------------------------------------------
-def settled(labels: np.ndarray, margin: int) -> np.ndarray:
-    """(T,) labels, -1 (left out) for those less than `margin` steps before or after a change."""
-    result = labels.copy()
-    for change in np.flatnonzero(np.diff(labels)) + 1:
-        result[max(change - margin, 0) : change + margin] = -1
-    return result
-
-
 def near_misses(labels: np.ndarray, steps: int) -> np.ndarray:
     """(T,) whether a frame shows no success, but was taken at most so many steps before or after one."""
     near = np.zeros(len(labels), bool)
@@ -251,7 +225,11 @@ class Session:
         self.recording = recording
         self.hand = hand
         self.terminal = terminal
-        self.detector = open_classifier(args.classifier, env) if args.classifier else None
+        self.detector = None
+        if args.classifier:
+            from common.success import open_detector  # here: PyTorch takes seconds
+
+            self.detector = open_detector(args.classifier, "--classifier", env)
         self.person = args.teleop != "expert"
         self.paces_itself = hasattr(env.unwrapped, "stand_still")
         self.hz = float(env.metadata.get("render_fps", 10))
@@ -268,7 +246,7 @@ class Session:
         if self.stopped:
             raise KeyboardInterrupt
         self.stopped = True
-        os.write(2, b"\nstopping after this step or reset; Ctrl-C again stops at once\n")
+        os.write(2, b"\nstopping; Ctrl-C again stops at once\n")
 
     def run(self) -> None:
         while not self.stopped and self.missing():
@@ -276,6 +254,9 @@ class Session:
             try:
                 self.episode()
             except RobotError as error:  # server away, a reflex while the arm stood still, the stop button
+                if self.quits():
+                    say(str(error))
+                    return
                 if self.terminal is None or self.terminal.fault:
                     raise
                 self.wait(f"{error}. Enter goes on with the next episode, q ends", None, "go on")
@@ -312,6 +293,10 @@ class Session:
         commands = self.terminal.commands()
         self.stopped |= "quit" in commands
         return commands
+
+    def quits(self) -> bool:
+        """Whether somebody has asked it to end."""
+        return self.stopped or bool(self.terminal and self.terminal.quits())
 
     def obey(self, command: str) -> None:
         """What a key does at any time."""
@@ -353,14 +338,20 @@ class Session:
 
     # --- before an episode ---
     def reset(self) -> dict:
-        """The first observation: FrankaEnv has seen the arm stand still at its pose, and new pictures since then."""
+        """The first observation: FrankaEnv has seen the arm stand still at its pose, and new pictures since then.
+
+        What was typed meanwhile has no effect, but for pause, and for quit, which ends the robot's reset on its way.
+        """
         show("reset ...")
-        obs, _ = self.env.reset(seed=self.seed())
-        pressed = [command for command in self.commands() if command != "quit"]
-        if pressed:
-            say(f"pressed during the reset, so without effect: {', '.join(pressed)}")
+        options = {"give_up": self.quits} if self.paces_itself else None
+        obs, _ = self.env.reset(seed=self.seed(), options=options)
+        lost = self.terminal.forget() if self.terminal else []
+        if lost:
+            say(f"pressed during the reset, so without effect: {', '.join(lost)}")
         self.hand.forget()
         self.label = 0
+        if "pause" in self.commands():
+            _, obs = self.wait("paused: Enter goes on", obs, "go on")
         return obs
 
     def seed(self) -> int:
@@ -375,12 +366,13 @@ class Session:
         return self.wait(f"ready: move to begin; to go: {self.missing()}", obs, "go on", "input")[1]
 
     # --- an episode ---
-    def record(self, obs: dict) -> tuple[list, list[dict], str]:
-        """T + 1 observations, what belongs to each of the T steps, and the verdict: one of ENDINGS, "none" (mode
-        classifier) or "fault"."""
+    def record(self, obs: dict) -> tuple[list, list[Step], str]:
+        """T + 1 observations, T steps, and the verdict: one of ENDINGS, "none" (mode classifier) or "fault"."""
         pace = Pace(self.hz) if self.person and not self.paces_itself else None
         space = self.env.action_space
-        observations, steps, verdict, seconds = [obs], [], "", 0.0
+        observations = [obs]
+        steps: list[Step] = []
+        verdict = ""
         if self.detector:
             self.detector.reset()
         while not verdict:
@@ -388,21 +380,21 @@ class Session:
             asked = np.zeros(space.shape, space.dtype) if steered is None else steered
             obs, reward, terminated, truncated, info = self.env.step(asked)
             late_s = pace.wait()[1] if pace else info.get("late_s", 0.0)
-            seconds += info.get("period_s", 1 / self.hz)
-            step = {
-                "action": info.get("executed_action", np.clip(asked, space.low, space.high)),
-                "asked_action": info.get("asked_action", asked),
-                "reward": reward,
-                "terminated": terminated,
-                "intervened": steered is not None,
-                "time_s": seconds,
-                "late_s": late_s,
-                "suggestion": bool(self.detector(obs)) if self.detector else False,
-            }
+            suggested = bool(self.detector(obs)) if self.detector else False
             observations.append(obs)
+            verdict = self.judge(observations, len(steps) + 1, terminated or truncated, info)
+            step = Step(
+                action=info.get("executed_action", np.clip(asked, space.low, space.high)),
+                asked=info.get("asked_action", asked),
+                reward=reward,
+                terminated=terminated,
+                intervened=steered is not None,
+                suggested=suggested,
+                period_s=info.get("period_s", 1 / self.hz),
+                late_s=late_s,
+                label=self.label if self.person else int(success(info) == 1),
+            )
             steps.append(step)
-            verdict = self.judge(observations, len(steps), terminated or truncated, info)
-            step["label"] = self.label if self.person else int(success(info) == 1)
             show(self.status(len(steps)))
         return observations, steps, verdict
 
@@ -425,7 +417,9 @@ class Session:
 
         After a pause the episode goes on from what is seen then.
         """
-        commands = self.commands() + ["pause"] * bool(self.hand.fault)
+        commands = self.commands()
+        if self.person and self.hand.fault:
+            commands.append("pause")
         for command in commands:
             if command == "pause":
                 text = f"{self.hand.fault or 'paused'}: Enter goes on"
@@ -444,19 +438,12 @@ class Session:
         return f"LABEL {self.label} | " if self.args.mode == "classifier" else ""
 
     # --- after an episode ---
-    def keep(self, observations: list, steps: list[dict], verdict: str) -> None:
+    def keep(self, observations: list, steps: list[Step], verdict: str) -> None:
         """Writes the episode and says so."""
-
-        def column(name: str) -> np.ndarray:
-            return np.array([step[name] for step in steps])
-
         demos = self.args.mode == "demos"
         won = demos and verdict == "success"
-        last = np.arange(len(steps)) == len(steps) - 1  # (T,)
-        if demos and self.person:
-            rewards, terminations = (last & won).astype(float), last & won
-        elif demos:
-            rewards, terminations = column("reward"), column("terminated")
+        fields = fields_of(observations, steps, won)
+        infos = fields["infos"]
         attributes = {
             "seed": self.seed(),
             "attempt": self.attempt,
@@ -466,38 +453,24 @@ class Session:
             "recorded_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "git_commit": self.commit,
         }
-        infos = {name: column(name) for name in ("asked_action", "intervened", "time_s", "late_s")}
-        infos["success"] = last & won
         if not demos:
-            infos["label"] = settled(column("label").astype(np.int8), self.args.margin)
-            rewards, terminations = (infos["label"] == 1).astype(float), np.zeros_like(last)
+            labels = np.array([step.label for step in steps], np.int8)
+            infos["label"] = settled(labels, self.args.margin)
+            fields["rewards"] = (infos["label"] == 1).astype(float)
+        elif not self.person:  # the task says what it rewards, and whether it ends
+            fields["rewards"] = np.array([step.reward for step in steps])
+            fields["terminations"] = np.array([step.terminated for step in steps])
+            fields["truncations"][-1] = not steps[-1].terminated
         if self.detector:
-            infos["suggestion"] = column("suggestion")
             attributes["suggested"] = bool(infos["suggestion"].any())
             attributes["disagreement"] = demos and attributes["suggested"] != won
-        fields = {
-            "observations": stacked(observations),
-            "actions": column("action"),
-            "rewards": rewards,
-            "terminations": terminations,
-            "truncations": last & ~terminations,
-            "infos": infos,
-        }
+        else:
+            del infos["suggestion"]
         self.recording.add(fields, attributes)
         opinion = "; THE CLASSIFIER DISAGREES" if attributes.get("disagreement") else ""
         what = verdict if demos else "labelled"
         done = f"episode {len(self.recording.episodes) - 1}: {what}, {len(steps)} steps{opinion}"
         say(f"{done}; to go: {self.missing() or 'nothing'}")
-
-
-def open_classifier(path: str, env: gym.Env):
-    """The success classifier in a file of reward_classifier.py. Exits with one line when it does not fit the task."""
-    from common.success import SuccessDetector
-
-    try:
-        return SuccessDetector.load(path, envs.fingerprint(env))
-    except ValueError as error:
-        fail(f"--classifier {error}")
 
 
 def show(text: str) -> None:
@@ -511,8 +484,8 @@ def say(text: str) -> None:
     print(f"\r{text}\033[K" if sys.stdout.isatty() else text.strip("\a"), flush=True)
 
 
-# --- Report -----------------------------------------------------------------------------------------------------------
-def report(recording: Recording, env: gym.Env) -> None:
+# --- Summary ----------------------------------------------------------------------------------------------------------
+def sum_up(recording: Recording, env: gym.Env) -> None:
     """What was recorded, in numbers, as a contact sheet, and as videos: they show what is wrong with it."""
     import minari
 
@@ -523,21 +496,21 @@ def report(recording: Recording, env: gym.Env) -> None:
     lengths = np.array([int(episode["total_steps"]) for episode in recording.episodes])
     print(f"{recording.name}: {len(lengths)} episodes, {lengths.sum():,} steps, {lengths.sum() / hz:.0f} s")
     if recording.metadata["mode"] == "demos":
-        report_demos(lengths, np.array([bool(episode["success"]) for episode in recording.episodes]))
+        sum_up_demos(lengths, np.array([bool(episode["success"]) for episode in recording.episodes]))
     else:
-        report_labels(recording, hz)
+        sum_up_labels(recording, hz)
     if any("suggested" in episode for episode in recording.episodes):
         others = [int(episode["id"]) for episode in recording.episodes if episode.get("disagreement")]
         print(f"classifier and verdict disagree in {len(others)} episodes: {others}")
     episodes = list(minari.load_dataset(recording.name).iterate_episodes())
     actions = np.concatenate([episode.actions for episode in episodes])
     late_s = np.concatenate([episode.infos["late_s"] for episode in episodes])
-    report_actions(actions, 1000 * late_s)
+    sum_up_actions(actions, 1000 * late_s)
     sheet = recording.write_pictures(episodes, env)
     print(f"look at {sheet} and the videos beside it" if sheet else "no pictures are observed: no videos")
 
 
-def report_demos(lengths: np.ndarray, won: np.ndarray) -> None:
+def sum_up_demos(lengths: np.ndarray, won: np.ndarray) -> None:
     """`lengths` (N,) of the episodes, and whether they succeeded."""
     print(f"successes: {won.sum()} of {len(won)}")
     if not won.any():
@@ -550,7 +523,7 @@ def report_demos(lengths: np.ndarray, won: np.ndarray) -> None:
         print(f"to clone the successes only: bc_flow_offline.py --top-fraction {math.floor(1000 * won.mean()) / 1000}")
 
 
-def report_labels(recording: Recording, hz: float) -> None:
+def sum_up_labels(recording: Recording, hz: float) -> None:
     counts = count_labels(recording.labels, recording.metadata["classes"], hz)
     print("frames: " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
     print(f"near misses are those of label 0 at most {NEAR_S:g} s before or after label 1")
@@ -558,7 +531,7 @@ def report_labels(recording: Recording, hz: float) -> None:
     print(f"left out, close to a change of label: {left_out} frames")
 
 
-def report_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
+def sum_up_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
     """`actions` (N, A), and how late (N,) the steps were."""
     saturated = (np.abs(actions) > 0.99).mean(0)
     print(f"saturated actions, of each entry: {' '.join(f'{share:.0%}' for share in saturated)}")
@@ -594,7 +567,7 @@ def main(args: Args) -> None:
             hand.close()
         env.close()
     show("")
-    report(recording, env)
+    sum_up(recording, env)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -44,11 +44,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+import robot_client as rc
 from common import envs, vision
 from common.episodes import expert_of
+from common.recording import cameras_of, settled
 from common.run import Run
 from common.setup import ends_well, fail, flag, parse, write_atomically
-from common.success import SuccessClassifier, SuccessDetector, differences_of_pictures, log_odds
+from common.success import SuccessClassifier, SuccessDetector, differences_of_pictures, log_odds, open_detector
 from common.tensors import check_memory, set_up_torch
 
 SIMULATED = "FrankaPegInsert-v0"
@@ -115,7 +117,7 @@ class Args:
     """who moves the arm meanwhile; the expert is the simulated task's"""
     task: str = "peg"
     """which task on the robot: one of TASKS in robot_client.py"""
-    server: str = "tcp://127.0.0.1:5600"
+    server: str = rc.SERVER
     """address of robot_server.py"""
     keys: str | None = None
     """directory with the CURVE keys of robot_server.py --keygen"""
@@ -165,10 +167,12 @@ class Lights(gym.Wrapper):
         self.elsewhere = elsewhere
         self.noise = 0.0
         model = env.unwrapped.sim.model
-        self.diffuse, self.ambient = model.light_diffuse.copy(), model.vis.headlight.ambient.copy()
+        self.diffuse = model.light_diffuse.copy()
+        self.ambient = model.vis.headlight.ambient.copy()
 
     def reset(self, **kwargs):
-        draw, model = self.rng.uniform, self.env.unwrapped.sim.model
+        draw = self.rng.uniform
+        model = self.env.unwrapped.sim.model
         angle = math.radians(draw(30, 150) if self.elsewhere else draw(-150, -30))
         brightness = draw(0.65, 1.2)
         if self.elsewhere:
@@ -188,7 +192,7 @@ class Lights(gym.Wrapper):
 
     def noisy(self, obs: dict) -> dict:
         result = dict(obs)
-        for name in cameras_in(self.env.observation_space):
+        for name in cameras_of(self.env.observation_space):
             pixels = obs[name] + self.noise * self.rng.standard_normal(obs[name].shape)
             result[name] = pixels.clip(0, 255).astype(np.uint8)
         return result
@@ -205,7 +209,9 @@ class Script:
     """
 
     def __init__(self, env: gym.Env, kind: str, rng: np.random.Generator):
-        self.task, self.kind, self.rng = env.unwrapped, kind, rng
+        self.task = env.unwrapped
+        self.kind = kind
+        self.rng = rng
         side = rng.uniform(0, 2 * math.pi)
         self.beside = np.array([0.7 * math.cos(side), 0.7 * math.sin(side), -0.8, 0, 0, 0])  # 14 mm
         self.depth = rng.uniform(0, 0.01)  # m; by the time it stands it is up to 15 mm deeper
@@ -230,14 +236,6 @@ class Script:
         return np.clip(action, -1, 1).astype(np.float32)
 
 
-def left_out_near_changes(labels: np.ndarray) -> np.ndarray:
-    """Labels (T,) with -1 up to MARGIN frames before and after each change."""
-    result = labels.copy()
-    for change in np.flatnonzero(labels[1:] != labels[:-1]) + 1:
-        result[max(0, change - MARGIN) : change + MARGIN] = -1
-    return result
-
-
 def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, count: int) -> Iterator[Clip]:
     """`count` episodes of the simulated peg; their seeds are those of demonstrations."""
     from tqdm import tqdm
@@ -247,12 +245,15 @@ def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, coun
         rng = np.random.default_rng([args.seed, env.elsewhere, number])
         kind = KINDS[number % len(KINDS)]
         obs, info = env.reset(seed=envs.episode_seed(args.seed, 2 + env.elsewhere, number))
-        script, images, labels = Script(env, kind, rng), [classifier.images(obs)], [0]
-        while len(labels) < 50 and script.successes < (32 if kind == "out again" else 12):
+        script = Script(env, kind, rng)
+        images = [classifier.images(obs)]
+        labels = [0]
+        successes = 32 if kind == "out again" else 12
+        while len(labels) < 50 and script.successes < successes:
             obs, _, _, _, info = env.step(script.action(info["success"]))
             images.append(classifier.images(obs))
             labels.append(int(info["success"]))
-        yield Clip(f"{kind} {number}", np.stack(images), left_out_near_changes(np.array(labels)))
+        yield Clip(f"{kind} {number}", np.stack(images), settled(np.array(labels), MARGIN))
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
@@ -268,17 +269,10 @@ def dataset_at(option: str, source: str):
         fail(f"{option} {source}: {what}; `minari list local` shows what is there, record_demos.py records")
 
 
-def cameras_in(space: gym.Space) -> dict[str, int]:
-    """Names of the cameras in a space of observations, and the size of their pictures."""
-    parts = getattr(space, "spaces", {})
-    images = {name: part for name, part in parts.items() if envs.looks_like_image(part) and part.shape[2:] == (3,)}
-    return {name: part.shape[0] for name, part in images.items()}
-
-
 def fingerprint_of(dataset) -> dict:
     """That of its task, or, where it has none, the shapes of its pictures."""
     found = dataset.storage.metadata.get("fingerprint")
-    shapes = {name: [size, size, 3] for name, size in cameras_in(dataset.observation_space).items()}
+    shapes = {name: [size, size, 3] for name, size in cameras_of(dataset.observation_space).items()}
     return found or {"observations": shapes}
 
 
@@ -428,7 +422,8 @@ class Trainer:
         loss = torch.stack(means).mean().item()
         self.looks += 1
         if loss < self.best_loss:
-            self.best_loss, self.looks = loss, 0
+            self.best_loss = loss
+            self.looks = 0
             self.best_weights = copy.deepcopy(self.classifier.state_dict())
         return loss
 
@@ -448,7 +443,9 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
         torch.set_rng_state(state["dropout"].cpu())
-        self.best_loss, self.best_weights, self.looks = state["best_loss"], state["best_weights"], state["looks"]
+        self.best_loss = state["best_loss"]
+        self.best_weights = state["best_weights"]
+        self.looks = state["looks"]
 
 
 @torch.no_grad()
@@ -593,24 +590,15 @@ def make_env(args: Args) -> gym.Env:
     if args.env_id != "robot_client:FrankaReal-v0":
         options = {"image_obs": True, "image_size": args.image_size}
         return envs.make(args.env_id, **options if args.env_id.startswith("Franka") else {})  # TASK: options of yours
-    from robot_client import TASKS, Intervention, Keyboard, SpaceMouse
-
-    if args.task not in TASKS:
-        fail(f"--task {args.task}: there are {', '.join(TASKS)}; add yours to TASKS")
-    config = replace(TASKS[args.task], server=args.server, keys=args.keys, reward="none")
+    config = rc.task_named(args.task, server=args.server, keys=args.keys, reward="none")
     env = envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
-    if args.teleop != "expert":
-        env = Intervention(env, Keyboard() if args.teleop == "keyboard" else SpaceMouse())
-    return env
+    return env if args.teleop == "expert" else rc.Intervention(env, rc.open_teleop(args.teleop))
 
 
 def watch(args: Args) -> None:
     """Shows, step by step, what a finished classifier says of a task."""
     env = make_env(args)
-    try:
-        detector = SuccessDetector.load(args.watch, envs.fingerprint(env))
-    except ValueError as error:
-        fail(f"--watch {error}")
+    detector = open_detector(args.watch, "--watch", env)
     expert = expert_of(env, "--teleop expert") if args.teleop == "expert" else None
     live = sys.stdout.isatty()
     for number in range(args.episodes):
@@ -627,6 +615,8 @@ def watch(args: Args) -> None:
             step += 1
             if live and "period_s" not in info:  # a simulation, which does not wait
                 time.sleep(1 / env.metadata.get("render_fps", 10))
+        if info.get("fault"):
+            raise rc.RobotError(info["fault"])
         print(f"episode {number + 1}: {step} steps, in the end {read_out(detector, detector(obs))}")
     env.close()
 
@@ -641,7 +631,7 @@ def read_out(detector: SuccessDetector, success: bool) -> str:
 # --- Main -------------------------------------------------------------------------------------------------------------
 def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifier:
     """A new network for the pictures of a space of observations, which `where` has."""
-    there = cameras_in(space)
+    there = cameras_of(space)
     cameras = args.cameras or tuple(there)
     missing = [camera for camera in cameras if camera not in there]
     if missing or not cameras:
@@ -731,7 +721,8 @@ def grade(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]])
 
 def delay_ms(detector: SuccessDetector) -> float:
     """How long an answer takes, between two steps of the robot: the median of 20, on this CPU."""
-    classifier, delays = detector.classifier, []
+    classifier = detector.classifier
+    delays = []
     frame = np.zeros((classifier.image_size, classifier.image_size, 3), np.uint8)
     for _ in range(20):
         start = time.perf_counter()
@@ -777,10 +768,12 @@ def train(args: Args, device: torch.device) -> None:
 def main(args: Args) -> None:
     device = set_up_torch(args.threads, amp=False)
     with ends_well(args):
-        if args.watch:
+        if not args.watch:
+            return train(args, device)
+        try:
             watch(args)
-        else:
-            train(args, device)
+        except rc.RobotError as error:
+            fail(f"--watch: {error}")
 
 
 if __name__ == "__main__":

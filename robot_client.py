@@ -48,9 +48,9 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, NoReturn, Self
 
 import gymnasium as gym
 import msgpack
@@ -192,6 +192,19 @@ class RefusedError(RobotError):
     """The server is alive and said no. `code` is one of the protocol's, or "failed" for a job that went wrong."""
 
 
+SOCKET_OPTIONS = {
+    zmq.REQ_RELAXED: 1,
+    zmq.REQ_CORRELATE: 1,
+    zmq.LINGER: 0,
+    zmq.IMMEDIATE: 1,
+    zmq.MAXMSGSIZE: 1 << 20,
+    zmq.RECONNECT_IVL: 50,  # ms, as those below
+    zmq.RECONNECT_IVL_MAX: 400,
+    zmq.HEARTBEAT_IVL: 500,
+    zmq.HEARTBEAT_TIMEOUT: 1500,
+}
+
+
 def load_keys(folder: str | Path) -> tuple[bytes, bytes, bytes]:
     """The client's public and secret key, and the server's public one. Raises RobotError that names the file."""
     client, server = Path(folder) / "client.key_secret", Path(folder) / "server.key"
@@ -231,12 +244,10 @@ class RobotClient:
         self._clock = 0.0  # robot's time minus speed x ours, of the newest reply
         curve = load_keys(keys) if keys else None
         self.socket = zmq.Context.instance().socket(zmq.REQ)
-        options = {"REQ_RELAXED": 1, "REQ_CORRELATE": 1, "LINGER": 0, "IMMEDIATE": 1, "MAXMSGSIZE": 1 << 20}
-        options |= {"RECONNECT_IVL": 50, "RECONNECT_IVL_MAX": 400, "HEARTBEAT_IVL": 500, "HEARTBEAT_TIMEOUT": 1500}
-        options |= {"IPV6": int(server.count(":") > 2)}  # only then: with it, localhost may mean ::1
         try:
-            for option, value in options.items():
-                self.socket.setsockopt(getattr(zmq, option), value)
+            for option, value in SOCKET_OPTIONS.items():
+                self.socket.setsockopt(option, value)
+            self.socket.ipv6 = server.count(":") > 2  # only then: with it, localhost may mean ::1
             if curve:
                 self.socket.curve_publickey, self.socket.curve_secretkey, self.socket.curve_serverkey = curve
             self.socket.connect(server)
@@ -290,18 +301,25 @@ class RobotClient:
         """Beats by the robot's clock, so that a simulated robot may be faster than real time."""
         return Pace(hz, self.robot_time, self.speed)
 
-    def hello(self, wait_s: float = 0.0) -> dict:
-        """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server to be there."""
-        hello = self.call("hello", tries=max(self.tries, round(wait_s / self.timeout_s)))["result"]
+    def hello(self, wait_s: float = 0.0, give_up: Callable[[], bool] = lambda: False) -> dict:
+        """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server to be there, or until `give_up`
+        says so."""
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                hello = self.call("hello")["result"]
+                break
+            except UnreachableError:
+                if time.monotonic() > end or give_up():
+                    raise
         # Without a word about it: real time. 0: as fast as it can; then sleep less and look again.
         self.speed = hello["robot"].get("speed", 1.0) or 10.0
         return hello
 
     def state(self) -> dict:
         """The measured state (arrays in the base frame; m, rad, N) with "mode", "reference", "fault", "jobs", times."""
-        reply = self.call("state")
-        keys = ("mode", "fault", "jobs", "lease", "robot_time", "server_time", "server_id", "state_age", "reference")
-        state = reply["result"] | {key: reply[key] for key in keys}
+        state = self.call("state")
+        state |= state.pop("result")
         for key in ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "reference"):
             state[key] = np.array(state[key])
         return state
@@ -470,16 +488,17 @@ class Camera:
         """Wait for a frame that arrived after this time (monotonic s). Raises CameraError if none comes."""
         with self._arrived:
             if not self._arrived.wait_for(lambda: self.frame and self.frame.time > than, timeout_s):
-                error = self.error or "it stands still"
-                raise CameraError(f"camera {self.config.name}: no new picture within {timeout_s} s: {error}")
+                self.complain(f"no new picture within {timeout_s} s")
 
     def read(self, max_age_s: float) -> Frame:
         """The newest frame. Raises CameraError if it is older than `max_age_s`."""
         age = time.monotonic() - self.frame.time if self.frame else math.inf
         if age > max_age_s:
-            error = self.error or "it stands still"
-            raise CameraError(f"camera {self.config.name}: newest picture is {age:.2f} s old: {error}")
+            self.complain(f"newest picture is {age:.2f} s old")
         return self.frame
+
+    def complain(self, what: str) -> NoReturn:
+        raise CameraError(f"camera {self.config.name}: {what}: {self.error or 'it stands still'}")
 
     def close(self) -> None:
         self._stop.set()
@@ -744,11 +763,22 @@ class Terminal:
             return float(since < REPEAT_S)
         return 0.25 if since < HOLD_S else 0.0
 
-    def forget(self) -> None:
-        """Throw away what was typed up to now, such as during a reset."""
-        self._commands.clear()
+    def quits(self) -> bool:
+        """Whether "quit" is among the commands that nobody has asked for yet."""
+        return "quit" in self._commands
+
+    def forget(self) -> list[str]:
+        """Throw away what was typed up to now, such as during a reset; but not what says that it shall stop: pause,
+        unless it was taken back, and quit. Returns the commands that are lost."""
+        typed = self.commands()
         self._typed.clear()
         self._repeats.clear()
+        pauses = [command for command in typed if command in ("pause", "go on")]
+        kept = ["pause"] if pauses and pauses[-1] == "pause" else []
+        if "quit" in typed:
+            kept.append("quit")
+        self._commands.extend(kept)
+        return [command for command in typed if command not in kept]
 
     def close(self) -> None:
         self._stop.set()
@@ -895,13 +925,22 @@ class SpaceMouse(Teleop):
         self._thread.join(timeout=2.0)
 
 
+def open_teleop(name: str, terminal: Terminal | None = None) -> Teleop:
+    """The device "keyboard" or "spacemouse". Raises RobotError when it is not there."""
+    return SpaceMouse() if name == "spacemouse" else Keyboard(terminal=terminal)
+
+
 class ScriptedExpert(Teleop):
     """Stands in for a person in tests and rehearsals: now and then it takes over for a while, with the actions of the
-    task's scripted expert (`expert_action` of the unwrapped environment). `probability`: per step, to take over."""
+    task's scripted expert (`expert_action` of the unwrapped environment).
 
-    def __init__(self, probability: float = 1.0, steps: int = 20, seed: int = 0):
+    `probability`: per step, to take over for `steps`. `noise`: standard deviation of noise on the actions, in [-1, 1].
+    """
+
+    def __init__(self, probability: float = 1.0, steps: int = 20, seed: int = 0, noise: float = 0.0):
         self.probability = probability
         self.steps = steps
+        self.noise = noise
         self.left = 0
         self.rng = np.random.default_rng(seed)
 
@@ -920,7 +959,9 @@ class ScriptedExpert(Teleop):
             self.fault = str(error)
             return None
         self.fault = ""
-        return action
+        space = env.action_space
+        eps = self.noise * (space.high - space.low) / 2 * self.rng.standard_normal(space.shape)
+        return np.clip(action + eps, space.low, space.high).astype(space.dtype)
 
 
 class Intervention(gym.Wrapper):
@@ -1028,17 +1069,35 @@ class TaskConfig:
         parts["cameras"] = tuple(CameraConfig(**camera) for camera in values["cameras"])
         return cls(**(values | parts))
 
+    def check(self) -> None:
+        """Raises ValueError when settings contradict each other."""
+        axes = len(self.action_scale)
+        if axes not in (3, 6) or len(self.workspace) != axes or min(self.action_scale) <= 0:
+            what = "action_scale and workspace have 3 entries each, or 6 with rotation, all above 0"
+            raise ValueError(f"TaskConfig: {what}")
+        if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):
+            raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
+
+    def observation_space(self) -> spaces.Dict:
+        sizes = PROPRIO | {"tcp_vel": len(self.action_scale)}
+        size = sum(sizes[name] for name in self.proprio)
+        parts = {"state": spaces.Box(-np.inf, np.inf, (size,), np.float32)}
+        for camera in self.cameras:
+            parts[camera.name] = spaces.Box(0, 255, (self.image_size, self.image_size, 3), np.uint8)
+        return spaces.Dict(parts)
+
     def fingerprint(self) -> dict[str, Any]:
         """What gives actions and observations their meaning, in plain JSON values. Data, classifier and policy belong
         together only where it is the same."""
-        names = ("name", "hz", "reset_pose", "random_reset", "action_scale", "workspace", "relative_frame")
-        names += ("compliance", "gripper", "proprio", "cameras", "image_size")
-        values = asdict(self)
-        return json.loads(json.dumps({"version": 1} | {name: values[name] for name in names}))
+        values = {name: value for name, value in asdict(self).items() if name in MEANING}
+        return json.loads(json.dumps({"version": 1} | values))
 
 
+MEANING = ("name", "hz", "reset_pose", "random_reset", "action_scale", "workspace", "relative_frame")
+MEANING += ("compliance", "gripper", "proprio", "cameras", "image_size")
 PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
 MAX_STATE_AGE_S = 0.5
+RESET_HZ = 20  # targets per second on the way to the start pose
 LEASE_S = 3.0  # outlives a front of the server that is started anew; without targets the arm holds long before
 GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
 # TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
@@ -1057,6 +1116,13 @@ PICK = TaskConfig(
     reward="task",
 )
 TASKS = {"peg": PEG, "pick": PICK}
+
+
+def task_named(name: str, **changes: Any) -> TaskConfig:
+    """An entry of TASKS, with these changes. Exits with one line when there is none of this name."""
+    if name not in TASKS:
+        fail(f"--task {name}: there are {', '.join(TASKS)}; add yours to TASKS in robot_client.py")
+    return replace(TASKS[name], **changes)
 
 
 class FrankaEnv(gym.Env):
@@ -1084,39 +1150,39 @@ class FrankaEnv(gym.Env):
     ) -> None:
         """`success`: of an observation, instead of `config.reward`, for example a classifier. Raises ValueError for
         settings that contradict each other."""
-        config = TaskConfig.from_dict(config) if isinstance(config, dict) else config
-        self.config = config = config or TaskConfig()
+        if isinstance(config, dict):
+            config = TaskConfig.from_dict(config)
+        self.config = config or TaskConfig()
+        self.config.check()
         self.success = success
         self.render_mode = render_mode
-        self.metadata = self.metadata | {"render_fps": config.hz}
-        self.axes = len(config.action_scale)
-        if self.axes not in (3, 6) or len(config.workspace) != self.axes or min(config.action_scale) <= 0:
-            raise ValueError(
-                "TaskConfig: action_scale and workspace have 3 entries each, or 6 with rotation, all above 0"
-            )
-        if config.hz < 4 or not set(config.proprio) <= set(PROPRIO):
-            raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
-        sizes = PROPRIO | {"tcp_vel": self.axes}
-        state = spaces.Box(-np.inf, np.inf, (sum(sizes[name] for name in config.proprio),), np.float32)
-        image = spaces.Box(0, 255, (config.image_size, config.image_size, 3), np.uint8)
-        self.observation_space = spaces.Dict({"state": state} | {camera.name: image for camera in config.cameras})
-        self.action_space = spaces.Box(-1, 1, (self.axes + (config.gripper != "fixed"),), np.float32)
-        self.reset_pose = pose_from_euler(config.reset_pose)
-        self.goal_pose = pose_from_euler(config.goal_pose)
-        self.low, self.high = np.array(config.workspace).T
+        self.metadata = self.metadata | {"render_fps": self.config.hz}
+        self.axes = len(self.config.action_scale)
+        self.observation_space = self.config.observation_space()
+        numbers = self.axes + (self.config.gripper != "fixed")
+        self.action_space = spaces.Box(-1, 1, (numbers,), np.float32)
+        self.reset_pose = pose_from_euler(self.config.reset_pose)
+        self.goal_pose = pose_from_euler(self.config.goal_pose)
+        self.low, self.high = np.array(self.config.workspace).T
         self.client: RobotClient | None = None
         self.scene: Scene | None = None
         self.cameras: list[Camera] = []
-        self.episodes = self.reflexes = self.elapsed_steps = 0
+        self.episodes = 0
+        self.reflexes = 0
+        self.elapsed_steps = 0
         self.origin = self.reset_pose  # of the observed pose, in a relative frame
         self.closure = 0.0  # of the gripper, as commanded
         self.ordered: float | None = None  # the closure that targets carry: none until an action changes it
         self.stopped = ""  # how a person stopped the robot
+        self.give_up: Callable[[], bool] = lambda: False  # whether a reset shall end on its way
 
     # Reset
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """`options`: {"keep_scene": True} leaves a simulated scene as it is."""
+        """`options`: {"keep_scene": True} leaves a simulated scene as it is; {"give_up": function} is asked again and
+        again on the way to the start pose: when it says so, the arm holds where it is, and RobotError is raised."""
         super().reset(seed=seed)
+        options = options or {}
+        self.give_up = options.get("give_up", lambda: False)
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
             raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
@@ -1126,7 +1192,7 @@ class FrankaEnv(gym.Env):
         for attempt in range(3):
             self.connect()
             try:
-                self.prepare(start_pose, None if options and options.get("keep_scene") else scene_seed)
+                self.prepare(start_pose, None if options.get("keep_scene") else scene_seed)
                 break
             except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
                 if attempt == 2 or not self.config.recover_at_reset:
@@ -1154,21 +1220,11 @@ class FrankaEnv(gym.Env):
         config = self.config
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
-        self.hello = hello = self.client.hello(config.wait_s)
-        limits, scale, served = hello["limits"], config.action_scale[:3], hello["robot"]["task"]
-        low, high = limits["workspace_low"], limits["workspace_high"]
-        for wrong, what in (
-            (np.linalg.norm(scale) > limits["max_jump"] / 2, f"action_scale {scale} is too large for --max-jump"),
-            (np.any(self.low[:3] < low) or np.any(self.high[:3] > high), f"the workspace reaches beyond {low}, {high}"),
-            (config.reward == "task" and not served, "reward='task' needs a simulated robot"),
-            (
-                config.env_id and served and served != config.env_id,
-                f"the task {config.name!r} is not {served}; start robot_server.py --env-id {config.env_id}",
-            ),
-            (config.gripper != "fixed" and hello["gripper"]["kind"] == "none", "without a gripper it must be 'fixed'"),
-        ):
-            if wrong:
-                raise RobotError(f"TaskConfig does not fit {config.server}: {what}")
+        self.hello = self.client.hello(config.wait_s, self.give_up)
+        wrong = self.misfit()
+        if wrong:
+            raise RobotError(f"TaskConfig does not fit {config.server}: {wrong}")
+        served = self.hello["robot"]["task"]
         if self.scene is None and served and any(camera.kind == "sim" for camera in config.cameras):
             self.scene = Scene(served)
         if not self.cameras:
@@ -1176,6 +1232,24 @@ class FrankaEnv(gym.Env):
         for camera in self.cameras:
             camera.start(config.wait_s)
         self.acquire()
+
+    def misfit(self) -> str:
+        """What the server cannot do that the task asks for, if there is something."""
+        config = self.config
+        limits = self.hello["limits"]
+        low, high = limits["workspace_low"], limits["workspace_high"]
+        served = self.hello["robot"]["task"]
+        if np.linalg.norm(config.action_scale[:3]) > limits["max_jump"] / 2:
+            return f"action_scale {config.action_scale[:3]} is too large for --max-jump"
+        if np.any(self.low[:3] < low) or np.any(self.high[:3] > high):
+            return f"the workspace reaches beyond {low}, {high}"
+        if config.reward == "task" and not served:
+            return "reward='task' needs a simulated robot"
+        if config.env_id and served and served != config.env_id:
+            return f"the task {config.name!r} is not {served}; start robot_server.py --env-id {config.env_id}"
+        if config.gripper != "fixed" and self.hello["gripper"]["kind"] == "none":
+            return "without a gripper it must be 'fixed'"
+        return ""
 
     def acquire(self) -> None:
         """Become the robot's commander. A dead one's lease ends by itself. Raises RefusedError for a live one."""
@@ -1219,14 +1293,17 @@ class FrankaEnv(gym.Env):
     def go_to(self, pose: np.ndarray) -> None:
         """Stream targets along a straight line to `pose`, no faster than the arm follows, and wait until it is there.
         Raises RefusedError if it is not."""
-        start, speed = self.client.state()["reference"], self.config.reset_speed  # 5 rad for each m
-        motion, pace = motion_between(pose, start), self.client.pace(20)
+        start = self.client.state()["reference"]
+        motion = motion_between(pose, start)
+        speed = self.config.reset_speed  # and 5 rad for each m
         seconds = max(np.linalg.norm(motion[:3]) / speed, np.linalg.norm(motion[3:]) / (5 * speed), 0.05)
-        steps, step = math.ceil(20 * seconds), 1
+        steps = math.ceil(RESET_HZ * seconds)
+        pace = self.client.pace(RESET_HZ)
+        step = 1
         for _ in range(3 * steps + 60):
             target = moved(start, motion * step / steps)
-            lag = motion_between(target, np.array(self.client.target(target)["reference"]))
-            pace.wait()
+            reference = self.stream(target, pace)["reference"]
+            lag = motion_between(target, np.array(reference))
             if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
                 step += 1
             if step > steps:
@@ -1235,27 +1312,45 @@ class FrankaEnv(gym.Env):
 
     def come_to_rest(self, pose: np.ndarray, still_s: float) -> None:
         """Wait until the arm has stood still at `pose` for this long. Raises RefusedError if it does not."""
-        pace, still, (near, aligned) = self.client.pace(20), 0, self.config.reset_tolerance
-        for _ in range(60):  # 3 s
-            self.client.target(pose)
-            pace.wait()
+        near, aligned = self.config.reset_tolerance
+        pace = self.client.pace(RESET_HZ)
+        still = 0  # beats
+        for _ in range(3 * RESET_HZ):
+            self.stream(pose, pace)
             state = self.client.state()
-            off, speed = motion_between(state["tcp_pose"], pose), np.abs(state["tcp_vel"])
+            off = motion_between(state["tcp_pose"], pose)
+            speed = np.abs(state["tcp_vel"])
             there = np.abs(off[:3]).max() < near and np.linalg.norm(off[3:]) < aligned
             still = still + 1 if there and speed[:3].max() < 0.01 and speed[3:].max() < 0.05 else 0
-            if still > 20 * still_s:
+            if still > RESET_HZ * still_s:
                 return
         raise RefusedError(
-            f"reset: the tcp stands {np.round(off[:3], 3)} m and {np.linalg.norm(off[3:]):.2f} rad off, or moves at "
-            f"{speed[:3].max():.3f} m/s; is something in its way?",
+            f"reset: the tcp stands {np.round(off[:3], 3)} m and {np.linalg.norm(off[3:]):.2f} rad off, "
+            f"or moves at {speed[:3].max():.3f} m/s; is something in its way?",
             "failed",
         )
+
+    def stream(self, pose: np.ndarray, pace: Pace) -> dict:
+        """A target on the way to the start, and a beat. Returns the server's reply.
+        Raises RobotError when the reset is given up."""
+        reply = self.client.target(pose)
+        pace.wait()
+        if self.give_up():
+            self.client.hold()
+            raise RobotError("the reset was given up, the arm holds")
+        return reply
 
     # Step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         asked = self.checked(action)
-        info: dict[str, Any] = {"asked_action": asked.astype(np.float32), "limited": [], "grasp_penalty": 0.0}
-        info |= {"executed_action": np.zeros(asked.shape, np.float32), "period_s": 0.0, "late_s": 0.0}
+        info: dict[str, Any] = {
+            "asked_action": asked.astype(np.float32),
+            "executed_action": np.zeros(asked.shape, np.float32),
+            "limited": [],
+            "grasp_penalty": 0.0,
+            "period_s": 0.0,
+            "late_s": 0.0,
+        }
         code = ""
         try:
             info["executed_action"] = self.command(asked, info).astype(np.float32)
@@ -1275,10 +1370,13 @@ class FrankaEnv(gym.Env):
         obs, camera_fault = self.observe()
         fault = fault or camera_fault
         success = not fault and self.is_success(obs)
-        truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
-        info |= {"success": success, "fault": fault or None}
-        info |= {"reflexes": self.reflexes, "overruns": self.pace.overruns, "robot_time": self.state["robot_time"]}
         terminated = reflex or (success and self.config.terminate_on_success)
+        truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
+        info["success"] = success
+        info["fault"] = fault or None
+        info["reflexes"] = self.reflexes
+        info["overruns"] = self.pace.overruns
+        info["robot_time"] = self.state["robot_time"]
         return obs, float(success), terminated, truncated and not terminated, info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
@@ -1312,7 +1410,8 @@ class FrankaEnv(gym.Env):
         """(7,) what an action moves on from: the last target, but no further than half an action ahead of the reference
         that the server has in force. So single actions are carried out in full although the server takes its time, and
         where the arm is blocked or too slow, the target waits for it."""
-        scale, reference = np.array(self.config.action_scale), self.state["reference"]
+        scale = np.array(self.config.action_scale)
+        reference = self.state["reference"]
         lead = motion_between(self.target, reference)
         lead[:3] = shortened(lead[:3], scale[:3].max() / 2)
         lead[3:] = shortened(lead[3:], scale[3:].max(initial=0.0) / 2)
@@ -1372,10 +1471,14 @@ class FrankaEnv(gym.Env):
 
     def observe(self) -> tuple[dict[str, np.ndarray], str]:
         """The observation, and what is wrong with a camera."""
-        state, fault = self.state, ""
-        pose = relative_pose(state["tcp_pose"], self.origin) if self.config.relative_frame else state["tcp_pose"].copy()
-        if not self.config.relative_frame and pose[3:] @ self.reset_pose[3:] < 0:
-            pose[3:] *= -1  # one sign, or the network sees jumps
+        state = self.state
+        fault = ""
+        if self.config.relative_frame:
+            pose = relative_pose(state["tcp_pose"], self.origin)
+        else:
+            pose = state["tcp_pose"].copy()
+            if pose[3:] @ self.reset_pose[3:] < 0:
+                pose[3:] *= -1  # one sign, or the network sees jumps
         wrench = self.base_to_action(np.concatenate([state["tcp_force"], state["tcp_torque"]]))
         values = {
             "gripper": [self.measured_closure()],
@@ -1390,7 +1493,8 @@ class FrankaEnv(gym.Env):
             try:
                 frame = camera.read(self.config.max_image_age_s)
             except CameraError as error:
-                frame, fault = camera.frame, str(error)
+                frame = camera.frame
+                fault = str(error)
             obs[camera.config.name] = frame.image.copy()
         return obs, fault
 
@@ -1471,18 +1575,24 @@ class Doctor:
             self.failed += wrong == "FAIL"
 
     def examine(self) -> None:
-        packages = [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "gymnasium", "pyzmq", "msgpack")]
+        names = ("numpy", "gymnasium", "pyzmq", "msgpack")
+        packages = [f"{name} {importlib.metadata.version(name)}" for name in names]
         self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
-        for name, wrong, check in (
-            ("server", "FAIL", self.examine_server),
-            ("realsense", "warn", self.examine_realsense),
-            ("teleop", "FAIL", self.open_teleop),
-        ):
-            try:
-                check()
-            except RobotError as error:
-                self.say(False, name, str(error), wrong=wrong)
-        self.start_cameras()
+        self.attempt("server", self.examine_server)
+        self.attempt("realsense", self.examine_realsense, wrong="warn")
+        for camera in list(self.cameras):
+            if not self.attempt("cameras", camera.start):
+                self.cameras.remove(camera)
+        self.attempt("teleop", self.open_teleop)
+
+    def attempt(self, name: str, check: Callable[[], object], wrong: Literal["FAIL", "warn"] = "FAIL") -> bool:
+        """Whether a check ends well; else a line that says why not."""
+        try:
+            check()
+        except RobotError as error:
+            self.say(False, name, str(error), wrong=wrong)
+            return False
+        return True
 
     def examine_server(self) -> None:
         """What the server says about itself."""
@@ -1527,17 +1637,9 @@ class Doctor:
             self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
 
-    def start_cameras(self) -> None:
-        for camera in list(self.cameras):
-            try:
-                camera.start()
-            except CameraError as error:
-                self.say(False, "cameras", str(error))
-                self.cameras.remove(camera)
-
     def open_teleop(self) -> None:
         if self.args.teleop != "none":
-            self.teleop = {"keyboard": Keyboard, "spacemouse": SpaceMouse}[self.args.teleop]()
+            self.teleop = open_teleop(self.args.teleop)
             self.say(True, "teleop", self.args.teleop)
 
     def look(self) -> None:
@@ -1545,17 +1647,21 @@ class Doctor:
         if self.scene:
             self.scene.put(self.client.task()["scene"])
 
-    def show(self) -> None:
-        """Print state, cameras and teleoperation in one line."""
-        parts = describe(self.client) if self.client else []
+    def save_pictures(self, folder: Path) -> None:
+        """One of each camera."""
         self.look()
+        folder.mkdir(parents=True, exist_ok=True)
         for camera in self.cameras:
-            try:
-                frame = camera.read(1.0)
-                parts.append(f"{camera.config.name} {frame.number} {1000 * (time.monotonic() - frame.time):.0f} ms")
-            except CameraError as error:
-                parts.append(str(error))
-        print_line(parts + describe_hand(self.teleop))
+            path = folder / f"{camera.config.name}.png"
+            Image.fromarray(camera.read(1.0).image).save(path)
+            print(f"wrote {path}")
+
+    def watch(self, end: float) -> None:
+        """Show live values until then."""
+        while time.monotonic() < end:
+            self.look()
+            show_live(self.client, self.cameras, self.teleop)
+            time.sleep(0.2)
 
     def close(self) -> None:
         for closing in (*self.cameras, self.teleop, self.client):
@@ -1563,25 +1669,25 @@ class Doctor:
                 closing.close()
 
 
-def describe(client: RobotClient) -> list[str]:
-    state = client.state()
-    numbers = [*state["tcp_pose"][:3], *np.degrees(euler_from_quat(state["tcp_pose"][3:])), *state["tcp_force"]]
-    return [
-        "{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers),
-        f"gripper {1000 * state['gripper_width']:.0f} mm",
-        " ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]),
-    ]
-
-
-def describe_hand(teleop: Teleop | None) -> list[str]:
-    if teleop is None:
-        return []
-    motion, gripper = teleop.motion()
-    return [teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}"]
-
-
-def print_line(parts: list[str]) -> None:
-    """Over the last one in a terminal."""
+def show_live(client: RobotClient | None, cameras: Sequence[Camera], teleop: Teleop | None) -> None:
+    """Print state, cameras and teleoperation in one line, over the last one in a terminal."""
+    parts = []
+    if client:
+        state = client.state()
+        pose = state["tcp_pose"]
+        numbers = [*pose[:3], *np.degrees(euler_from_quat(pose[3:])), *state["tcp_force"]]
+        parts.append("{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers))
+        parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
+        parts.append(" ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]))
+    for camera in cameras:
+        try:
+            frame = camera.read(1.0)
+            parts.append(f"{camera.config.name} {frame.number} {1000 * (time.monotonic() - frame.time):.0f} ms")
+        except CameraError as error:
+            parts.append(str(error))
+    if teleop:
+        motion, gripper = teleop.motion()
+        parts.append(teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}")
     print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
@@ -1609,7 +1715,7 @@ def drive(args: Args, teleop: Teleop, end: float) -> None:
         env.reset(options={"keep_scene": True})
         while time.monotonic() < end and not (terminal and "quit" in terminal.commands()):
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
-            print_line(describe(env.unwrapped.client) + describe_hand(teleop))
+            show_live(env.unwrapped.client, (), teleop)
             if terminated or truncated:
                 raise RobotError(info["fault"])
 
@@ -1621,20 +1727,14 @@ def main(args: Args) -> None:
         if args.drive and not (doctor.teleop and doctor.client):
             fail("--drive needs a server, and --teleop keyboard or spacemouse")
         if args.snapshots:
-            doctor.look()
-            args.snapshots.mkdir(parents=True, exist_ok=True)
-        for camera in doctor.cameras if args.snapshots else []:
-            path = args.snapshots / f"{camera.config.name}.png"
-            Image.fromarray(camera.read(1.0).image).save(path)
-            print(f"wrote {path}")
+            doctor.save_pictures(args.snapshots)
         if args.teleop == "keyboard":
             print(KEYS)
         end = time.monotonic() + (args.seconds or math.inf)
         if args.drive:
             drive(args, doctor.teleop, end)
-        while (doctor.client or doctor.cameras or doctor.teleop) and time.monotonic() < end and not args.drive:
-            doctor.show()
-            time.sleep(0.2)
+        elif doctor.client or doctor.cameras or doctor.teleop:
+            doctor.watch(end)
     except (RobotError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:

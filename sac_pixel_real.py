@@ -2,6 +2,7 @@
 
     python sac_pixel_real.py --demos hil/demos-v0                   # needs robot_server.py, a terminal, demonstrations
     python sac_pixel_real.py --demos hil/demos-v0 --reward classifier.pt --teleop spacemouse   # needs a robot
+    python sac_pixel_real.py --clone-updates 1000                   # needs all of it; begins as the demonstrations do
     python sac_pixel_real.py --resume RUN_DIR                       # needs robot_server.py; after Ctrl-C or a crash
     python sac_pixel_real.py --eval-only RUN_DIR                    # needs robot_server.py
     python sac_pixel_real.py --role learner --address 0.0.0.0:5588 --curve-keys keys    # needs an actor
@@ -35,6 +36,7 @@ import os
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,10 +56,10 @@ import robot_client as rc
 from common import envs, link, pixels, setup, tensors, vision
 from common.episodes import Recorder, demonstrations, replay, summary
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
-from common.recording import Recording, stacked, write_video
+from common.recording import Recording, Step, fields_of, write_video
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, parse, write_atomically
-from common.success import SuccessDetector, SuccessReward
+from common.success import SuccessReward, open_detector
 from common.tensors import RunningNormalizer
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
@@ -114,7 +116,7 @@ class Args(RunArgs):
     total_timesteps: int = 30_000
     """transitions to learn from"""
     learning_starts: int = 100
-    """transitions before learning starts, collected with random motions"""
+    """transitions before learning starts, collected with random motions, or by the policy of --clone-updates"""
     buffer_size: int = 100_000
     """transitions kept; demonstrations and interventions are all kept"""
     frames_dir: str | None = None
@@ -177,6 +179,9 @@ class Args(RunArgs):
     """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
     bc_weight: float = 50.0
     """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
+    clone_updates: int = 0
+    """updates that clone the demonstrations before the first transition: the robot then begins with that policy,
+    instead of random motions (0: none)"""
     lr: float = 3e-4
     """learning rate of actor, critics and temperature"""
     lr_warmup: int = 0
@@ -200,10 +205,9 @@ class Args(RunArgs):
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
-        may_be_zero = {"seed", "lr_warmup", "lr_decay", "help_until"}
+        may_be_zero = {"seed", "lr_warmup", "lr_decay", "help_until", "clone_updates"}
         setup.check_numbers(self, may_be_zero, {"gamma", "demo_ratio", "dropout", "actor_ema"})
-        if self.task not in rc.TASKS:
-            fail(f"--task {self.task}: there are {', '.join(rc.TASKS)}; add yours to TASKS in robot_client.py")
+        rc.task_named(self.task)
         if self.num_min_qs > self.num_qs:
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
         for name in ("hidden_dims", "small_channels"):
@@ -233,8 +237,8 @@ class Args(RunArgs):
 # --- Environment ------------------------------------------------------------------------------------------------------
 def make_env(args: Args) -> gym.Env:
     """The robot's task, as it is demonstrated; nothing is contacted before the first reset."""
-    config = dataclasses.replace(
-        rc.TASKS[args.task],  # TASK: your configuration
+    config = rc.task_named(
+        args.task,  # TASK: your configuration
         server=args.server,
         keys=args.server_keys,
         reward=args.reward if args.reward in ("task", "pose") else "none",
@@ -257,10 +261,7 @@ def judged(env: gym.Env, args: Args) -> gym.Env:
     """With the classifier's reward, if --reward names one. Exits with one line when it is of another task."""
     if args.reward in REWARDS:
         return env
-    try:
-        return SuccessReward(env, SuccessDetector.load(args.reward, envs.fingerprint(env)))
-    except ValueError as error:
-        fail(f"--reward {error}")
+    return SuccessReward(env, open_detector(args.reward, "--reward", env))
 
 
 def success(info: dict) -> float:
@@ -271,15 +272,20 @@ def success(info: dict) -> float:
     return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
-def reset_robot(env: gym.Env, seed: int, run: Run | None = None) -> dict | None:
-    """The first observation of an episode. Waits for a robot that refuses, or was there; None when `run` is to end.
+def reset_robot(env: gym.Env, seed: int, person: "Person", ends: Callable[[], bool]) -> dict | None:
+    """The first observation of an episode; None when `ends` says so, which the robot heeds on its way there.
 
+    What a person types meanwhile is thrown away, but for pause and quit. Waits for a robot that refuses, or was there.
     Raises RobotError, in one line with the remedy, when it has not been there yet.
     """
-    while run is None or not run.signals:
+    while not ends():
         try:
-            return env.reset(seed=seed)[0]
+            obs, _ = env.reset(seed=seed, options={"give_up": ends})
+            person.forget()
+            return obs
         except rc.RobotError as error:
+            if ends():
+                break
             if env.unwrapped.episodes == 0 and not isinstance(error, rc.RefusedError):
                 raise
             print(f"waiting for the robot: {error}", file=sys.stderr, flush=True)
@@ -296,24 +302,20 @@ class Person:
         self.terminal = rc.Terminal() if sys.stdin.isatty() or teleop == "keyboard" else None
         self.rng = np.random.default_rng(args.seed)
         self.scripted = teleop == "scripted"
+        self.teleop: rc.Teleop | None = None
         if self.terminal:
             print(rc.KEYS)
-        hands = {
-            "keyboard": lambda: rc.Keyboard(terminal=self.terminal),
-            "spacemouse": rc.SpaceMouse,
-            "scripted": lambda: rc.ScriptedExpert(0.0, 1, args.seed),
-            "none": lambda: None,
-        }
-        self.teleop: rc.Teleop | None = hands[teleop]()
+        if self.scripted:
+            self.teleop = rc.ScriptedExpert(0.0, 1, args.seed)
+        elif teleop != "none":
+            self.teleop = rc.open_teleop(teleop, self.terminal)
 
     def begin(self, step: int) -> None:
-        """An episode begins at this step of the run: what was typed during the reset is thrown away.
+        """An episode begins at this step of the run.
 
         A scripted person lets the policy try, then helps to the end: in all episodes at first, then in ever fewer, as
         HIL-SERL advises (docs/franka_walkthrough.md).
         """
-        if self.terminal:
-            self.terminal.forget()
         helps = self.rng.random() >= step / max(self.help_until, 1)
         self.helps_after = self.rng.integers(*HELP_AFTER, endpoint=True) if helps else math.inf
 
@@ -327,6 +329,15 @@ class Person:
         if self.scripted and self.rng.random() < WRONG_KEY_PROB:
             return [str(self.rng.choice(["failure", "discard"]))]
         return self.terminal.commands() if self.terminal else []
+
+    def quits(self) -> bool:
+        """Whether "quit" is among the commands that nobody has asked for yet."""
+        return self.terminal is not None and self.terminal.quits()
+
+    def forget(self) -> None:
+        """Throws away what was typed, but for pause and quit."""
+        if self.terminal:
+            self.terminal.forget()
 
     def close(self) -> None:
         if self.teleop:
@@ -791,7 +802,8 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     task = make_env(args)
     config = task.unwrapped.config
     closure = {"open": 0.0, "close": 1.0}.get(config.gripper_at_reset)  # None: as it is
-    steps, episodes = [], []
+    steps = []
+    episodes = []
     for episode in demonstrations(args.demos, task, args.seed, 0.0):
         if success(episode.info) != 1:
             continue
@@ -1099,6 +1111,33 @@ class Agent:
             metrics |= self.update_once(*batch, frames, eps[i].transpose(0, 1), subsets[i], with_actor=with_actor)
         return metrics
 
+    def clone(self, demos: FrameBuffer) -> Tensor:
+        """An update of actor and encoder towards the demonstrations' motions by maximum likelihood; the loss.
+
+        The gripper's critic, whose actions are values, learns from rewards only.
+        """
+        batch, frames = demos.sample_frames(self.args.batch_size, self.generator)
+        batch = self.prepare(batch, frames)
+        mean, std = self.actor(self.critic.encode(batch.observations))  # (B, A)
+        std = std.clamp(min=FIXED_STD)  # an expert without noise: below, its easiest actions outweigh all others
+        u = batch.actions[:, : self.arm_dim].clamp(-0.99, 0.99).atanh()  # (B, A), the actions before tanh
+        _, log_pi = squash(mean, std, (u - mean) / std)
+        loss = -log_pi.mean()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        loss.backward()
+        self.actor_optimizer.step()
+        self.critic_optimizer.step()  # the encoder; no critic has a gradient
+        with torch.no_grad():  # what learning begins with
+            torch._foreach_copy_(self.target_parameters, self.critic_parameters)
+            torch._foreach_copy_(self.mean_parameters, self.acting_parameters)
+        return loss.detach()
+
+    @property
+    def version(self) -> int:
+        """Updates of the policy that acts: 0 while it is random."""
+        return self.args.clone_updates + self.critic_updates
+
     def schedule_lr(self) -> None:
         """Linear warm-up and cosine decay of actor's and critics' learning rates, counted in critic updates."""
         warmup, decay = self.args.lr_warmup, self.args.lr_decay
@@ -1181,8 +1220,11 @@ class Outcome(NamedTuple):
 
 def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, frames: list[np.ndarray]) -> Outcome:
     """Deterministic and without help; a person may abort it, or judge it. Its pictures go to `frames`."""
-    obs = reset_robot(env, seed)
-    seconds, suggested = 0.0, False
+    obs = reset_robot(env, seed, person, ends=person.quits)
+    if obs is None:
+        return Outcome("quit", 0.0, False)
+    seconds = 0.0
+    suggested = False
     while True:
         obs, _, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
         frames.append(np.concatenate(list(obs["images"][-1]), 1))  # (H, K * W, 3)
@@ -1203,7 +1245,6 @@ def evaluate_policy(args: Args) -> None:
     folder = Path(args.eval_only)
     version = load_policy(agent, folder / f"{args.policy}.policy")
     person = Person(args, "none")
-    rows: list[str] = []
     outcomes: list[Outcome] = []
     frames: list[np.ndarray] = []
     try:
@@ -1214,18 +1255,22 @@ def evaluate_policy(args: Args) -> None:
             print(f"episode {number}: {outcome.verdict} after {outcome.seconds:.1f} s", flush=True)
             if outcome.verdict == "quit":
                 break
-            if outcome.verdict != "discard":
-                outcomes.append(outcome)
-                won = outcome.verdict == "success"
-                rows.append(f"{number},{won:d},{outcome.seconds:.3f},{outcome.suggested:d}\n")
-                frames += seen if len(outcomes) <= 4 else []
+            if outcome.verdict == "discard":
+                continue
+            outcomes.append(outcome)
+            if len(outcomes) <= 4:
+                frames += seen
     finally:
         person.close()
         env.close()
-    table = "episode,success,cycle_s,suggested\n" + "".join(rows)
+    table = "episode,success,cycle_s,suggested\n"
+    for number, outcome in enumerate(outcomes):
+        won = outcome.verdict == "success"
+        table += f"{number},{won:d},{outcome.seconds:.3f},{outcome.suggested:d}\n"
     write_atomically(folder / f"evaluation_{args.policy}.csv", table.encode())
     if args.capture_video and frames:
-        write_video(np.stack(frames), folder / f"evaluation_{args.policy}.mp4", env.metadata["render_fps"])
+        path = folder / f"evaluation_{args.policy}.mp4"
+        write_video(np.stack(frames), path, env.metadata["render_fps"])
     report_outcomes(args, version, outcomes)
 
 
@@ -1234,7 +1279,8 @@ def report_outcomes(args: Args, version: int, outcomes: list[Outcome]) -> None:
     false = sum(outcome.suggested and outcome.verdict == "failure" for outcome in outcomes)
     missed = sum(not outcome.suggested and outcome.verdict == "success" for outcome in outcomes)
     low, high = wilson(len(won), len(outcomes))
-    print(f"{args.policy} policy, update {version}: success {len(won)} of {len(outcomes)}, 95% {low:.2f} to {high:.2f}")
+    successes = f"success {len(won)} of {len(outcomes)}, 95% {low:.2f} to {high:.2f}"
+    print(f"{args.policy} policy, update {version}: {successes}")
     print(f"cycle time {np.mean(won or [math.nan]):.1f} s on average, where it succeeds")
     if args.reward != "person":
         print(f"--reward {args.reward} against the verdicts: {false} false successes, {missed} missed")
@@ -1294,6 +1340,8 @@ def learner(args: Args) -> None:
     run.keep(agent=agent, buffer=buffer, demos=demos, interventions=interventions, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)
+    if not run.state:
+        clone_demonstrations(args, run, agent, demos)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     published, published_at = -math.inf, -math.inf
 
@@ -1321,9 +1369,9 @@ def learner(args: Args) -> None:
                 fail(f"the critics' loss is {loss} after {agent.critic_updates} updates; {run.dir} has what was before")
         # Publish: also for an actor that has just come.
         idle = not (updates or received) and time.monotonic() - published_at > 2
-        if agent.critic_updates >= max(published + PUBLISH_EVERY, 1) or (idle and agent.critic_updates):
+        if agent.version >= max(published + PUBLISH_EVERY, 1) or (idle and agent.version):
             publish(actors, agent, run.step, buffer, demos)
-            published, published_at = agent.critic_updates, time.monotonic()
+            published, published_at = agent.version, time.monotonic()
         # Log.
         if run.due(500):
             sizes = {"charts/replay": len(buffer), "charts/demonstrations": len(demos)}
@@ -1339,12 +1387,22 @@ def learner(args: Args) -> None:
     run.close()
 
 
+def clone_demonstrations(args: Args, run: Run, agent: Agent, demos: FrameBuffer) -> None:
+    """--clone-updates. Actors wait meanwhile, for the policy that comes of it."""
+    for number in range(1, args.clone_updates + 1):
+        if run.signals:
+            raise KeyboardInterrupt  # it begins again: half of it is no policy to go on with
+        loss = agent.clone(demos)
+        if number % 100 == 0 or number == args.clone_updates:
+            print(f"cloning {number}: minus log likelihood {float(loss):.2f}", flush=True)
+
+
 def publish(
     actors: link.Learner, agent: Agent, transitions: int, buffer: FrameBuffer, demos: FrameBuffer, done: bool = False
 ) -> None:
     """The policy, and how much it has learned from, to all actors; `done` ends them."""
     agent.counts.copy_(torch.tensor([transitions, len(buffer), len(demos)]))
-    actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done)
+    actors.publish(agent.version, tensors.pack_tensors(agent.policy_tensors()), done)
 
 
 def learner_beside(args: Args, run: Run) -> setup.Child:
@@ -1353,19 +1411,6 @@ def learner_beside(args: Args, run: Run) -> setup.Child:
     flags = dataclasses.replace(args, role="learner", track=False, resume=None, run_dir=str(folder))
     again = dataclasses.replace(flags, resume=str(folder), run_dir=None)
     return setup.Child(__file__, setup.to_flags(flags), setup.to_flags(again), folder)
-
-
-class Step(NamedTuple):
-    """What is remembered of a step until its episode ends."""
-
-    action: np.ndarray  # executed
-    asked: np.ndarray
-    reward: float  # before penalties
-    terminated: bool
-    intervened: bool
-    suggested: bool  # success, by classifier or task
-    period_s: float
-    late_s: float
 
 
 class Log:
@@ -1393,7 +1438,7 @@ class Log:
             "charts/success": won,
             "charts/success_without_help": self.rate(),
             "charts/intervention_rate": float(np.mean(self.helped or [math.nan])),
-            "charts/updates_per_transition": version / max(transitions, 1),
+            "charts/updates_per_transition": max(version - self.run.args.clone_updates, 0) / max(transitions, 1),
             "charts/disagreements": self.disagreements,
             "charts/replay": replay,
             "charts/demonstrations": demos,
@@ -1458,8 +1503,9 @@ class Newest:
         if not self.version:
             return
         self.agent.probe = {name: torch.from_numpy(value) for name, value in obs.items()}
-        for path in [self.path, self.path.with_name("best.policy")][: 1 + best]:
-            save_policy(self.agent, self.version, path)
+        save_policy(self.agent, self.version, self.path)
+        if best:
+            save_policy(self.agent, self.version, self.path.with_name("best.policy"))
 
 
 def actor(args: Args) -> None:
@@ -1522,10 +1568,13 @@ def collect(
             return
         # Reset.
         with run.phase("env"):
-            obs = reset_robot(env, envs.episode_seed(seed, 0, run.episode), run)
-        if obs is None:
-            return
+            episode_seed = envs.episode_seed(seed, 0, run.episode)
+            obs = reset_robot(env, episode_seed, person, partial(stop_asked, run, person))
         person.begin(run.step)
+        if obs is not None:
+            heed(run, person, env, ended=False)  # a pause that began during the reset
+        if obs is None or run.signals:
+            return
         # Act, step, store.
         steps, verdict, obs = episode(run, env, policy, person, obs)
         # Send: a discarded episode is forgotten.
@@ -1546,12 +1595,17 @@ def collect(
         task.episodes.clear()
 
 
+def stop_asked(run: Run, person: Person) -> bool:
+    """Whether the run is to end: by Ctrl-C, or by a person's key, which counts as that."""
+    if person.quits() and not run.signals:
+        run.on_signal()
+    return run.signals > 0
+
+
 def catch_up(run: Run, sender: link.Actor, person: Person, child: setup.Child | None) -> None:
     """Waits until the learner has heard of all that was sent: it is behind by the newest episode at most."""
     asked = time.monotonic()
-    while not (run.signals or sender.done):
-        if "quit" in person.commands():
-            run.on_signal()
+    while not (stop_asked(run, person) or sender.done):
         sender.exchange(100)
         if sender.answered > asked and sender.held == sender.journal.written:
             return
@@ -1586,15 +1640,16 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
             reward, terminated = float(said == "success"), said == "success"
         verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
         # Store: success was decided before the penalty. What a person does is a demonstration, standing still is not.
-        executed, asked = info["executed_action"], info["asked_action"]
+        executed = info["executed_action"]
+        asked = info["asked_action"]
         intervened = bool(info.get("intervened", False))
         if verdict != "fault" or terminated:  # else what follows the action is not known
             step = pack_pixels(step_type, executed, obs, reward + info["grasp_penalty"], terminated)
             step["intervened"] = intervened and asked.any()
             sender.stage(step.tobytes())
         suggested = bool(info["success"])
-        step = Step(executed, asked, reward, terminated, intervened, suggested, info["period_s"], info["late_s"])
-        steps.append(step)
+        times = (info["period_s"], info["late_s"])
+        steps.append(Step(executed, asked, reward, terminated, intervened, suggested, *times))
     if info["fault"]:
         print(f"\nthe episode was ended: {info['fault']}", file=sys.stderr, flush=True)
     return steps, verdict, obs
@@ -1635,26 +1690,16 @@ def heed(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
 def record_disagreement(run: Run, task: Recorder, steps: list[Step], verdict: str) -> None:
     """The episode in which person and classifier disagree, for `reward_classifier.py --add RUN`."""
     won = verdict == "success"
-    last = np.arange(len(steps)) == len(steps) - 1  # (T,)
-    fields = {
-        "observations": stacked(task.observations),
-        "actions": np.array([step.action for step in steps]),
-        "rewards": (last & won).astype(np.float32),
-        "terminations": last & won,
-        "truncations": last & (not won),
-        "infos": {
-            "asked_action": np.array([step.asked for step in steps]),
-            "intervened": np.array([step.intervened for step in steps]),
-            "success": last & won,
-            "suggestion": np.array([step.suggested for step in steps]),
-            "time_s": np.cumsum([step.period_s for step in steps]),
-            "late_s": np.array([step.late_s for step in steps]),
-        },
+    attributes = {
+        "verdict": verdict,
+        "success": won,
+        "decided_by": "person",
+        "suggested": not won,
+        "disagreement": True,
+        "attempt": run.episode,
     }
-    attributes = {"verdict": verdict, "success": won, "decided_by": "person", "suggested": not won}
-    about = {"mode": "demos", "classes": 2}
-    recording = Recording(run.dir / "episodes", "run/episodes-v0", task, about)
-    recording.add(fields, attributes | {"disagreement": True, "attempt": run.episode})
+    recording = Recording(run.dir / "episodes", "run/episodes-v0", task, {"mode": "demos", "classes": 2})
+    recording.add(fields_of(task.observations, steps, won), attributes)
 
 
 def main(args: Args) -> None:

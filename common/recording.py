@@ -8,6 +8,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -169,7 +170,7 @@ class Recording:
     def write_pictures(self, episodes: list, env: gym.Env) -> Path | None:
         """A video of each of Minari's `episodes`, with the cameras side by side, and a contact sheet of the newest: six
         pictures of each, or of each of their labels. Returns the sheet's path; None when no pictures are observed."""
-        cameras = cameras_of(env)
+        cameras = list(cameras_of(env.observation_space))
         if not cameras:
             return None
         rows = []
@@ -193,6 +194,40 @@ class Recording:
         return self.folder / "contact_sheet.png"
 
 
+class Step(NamedTuple):
+    """What is remembered of a step until its episode is over."""
+
+    action: np.ndarray  # executed
+    asked: np.ndarray
+    reward: float  # before penalties
+    terminated: bool
+    intervened: bool  # by a person
+    suggested: bool  # success, by classifier or task
+    period_s: float
+    late_s: float
+    label: int = 0  # a person's, of the frame that followed
+
+
+def fields_of(observations: list, steps: list[Step], won: bool) -> dict:
+    """An episode of T steps, and its T + 1 observations, in Minari's layout; success rewards and ends its last step."""
+    last = np.arange(len(steps)) == len(steps) - 1  # (T,)
+    return {
+        "observations": stacked(observations),
+        "actions": np.array([step.action for step in steps]),
+        "rewards": (last & won).astype(float),
+        "terminations": last & won,
+        "truncations": last & (not won),
+        "infos": {
+            "asked_action": np.array([step.asked for step in steps]),
+            "intervened": np.array([step.intervened for step in steps]),
+            "success": last & won,
+            "suggestion": np.array([step.suggested for step in steps]),
+            "time_s": np.cumsum([step.period_s for step in steps]),
+            "late_s": np.array([step.late_s for step in steps]),
+        },
+    }
+
+
 def put(group, fields: dict, attributes: dict) -> None:
     """Arrays and attributes into an HDF5 group; pictures are compressed one by one, without loss."""
     group.attrs.update(attributes)
@@ -213,11 +248,20 @@ def stacked(observations: list):
     return np.stack(observations)
 
 
+def settled(labels: np.ndarray, margin: int) -> np.ndarray:
+    """Labels (T,), -1 (left out) for those less than `margin` frames before or after a change."""
+    result = labels.copy()
+    for change in np.flatnonzero(np.diff(labels)) + 1:
+        result[max(change - margin, 0) : change + margin] = -1
+    return result
+
+
 # --- Pictures ---------------------------------------------------------------------------------------------------------
-def cameras_of(env: gym.Env) -> list[str]:
-    """Names of the pictures in a task's observations."""
-    parts = getattr(env.observation_space, "spaces", {})
-    return [name for name, space in parts.items() if envs.looks_like_image(space) and space.shape[-1] == 3]
+def cameras_of(space: gym.Space) -> dict[str, int]:
+    """Names of the cameras in a space of observations, and the height of their pictures."""
+    parts = getattr(space, "spaces", {})
+    pictures = {name: part for name, part in parts.items() if envs.looks_like_image(part) and part.shape[2:] == (3,)}
+    return {name: part.shape[0] for name, part in pictures.items()}
 
 
 def write_video(frames: np.ndarray, path: Path, hz: float) -> None:

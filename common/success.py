@@ -13,9 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import envs
+from common import envs, vision
 from common.setup import fail
-from common.vision import fingerprint, make_pooling, make_trunk, map_shape
 
 
 class SuccessClassifier(nn.Module):
@@ -47,14 +46,14 @@ class SuccessClassifier(nn.Module):
         pretrained = "from the classifier's own file" if frozen else None
         self.trunks = nn.ModuleList()
         for _ in self.cameras[:1] if frozen else self.cameras:
-            self.trunks.append(make_trunk(encoder, 3, pretrained, load=False))
+            self.trunks.append(vision.make_trunk(encoder, 3, pretrained, load=False))
         self.trunks.requires_grad_(not frozen)
-        shape = map_shape(self.trunks[0], 3, image_size)
+        shape = vision.map_shape(self.trunks[0], 3, image_size)
         if min(shape[1:]) < 2:
             raise ValueError(f"images of {image_size} pixels are too small for the encoder {encoder}")
         self.heads, self.alone = nn.ModuleList(), nn.ModuleList()
         for _ in self.cameras:
-            pooling, pooled = make_pooling("embeddings", shape)
+            pooling, pooled = vision.make_pooling("embeddings", shape)
             linear, norm = nn.Linear(pooled, latent_dim), nn.LayerNorm(latent_dim)
             self.heads.append(nn.Sequential(pooling, nn.Dropout(0.1), linear, norm, nn.Tanh()))
             self.alone.append(nn.Linear(latent_dim, len(classes)))
@@ -135,7 +134,7 @@ class SuccessDetector:
             "kind": self.KIND,
             "arguments": self.classifier.arguments,
             "weights": {name: tensor.cpu() for name, tensor in self.classifier.state_dict().items()},
-            "trunk_hash": fingerprint(self.classifier.trunks),
+            "trunk_hash": vision.fingerprint(self.classifier.trunks),
             "fingerprint": self.fingerprint,
             "threshold": self.threshold,
             "hold": self.hold,
@@ -161,7 +160,7 @@ class SuccessDetector:
                 raise ValueError(f"it is of another kind: {saved['kind']}")
             classifier = SuccessClassifier(**saved["arguments"])
             classifier.load_state_dict(saved["weights"])
-            if fingerprint(classifier.trunks) != saved["trunk_hash"]:
+            if vision.fingerprint(classifier.trunks) != saved["trunk_hash"]:
                 raise ValueError("its trunk is not the one that it was trained on")
             detector = cls(classifier, saved["threshold"], saved["hold"], saved["fingerprint"], saved["about"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -172,6 +171,14 @@ class SuccessDetector:
             raise ValueError(f"{path}: was trained on other pictures: {'; '.join(wrong)}")
         classifier.to(device)
         return detector
+
+
+def open_detector(path: str, option: str, env: gym.Env) -> SuccessDetector:
+    """The detector in a file. Exits with one line that names `option` when there is none, or it is of another task."""
+    try:
+        return SuccessDetector.load(path, envs.fingerprint(env))
+    except ValueError as error:
+        fail(f"{option} {error}")
 
 
 def is_detector(path: str) -> bool:
@@ -211,10 +218,7 @@ class SuccessReward(gym.Wrapper):
 
 def rewarded(env: gym.Env, path: str) -> SuccessReward:
     """The task with rewards, and only these, of the detector in a file. Exits with one line when it is of another."""
-    try:
-        return SuccessReward(env, SuccessDetector.load(path, envs.fingerprint(env)), only_reward=True)
-    except ValueError as error:
-        fail(f"--reward {error}")
+    return SuccessReward(env, open_detector(path, "--reward", env), only_reward=True)
 
 
 PICTURES_DEPEND_ON = ("task", "name", "env_id", "image_size", "cameras", "observations")  # of a fingerprint

@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 import recorded_tasks
 import torch
-from conftest import popen_script, run_script, wait_until
+from conftest import popen_script, read_csv, run_script, wait_until
 
 import record_demos
+import robot_client
 from common import envs
 from common.episodes import demonstrations
+from common.recording import settled
 from common.success import SuccessClassifier, SuccessDetector
 
 TESTS = str(Path(__file__).parent)
@@ -411,6 +413,26 @@ def test_keys_pressed_during_a_reset_have_no_effect(tmp_path, monkeypatch):
     assert second.actions[0].tolist() == pytest.approx([0, -0.125, 0])  # d, not the w of before
 
 
+def test_pause_during_a_reset_is_heeded_after_it(tmp_path):
+    with Person(tmp_path, "--teleop", "expert", "--episodes", 2, task="Slow") as person:
+        person.waits_for("episode 0: success")
+        person.types("yp")  # while it resets for a second
+        person.waits_for("pressed during the reset, so without effect: success")
+        person.waits_for("paused: Enter goes on")
+        time.sleep(1.0)
+        assert "episode 1" not in person.output()
+        person.types("\n")
+        person.waits_for("episode 1: success")
+        assert person.process.wait(120) == 0, person.output()
+
+
+def test_quit_during_a_reset_comes_before_the_next_episode(tmp_path):
+    with Person(tmp_path, "--teleop", "expert", task="Slow") as person:
+        person.waits_for("episode 0: success")
+        output = person.quits()
+    assert "hil/demos-v0: 1 episodes" in output and "episode 1" not in output
+
+
 def test_held_key_is_one_verdict(tmp_path):
     with Person(tmp_path) as person:
         person.waits_for("ready")
@@ -483,14 +505,6 @@ def test_undo_does_not_reach_an_earlier_session(tmp_path, monkeypatch):
 
 
 # --- Frames for a classifier ------------------------------------------------------------------------------------------
-def test_labels_near_a_change_are_left_out():
-    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0], np.int8)
-    assert record_demos.settled(labels, 0).tolist() == labels.tolist()
-    assert record_demos.settled(labels, 1).tolist() == [0, 0, 0, -1, -1, 1, 1, 1, -1, -1]
-    assert record_demos.settled(labels, 2).tolist() == [0, 0, -1, -1, -1, -1, 1, -1, -1, -1]
-    assert record_demos.settled(np.array([0, 0], np.int8), 3).tolist() == [0, 0]
-
-
 def test_near_misses_are_frames_beside_a_success():
     labels = np.array([0, 0, 0, -1, 1, -1, 0, 0, 0, 0], np.int8)
     near = record_demos.near_misses(labels, 3)
@@ -511,7 +525,7 @@ def test_expert_labels_frames_until_there_are_enough(tmp_path, monkeypatch):
         assert len(episode) == 30 and attributes["verdict"] == "none"  # success does not end it
         inside = np.linalg.norm(episode.observations["state"][1:], axis=1) < recorded_tasks.NEAR
         labels = episode.infos["label"]
-        assert (labels == record_demos.settled(inside.astype(np.int8), 2)).all()
+        assert (labels == settled(inside.astype(np.int8), 2)).all()
         assert (episode.rewards == (labels == 1)).all() and not episode.terminations.any()
         together.append(labels)
     counts = record_demos.count_labels(together, 2, 20)
@@ -557,7 +571,7 @@ class Suggestion:
 
 
 def test_suggestions_are_stored_and_disagreements_counted(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(record_demos, "open_classifier", lambda path, env: Suggestion())
+    monkeypatch.setattr("common.success.open_detector", lambda path, option, env: Suggestion())
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.setattr(recorded_tasks.Reach, "resets", 0)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
@@ -664,6 +678,34 @@ def test_person_demonstrates_through_the_server(tmp_path, monkeypatch):
     assert np.abs(episode.actions[~episode.infos["intervened"]]).max() < 1e-6
     assert episode.terminations[-1] and episode.rewards.sum() == 1
     assert np.diff(episode.infos["time_s"]).min() > 0.05 and episode.infos["late_s"].max() > 0
+
+
+def test_quit_stops_the_robot_on_its_way_to_the_start(tmp_path):
+    with (
+        served(tmp_path, "--env-id", "FrankaPegInsert-v0") as server,
+        contextlib.closing(robot_client.RobotClient(server[1])) as observer,
+        Person(tmp_path, *server, task="") as person,
+    ):
+        wait_until(lambda: observer.state()["mode"] == "streaming" or person.process.poll() is not None)
+        output = person.quits()
+        wait_until(lambda: observer.state()["mode"] in ("hold", "idle"), 5)
+    assert "the reset was given up, the arm holds" in output
+    assert "ready" not in output and "Traceback" not in output
+
+
+@pytest.mark.timeout(1000)
+def test_data_of_the_robot_is_cloned_and_the_clone_is_evaluated_on_it(tmp_path):
+    """With chunks of actions, of which the robot gets one at each of its beats."""
+    with served(tmp_path, "--env-id", "FrankaPegInsert-v0") as server:
+        run_script("record_demos.py", "--teleop", "expert", "--episodes", 2, *server, cwd=tmp_path, timeout=280)
+        flags = ("--env-name", "hil/demos-v0", "--action-chunking", "--horizon-length", 4, "--run-dir", "run")
+        flags += ("--offline-steps", 4, "--log-interval", 2, "--batch-size", 4, "--hidden-dims", 16)
+        flags += ("--eval-episodes", 1, "--eval-envs", 1, "--num-workers", 1, "--no-capture-video")
+        cloned = run_script("bc_flow_offline.py", *flags, cwd=tmp_path, timeout=600)
+    assert "no evaluation" not in cloned.stderr, cloned.stderr
+    evaluated = read_csv(tmp_path / "run", "eval.csv")
+    assert evaluated["episodes"] == [1] and 1 <= evaluated["episodic_length"][0] <= 100
+    assert evaluated["period_s"][0] == pytest.approx(0.1, abs=0.05)  # of the last step
 
 
 def test_server_of_another_task_is_refused(tmp_path):

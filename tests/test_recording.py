@@ -9,7 +9,17 @@ import pytest
 import recorded_tasks  # noqa: F401  registers its tasks
 
 from common import envs, recording
-from common.recording import Recording, dataset_folder, stacked, write_sheet, write_video
+from common.recording import (
+    Recording,
+    Step,
+    cameras_of,
+    dataset_folder,
+    fields_of,
+    settled,
+    stacked,
+    write_sheet,
+    write_video,
+)
 
 ABOUT = {"mode": "demos", "classes": 2}
 
@@ -194,6 +204,42 @@ def test_pictures(tmp_path):
     assert sheet.shape == (68, 90 + 4 * 50, 3)
     assert (sheet[:32, 190:238] == frames[2]).all() and (sheet[34:66, 90:138] == frames[2]).all()
     assert (sheet[34:66, 140:] == 255).all()
+
+
+# --- Labels -----------------------------------------------------------------------------------------------------------
+def test_labels_near_a_change_are_left_out():
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0], np.int8)
+    assert settled(labels, 0).tolist() == labels.tolist()
+    assert settled(labels, 1).tolist() == [0, 0, 0, -1, -1, 1, 1, 1, -1, -1]
+    assert settled(labels, 2).tolist() == [0, 0, -1, -1, -1, -1, 1, -1, -1, -1]
+    assert settled(np.array([0, 0], np.int8), 3).tolist() == [0, 0]
+
+
+def test_cameras_are_the_pictures_among_the_observations():
+    from gymnasium import spaces
+
+    front, depth = spaces.Box(0, 255, (16, 24, 3), np.uint8), spaces.Box(0, 255, (16, 24, 1), np.uint8)
+    state = spaces.Box(-1, 1, (3,), np.float32)
+    assert cameras_of(spaces.Dict(front=front, depth=depth, state=state)) == {"front": 16}
+    assert cameras_of(state) == {}
+
+
+@pytest.mark.parametrize("won", [True, False])
+def test_fields_of_an_episode(won):
+    steps = []
+    for t in range(3):
+        steps.append(Step(np.full(2, t), np.full(2, 2 * t), 0.5, False, t == 1, t == 2, 0.1, 0.01 * t))
+    fields = fields_of([{"state": np.array([t])} for t in range(4)], steps, won)
+    assert fields["observations"]["state"].tolist() == [[0], [1], [2], [3]]
+    assert fields["actions"].tolist() == [[0, 0], [1, 1], [2, 2]]
+    assert fields["rewards"].tolist() == [0, 0, won]
+    assert fields["terminations"].tolist() == [False, False, won]
+    assert fields["truncations"].tolist() == [False, False, not won]
+    infos = fields["infos"]
+    assert infos["asked_action"].tolist() == [[0, 0], [2, 2], [4, 4]] and infos["success"].tolist() == [0, 0, won]
+    assert infos["intervened"].tolist() == [0, 1, 0] and infos["suggestion"].tolist() == [0, 0, 1]
+    assert infos["time_s"].tolist() == pytest.approx([0.1, 0.2, 0.3])
+    assert infos["late_s"].tolist() == pytest.approx([0, 0.01, 0.02])
 
 
 # --- Fingerprints -----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import minari
@@ -15,6 +16,7 @@ from labelled_frames import FINGERPRINT, STEPS, write_frames
 from PIL import Image
 
 import reward_classifier as script
+import robot_client as rc
 from common import envs
 from common.success import SuccessDetector, log_odds
 from common.vision import make_trunk
@@ -29,6 +31,9 @@ def datasets(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+ROBOT = {"env_id": "robot_client:FrankaReal-v0"}
 
 
 def run(**flags: object) -> dict:
@@ -57,11 +62,6 @@ def test_demonstrations_have_one_frame_of_success():
     assert frame_labels({"success": success}, 10, 2).tolist() == [0, 0, 0, 0, -1, -1, -1, -1, -1, 1]
     assert frame_labels({"success": ~success}, 10, 2).tolist() == [0] * 10
     assert frame_labels({"success": success}, 10, 3)[-1] == 2  # success is the last class
-
-
-def test_frames_near_a_change_of_label_are_left_out():
-    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0, 0, 0])
-    assert script.left_out_near_changes(labels).tolist() == [0, 0, -1, -1, -1, -1, 1, -1, -1, -1, -1, 0]
 
 
 @pytest.mark.parametrize(("said", "verdict", "differ"), [(0, 0, False), (1, 0, True), (0, 1, True), (1, 1, False)])
@@ -372,6 +372,7 @@ def fault_of(**flags: object) -> str:
         ({}, {"false_successes": 1.0}, "--false-successes 1.0"),
         ({}, {"classes": ("success",)}, "--classes success: at least two different names"),
         ({}, {"watch": "gone.pt", "run_dir": None}, "--watch gone.pt: not there"),
+        ({}, {"watch": "gone.pt", "run_dir": None, **ROBOT, "task": "pig"}, "--task pig: there are peg, pick"),
         ({}, {"watch": "gone.pt"}, "--watch: shows a finished classifier, give neither --resume nor --run-dir"),
     ],
 )
@@ -379,6 +380,13 @@ def test_bad_input_is_named_in_one_line(datasets, options, flags, fault):
     write_frames("hil/frames-v0", **options)
     assert fault in fault_of(**flags)
     assert not Path("run").exists()
+
+
+def test_robot_that_is_not_there_is_one_line(datasets, monkeypatch):
+    monkeypatch.setitem(rc.TASKS, "peg", replace(rc.PEG, wait_s=0.5))
+    monkeypatch.setattr(script, "open_detector", lambda *_: None)
+    fault = fault_of(watch="classifier.pt", run_dir=None, **ROBOT, server="tcp://127.0.0.1:9", teleop="expert")
+    assert "--watch: no answer from tcp://127.0.0.1:9" in fault
 
 
 def test_datasets_of_other_cameras_are_refused(datasets):

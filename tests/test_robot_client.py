@@ -251,6 +251,20 @@ def test_no_stale_command_reaches_a_server_that_comes_back(fake, client):
         assert {request["op"] for request in back.requests} == {"hello"}
 
 
+def test_waiting_for_a_server_may_be_given_up():
+    asked = []
+
+    def give_up() -> bool:
+        asked.append(time.monotonic())
+        return len(asked) == 2
+
+    with contextlib.closing(RobotClient("tcp://127.0.0.1:9", timeout_s=0.1, tries=2)) as client:
+        start = time.monotonic()
+        with pytest.raises(rc.UnreachableError, match="no answer from"):
+            client.hello(60.0, give_up)
+    assert len(asked) == 2 and time.monotonic() - start < 10
+
+
 class Cable:
     """A TCP connection through us to `port`, which can be cut: nothing passes, nobody is told."""
 
@@ -907,6 +921,26 @@ def test_keys_for_the_script(terminal, keyboard):
     assert keys.commands() == [] and not keyboard.motion()[0].any()
 
 
+@pytest.mark.parametrize(
+    ("keys", "kept", "lost"),
+    [
+        ("yp", ["pause"], ["success"]),
+        ("p\n", [], ["pause", "go on"]),  # taken back
+        ("\np", ["pause"], ["go on"]),
+        ("nq", ["quit"], ["failure"]),
+        ("pqx", ["pause", "quit"], ["discard"]),
+    ],
+)
+def test_what_says_stop_outlives_a_reset(terminal, keyboard, keys, kept, lost):
+    typed(terminal[0], keyboard.terminal, keys)
+    assert keyboard.terminal.quits() == ("q" in keys)
+    assert keyboard.terminal.forget() == lost
+    assert keyboard.terminal.forget() == []  # asked again, as a wrapper and its script both do
+    assert keyboard.terminal.quits() == ("q" in keys)
+    assert keyboard.terminal.commands() == kept
+    assert not keyboard.terminal.quits()
+
+
 def test_every_key_stands_on_the_screen(tmp_path):
     listed = set(rc.KEYS.split())
     assert {key for pair in (*rc.Keyboard.AXES, rc.Keyboard.GRIPPER) for key in pair} <= listed
@@ -1518,6 +1552,27 @@ def test_reset_goes_where_it_should_and_starts_are_seeded(peg):
         assert np.abs(off[:2]).max() < 0.055 and abs(off[2]) < 0.005
         roll, pitch, yaw = turn.as_euler("xyz")
         assert abs(roll) < 0.02 and abs(pitch) < 0.02 and abs(yaw) < 0.52
+
+
+def test_reset_that_is_given_up_leaves_the_arm_where_it_is(peg):
+    with environment(peg, reset_speed=0.05) as env, contextlib.closing(RobotClient(peg)) as observer:
+        env.reset(seed=0)
+        for _ in range(10):
+            env.step(np.array([1, 1, 0, 0, 0, 0, 0], np.float32))
+        asked = []
+
+        def give_up() -> bool:
+            asked.append(observer.state()["tcp_pose"][:3])
+            return len(asked) == 5
+
+        with pytest.raises(rc.RobotError, match="the reset was given up, the arm holds"):
+            env.reset(seed=0, options={"give_up": give_up})
+        wait_until(lambda: observer.state()["mode"] in ("hold", "idle"), 2.0)
+        assert len(asked) == 5
+        away = np.abs(observer.state()["tcp_pose"][:2] - [0.5, 0.0])
+        assert away.max() > 0.03  # far from the start
+        env.reset(seed=0)
+        assert env.step(ZERO)[-1]["fault"] is None
 
 
 def test_person_moves_the_arm_in_the_base_frame(peg):

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from conftest import free_port, one_line, popen_script, read_csv, run_script, wa
 
 import robot_client as rc
 import sac_pixel_real as real
-from common import envs
+from common import envs, link
 from common.episodes import Recorder
 from common.pixels import FrameFile, Views, pack_pixels
 from common.recording import Recording, dataset_folder
@@ -171,8 +172,10 @@ def test_interventions_go_on_in_the_middle_of_a_segment(tmp_path):
 
 
 # --- Demonstrations ---------------------------------------------------------------------------------------------------
-def record_demos(folder: Path, verdicts: list[bool], monkeypatch, config=PEG, gripper: float = 1.0, length=5) -> None:
-    """hil/demos-v0, without a robot: the state counts steps, the pictures are grey."""
+def record_demos(
+    folder: Path, verdicts: list[bool], monkeypatch, config=PEG, gripper: float = 1.0, length=5, motion=0.0
+) -> None:
+    """hil/demos-v0, without a robot: the state counts steps, the pictures are grey, all motions are the same."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(folder))
     env = envs.make("robot_client:FrankaReal-v0", config=config, max_episode_steps=100)
     about = {"mode": "demos", "classes": 2}
@@ -183,6 +186,7 @@ def record_demos(folder: Path, verdicts: list[bool], monkeypatch, config=PEG, gr
         observations = {name: np.zeros((length + 1, *space[name].shape), space[name].dtype) for name in space}
         observations["state"][:, 0] = np.arange(length + 1)
         actions = np.zeros((length, *env.action_space.shape), np.float32)
+        actions[:, :-1] = motion
         actions[:, -1] = gripper
         fields = {"observations": observations, "actions": actions, "rewards": (last & won).astype(np.float32)}
         fields |= {"terminations": last & won, "truncations": last & (not won), "infos": {"success": last & won}}
@@ -250,6 +254,45 @@ def test_demonstrations_that_teach_nothing_are_refused(tmp_path, monkeypatch, fl
         real.start_learner(args, new_run(tmp_path, args), CPU)
 
 
+def test_cloning_gives_a_policy_that_does_as_the_demonstrations(tmp_path, monkeypatch):
+    motion = np.array([0.5, -0.3, 0.0, 1.0, -0.8, 0.2])
+    record_demos(tmp_path, [True, True], monkeypatch, motion=motion)
+    args = small_args(clone_updates=300, lr=3e-3)
+    run = new_run(tmp_path, args)
+    agent, _, demos = real.start_learner(args, run, CPU)
+    obs = {name: value.numpy() for name, value in agent.probe.items()}
+    before = [parameter.clone() for parameter in agent.critic.encoder.parameters()]
+    real.clone_demonstrations(args, run, agent, demos)
+    assert agent.act(obs, deterministic=True)[:6] == pytest.approx(motion, abs=0.1)  # the average, too
+    tries = np.stack([agent.act(obs, deterministic=False)[:6] for _ in range(200)])
+    assert tries.mean(0) == pytest.approx(motion, abs=0.1)
+    assert tries.std(0)[[0, 1, 2, 5]].max() < 0.25  # near the demonstrations; before it is 0.6
+    moved = [not torch.equal(*pair) for pair in zip(before, agent.critic.encoder.parameters())]
+    assert any(moved)
+    for target, parameter in zip(agent.target_parameters, agent.critic_parameters, strict=True):
+        assert torch.equal(target, parameter)
+    assert agent.critic_updates == 0 and agent.version == 300
+
+
+def test_cloned_policy_is_published_before_the_first_transition(tmp_path, monkeypatch):
+    record_demos(tmp_path / "minari", [True], monkeypatch)
+    address = f"127.0.0.1:{free_port()}"
+    flags = ("--role", "learner", "--address", address, "--run-dir", "run", "--clone-updates", 5)
+    with popen_script("sac_pixel_real.py", *TINY.split(), *flags, cwd=tmp_path) as learner:
+        actor = link.Actor(address, None, {}, 1, tmp_path)
+        published = []
+
+        def came() -> bool:
+            newer = actor.weights()
+            published.extend([newer] if newer else [])
+            assert learner.poll() is None, learner.stderr_path.read_text()
+            return bool(published)
+
+        wait_until(came, 200)
+    assert published[0][0] == 5
+    assert "cloning 5: minus log likelihood" in learner.stdout_path.read_text()
+
+
 def test_gripper_that_never_closes_is_noticed(tmp_path, monkeypatch, capsys):
     record_demos(tmp_path, [True], monkeypatch, gripper=-1.0)
     args = small_args()
@@ -315,6 +358,12 @@ class Desk:
     def commands(self) -> list[str]:
         return self.typed.pop(0) if self.typed else []
 
+    def quits(self) -> bool:
+        return any("quit" in commands for commands in self.typed)
+
+    def forget(self) -> None:
+        self.typed = [[command for command in commands if command == "quit"] for commands in self.typed]
+
     def stand_still(self) -> None:
         self.still += 1
 
@@ -353,6 +402,42 @@ def test_end_of_an_episode_may_be_overruled(monkeypatch):
     assert desk.heed(ended=True) == "" and 0.2 <= time.monotonic() - start < 2
     desk.terminal = None  # nobody is there
     assert desk.heed(ended=True) == "" and time.monotonic() - start < 2
+
+
+class Way:
+    """A robot on its way to the start of an episode: it asks five times whether that is given up."""
+
+    def __init__(self, desk: Desk, pressed: list[str]):
+        self.desk = desk
+        self.pressed = pressed  # at the third time
+        self.asked = 0
+        self.unwrapped = SimpleNamespace(episodes=0)
+
+    def reset(self, seed: int, options: dict) -> tuple[dict, dict]:
+        for _ in range(5):
+            self.asked += 1
+            if self.asked == 3:
+                self.desk.typed.append(self.pressed)
+            if options["give_up"]():
+                raise rc.RobotError("the reset was given up, the arm holds")
+        return {"seed": seed}, {}
+
+
+def test_quit_ends_a_reset_on_its_way():
+    desk = Desk()
+    way = Way(desk, ["success", "quit"])
+    assert real.reset_robot(way, 1, desk, partial(real.stop_asked, desk.run, desk)) is None
+    assert way.asked == 3 and desk.run.signals == 1  # as Ctrl-C, once
+    desk = Desk()
+    way = Way(desk, ["quit"])
+    assert real.reset_robot(way, 1, desk, desk.quits) is None and way.asked == 3  # an evaluation
+
+
+def test_verdict_during_a_reset_has_no_effect():
+    desk = Desk()
+    way = Way(desk, ["success"])
+    assert real.reset_robot(way, 7, desk, partial(real.stop_asked, desk.run, desk)) == {"seed": 7}
+    assert way.asked == 5 and desk.commands() == [] and desk.run.signals == 0
 
 
 def test_scripted_person_helps_ever_less(monkeypatch):
@@ -528,11 +613,11 @@ def test_server_that_does_not_run_is_one_line(tmp_path, monkeypatch):
     args = small_args(teleop="none", server="tcp://127.0.0.1:9", run_dir=str(tmp_path / "run"))
     env = real.wrap_robot(real.make_env(args), args)
     with pytest.raises(rc.UnreachableError, match=r"no answer from tcp://127.0.0.1:9 .*is robot_server\.py running"):
-        real.reset_robot(env, 1)
+        real.reset_robot(env, 1, Desk(), ends=lambda: False)
     env.unwrapped.episodes = 1  # it was there: it is waited for, until the run is to end
-    run = SimpleNamespace(signals=0)
-    monkeypatch.setattr(real.time, "sleep", lambda _: setattr(run, "signals", 1))
-    assert real.reset_robot(env, 1, run) is None
+    waited = []
+    monkeypatch.setattr(real.time, "sleep", waited.append)
+    assert real.reset_robot(env, 1, Desk(), ends=lambda: len(waited) > 0) is None
 
 
 # --- A working day on the simulated robot -----------------------------------------------------------------------------
@@ -582,6 +667,32 @@ def small_record_type() -> np.dtype:
     args = real.Args(image_size=32)
     env = real.wrap_robot(real.make_env(args), args)
     return real.robot_step_type(real.views_of(env), env.action_space.shape[0])
+
+
+def test_quit_during_the_first_reset_ends_the_run(tmp_path, monkeypatch):
+    """The keys of a person at the terminal, the robot on its way; nothing of an episode is there yet."""
+    record_demos(tmp_path / "minari", [True], monkeypatch)
+    ours, theirs = os.openpty()
+    flags = ("--teleop", "keyboard", "--run-dir", "run", "--address", f"127.0.0.1:{free_port()}")
+    with popen_script("robot_server.py", "--port", 0, "--env-id", "FrankaPegInsert-v0", cwd=tmp_path) as robot:
+        wait_until(lambda: "serving on" in robot.stdout_path.read_text() or robot.poll() is not None)
+        server = robot.stdout_path.read_text().split("serving on ")[1].split()[0]
+        with (
+            contextlib.closing(rc.RobotClient(server)) as observer,
+            popen_script(
+                "sac_pixel_real.py", *TINY.split(), *flags, "--server", server, cwd=tmp_path, stdin=theirs
+            ) as actor,
+        ):
+            moving = lambda: observer.state()["mode"] == "streaming" or actor.poll() is not None  # noqa: E731
+            wait_until(moving, 200)
+            os.write(ours, b"yq")
+            assert actor.wait(60) == 1
+            wait_until(lambda: observer.state()["mode"] in ("hold", "idle"), 5)
+    error = actor.stderr_path.read_text()
+    assert "Traceback" not in error and "stopped; go on with --resume run" in error
+    assert not (tmp_path / "run" / "train.csv").exists()
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_working_day_with_everything_killed_once(tmp_path):
