@@ -54,7 +54,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from common import d4rl, datasets, envs
+from common import datasets, envs
 from common.datasets import StoredImages, each
 from common.episodes import expert_episodes
 from common.evaluation import (
@@ -605,7 +605,7 @@ def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
             fail(f"--dataset-proportion {args.dataset_proportion}: leaves nothing of {ds.size} steps")
         for key, value in ds.items():
             ds[key] = each(lambda x: x if isinstance(x, StoredImages) else x[:size], value)
-    is_antmaze = args.env_name.startswith("antmaze") and d4rl.is_d4rl(args.env_name)
+    is_antmaze = args.env_name.startswith("antmaze") and datasets.is_d4rl(args.env_name)
     if datasets.ROBOMIMIC.fullmatch(args.env_name) or is_antmaze:
         ds["rewards"] = ds["rewards"] - 1
     if args.sparse:

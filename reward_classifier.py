@@ -45,7 +45,7 @@ from torch import Tensor
 
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 import robot_client as rc
-from common import envs, vision
+from common import envs, recording, vision
 from common.episodes import expert_of
 from common.recording import cameras_of, settled
 from common.run import Run
@@ -671,7 +671,7 @@ def gather(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]
     here, elsewhere = Lights(env, args.seed, False), Lights(env, args.seed, True)
     clips = list(simulated_clips(args, classifier, here, args.simulated_episodes))
     tests = list(simulated_clips(args, classifier, elsewhere, args.test_episodes))
-    return classifier, envs.fingerprint(env), clips, tests
+    return classifier, recording.fingerprint(env), clips, tests
 
 
 def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], device: torch.device) -> None:

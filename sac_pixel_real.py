@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
-from common import envs, link, pixels, setup, tensors, vision
+from common import envs, link, pixels, recording, setup, tensors, vision
 from common.episodes import Recorder, demonstrations, replay, summary
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import Recording, Step, fields_of, write_video
@@ -1179,7 +1179,7 @@ class Agent:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises KeyError, ValueError or RuntimeError when the state is of other networks or of another task."""
-        wrong = list(envs.differences(state["fingerprint"], rc.TASKS[self.args.task].fingerprint()))
+        wrong = list(recording.differences(state["fingerprint"], rc.TASKS[self.args.task].fingerprint()))
         if wrong:
             raise ValueError(f"the task is another one: {'; '.join(wrong)}")
         for name in self.PARTS:
@@ -1301,7 +1301,7 @@ def load_policy(agent: Agent, path: Path) -> int:
         fail(f"{path}: is not there yet; train first, or give --policy newest")
     try:
         saved = torch.load(path, map_location=agent.device, weights_only=True)
-        wrong = list(envs.differences(saved["flags"], agent.args.shared()))
+        wrong = list(recording.differences(saved["flags"], agent.args.shared()))
         if wrong:
             raise ValueError("; ".join(wrong))
         for ours, theirs in zip(agent.policy_tensors(), saved["tensors"], strict=True):
@@ -1698,8 +1698,8 @@ def record_disagreement(run: Run, task: Recorder, steps: list[Step], verdict: st
         "disagreement": True,
         "attempt": run.episode,
     }
-    recording = Recording(run.dir / "episodes", "run/episodes-v0", task, {"mode": "demos", "classes": 2})
-    recording.add(fields_of(task.observations, steps, won), attributes)
+    dataset = Recording(run.dir / "episodes", "run/episodes-v0", task, {"mode": "demos", "classes": 2})
+    dataset.add(fields_of(task.observations, steps, won), attributes)
 
 
 def main(args: Args) -> None:

@@ -12,6 +12,7 @@ import errno
 import fcntl
 import hashlib
 import http.client
+import importlib
 import json
 import math
 import os
@@ -28,14 +29,15 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from common import d4rl
-from common.envs import HUGE, Checked, layout, looks_like_image, time_limited, with_opengl
+from common.envs import HUGE, Checked, looks_like_image, time_limited, with_opengl
 from common.episodes import Episode
+from common.recording import layout
 from common.setup import Fault, fail
 
 
@@ -232,7 +234,7 @@ def find_dataset(
     what is not there yet; exits with one line when that cannot be done, which may suggest what is `also_known`."""
     if dataset_path:
         return convert_hdf5(env_name, Path(dataset_path)), None
-    if env_name in d4rl.files():
+    if env_name in d4rl_files():
         return convert_hdf5(env_name, download_d4rl(env_name)), None
     if ROBOMIMIC.fullmatch(env_name):
         return convert_hdf5(env_name, robomimic_path(env_name)), None
@@ -248,7 +250,7 @@ def find_dataset(
 
 def nearest(name: str, also_known: Iterable[str]) -> str:
     """What the user may have meant, as the end of a message."""
-    known = [*local_datasets(), *d4rl.files(), *also_known]
+    known = [*local_datasets(), *d4rl_files(), *also_known]
     known += [f"{task}-{kind}-low_dim" for task in ROBOSUITE_NAMES for kind in ("mh", "ph")]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
@@ -264,13 +266,166 @@ def check_space(folder: Path, size: float, what: str) -> None:
         fail(f"{folder}: {free / 1e6:.0f} MB are free, {what} needs {size / 1e6:.0f}; make room")
 
 
+# --- D4RL -------------------------------------------------------------------------------------------------------------
+class Family(NamedTuple):
+    """One of D4RL's robots; scores 0 and 100 are the returns of a random policy and of an expert, d4rl/infos.py:106."""
+
+    dims: tuple[int, int]  # numbers in an observation and in an action
+    steps: int  # per episode
+    worst: float
+    best: float
+    task: str | None = None  # today's environment with the same robot, to be made D4RL's by `d4rl_robot`
+
+
+# Compared body by body with D4RL's own models. Not v5: Hopper and Walker2d lack the alive bonus of the step that falls,
+# Walker2d has another foot, Ant observes other forces. No environment of today has D4RL's mazes and kitchen.
+FAMILIES = {
+    "halfcheetah": Family((17, 6), 1000, -280.178953, 12135.0, "HalfCheetah-v4"),
+    "hopper": Family((11, 3), 1000, -20.272305, 3234.3, "Hopper-v4"),
+    "walker2d": Family((17, 6), 1000, 1.629008, 4592.3, "Walker2d-v4"),
+    # -325.6 is a random policy's return over 1,000 steps whose falls do not end the episode (measured here: -342 +- 8,
+    # 1 alive and -1.33 control per step). As the task is defined, they do end it: -70 +- 16, a score of 6, not of 0.
+    "ant": Family((111, 8), 1000, -325.6, 3879.7, "Ant-v4"),
+    "antmaze": Family((29, 8), 1000, 0.0, 1.0),
+    "kitchen": Family((60, 9), 280, 0.0, 4.0),
+    "pen": Family((45, 24), 100, 96.262799, 3076.8331, "gymnasium_robotics:AdroitHandPen-v1"),
+    "hammer": Family((46, 26), 200, -274.856578, 12794.1348, "gymnasium_robotics:AdroitHandHammer-v1"),
+    "relocate": Family((39, 30), 200, -6.425911, 4233.8778, "gymnasium_robotics:AdroitHandRelocate-v1"),
+    "door": Family((39, 28), 200, -56.512833, 2880.5693, "gymnasium_robotics:AdroitHandDoor-v1"),
+    "maze2d-umaze": Family((4, 2), 300, 23.85, 161.86),
+    "maze2d-medium": Family((4, 2), 600, 13.13, 277.39),
+    "maze2d-large": Family((4, 2), 800, 6.7, 273.99),
+    "maze2d-umaze-dense": Family((4, 2), 300, 68.537689, 193.662856),
+    "maze2d-medium-dense": Family((4, 2), 600, 44.264742, 297.455274),
+    "maze2d-large-dense": Family((4, 2), 800, 30.569041, 303.485738),
+}
+
+
+def d4rl_files() -> dict[str, str]:
+    """D4RL's names and the paths of their files on its server; Farama-Foundation/D4RL d4rl/infos.py."""
+    found = {}
+    for robot in ("halfcheetah", "hopper", "walker2d", "ant"):
+        for kind in ("random", "medium", "expert", "medium-replay", "full-replay", "medium-expert"):
+            for version in ("v1", "v2"):
+                file = f"{robot}_{kind.replace('-', '_')}-{version}.hdf5"
+                found[f"{robot}-{kind}-{version}"] = f"gym_mujoco_{version}/{file}"
+    for task in ("pen", "hammer", "relocate", "door"):
+        for kind in ("human", "cloned", "expert"):
+            found[f"{task}-{kind}-v1"] = f"hand_dapg_v1/{task}-{kind}-v1.hdf5"
+    mazes = {
+        "umaze": "u-maze_noisy_multistart_False_multigoal_False",
+        "umaze-diverse": "u-maze_noisy_multistart_True_multigoal_True",
+        "medium-play": "big-maze_noisy_multistart_True_multigoal_False",
+        "medium-diverse": "big-maze_noisy_multistart_True_multigoal_True",
+        "large-play": "hardest-maze_noisy_multistart_True_multigoal_False",
+        "large-diverse": "hardest-maze_noisy_multistart_True_multigoal_True",
+    }
+    for kind, file in mazes.items():
+        found[f"antmaze-{kind}-v2"] = f"ant_maze_v2/Ant_maze_{file}_sparse_fixed.hdf5"
+    for maze in ("umaze", "medium", "large"):
+        found[f"maze2d-{maze}-v1"] = f"maze2d/maze2d-{maze}-sparse-v1.hdf5"
+        found[f"maze2d-{maze}-dense-v1"] = f"maze2d/maze2d-{maze}-dense-v1.hdf5"
+    kitchens = {
+        "complete": "mini_kitchen_microwave_kettle_light_slider",
+        "partial": "kitchen_microwave_kettle_light_slider",
+        "mixed": "kitchen_microwave_kettle_bottomburner_light",
+    }
+    for kind, file in kitchens.items():
+        found[f"kitchen-{kind}-v0"] = f"kitchen/{file}-v0.hdf5"
+    return found
+
+
+def is_d4rl(name: str) -> bool:
+    """Whether this is a D4RL name, of any version."""
+    return name.rpartition("-v")[0] in {known.rpartition("-v")[0] for known in d4rl_files()}
+
+
+def d4rl_kind(name: str) -> str | None:
+    """hopper-medium-v2 -> hopper; maze2d-umaze-dense-v1 -> maze2d-umaze-dense; None where D4RL has no such name."""
+    if not is_d4rl(name):
+        return None
+    return name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]
+
+
+def d4rl_robot(kind: str, contact_forces: bool, options: dict) -> gym.Env:
+    """The task of a D4RL family in today's simulator; `contact_forces`: Ant's are not 0 in the data.
+
+    Raises gymnasium's error where there is none.
+    """
+    family = FAMILIES[kind]
+    if family.task is None:
+        raise gym.error.UnregisteredEnv(f"no environment of today is that of D4RL's {kind}")
+    module, _, _ = family.task.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    if contact_forces:
+        options = options | {"use_contact_forces": True}
+    env = gym.make(family.task, max_episode_steps=family.steps, **options)
+    if not module:
+        weigh_as_mujoco_2_0(env)
+    return AsD4RL(env, "" if contact_forces else kind)
+
+
+def weigh_as_mujoco_2_0(env: gym.Env) -> None:
+    """Masses and inertias of before MuJoCo 2.1.2 (its changelog: "Computed capsule inertias are now exact"): a capsule
+    was a cylinder with half a radius more at each end. D4RL's data is from 2.0; today's limbs weigh up to 8% more."""
+    import mujoco
+
+    spec = mujoco.MjSpec.from_file(env.unwrapped.fullpath)
+    for geom in spec.geoms:
+        if geom.type == mujoco.mjtGeom.mjGEOM_CAPSULE:
+            geom.type = mujoco.mjtGeom.mjGEOM_CYLINDER
+            radius = geom.size[0]
+            start, end = geom.fromto[:3], geom.fromto[3:]
+            if np.isfinite(start).all():
+                longer = radius / 2 * (end - start) / np.linalg.norm(end - start)
+                geom.fromto = np.concatenate([start - longer, end + longer])
+            else:
+                geom.size = geom.size + [0, radius / 2, 0]
+    old = spec.compile()
+    model = env.unwrapped.model
+    for name in ("body_mass", "body_inertia", "body_ipos", "body_iquat"):
+        getattr(model, name)[:] = getattr(old, name)
+    mujoco.mj_setConst(model, env.unwrapped.data)
+
+
+class AsD4RL(gym.Wrapper):
+    """What D4RL's tasks do otherwise: Ant's observations end in 84 contact forces, all 0; Adroit's rewards take off a
+    tenth of the hand's distance, where gymnasium-robotics adds it (its PR 220); a pen that falls ends the episode."""
+
+    def __init__(self, env: gym.Env, kind: str):
+        super().__init__(env)
+        self.kind = kind
+        if kind == "ant":
+            self.observation_space = spaces.Box(-np.inf, np.inf, (111,), np.float64)
+
+    def reset(self, **kwargs):
+        obs, info = self.env.reset(**kwargs)
+        return self.observed(obs), info
+
+    def observed(self, obs: np.ndarray) -> np.ndarray:
+        return np.concatenate([obs, np.zeros(84)]) if self.kind == "ant" else obs
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        hand = {
+            "door": lambda: obs[35:38],
+            "hammer": lambda: obs[33:36] - obs[36:39],
+            "relocate": lambda: obs[30:33],
+        }
+        if self.kind in hand:
+            reward -= 0.2 * np.linalg.norm(hand[self.kind]())
+        terminated = terminated or (self.kind == "pen" and obs[26] < 0.075)
+        return self.observed(obs), reward, terminated, truncated, info
+
+
 # --- HDF5 files of D4RL's and robomimic's layout ----------------------------------------------------------------------
 def convert_hdf5(env_name: str, path: Path) -> str:
     """A file as a local Minari dataset, named by the file's contents; its layout says how it is read."""
     import h5py
     from minari.storage.datasets_root_dir import get_dataset_path
 
-    kind = "robomimic" if ROBOMIMIC.fullmatch(env_name) else "d4rl" if d4rl.is_d4rl(env_name) else "file"
+    kind = "robomimic" if ROBOMIMIC.fullmatch(env_name) else "d4rl" if is_d4rl(env_name) else "file"
     name, _, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name).rpartition("-v")
     if not version.isdigit():
         name, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name), "15" if kind == "robomimic" else "0"
@@ -315,8 +470,8 @@ def store_d4rl(dataset_id: str, name: str, file) -> str:
     following = as_rows("next_observations", column(file, "next_observations")) if "next_observations" in file else None
     if following is not None and following.shape != observations.shape:
         raise Misfit(f"next_observations have shape {following.shape}, observations {observations.shape}")
-    kind = d4rl.kind_of(name)
-    family = d4rl.FAMILIES.get(kind)
+    kind = d4rl_kind(name)
+    family = FAMILIES.get(kind)
     dims = (math.prod(observations.shape[1:]), math.prod(actions.shape[1:]))
     if family and dims != family.dims:
         theirs = "{} numbers per observation and {} per action".format(*family.dims)
@@ -356,7 +511,7 @@ def as_rows(key: str, x: np.ndarray) -> np.ndarray:
     return x[:, None] if x.ndim == 1 else x
 
 
-def episode_ends(file, name: str, observations, terminals, following, family: d4rl.Family | None) -> np.ndarray:
+def episode_ends(file, name: str, observations, terminals, following, family: Family | None) -> np.ndarray:
     """(N,) bool, the last rows of episodes. Raises Misfit where the file does not tell: chunks must not cross ends."""
     ends = np.zeros_like(terminals) if name.startswith("antmaze") else terminals.copy()  # a goal does not end antmaze
     told = following is not None or bool(terminals[-1])
@@ -511,7 +666,7 @@ def download_d4rl(env_name: str) -> Path:
     from tqdm import tqdm
 
     server = os.environ.get("D4RL_URL", "http://rail.eecs.berkeley.edu/datasets/offline_rl")
-    url = f"{server}/{d4rl.files()[env_name]}"
+    url = f"{server}/{d4rl_files()[env_name]}"
     folder = Path(os.environ.get("D4RL_DATASET_DIR", Path.home() / ".d4rl" / "datasets"))
     target = folder / url.rpartition("/")[2]
     if target.exists():
@@ -665,8 +820,8 @@ def recover(dataset, options: dict) -> gym.Env:
         return ogbench.make_env_and_datasets(about["ogbench"], env_only=True, **options)
     with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
         if about.get("reference") == "D4RL":
-            kind = about.get("d4rl") or d4rl.kind_of(re.sub("^d4rl/|-[0-9a-f]{8}(?=-v)", "", dataset.id))
-            return d4rl.make_robot(kind, bool(about.get("contact_forces")), options)
+            kind = about.get("d4rl") or d4rl_kind(re.sub("^d4rl/|-[0-9a-f]{8}(?=-v)", "", dataset.id))
+            return d4rl_robot(kind, bool(about.get("contact_forces")), options)
         return time_limited(dataset.recover_environment(eval_env=True, **options), f"the task of {dataset.id}")
 
 
@@ -687,7 +842,7 @@ def reference_scores(dataset) -> tuple[tuple[float, float], str]:
     if about.get("ref_max_score") is not None and about.get("ref_min_score") is not None:
         return (about["ref_min_score"], about["ref_max_score"]), about.get("reference", "Minari")
     robot = dataset.env_spec.id.rpartition("-")[0] if dataset.env_spec else ""
-    for family in d4rl.FAMILIES.values():
+    for family in FAMILIES.values():
         if robot and family.task and family.task.rpartition("-")[0] == robot:
             return (family.worst, family.best), "D4RL_scale"  # another version of the robot: not D4RL's score
     return (math.nan, math.nan), ""

@@ -3,7 +3,6 @@
 import copy
 import ctypes.util
 import importlib
-import json
 import math
 import os
 import sys
@@ -314,61 +313,3 @@ class ActionChunk(gym.Wrapper):
             if terminated or truncated:
                 break
         return obs, rewards, terminated, truncated, info
-
-
-# --- Fingerprints -----------------------------------------------------------------------------------------------------
-def fingerprint(env: gym.Env) -> dict:
-    """What gives a task's observations and actions their meaning, in plain JSON values.
-
-    A task says it itself (`config.fingerprint()`, as FrankaEnv does), or it is gymnasium's id and options, the rate,
-    and the shapes and bounds of its spaces. Data, classifier and policy belong together only where it is the same.
-    """
-    config = getattr(env.unwrapped, "config", None)
-    if hasattr(config, "fingerprint"):
-        return config.fingerprint()
-    task = env.unwrapped.spec
-    options = {name: value for name, value in task.kwargs.items() if name != "render_mode"}
-    values = {
-        "version": 1,
-        "task": task.id,
-        "options": options,
-        "hz": env.metadata.get("render_fps"),
-        "observations": layout(env.observation_space),
-        "actions": [env.action_space.low.tolist(), env.action_space.high.tolist()],
-    }
-    return json.loads(json.dumps(values, default=str))
-
-
-def check_fingerprint(what: str, theirs: dict, ours: dict) -> None:
-    """Exits with one line that names what differs between the fingerprint of `what` and that of the task here."""
-    wrong = list(differences(theirs, ours))
-    if wrong:
-        fail(f"{what}: is of another set-up: {'; '.join(wrong)}")
-
-
-def differences(theirs: object, ours: object, name: str = "") -> Iterator[str]:
-    """What differs between two fingerprints, at any depth: "cameras.wrist.fps is 30 there, 60 here"."""
-    theirs, ours = by_name(theirs), by_name(ours)
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        for key in sorted(theirs.keys() | ours.keys()):
-            part = f"{name}.{key}" if name else key
-            if key not in ours:
-                yield f"{part} is only there"
-            elif key not in theirs:
-                yield f"{part} is only here"
-            else:
-                yield from differences(theirs[key], ours[key], part)
-    elif theirs != ours:
-        yield f"{name} is {json.dumps(theirs)} there, {json.dumps(ours)} here"
-
-
-def by_name(value: object) -> object:
-    """A list of dicts with names, such as cameras, as a dict; other values as they are."""
-    if isinstance(value, list) and value and all(isinstance(part, dict) and "name" in part for part in value):
-        return {part["name"]: part for part in value}
-    return value
-
-
-def layout(space: spaces.Space) -> object:
-    """The shapes of a space's parts, to compare two spaces by."""
-    return {key: layout(part) for key, part in space.items()} if isinstance(space, spaces.Dict) else space.shape

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 
-from common.envs import Checked, check_fingerprint, episode_seed, fingerprint, layout
+from common.envs import Checked, episode_seed
 from common.evaluation import evaluate
+from common.recording import check_fingerprint, fingerprint, layout
 from common.setup import fail
 
 

@@ -1,6 +1,6 @@
 """Success as a classifier of images sees it; reward_classifier.py trains it.
 
-detector = SuccessDetector.load("classifier.pt", envs.fingerprint(env))
+detector = SuccessDetector.load("classifier.pt", recording.fingerprint(env))
 detector.reset()  # at every reset of the environment
 success = detector(obs)  # obs: {camera: (H, W, 3) uint8, ...}
 """
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common import envs, vision
+from common import recording, vision
 from common.setup import fail
 
 
@@ -176,7 +176,7 @@ class SuccessDetector:
 def open_detector(path: str, option: str, env: gym.Env) -> SuccessDetector:
     """The detector in a file. Exits with one line that names `option` when there is none, or it is of another task."""
     try:
-        return SuccessDetector.load(path, envs.fingerprint(env))
+        return SuccessDetector.load(path, recording.fingerprint(env))
     except ValueError as error:
         fail(f"{option} {error}")
 
@@ -229,7 +229,7 @@ def differences_of_pictures(theirs: dict, ours: dict, cameras: tuple[str, ...]) 
     """What differs between two fingerprints that these cameras' pictures depend on, where both say something."""
     common = [name for name in PICTURES_DEPEND_ON if name in theirs and name in ours]
     a, b = ({name: of_cameras(part[name], cameras) for name in common} for part in (theirs, ours))
-    return list(envs.differences(a, b))
+    return list(recording.differences(a, b))
 
 
 def of_cameras(value: object, cameras: tuple[str, ...]) -> object:

@@ -30,7 +30,7 @@ from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, w
 
 import bc_flow_offline
 from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
-from common import d4rl, datasets, envs
+from common import datasets, envs
 from common.setup import Fault
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -167,7 +167,7 @@ def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path):
 )
 def test_d4rl_reference_scores(tmp_path, name, kind, worst, best, capsys):
     """D4RL infos.py:106-295, printed with the data; the data's returns are sums of its rewards."""
-    dims = d4rl.FAMILIES[kind].dims
+    dims = datasets.FAMILIES[kind].dims
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((4, "timeout"), (2, "timeout")), *dims))
     bc_flow_offline.load_datasets(Args(env_name=name, dataset_path=str(path)))
     (dataset_id,) = minari.list_local_datasets()
@@ -471,7 +471,7 @@ def d4rl_server(tmp_path, monkeypatch) -> Iterator[offline_data.FileServer]:
 )
 def test_addresses_of_d4rl_files(name, path):
     """D4RL infos.py:297-330."""
-    assert d4rl.files()[name] == path
+    assert datasets.d4rl_files()[name] == path
 
 
 def test_a_d4rl_file_is_downloaded_once(tmp_path, d4rl_server, capsys):
@@ -932,7 +932,7 @@ class Hand(gym.Env):
 def hands(monkeypatch):
     """A module gymnasium_robotics that registers its tasks when it is imported, as the real one."""
     for kind in ADROIT:
-        family = d4rl.FAMILIES[kind]
+        family = datasets.FAMILIES[kind]
         monkeypatch.setitem(gym.registry, family.task.partition(":")[2], None)
         monkeypatch.delitem(gym.registry, family.task.partition(":")[2])
 
@@ -940,20 +940,20 @@ def hands(monkeypatch):
         """Registers on import, which here is the first look at it."""
 
     module = Module("gymnasium_robotics")
-    real = d4rl.importlib.import_module
+    real = datasets.importlib.import_module
 
     def import_module(name):
         if name != "gymnasium_robotics":
             return real(name)
         for kind in ADROIT:
-            family = d4rl.FAMILIES[kind]
+            family = datasets.FAMILIES[kind]
             name = family.task.partition(":")[2]
             options = {"numbers": family.dims[0], "actions": family.dims[1]}
             if name not in gym.registry:
                 gym.register(name, f"{__name__}:Hand", kwargs=options, max_episode_steps=400, disable_env_checker=True)
         return module
 
-    monkeypatch.setattr(d4rl.importlib, "import_module", import_module)
+    monkeypatch.setattr(datasets.importlib, "import_module", import_module)
     monkeypatch.setitem(sys.modules, "gymnasium_robotics", module)
 
 
@@ -962,7 +962,7 @@ def test_b3_adroit_is_evaluated_as_d4rl_did(tmp_path, hands, kind):
     """B3: also from a dataset that was stored without gymnasium-robotics. Rewards take off the hand's distance, which
     gymnasium-robotics adds; a pen ends when it falls; the time limit is D4RL's."""
     name, hand = ADROIT[kind]
-    family = d4rl.FAMILIES[kind]
+    family = datasets.FAMILIES[kind]
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((9, "timeout"),), *family.dims))
     env, *_ = make_env_and_datasets(name, Args(dataset_path=str(path)))
     env.reset(seed=0)
@@ -1018,7 +1018,7 @@ MASSES = {
 @pytest.mark.parametrize("kind", MASSES)
 def test_b5_the_robots_weigh_what_the_datas_did(tmp_path, kind):
     """Today's MuJoCo makes capsules up to 8% heavier than that of D4RL's data."""
-    dims = d4rl.FAMILIES[kind].dims
+    dims = datasets.FAMILIES[kind].dims
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), *dims))
     env, *_ = make_env_and_datasets(f"{kind}-medium-v2", Args(dataset_path=str(path)))
     np.testing.assert_allclose(env.unwrapped.model.body_mass[1:], MASSES[kind], rtol=1e-6)
@@ -1040,10 +1040,10 @@ def test_b5_walkers_feet_and_the_alive_bonus_are_the_datas(tmp_path):
 
 @pytest.mark.parametrize("name", ["antmaze-umaze-v2", "kitchen-mixed-v0", "maze2d-umaze-v1"])
 def test_b5_no_score_where_no_robot_fits(tmp_path, capsys, name):
-    dims = d4rl.FAMILIES[d4rl.kind_of(name)].dims
+    dims = datasets.FAMILIES[datasets.d4rl_kind(name)].dims
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), *dims))
     env, *_ = make_env_and_datasets(name, Args(dataset_path=str(path)))
-    assert env is None and f"that of D4RL's {d4rl.kind_of(name)}" in no_evaluation(capsys)
+    assert env is None and f"that of D4RL's {datasets.d4rl_kind(name)}" in no_evaluation(capsys)
 
 
 def test_b5_minaris_robots_get_no_d4rl_score(tmp_path):

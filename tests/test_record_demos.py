@@ -19,7 +19,7 @@ from conftest import popen_script, read_csv, run_script, wait_until
 
 import record_demos
 import robot_client
-from common import envs
+from common import envs, recording
 from common.episodes import demonstrations
 from common.recording import settled
 from common.success import SuccessClassifier, SuccessDetector
@@ -593,7 +593,7 @@ def save_classifier(path: Path, camera: str, env: gym.Env) -> None:
     """One that takes every picture for a success, from the third of an episode on."""
     torch.manual_seed(1)
     classifier = SuccessClassifier((camera,), 32)
-    shown = envs.fingerprint(env)
+    shown = recording.fingerprint(env)
     shown["observations"] = {camera: [32, 32, 3]}
     torch.save(SuccessDetector(classifier, 0.0, 3, shown, {}).contents(), path)
 

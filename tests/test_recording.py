@@ -244,7 +244,7 @@ def test_fields_of_an_episode(won):
 
 # --- Fingerprints -----------------------------------------------------------------------------------------------------
 def test_fingerprint_of_a_simulated_task(env):
-    assert envs.fingerprint(env) == {
+    assert recording.fingerprint(env) == {
         "version": 1,
         "task": "Reach-v0",
         "options": {},
@@ -257,13 +257,13 @@ def test_fingerprint_of_a_simulated_task(env):
 def test_fingerprint_of_the_robot_names_what_differs():
     from robot_client import PEG, CameraConfig, FrankaEnv
 
-    ours = envs.fingerprint(FrankaEnv(PEG))
+    ours = recording.fingerprint(FrankaEnv(PEG))
     assert ours == PEG.fingerprint()
-    envs.check_fingerprint("x", ours, ours)
+    recording.check_fingerprint("x", ours, ours)
     cameras = (CameraConfig("front", crop=(0.1, 0.0, 0.9, 1.0)), CameraConfig("side"))
-    other = envs.fingerprint(FrankaEnv(dataclasses.replace(PEG, hz=20.0, cameras=cameras)))
+    other = recording.fingerprint(FrankaEnv(dataclasses.replace(PEG, hz=20.0, cameras=cameras)))
     with pytest.raises(SystemExit) as refused:
-        envs.check_fingerprint("--demos x", ours, other)
+        recording.check_fingerprint("--demos x", ours, other)
     assert str(refused.value).endswith(
         "--demos x: is of another set-up: cameras.front.crop is null there, [0.1, 0.0, 0.9, 1.0] here; "
         "cameras.side is only here; cameras.wrist is only there; hz is 10.0 there, 20.0 here"

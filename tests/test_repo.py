@@ -39,16 +39,13 @@ CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_C
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
-    "sac_state_sim.py": 950,
+    "sac_state_sim.py": 920,
     "sac_pixel_sim.py": 1340,
     "sac_pixel_real.py": 1750,
     "bc_flow_offline.py": 1270,
     "robot_server.py": 2860,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
-    "robot_client.py": 1660,  # client, cameras, teleoperation, environment
-    "common/envs.py": 560,
-    "common/setup.py": 390,
-    "common/link.py": 420,
-    "common/datasets.py": 990,
+    "robot_client.py": 1760,  # client, cameras, teleoperation, environment
+    "common/datasets.py": 1140,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
 

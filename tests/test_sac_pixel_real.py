@@ -17,7 +17,7 @@ from conftest import free_port, one_line, popen_script, read_csv, run_script, wa
 
 import robot_client as rc
 import sac_pixel_real as real
-from common import envs, link
+from common import envs, link, recording
 from common.episodes import Recorder
 from common.pixels import FrameFile, Views, pack_pixels
 from common.recording import Recording, dataset_folder
@@ -541,7 +541,7 @@ def test_disagreements_become_data_of_the_classifier(tmp_path):
     from common.success import SuccessClassifier, SuccessDetector
 
     env = real.make_env(small_args())
-    detector = SuccessDetector(SuccessClassifier(("front", "wrist"), 128), 0.5, 1, envs.fingerprint(env), {})
+    detector = SuccessDetector(SuccessClassifier(("front", "wrist"), 128), 0.5, 1, recording.fingerprint(env), {})
     torch.save(detector.contents(), tmp_path / "classifier.pt")
     args = small_args(reward=str(tmp_path / "classifier.pt"))
     task = Recorder(real.judged(real.make_env(args), args))
