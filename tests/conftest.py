@@ -25,8 +25,17 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
+WORKERS = 2  # processes that share the whole suite, a file at a time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell, and their children, ignore it
 sys.path.insert(0, str(REPO))  # so that tests import from the scripts: `from sac_state_sim import Actor`
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """`pytest` without a file runs in WORKERS processes, if pytest-xdist is there; `pytest -n 0` in this one."""
+    alone = hasattr(config, "workerinput") or config.option.file_or_dir or config.option.usepdb
+    if config.pluginmanager.hasplugin("xdist") and not alone and config.option.numprocesses is None:
+        config.option.numprocesses, config.option.dist = WORKERS, "loadfile"
 
 
 @dataclass(frozen=True)
