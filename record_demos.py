@@ -154,7 +154,7 @@ def success(info: dict) -> float:
 
     Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
     """
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
+    return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
 # --- Hands ------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@
     python sac_pixel_sim.py --resume RUN_DIR                        # go on after Ctrl-C or a crash
     python sac_pixel_sim.py --encoder resnet10 --image-size 128 --pretrained resnet10_params.pkl  # needs SERL's file
     python sac_pixel_sim.py --reward vice                           # the reward is learned from images of success
-    python sac_pixel_sim.py --env-id Hopper-v5 --cameras render --demos 0   # needs MUJOCO_GL=egl without a display
+    python sac_pixel_sim.py --env-id Hopper-v5 --cameras render --demos 0   # needs a task that renders
     python sac_pixel_sim.py --role learner                          # needs an actor; SERL's two processes
     python sac_pixel_sim.py --role actor --address 127.0.0.1:5588   # needs a learner; as many as you like
 
@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,6 @@ from gymnasium import spaces
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
 from common import envs, link, pixels, setup, tensors, vision
 from common.episodes import Recorder, check_new_dataset, demonstrations, replay, store_evaluation, summary
 from common.evaluation import evaluate, record_video
@@ -52,6 +52,11 @@ from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
 from common.success import is_detector, rewarded
 from common.tensors import RunningNormalizer
+
+try:
+    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+except ImportError as error:  # its tasks are missing then, others run
+    print(error, file=sys.stderr)
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -259,7 +264,7 @@ def success(info: dict) -> float:
 
     Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
     """
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
+    return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------

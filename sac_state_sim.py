@@ -28,6 +28,7 @@ import math
 import os
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -64,8 +65,8 @@ ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it 
 # --- Args -------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args(RunArgs):
-    threads: int = 1
-    """CPU threads for PyTorch; more do not help networks of this size"""
+    threads: int = 2
+    """CPU threads for PyTorch; with two, actor and critics learn side by side on a CPU"""
     record_dataset: str | None = None
     """store the last evaluation's episodes as this local Minari dataset, e.g. franka/pick-v0"""
     # environment
@@ -187,6 +188,8 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
     for box in envs.leaves(space):
         if envs.looks_like_image(box):
             fail(f"--env-id {args.env_id}: observations of shape {box.shape} look like images; use sac_pixel_sim.py")
+        if isinstance(box, spaces.Text):
+            fail(f"--env-id {args.env_id}: observations hold {box}; leave it out in a wrapper (make_env)")
     if not space.is_np_flattenable:
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
     envs.check_actions(env, args.env_id)
@@ -206,7 +209,7 @@ def success(info: dict) -> float:
 
     Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
     """
-    return float(info.get("success", info.get("is_success", info.get("succeed", math.nan))))  # TASK: yours
+    return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
@@ -485,6 +488,10 @@ class Agent:
         # Of `explore`: steps to go and value of each dimension.
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
         self.critic_updates = 0
+        self.second_thread = None
+        if args.threads > 1 and device.type == "cpu":
+            torch.set_num_threads(args.threads // 2)
+            self.second_thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
         if args.compile and device.type == "cuda":
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
@@ -599,7 +606,8 @@ class Agent:
         """One critic step on a batch and, `with_actor`, one step of actor and temperature.
 
         `inputs`: the batch's fields (B, ...), noise for the two steps (2, B, A), critics for the target (M,).
-        Both gradients are of the same parameters, as SERL takes them (agents/continuous/sac.py:276).
+        Both gradients are of the same parameters, as SERL takes them (agents/continuous/sac.py:276), so that two
+        threads share the work.
         """
         *fields, eps, subset = inputs
         batch = Batch(*fields)
@@ -607,9 +615,12 @@ class Agent:
             observations=self.normalizer(batch.observations),
             next_observations=self.normalizer(batch.next_observations),
         )
+        actor = None
+        if self.second_thread and with_actor:
+            actor = self.second_thread.submit(self.actor_gradient, batch, eps[1])
         metrics = self.critic_gradient(batch, eps[0], subset)
         if with_actor:
-            metrics |= self.actor_gradient(batch, eps[1])
+            metrics |= actor.result() if actor else self.actor_gradient(batch, eps[1])
             self.step_actor()
         self.step_critic()
         return metrics

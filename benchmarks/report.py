@@ -4,7 +4,8 @@
     python benchmarks/report.py --check    # exit with 1 if the tables are not those of the files
 
 results/ROW.csv holds one line per seed (see run.py). A file with the column contender is a comparison, one line per
-repetition, shown as the medians of each contender. Files of other forms are left alone.
+repetition, shown as the medians of each contender; ecosystem.csv says what scripts do with tasks of others (see
+ecosystem.py). Files of other forms are left alone.
 
 exploration.csv holds the evaluations of the runs in exploration.md. Whoever adds a run writes `| `name` | settings |`
 there; the other cells of the line are filled in.
@@ -121,6 +122,30 @@ def median_of(lines: list[dict[str, str]], column: str) -> float:
     return statistics.median(values) if values else float("nan")
 
 
+def ecosystem_table(lines: list[dict[str, str]]) -> str:
+    """One line for each task and script: yes, or the beginning of what the script said instead."""
+    cells = []
+    for line in lines:
+        outcomes = [line[what] for what in ("trains", "evaluates", "resumes")]
+        said = [outcome.removeprefix(f"--env-id {line['task']}: ").partition(";")[0] for outcome in outcomes]
+        whose = f"{line['ecosystem']} {line['version']}"
+        cells.append([whose, f"`{line['task']}`", f"`{line['script']}`", *(text.replace("|", "/") for text in said)])
+    return table(["packages", "task", "script", "trains", "evaluates", "resumes"], cells)
+
+
+def ecosystem_report(folder: Path) -> str:
+    """The section about tasks of others: the table, and where, when and with which commands it was made."""
+    path = folder / "ecosystem.csv"
+    if not path.exists():
+        return ""
+    lines = read(path)
+    text = "\n## Tasks of others\n\n`python benchmarks/ecosystem.py` lets each script train a little on each task,\n"
+    text += "evaluate its run and resume it. A cell says yes, or what the script said instead.\n\n"
+    text += ecosystem_table(lines) + "\n"
+    facts = ["task", "script", "seconds", "date", "commit", "hardware", "command"]
+    return text + table(facts, [[line[fact].replace("|", "/") for fact in facts] for line in lines])
+
+
 def hardware_line(lines: list[dict[str, str]]) -> str:
     return f"Hardware: {unique(lines, 'hardware')}.\n" if unique(lines, "hardware") else ""
 
@@ -167,6 +192,7 @@ def full_report(folder: Path) -> str:
     )
     text += "are those of the whole process. [exploration.md](exploration.md) tells how the defaults were found.\n\n"
     text += "## Results\n\n" + results_tables(folder)
+    text += ecosystem_report(folder)
     text += "\n## Rows\n\nEach command also gets `--seed N`.\n"
     for name, row in ROWS.items():
         text += f"\n**{name}**: {row.what}\n\n```bash\npython {row.command}\n```\n\n"

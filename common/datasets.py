@@ -34,7 +34,7 @@ import numpy as np
 from gymnasium import spaces
 
 from common import d4rl
-from common.envs import HUGE, Checked, layout, looks_like_image
+from common.envs import HUGE, Checked, layout, looks_like_image, time_limited, with_opengl
 from common.episodes import Episode
 from common.setup import Fault, fail
 
@@ -107,8 +107,11 @@ def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = No
         return dataset_id
 
     def buffers() -> Iterator[EpisodeBuffer]:
+        number = -1
         for number, parts in enumerate(episodes):
             yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts))
+        if number < 0:
+            raise Misfit("holds no episode")
 
     with hidden_root(root) as temporary:
         with warnings.catch_warnings(action="ignore"):  # about author and permalink
@@ -612,7 +615,8 @@ def make_task(dataset, render: bool = False) -> gym.Env | None:
     """
     options = {"render_mode": "rgb_array"} if render else {}
     try:
-        env = Foreign(Checked(recover(dataset, options), f"the task of {dataset.id}"))
+        task = with_opengl(lambda: recover(dataset, options), f"the task of {dataset.id}", render)
+        env = Foreign(Checked(task, f"the task of {dataset.id}"))
         env.reset(seed=0)
     except Exception as error:  # noqa: BLE001
         remedy = f"; pip install {pip_name(error.name)}" if isinstance(error, ImportError) and error.name else ""
@@ -663,7 +667,7 @@ def recover(dataset, options: dict) -> gym.Env:
         if about.get("reference") == "D4RL":
             kind = about.get("d4rl") or d4rl.kind_of(re.sub("^d4rl/|-[0-9a-f]{8}(?=-v)", "", dataset.id))
             return d4rl.make_robot(kind, bool(about.get("contact_forces")), options)
-        return dataset.recover_environment(eval_env=True, **options)
+        return time_limited(dataset.recover_environment(eval_env=True, **options), f"the task of {dataset.id}")
 
 
 def pip_name(module: str) -> str:
@@ -720,8 +724,9 @@ def entries(
 
 
 def image_name(path: str) -> str:
-    """observations/front/rgb -> front_rgb, observations -> image."""
-    return re.sub(r"\W", "_", path.partition("/")[2]) or "image"
+    """observations/front/rgb -> front_rgb, observations -> image; "state" is that of what is no image."""
+    name = re.sub(r"\W", "_", path.partition("/")[2]) or "image"
+    return "state_image" if name == "state" else name
 
 
 def image_spaces(space: spaces.Space, path: str = "observations") -> dict[str, spaces.Box]:
@@ -737,7 +742,7 @@ CHANNELS = (1, 2, 3, 4, 6, 9, 12)  # grey, RGB, depth, and stacks of them
 def as_images(path: str, space: spaces.Box, x: np.ndarray) -> np.ndarray:
     """Images (N, *space.shape) as (N, H, W, C) uint8: with channels first or last, grey, or of float in 0 ... 1.
 
-    Exits with one line where rows, columns, channels or the range cannot be told.
+    Exits with one line where rows, columns, channels or the range cannot be told; raises Fault where they are others.
     """
     shape = space.shape
     order = None
@@ -752,7 +757,13 @@ def as_images(path: str, space: spaces.Box, x: np.ndarray) -> np.ndarray:
         what = f"{path} of shape {shape} and {space.dtype} in {low:g} ... {high:g}"
         fail(f"{what}: no state, and no image of a known kind; make it uint8 (H, W, C), or choose in arrange() (TASK)")
     x = x.transpose(0, *(axis + 1 for axis in order))
-    return x if space.dtype == np.uint8 else np.round(x * (255 / high)).astype(np.uint8)
+    if x.dtype == space.dtype == np.uint8:
+        return x
+    least, most = (float(x.min()), float(x.max())) if x.size else (0, 0)
+    if least < 0 or most > high or (space.dtype == np.uint8 and x.dtype.kind == "f"):
+        what = f"{path} hold {x.dtype} in {least:g} ... {most:g}, their space says {space.dtype} in 0 ... {high:g}"
+        raise Fault(f"{what}; change them in the data, or in arrange() (TASK)")
+    return np.round(x * (255 / high)).astype(np.uint8)
 
 
 def hdf5_file(dataset) -> Path:
@@ -769,6 +780,8 @@ def episode_rewards(dataset) -> dict[int, np.ndarray]:
         else:
             with h5py.File(hdf5_file(dataset)) as file:
                 found = {int(i): file[f"episode_{i}/rewards"][:] for i in dataset.episode_indices}
+        if not found:
+            raise Misfit("holds no episodes")
         for rewards in found.values():
             check_values("rewards", rewards)
         return {number: per_step("rewards", rewards, len(rewards)) for number, rewards in found.items()}
@@ -954,7 +967,11 @@ def action_box(dataset, own_bounds: bool) -> spaces.Box:
 
 def images_stay_on_disk(dataset, data_loading: str) -> bool:
     """By --data-loading; auto: when the images would take more than half of the free memory."""
-    pixels = sum(math.prod(space.shape) for space in image_spaces(dataset.observation_space).values())
+    images = image_spaces(dataset.observation_space)
+    names = [image_name(path) for path in images]
+    if len(set(names)) < len(names):
+        fail(f"{dataset.id}: {', '.join(images)} would share a name; rename one in the data")
+    pixels = sum(math.prod(space.shape) for space in images.values())
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
     too_large = data_loading == "auto" and pixels * int(dataset.total_steps) > free / 2
     on_disk = pixels > 0 and (too_large or data_loading == "workers")

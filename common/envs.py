@@ -1,12 +1,15 @@
 """Tasks: made with one-line errors, checked at every step, wrapped, compared by fingerprints."""
 
 import copy
+import ctypes.util
+import importlib
 import json
+import math
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 
 import gymnasium as gym
 import numpy as np
@@ -30,13 +33,68 @@ def make(env_id: str, render: bool = False, option: str = "--env-id", **options)
     if render:
         options["render_mode"] = "rgb_array"
     try:
-        env = gym.make(env_id, disable_env_checker=True, **options)
+        make_it = partial(gym.make, env_id, disable_env_checker=True, **options)
+        env = with_opengl(make_it, f"{option} {env_id}", render)
     except (gym.error.Error, ImportError) as error:
         fail(f"{option} {env_id}: {error}")
-    if env.spec is None or env.spec.max_episode_steps is None:
-        say_once(f"{env_id} has no registered time limit; its episodes are cut after {LONGEST_EPISODE:,} steps")
-        env = gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
-    return Checked(env, env_id)
+    return Checked(time_limited(env, env_id), env_id)
+
+
+def time_limited(env: gym.Env, name: str) -> gym.Env:
+    """The task, with a long time limit if it has none: an evaluation would not end."""
+    if env.spec is not None and env.spec.max_episode_steps is not None:
+        return env
+    say_once(f"{name} has no registered time limit; its episodes are cut after {LONGEST_EPISODE:,} steps")
+    return gym.wrappers.TimeLimit(env, LONGEST_EPISODE)
+
+
+def with_opengl(make_task: Callable[[], gym.Env], name: str, render: bool) -> gym.Env:
+    """What `make_task` makes. Without a display it renders by EGL or OSMesa. Raises Fault when it cannot, and must."""
+    choose_opengl(render)
+    try:
+        return make_task()
+    except Exception as error:
+        if not is_opengls(error):
+            raise
+        raise Fault(f"{name}: {with_remedy(error)}") from error
+
+
+def choose_opengl(render: bool) -> None:
+    """Without a display and MUJOCO_GL: what renders takes the library that is installed.
+
+    Tasks that `render` look at MUJOCO_GL. mujoco.Renderer looked there when MuJoCo was imported; now it does when it is
+    made (gym-hil makes one for states, too). Nothing is loaded before; a second try after a failure, MuJoCo aborts.
+    """
+    if sys.platform != "linux" or any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))):
+        return
+    installed = [name for name in ("EGL", "OSMesa") if ctypes.util.find_library(name)]
+    if not installed:
+        return
+    if render:
+        os.environ["MUJOCO_GL"] = installed[0].lower()
+    gl_context = sys.modules.get("mujoco.rendering.classic.gl_context")
+
+    def new_context(width: int, height: int):
+        os.environ["MUJOCO_GL"] = installed[0].lower()
+        try:
+            return importlib.reload(gl_context).GLContext(width, height)
+        except (AttributeError, ImportError, OSError, RuntimeError) as error:
+            raise RuntimeError(f"OpenGL does not load with MUJOCO_GL={installed[0].lower()} ({error})") from error
+
+    if gl_context:
+        gl_context.GLContext = new_context
+
+
+def is_opengls(error: Exception) -> bool:
+    """Whether OpenGL is missing. FatalError is MuJoCo's, which need not be installed."""
+    return "OpenGL" in str(error) or (type(error).__name__ == "FatalError" and "GL" in str(error))
+
+
+def with_remedy(error: Exception) -> str:
+    """An error's message, and how OpenGL is had if it is missing."""
+    if not is_opengls(error) or "apt-get" in str(error):
+        return str(error)
+    return f"{error}; set MUJOCO_GL=egl; if that is missing: apt-get install -y libegl1 libgl1-mesa-dri"
 
 
 @cache
@@ -47,8 +105,8 @@ def say_once(text: str) -> None:
 class Checked(gym.Wrapper):
     """Passes on what a task says, and raises Fault, which names the culprit, where it breaks gymnasium's rules.
 
-    Observations are copies, so that a task may write into the same array in each step. Rewards are floats. Wrappers of
-    one's own are checked by another one around them.
+    Observations and actions are copies, so that a task may write into the same array in each step, or into what it is
+    given. Rewards are floats. Wrappers of one's own are checked by another one around them.
     """
 
     RESET = "reset(self, *, seed=None, options=None) must return (observation, info)"
@@ -66,7 +124,7 @@ class Checked(gym.Wrapper):
 
     def step(self, action):
         self.steps += 1
-        obs, reward, terminated, truncated, info = self.called(self.STEP, 5, self.env.step, action)
+        obs, reward, terminated, truncated, info = self.called(self.STEP, 5, self.env.step, copy.copy(action))
         obs = self.checked(obs)
         if np.size(reward) != 1 or np.asarray(reward).dtype.kind not in "fiub":
             raise Fault(f"{self.name}: the reward of step {self.steps} is {reward!r}, not a number")
@@ -131,6 +189,24 @@ class Checked(gym.Wrapper):
             )
 
 
+def truth(info: dict, *names: str) -> float:
+    """What the first of `names` that a task's info has says, 0 or 1 or between; NaN where it has none of them.
+
+    Raises Fault when that is something else: text, for one, is never false.
+    """
+    for name in names:
+        if name in info:
+            value = np.asarray(info[name])
+            if (
+                value.size == 1
+                and value.dtype.kind in "biuf"
+                and (0 <= value.item() <= 1 or value.item() != value.item())
+            ):
+                return float(value.item())
+            raise Fault(f"the task's info[{name!r}] is {info[name]!r}, not True or False; change success() (TASK)")
+    return math.nan
+
+
 def check_actions(env: gym.Env, env_id: str) -> None:
     """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1]."""
     space = env.action_space
@@ -157,6 +233,12 @@ def looks_like_image(space: spaces.Space) -> bool:
         return False
     sides = [side for side in space.shape if side > 1]
     return len(sides) >= 2 and (space.dtype == np.uint8 or int(np.prod(sides)) > 256)
+
+
+def picture(env: gym.Env):
+    """The newest frame that a task renders; some give a list."""
+    image = env.render()
+    return image[-1] if isinstance(image, list | tuple) else image
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:

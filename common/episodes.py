@@ -135,15 +135,31 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
     about = dataset.storage.metadata
     if "fingerprint" in about:
         check_fingerprint(f"--demos {dataset_id}", about["fingerprint"], fingerprint(env))
-    for episode in dataset.iterate_episodes():
-        observations = [step_of(episode.observations, t) for t in range(len(episode) + 1)]
-        infos = episode.infos or {}
-        info = {key: values[-1] for key, values in infos.items() if not isinstance(values, dict) and len(values)}
-        ends = (episode.terminations, episode.truncations)
-        for name, values in (("actions", episode.actions), ("rewards", episode.rewards)):
-            if not np.isfinite(values).all():
-                fail(f"--demos {dataset_id}: {name} of episode {episode.id} hold numbers that are not finite")
-        yield Episode(observations, episode.actions, episode.rewards, *ends, info)
+    try:
+        for episode in dataset.iterate_episodes():
+            yield minari_episode(f"--demos {dataset_id}: episode {episode.id}", episode, ours.shape)
+    except (OSError, KeyError, TypeError, ValueError, IndexError) as error:  # h5py's, for damaged parts
+        fail(f"--demos {dataset_id}: is damaged, cannot be read ({error}); fetch or record it again")
+
+
+def minari_episode(name: str, episode, action_shape: tuple[int, ...]) -> Episode:
+    """An episode of Minari's. Exits with one line when its parts do not fit together, or are no finite numbers."""
+    actions = np.asarray(episode.actions)
+    steps = len(actions)
+    if actions.shape[1:] != action_shape:  # they might broadcast
+        fail(f"{name}: actions have shape {actions.shape[1:]}, the task's {action_shape}; leave it out")
+    columns = {"rewards": episode.rewards, "terminations": episode.terminations, "truncations": episode.truncations}
+    for part, values in columns.items():
+        if np.size(values) != steps:
+            fail(f"{name} has {steps} actions and {np.size(values)} {part}; leave it out")
+        columns[part] = np.reshape(values, steps)
+    for part, values in (columns | {"actions": actions}).items():
+        if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
+            fail(f"{name}: {part} hold something else than finite numbers; leave it out")
+    infos = episode.infos or {}
+    info = {key: values[-1] for key, values in infos.items() if not isinstance(values, dict) and len(values)}
+    observations = [step_of(episode.observations, t) for t in range(steps + 1)]
+    return Episode(observations, actions, *columns.values(), info)
 
 
 def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:

@@ -13,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor
 
-from common.envs import episode_seed, say_once
+from common.envs import episode_seed, picture, say_once, with_remedy
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
 # generators, one an episode, are for noise, so that an episode does not depend on what else runs beside it.
@@ -36,8 +36,7 @@ class Rollout:
 
     def show(self) -> None:
         if self.frame is not None:
-            image = self.env.render()
-            self.frame(image[-1] if isinstance(image, list) else image)
+            self.frame(picture(self.env))
 
     def step(self) -> None:
         """Executes the next action of the queue."""
@@ -116,7 +115,12 @@ def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: 
             roll_out(policy, [env], episodes, seed, frame=video.append_data)
         env.close()
     except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained and saved all the same
-        print(f"no video: {error}; afterwards --eval-only {path.parent} writes it", file=sys.stderr)
+        say_no_video(error, path.parent)
+
+
+def say_no_video(error: Exception, run_dir: str | Path) -> None:
+    """One line with the way to get it later."""
+    print(f"no video: {with_remedy(error)}; afterwards --eval-only {run_dir} writes it", file=sys.stderr)
 
 
 def means(rollouts: list[Rollout], success: Callable[[dict], float]) -> dict[str, float]:
@@ -159,7 +163,7 @@ class Watched(gym.Wrapper):
             self.trajectory[key].append(value)
         self.obs = obs
         if self.frame_skip and (done or len(self.trajectory["done"]) % self.frame_skip == 0):
-            self.frames.append(self.env.render())
+            self.frames.append(picture(self.env))
         if done:
             self.trajectories.append(dict(self.trajectory))
             self.renders.append(np.stack(self.frames) if self.frames else None)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor
 
-from common.envs import looks_like_image
+from common.envs import is_opengls, looks_like_image, picture, with_remedy
 from common.setup import Fault, fail
 
 
@@ -32,9 +32,9 @@ def one_line_without_opengl(env_id: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if type(error).__name__ != "FatalError" and "OpenGL" not in str(error):  # FatalError: MuJoCo's
+        if isinstance(error, Fault) or not is_opengls(error):
             raise
-        fail(f"--env-id {env_id}: {error}. Set MUJOCO_GL=egl; if that is missing: apt-get install -y libegl1")
+        fail(f"--env-id {env_id}: {with_remedy(error)}")
 
 
 class Rendered(gym.ObservationWrapper):
@@ -46,8 +46,7 @@ class Rendered(gym.ObservationWrapper):
         self.observation_space = spaces.Box(0, 255, self.picture().shape, np.uint8)
 
     def picture(self) -> np.ndarray:
-        image = self.env.render()
-        image = image[-1] if isinstance(image, list) else image
+        image = picture(self.env)
         if np.ndim(image) != 3 or np.asarray(image).dtype != np.uint8:
             raise Fault(f"--cameras render: render() gives {type(image).__name__}, not an image (H, W, 3) of bytes")
         return image
@@ -104,15 +103,17 @@ class ImagesAndState(gym.ObservationWrapper):
         self.cameras = cameras or tuple(images)
         self.axes = {name: images[name] for name in self.cameras}
         self.paths = {name: path for name, (path, _) in parts.items()}
+        self.spaces = {name: parts[name][1] for name in self.cameras}
         self.states: dict[str, spaces.Space] = {}
         self.columns: dict[str, tuple[int, int]] = {}
         start = 0
         for name, (_, space) in parts.items():
             if name in images or (cameras and looks_like_image(space)):
                 continue
-            if looks_like_image(space) or not space.is_np_flattenable:
-                what = "images are (H, W), (H, W, 3) or (3, H, W), of bytes or floats in [0, 1]"
-                fail(f"--env-id {env_id}: cannot take {name}, {space}; {what}; choose some with --cameras")
+            if looks_like_image(space) or not space.is_np_flattenable or isinstance(space, spaces.Text):
+                what = "images are (H, W), (H, W, 3) or (3, H, W), of 8 pixels or more, bytes or floats in [0, 1]"
+                ways = "choose some with --cameras, or change it in a wrapper (make_env)"
+                fail(f"--env-id {env_id}: cannot take {name}, {space}; {what}; {ways}")
             self.states[name] = space
             self.columns[name] = (start, start + spaces.flatdim(space))
             start = self.columns[name][1]
@@ -133,19 +134,29 @@ class ImagesAndState(gym.ObservationWrapper):
         return obs
 
     def observation(self, obs) -> dict[str, np.ndarray]:
-        images = [self.image(self.part(obs, name), self.axes[name]) for name in self.cameras]
+        images = [self.image(self.in_bytes(obs, name), self.axes[name]) for name in self.cameras]
         states = [spaces.flatten(space, self.part(obs, name)) for name, space in self.states.items()]
         return {
             "images": np.stack(images),
             "state": np.concatenate([np.zeros(0, np.float32), *states], dtype=np.float32),
         }
 
+    def in_bytes(self, obs, name: str) -> np.ndarray:
+        """An image as bytes, of the range that its space has. Raises Fault when it holds something else."""
+        image = self.part(obs, name)
+        high = 1 if self.spaces[name].dtype.kind == "f" else 255
+        if image.dtype == np.uint8 and high == 255:
+            return image
+        least, most = float(image.min()), float(image.max())
+        if least < 0 or most > high or (high == 255 and image.dtype.kind == "f"):
+            said = f"{self.spaces[name].dtype} in 0 ... {high}"
+            raise Fault(f"image {name} holds {image.dtype} in {least:g} ... {most:g}, its space says {said}")
+        return np.round(image * (255.0 / high)).astype(np.uint8)
+
     def image(self, image: np.ndarray, axes: str) -> np.ndarray:
         """(size, size, 3) uint8; of other sizes the mean over the area that becomes a pixel."""
         image = image[..., None] if axes == "HW" else image
         image = image if axes == "CHW" else image.transpose(2, 0, 1)
-        if image.dtype != np.uint8:
-            image = np.round(255 * image).astype(np.uint8)
         if image.shape[1:] != (self.size, self.size):
             pixels = torch.from_numpy(np.ascontiguousarray(image))[None].float()
             resized = F.interpolate(pixels, (self.size, self.size), mode="area").round()

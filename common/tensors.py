@@ -133,6 +133,8 @@ class RunningNormalizer(nn.Module):
 
     def update(self, obs: Tensor) -> None:
         """Takes in observations (N, O)."""
+        if obs.shape[1] == 0:  # images only
+            return
         parts = [obs]
         if self.count == 0:
             parts = [*(row[None] for row in self.first[: self.waiting]), obs]

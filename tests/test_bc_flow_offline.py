@@ -1082,6 +1082,15 @@ def finished(tmp_path_factory, point_data) -> Finished:
     return run(*POINT, "--capture-video", "--run-dir", "run", cwd=cwd, data=point_data)
 
 
+def test_without_mujoco(tmp_path, point_data):
+    """R7: where MuJoCo cannot be imported one line says so, and data of a task without it is learned from."""
+    flags = (*TINY.split(), *POINT, "--offline-steps", 60, "--run-dir", "run")
+    env = {"MUJOCO_GL": "foo", "MINARI_DATASETS_PATH": str(point_data)}
+    result = run_script(SCRIPT, *flags, cwd=tmp_path, env=env | {"PYTHONPATH": str(REPO / "tests")})
+    assert "Traceback" not in result.stderr and "MUJOCO_GL=foo does not load" in result.stderr
+    assert read_csv(tmp_path / "run", "eval.csv")["episodes"] == [10]
+
+
 def leaves(state, path: str = "") -> dict[str, object]:
     """All that a checkpoint holds, but for the time that it took."""
     if isinstance(state, dict | list | tuple):

@@ -13,6 +13,7 @@ from conftest import REPO, free_port, run_script
 from test_repo import Command, args_of, command_faults
 
 sys.path.insert(0, str(REPO / "benchmarks"))
+import ecosystem
 import report
 import run
 import speed
@@ -129,6 +130,79 @@ def test_readme_shows_ten_rows_at_most():
     names = re.findall(r"\(`(\w+)`\) \|", shown)
     assert 0 < len(names) <= 10
     assert set(names) <= set(report.NEWCOMERS) <= set(run.ROWS)
+
+
+# --- Tasks of others --------------------------------------------------------------------------------------------------
+FAKE_SCRIPT = """
+import pathlib, sys
+flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(flags.get("--run-dir") or flags.get("--resume") or flags["--eval-only"])
+folder.mkdir(exist_ok=True)
+if "--eval-only" in flags:
+    print("checkpoint: eval/success_rate 0, eval/episodic_return RETURN over 2 episodes")
+elif "--resume" in flags and RESUMES:
+    sys.exit(f"sac_state_sim.py: {pathlib.Path.cwd()}/{folder}: is gone; start anew")
+else:
+    steps = flags["--total-timesteps"]
+    (folder / "train.csv").write_text(f"global_step,losses/critic,time\\n1,nan,1\\n{steps},LOSS,\\n")
+"""
+BAD_LOSS = "train.csv ends at step 300 with {'losses/critic': nan}"
+
+
+@pytest.mark.parametrize(
+    ("episodic_return", "loss", "gone", "outcomes"),
+    [
+        ("-3.5", "0.25", "0", ["yes", "yes", "yes"]),
+        (
+            "nan",
+            "0.25",
+            "0",
+            ["yes", "prints 'checkpoint: eval/success_rate 0, eval/episodic_return nan over 2 episodes'", "yes"],
+        ),
+        ("-3.5", "0.25", "1", ["yes", "yes", "sac_state_sim: is gone; start anew"]),
+        ("-3.5", "nan", "0", [BAD_LOSS]),
+        ("-3.5", "", "0", [BAD_LOSS]),
+    ],
+)
+def test_what_a_script_does_with_a_task(tmp_path, monkeypatch, episodic_return, loss, gone, outcomes):
+    script = FAKE_SCRIPT.replace("RETURN", episodic_return).replace("LOSS", loss).replace("RESUMES", gone)
+    (tmp_path / "repo").mkdir()
+    (tmp_path / "repo" / "sac_state_sim.py").write_text(script)
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.setattr(ecosystem, "REPO", tmp_path / "repo")
+    monkeypatch.setitem(ecosystem.SHORT, "sac_state_sim.py", ("", 300, 400))
+    found = list(ecosystem.attempts("sac_state_sim.py", [], tmp_path / "cwd"))
+    assert [what for what, _ in found] == ["trains", "evaluates", "resumes"][: len(outcomes)]
+    for (_, said), words in zip(found, outcomes, strict=True):
+        assert said.startswith(words)
+
+
+def test_table_of_tasks_of_others(tmp_path):
+    assert report.ecosystem_report(tmp_path) == ""
+    door, lift = ecosystem.TASKS[1].env_id, ecosystem.TASKS[2].env_id
+    line = dict.fromkeys(ecosystem.COLUMNS, "x") | {"ecosystem": "robosuite", "version": "1.5.1"}
+    yes = dict.fromkeys(("trains", "evaluates", "resumes"), "yes")
+    path = tmp_path / "ecosystem.csv"
+    ecosystem.record(path, line | {"task": lift, "script": "sac_state_sim.py", "trains": "fails | here"})
+    ecosystem.record(path, line | {"task": door, "script": "bc_flow_offline.py"} | yes | {"evaluates": "a | b"})
+    said = f"--env-id {door}: observes no images; use sac_state_sim.py"
+    ecosystem.record(
+        path, {"ecosystem": "a, b", "version": "1, 2", "task": door, "script": "sac_pixel_sim.py", "trains": said}
+    )
+    ecosystem.record(path, line | {"task": lift, "script": "sac_state_sim.py"} | yes | {"resumes": "NaN"})
+    table = report.ecosystem_report(tmp_path).split("\n\n")[2]
+    assert table.splitlines()[2:] == [
+        f"| a, b 1, 2 | `{door}` | `sac_pixel_sim.py` | observes no images |  |  |",
+        f"| robosuite 1.5.1 | `{door}` | `bc_flow_offline.py` | yes | a / b | yes |",
+        f"| robosuite 1.5.1 | `{lift}` | `sac_state_sim.py` | yes | yes | NaN |",
+    ]
+    assert report.ecosystem_report(tmp_path) in report.full_report(tmp_path)
+
+
+def test_ecosystems_flags_parse():
+    for script, (flags, steps, _) in ecosystem.SHORT.items():
+        command = Command(script, (*flags.split(), ecosystem.STEPS[script], str(steps)), "")
+        assert command_faults(command, args_of(script)) == []
 
 
 # --- Speed ------------------------------------------------------------------------------------------------------------

@@ -30,7 +30,8 @@ from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, w
 
 import bc_flow_offline
 from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
-from common import d4rl, datasets
+from common import d4rl, datasets, envs
+from common.setup import Fault
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 SCRIPT, CPU = "bc_flow_offline.py", torch.device("cpu")
@@ -1078,6 +1079,20 @@ def test_b6_tasks_that_this_version_cannot_make(capsys, old, new):
     assert train.size == 14
 
 
+def test_a_task_without_a_time_limit_is_cut(monkeypatch, capsys):
+    """R3: an evaluation would not end."""
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=1)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('\\"kwargs\\": {}', '\\"kwargs\\": {\\"length\\": 1000}'))
+    monkeypatch.setattr(envs, "LONGEST_EPISODE", 30)
+    envs.say_once.cache_clear()
+    env, *_ = make_env_and_datasets("own/data-v0")
+    env.reset(seed=0)
+    assert [env.step(np.zeros(1, np.float32))[3] for _ in range(30)] == [False] * 29 + [True]
+    said = "the task of own/data-v0 has no registered time limit; its episodes are cut after 30 steps\n"
+    assert capsys.readouterr().err == said
+
+
 def test_b6_data_of_a_newer_minari(capsys):
     """Minari#200: one line that names both versions."""
     write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=1)
@@ -1149,6 +1164,41 @@ def test_b8_grey_images_without_an_axis_of_channels():
     frames = random_images((6, 20, 24))
     images = image_dataset(spaces.Box(0, 255, (20, 24), np.uint8), frames)
     np.testing.assert_array_equal(images, frames[:-1, ..., None])
+
+
+@pytest.mark.parametrize(
+    ("space", "frames", "words"),
+    [
+        (
+            spaces.Box(0, 255, (9, 8, 3), np.uint8),
+            np.full((2, 9, 8, 3), 0.8, np.float32),
+            "hold float32 in 0.8 ... 0.8",
+        ),
+        (
+            spaces.Box(0, 1, (9, 8, 3), np.float32),
+            np.full((2, 9, 8, 3), 200, np.float32),
+            "hold float32 in 200 ... 200",
+        ),
+        (spaces.Box(0, 1, (9, 8, 3), np.float32), np.full((2, 9, 8, 3), -0.5, np.float32), "hold float32 in -0.5"),
+    ],
+)
+def test_b8_images_that_are_not_what_their_space_says(space, frames, words):
+    """They would be black, or turn over."""
+    with pytest.raises(Fault, match=f"observations/cam {words}.*their space says {space.dtype}"):
+        datasets.as_images("observations/cam", space, frames)
+
+
+def test_b8_names_of_images():
+    """An image called state is not the state; two images under one name would be one."""
+    camera, box = spaces.Box(0, 255, (9, 8, 3), np.uint8), spaces.Box(-1, 1, (2,))
+    frames = random_images((1, 9, 8, 3))
+    arranged = bc_flow_offline.arrange(spaces.Dict(state=camera, q=box), {"state": frames, "q": np.ones((1, 2))})
+    assert arranged.keys() == {"state", "state_image"} and arranged["state"].tolist() == [[1, 1]]
+    np.testing.assert_array_equal(arranged["state_image"], frames)
+    space = spaces.Dict({"front_rgb": camera, "front": spaces.Dict(rgb=camera)})
+    dataset = types.SimpleNamespace(id="own/data-v0", observation_space=space)
+    with pytest.raises(SystemExit, match="own/data-v0: observations/front/rgb, observations/front_rgb would share"):
+        datasets.images_stay_on_disk(dataset, "memory")
 
 
 class ChannelsFirst(offline_data.Camera):
@@ -1229,8 +1279,11 @@ def test_b9_what_is_no_number_is_refused_and_nothing_stays(tmp_path, capsys, col
     assert not list((tmp_path / "minari").glob("*/*")) and not list((tmp_path / "minari").glob(".*"))
 
 
-class Rewarded(offline_data.Steps):
-    """Its rewards are text in the dataset."""
+def test_b9_a_file_without_an_episode(tmp_path, capsys):
+    """One row, after which nothing is known."""
+    rows = {key: values[:1] for key, values in d4rl_rows(next_observations=False).items()} | {"terminals": np.zeros(1)}
+    message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    assert "no episode" in message and "\n" not in message.strip()
 
 
 def test_b9_text_in_a_minari_dataset():

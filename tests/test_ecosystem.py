@@ -6,19 +6,19 @@ Cases B1 (robosuite runs on the pinned MuJoCo) and B3 (AdroitHandDoor), with the
 """
 
 import importlib.metadata
-import json
 import re
-from pathlib import Path
+import sys
 
-import h5py
 import numpy as np
 import pytest
 from conftest import REPO, read_csv, run_script
 
+sys.path.insert(0, str(REPO / "benchmarks"))
+import ecosystem
+
 pytestmark = [pytest.mark.ecosystem, pytest.mark.timeout(1200)]
 
 PINS = ("requirements.txt", "tests/requirements-ecosystem.txt")
-WITHOUT_DISPLAY = {"MUJOCO_GL": "egl"}  # gym-hil makes a renderer for states, too
 SHORT = "--demos 0 --total-timesteps 300 --learning-starts 100 --utd-ratio 1 --no-capture-video"
 SHORT += " --eval-every 300 --eval-episodes 2 --final-eval-episodes 2"
 
@@ -45,9 +45,7 @@ def test_versions_are_those_that_were_seen_working():
     ],
 )
 def test_state_script_trains_and_evaluates(env_id, length, returns, tmp_path):
-    run = run_script(
-        "sac_state_sim.py", "--env-id", env_id, *SHORT.split(), cwd=tmp_path, timeout=900, env=WITHOUT_DISPLAY
-    )
+    run = run_script("sac_state_sim.py", "--env-id", env_id, *SHORT.split(), cwd=tmp_path, timeout=900)
     train, evaluations = read_csv(run.run_dir, "train.csv"), read_csv(run.run_dir, "eval.csv")
     losses = [column for column in train if column.startswith("losses/")]
     assert losses and all(np.isfinite(train[column][-1]) for column in losses)
@@ -60,83 +58,14 @@ def test_state_script_trains_and_evaluates(env_id, length, returns, tmp_path):
         *("--resume", run.run_dir, "--total-timesteps", 400),
         cwd=tmp_path,
         timeout=900,
-        env=WITHOUT_DISPLAY,
     )
     assert read_csv(run.run_dir, "eval.csv")["global_step"][-1] == 400
 
 
 # --- robosuite --------------------------------------------------------------------------------------------------------
-OBSERVED = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")  # robomimic's low-dimensional ones
-
-
-def lift_env_args() -> dict:
-    """What robomimic 0.5 stores of robosuite 1.5's Lift: the name, and everything that robosuite.make was given."""
-    import robosuite
-
-    options = {
-        "robots": ["Panda"],
-        "controller_configs": robosuite.load_composite_controller_config(controller="BASIC", robot="Panda"),
-        "control_freq": 20,
-        "has_renderer": False,
-        "has_offscreen_renderer": False,
-        "use_camera_obs": False,
-        "ignore_done": True,
-        "use_object_obs": True,
-        "reward_shaping": False,
-    }
-    return {"env_name": "Lift", "type": 1, "env_version": robosuite.__version__, "env_kwargs": options}
-
-
-def lift_action(raw: dict, holding: bool) -> np.ndarray:
-    """(7,) of OSC_POSE, in 1/20 m: over the cube, down, close, up."""
-    to_cube = raw["cube_pos"] - raw["robot0_eef_pos"]
-    move = np.clip(10 * to_cube, -1, 1)
-    if np.linalg.norm(to_cube[:2]) > 0.02:
-        move[2] = np.clip(10 * (to_cube[2] + 0.06), -1, 1)
-    if holding:
-        closed = raw["robot0_gripper_qpos"][0] < 0.03
-        move = np.array([0, 0, 1.0 if closed else 0.0])
-    return np.array([*move, 0, 0, 0, 1.0 if holding else -1.0])
-
-
-def record_lift(sim) -> dict[str, np.ndarray]:
-    """One demonstration, until the cube is lifted: observations (T + 1, ...), actions and rewards (T, ...)."""
-    raw = sim.reset()
-    rows, actions, rewards, holding = [raw], [], [], False
-    while not sim._check_success():
-        holding = holding or bool(np.linalg.norm(raw["cube_pos"] - raw["robot0_eef_pos"]) < 0.01)
-        actions.append(lift_action(raw, holding))
-        raw, reward, *_ = sim.step(actions[-1])
-        rows.append(raw)
-        rewards.append(reward)
-        assert len(actions) < 100, "the scripted expert does not lift the cube"
-    names = {"object": "object-state"}  # robomimic's name: robosuite's
-    obs = {key: np.array([row[names.get(key, key)] for row in rows]) for key in OBSERVED}
-    return {**obs, "actions": np.array(actions), "rewards": np.array(rewards)}
-
-
-def write_lift(path: Path, env_args: dict, demos: int) -> None:
-    """A low-dimensional file of robomimic's layout, recorded on the robosuite that is installed."""
-    import robosuite
-
-    sim = robosuite.make(env_args["env_name"], **env_args["env_kwargs"])
-    with h5py.File(path, "w") as file:
-        data = file.create_group("data")
-        for i in range(demos):
-            np.random.seed(i)  # noqa: NPY002  where robosuite 1.5.1 draws the cube's place from
-            demo = record_lift(sim)
-            group = data.create_group(f"demo_{i}")
-            group["actions"], group["rewards"] = demo["actions"], demo["rewards"]
-            group["dones"] = (demo["rewards"] > 0).astype(int)
-            for key in OBSERVED:
-                group[f"obs/{key}"], group[f"next_obs/{key}"] = demo[key][:-1], demo[key][1:]
-        data.attrs["env_args"] = json.dumps(env_args)
-    sim.close()
-
-
 def test_cloning_lifts_the_cube_in_robosuite(tmp_path):
     """B1, B2: a Lift file of robomimic's layout is recorded, cloned, and the clone is evaluated in robosuite itself."""
-    write_lift(tmp_path / "lift.hdf5", lift_env_args(), demos=12)
+    ecosystem.write_lift(tmp_path / "lift.hdf5", demos=12)
     flags = "--env-name lift-ph-low_dim --offline-steps 1500 --eval-episodes 4 --eval-envs 2 --no-capture-video"
     flags += " --log-interval 500 --eval-interval 0"
     run = run_script(
@@ -144,7 +73,6 @@ def test_cloning_lifts_the_cube_in_robosuite(tmp_path):
         *(*flags.split(), "--dataset-path", "lift.hdf5", "--run-dir", "run"),
         cwd=tmp_path,
         timeout=1000,
-        env=WITHOUT_DISPLAY,
     )
     evaluations = read_csv(tmp_path / "run", "eval.csv")
     assert "no evaluation" not in run.stderr

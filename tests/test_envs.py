@@ -2,6 +2,7 @@
 
 import math
 import re
+import types
 from collections.abc import Callable
 
 import gymnasium as gym
@@ -12,6 +13,7 @@ from gymnasium import spaces
 
 from common import envs
 from common.envs import ActionChunk, AnySuccess, Checked, GripperPenalty, ScaledActions, episode_seed
+from common.episodes import Recorder
 from common.setup import Fault
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -59,6 +61,93 @@ def test_a_task_without_a_time_limit_gets_one(monkeypatch, capsys):
 
 
 # --- Checked ----------------------------------------------------------------------------------------------------------
+gym.register("Wrapped-v0", lambda **options: gym.wrappers.TimeLimit(probe_envs.Endless(**options), 5))
+
+
+def test_a_time_limit_that_only_its_wrapper_knows(monkeypatch, capsys):
+    """R3: nothing is said, and nothing is added."""
+    monkeypatch.setattr(probe_envs.time, "sleep", lambda seconds: None)
+    envs.say_once.cache_clear()
+    env = envs.make("Wrapped-v0")
+    env.reset(seed=0)
+    assert [env.step(np.zeros(1))[3] for _ in range(5)] == [False] * 4 + [True]
+    assert capsys.readouterr().err == ""
+
+
+# --- OpenGL -----------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("variables", "libraries", "chosen"),
+    [
+        ({}, ("EGL", "OSMesa"), "egl"),
+        ({}, ("OSMesa",), "osmesa"),
+        ({}, (), None),
+        ({"DISPLAY": ":0"}, ("EGL",), None),
+        ({"WAYLAND_DISPLAY": "wayland-0"}, ("EGL",), None),
+        ({"MUJOCO_GL": "osmesa"}, ("EGL",), "osmesa"),
+    ],
+)
+def test_the_library_that_renders_without_a_display(monkeypatch, variables, libraries, chosen):
+    for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.setenv(name, "")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(envs.sys, "platform", "linux")
+    monkeypatch.setattr(envs.ctypes.util, "find_library", lambda name: name if name in libraries else None)
+    gl_context = types.ModuleType("mujoco.rendering.classic.gl_context")
+    gl_context.GLContext = "glfw's"
+    monkeypatch.setitem(envs.sys.modules, gl_context.__name__, gl_context)
+    envs.choose_opengl(render=False)
+    assert envs.os.environ["MUJOCO_GL"] == variables.get("MUJOCO_GL", "")  # for states nothing changes
+    if chosen and not variables:
+        monkeypatch.setattr(
+            envs.importlib, "reload", lambda module: types.SimpleNamespace(GLContext=lambda *size: size)
+        )
+        assert gl_context.GLContext(64, 48) == (64, 48) and envs.os.environ["MUJOCO_GL"] == chosen
+    else:
+        assert gl_context.GLContext == "glfw's"
+    monkeypatch.setenv("MUJOCO_GL", variables.get("MUJOCO_GL", ""))
+    envs.choose_opengl(render=True)
+    assert envs.os.environ["MUJOCO_GL"] == (chosen or "")
+
+
+def test_a_library_that_does_not_load_is_named(monkeypatch):
+    """gym-hil makes a renderer for states, too."""
+    for name in ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"):
+        monkeypatch.setenv(name, "")
+    gl_context = types.ModuleType("mujoco.rendering.classic.gl_context")
+    monkeypatch.setitem(envs.sys.modules, gl_context.__name__, gl_context)
+    monkeypatch.setattr(envs.sys, "platform", "linux")
+    monkeypatch.setattr(envs.ctypes.util, "find_library", lambda name: name)
+    monkeypatch.setattr(envs.importlib, "reload", lambda module: module.no_such_attribute)
+    with pytest.raises(Fault, match=r"Arm-v0: OpenGL does not load with MUJOCO_GL=egl \(.*no_such.*apt-get install"):
+        envs.with_opengl(lambda: gl_context.GLContext(64, 48), "Arm-v0", render=False)
+
+
+class FatalError(Exception):
+    """Stands for MuJoCo's."""
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (
+            FatalError("an OpenGL platform library has not been loaded"),
+            "Arm-v0: an OpenGL .* set MUJOCO_GL=egl; .*: apt",
+        ),
+        (FatalError("gladLoadGL error"), "Arm-v0: gladLoadGL error; set MUJOCO_GL=egl"),
+        (FatalError("the simulation is unstable"), "^the simulation is unstable$"),
+        (ValueError("gear"), "^gear$"),
+    ],
+)
+def test_only_opengls_errors_get_its_remedy(monkeypatch, error, outcome):
+    def make():
+        raise error
+
+    monkeypatch.setattr(envs, "choose_opengl", lambda render: None)
+    with pytest.raises((Fault, FatalError, ValueError), match=outcome):
+        envs.with_opengl(make, "Arm-v0", render=False)
+
+
 class Odd(gym.Env):
     """A task whose reset and step return what a test gives."""
 
@@ -361,3 +450,45 @@ def test_any_steps_success_counts_with_a_wrapper():
     for _ in range(2):
         env.reset(seed=0)
         assert [env.step(np.zeros(1))[4]["success"] for _ in range(4)] == [False, True, True, True]
+
+
+@pytest.mark.parametrize(
+    ("info", "expected"),
+    [
+        ({"success": True}, 1),
+        ({"success": np.False_, "is_success": True}, 0),
+        ({"is_success": np.array([1.0])}, 1),
+        ({"succeed": np.float32(0.25)}, 0.25),
+        ({"success": math.nan}, math.nan),
+        ({"other": "yes"}, math.nan),
+    ],
+)
+def test_success_as_tasks_tell_it(info, expected):
+    """S10"""
+    assert envs.truth(info, "success", "is_success", "succeed") == pytest.approx(expected, nan_ok=True)
+
+
+@pytest.mark.parametrize("value", ["yes", "False", None, 3, -1.0, [True, False], {}])
+def test_success_that_is_no_truth_value(value):
+    """S10: text is never false, a count is no rate."""
+    with pytest.raises(Fault, match=r"the task's info\['success'\] is .*success\(\) \(TASK\)"):
+        envs.truth({"success": value}, "success")
+
+
+class WritesIntoActions(probe_envs.Point):
+    """Scales its action in place."""
+
+    def step(self, action):
+        action *= 3
+        return super().step(action)
+
+
+def test_a_task_may_write_into_its_action():
+    """S1's kind: recorded is what was given."""
+    env = Recorder(Checked(WritesIntoActions(), "Writes-v0"))
+    env.reset(seed=1)
+    given = np.full(3, 0.25, np.float32)
+    for _ in range(20):
+        env.step(given)
+    (episode,) = env.episodes
+    assert given.tolist() == [0.25] * 3 and set(episode.actions.ravel()) == {0.25}

@@ -3,6 +3,7 @@
 import math
 
 import gymnasium as gym
+import h5py
 import minari
 import numpy as np
 import probe_envs
@@ -124,5 +125,38 @@ def test_demonstrations_with_numbers_that_are_none(tmp_path, monkeypatch):
     (episode,) = demonstrations("1", point(), seed=1, noise=0.0)
     episode.rewards[3] = math.nan
     record("point/nan-v0", [episode], point(), lambda info: math.nan)
-    with pytest.raises(SystemExit, match="--demos point/nan-v0: rewards of episode 0"):
+    with pytest.raises(SystemExit, match="--demos point/nan-v0: episode 0: rewards hold something else than finite"):
         list(demonstrations("point/nan-v0", point(), seed=0, noise=0.0))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("rewards", lambda x: x[:-1], "episode 0 has 20 actions and 19 rewards"),
+        ("rewards", lambda x: x[:, None], None),
+        ("terminations", lambda x: x[:-1], "episode 0 has 20 actions and 19 terminations"),
+        ("truncations", lambda x: np.array([b"False"] * 20), "episode 0: truncations hold something else"),
+        ("actions", lambda x: x[:, :1], r"episode 0: actions have shape \(1,\), the task's \(3,\)"),
+        ("observations/goal", lambda x: x[:-1], "is damaged, cannot be read"),
+        ("observations/goal", None, "is damaged, cannot be read"),
+    ],
+)
+def test_demonstrations_whose_file_is_damaged(tmp_path, monkeypatch, part, change, words):
+    """B9's and B15's kinds, of --demos: parts that do not fit together, and a file that is cut off."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    recorded = list(demonstrations("2", point(), seed=1, noise=0.0))
+    record("point/bad-v0", recorded, point(), lambda info: math.nan)
+    path = tmp_path / "point/bad-v0/data/main_data.hdf5"
+    if change is None:
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        with h5py.File(path, "a") as file:
+            values = change(file[f"episode_0/{part}"][:])
+            del file[f"episode_0/{part}"]
+            file[f"episode_0/{part}"] = values
+    if words is None:
+        read = list(demonstrations("point/bad-v0", point(), seed=0, noise=0.0))
+        np.testing.assert_array_equal(read[0].rewards, recorded[0].rewards)
+        return
+    with pytest.raises(SystemExit, match=f"--demos point/bad-v0: {words}"):
+        list(demonstrations("point/bad-v0", point(), seed=0, noise=0.0))

@@ -10,7 +10,7 @@ import pytest
 from gymnasium import spaces
 
 from common import envs
-from common.evaluation import evaluate, record_video, roll_out
+from common.evaluation import evaluate, film, record_video, roll_out
 
 
 class Count(gym.Env):
@@ -117,6 +117,14 @@ def test_video_of_the_first_episodes(tmp_path, task):
     assert frames.shape == (42, 64, 64, 3)
     assert (frames[..., 1] > 150).sum(axis=(1, 2)).min() > 4  # the goal, in green
     assert abs(frames[0].astype(int) - frames[21]).max() > 100  # another one in the second episode
+
+
+def test_pictures_of_a_task_that_gives_several():
+    """P2: bc_flow_offline.py's film, too, takes the newest frame."""
+    still = lambda observations, rngs: np.zeros((len(observations), 3))  # noqa: E731
+    (one,), (other,) = (film(still, task(), 1, 5, 0) for task in (probe_envs.Point, FilmStrip))
+    assert one.shape == (4, 64, 64, 3)
+    np.testing.assert_array_equal(one, other)
 
 
 def test_no_video_without_opengl(tmp_path, capsys):

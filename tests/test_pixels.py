@@ -1,5 +1,6 @@
 """common/pixels.py: observations of any form with images in them, and frames in a memory-mapped file."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -92,7 +93,32 @@ def test_images_in_any_form_become_the_same(form):
     assert np.array_equal(env.reset()[0]["images"], original[None])
 
 
-def test_images_are_resized_by_area_and_a_squeezed_one_is_told():
+@pytest.mark.parametrize(
+    ("high", "stored", "given", "words"),
+    [
+        (255, np.uint8, np.int64([0, 200, 255]), None),
+        (1, np.float32, np.float32([0, 200 / 255, 1]), None),
+        (255, np.uint8, np.float32([0, 0.8, 1]), "cam holds float32 in 0 ... 1, its space says uint8 in 0 ... 255"),
+        (255, np.uint8, np.int64([0, 200, 256]), "cam holds int64 in 0 ... 256, its space says uint8"),
+        (1, np.float32, np.float32([0, 200, 255]), "cam holds float32 in 0 ... 255, its space says float32 in 0 ... 1"),
+        (1, np.float32, np.uint8([0, 200, 255]), "cam holds uint8 in 0 ... 255, its space says float32"),
+        (1, np.float32, np.float32([-1, 0.5, 1]), "cam holds float32 in -1 ... 1"),
+    ],
+)
+def test_images_that_are_not_what_their_space_says(high, stored, given, words):
+    """S3: taken where it is sure what they are, else named; they would be black, or turn over."""
+    space = spaces.Dict({"cam": spaces.Box(0, high, (12, 12, 3), stored), "state": VECTOR})
+    obs = {"cam": np.tile(np.repeat(given, 3), (12, 4)).reshape(12, 12, 3), "state": np.zeros(2)}
+    env = ImagesAndState(Shows(space, obs), "T-v0", (), 12)
+    if words:
+        with pytest.raises(Fault, match=re.escape(words)):
+            env.reset()
+    else:
+        assert sorted(set(env.reset()[0]["images"].ravel())) == [0, 200, 255]
+
+
+def test_images_are_resized_by_area_and_a_squeezed_one_is_told(capsys):
+    """P6"""
     wide, square = pixels(16, 32, 3), pixels(32, 32, 3)
     space = spaces.Dict({"wide": image(16, 32, 3), "square": image(32, 32, 3)})
     env = ImagesAndState(Shows(space, {"wide": wide, "square": square}), "T-v0", (), 8)
@@ -101,6 +127,8 @@ def test_images_are_resized_by_area_and_a_squeezed_one_is_told():
     means = [square.reshape(8, 4, 8, 4, 3).mean((1, 3)), wide.reshape(8, 2, 8, 4, 3).mean((1, 3))]
     assert np.abs(small - means).max() <= 0.5
     assert env.reset()[0]["state"].shape == (0,)
+    module.views_of(gym.wrappers.FrameStackObservation(env, 1))
+    assert capsys.readouterr().out == "wide is not square: it is squeezed to 8 x 8\n"
 
 
 @pytest.mark.parametrize(
@@ -112,6 +140,7 @@ def test_images_are_resized_by_area_and_a_squeezed_one_is_told():
         ),
         (spaces.Dict({"rgb": image(16, 16, 3), "rgba": image(16, 16, 4)}), "cannot take rgba"),
         (spaces.Dict({"rgb": image(16, 16, 3), "stacked": image(4, 16, 16, 3)}), "cannot take stacked"),
+        (spaces.Dict({"rgb": image(16, 16, 3), "grid": image(7, 7, 3)}), "cannot take grid.*8 pixels.*in a wrapper"),
         (spaces.Dict({"state": VECTOR}), "observes no images; use sac_state_sim.py, or --cameras render"),
         (VECTOR, "observes no images"),
     ],
@@ -124,6 +153,12 @@ def test_what_cannot_be_taken_is_named(space, words):
         obs = {name: np.zeros(part.shape, part.dtype) for name, part in space.items()}
         env = ImagesAndState(Shows(space, obs), "T-v0", ("rgb",), 16)
         assert env.reset()[0]["state"].shape == (0,) and env.cameras == ("rgb",)
+
+
+def test_text_is_no_state():
+    space = spaces.Dict({"rgb": image(16, 16, 3), "task": spaces.Text(5)})
+    with pytest.raises(SystemExit, match=r"cannot take task, Text.*in a wrapper"):
+        ImagesAndState(Shows(space, None), "T-v0", (), 16)
 
 
 def test_unknown_cameras_and_small_tables():
@@ -148,9 +183,12 @@ def test_the_rendered_picture_as_observation(as_list):
 
 
 def test_only_opengl_s_errors_become_one_line():
+    """P6: another error of the task keeps its traceback."""
     line = "--env-id T-v0: Images need OpenGL.*apt-get install -y libegl1"
     with pytest.raises(SystemExit, match=line), one_line_without_opengl("T-v0"):
-        raise RuntimeError("Images need OpenGL, run: apt-get install")
+        raise RuntimeError("Images need OpenGL")
+    with pytest.raises(SystemExit, match="apt-get install x$"), one_line_without_opengl("T-v0"):
+        raise RuntimeError("Images need OpenGL, run: apt-get install x")  # has its remedy
     with pytest.raises(RuntimeError, match="camera 2"), one_line_without_opengl("T-v0"):
         raise RuntimeError("camera 2: frame timeout")
 

@@ -201,7 +201,7 @@ EDITS = [
     (r"^( *)import franka_sim\b.*# TASK:.*$", r"\1import my_tasks"),
     (r"^    env_id: str = .*# TASK:.*$", '    env_id: str = "Mine-v0"'),
     (r"^    return env  # TASK:.*$", "    return my_tasks.Mirrored(env)"),
-    (r"^    return float\(info.*# TASK:.*$", '    return float(info["success"])'),
+    (r"^    return envs.truth\(info.*# TASK:.*$", '    return float(info["success"])'),
 ]
 
 

@@ -942,9 +942,13 @@ def test_actions_that_cannot_be_learned(space, word):
 
 
 def test_observations_that_cannot_be_learned():
-    space = spaces.Sequence(box(2))
-    with pytest.raises(SystemExit, match="--env-id X-v0: observations must be"):
-        wrap_states(Sized(space), small_args(env_id="X-v0"))
+    """S2's kind: a sentence would become the numbers of its letters."""
+    for space, words in (
+        (spaces.Sequence(box(2)), "must be"),
+        (spaces.Dict(q=box(2), task=spaces.Text(9)), "hold Text"),
+    ):
+        with pytest.raises(SystemExit, match=f"--env-id X-v0: observations {words}"):
+            wrap_states(Sized(space), small_args(env_id="X-v0"))
 
 
 class Broken(gym.ObservationWrapper):

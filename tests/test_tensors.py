@@ -26,6 +26,15 @@ def statistics(data: np.ndarray) -> RunningNormalizer:
     return normalizer
 
 
+@pytest.mark.filterwarnings("error")
+def test_observations_that_are_images_only():
+    """P6: no numbers, and no warning of the variance of none."""
+    normalizer = RunningNormalizer(0)
+    for count in (1, 40, 1):
+        normalizer.update(torch.zeros(count, 0))
+    assert normalizer(torch.zeros(5, 0)).shape == (5, 0)
+
+
 def test_they_are_numpys_mean_and_variance():
     data = np.random.default_rng(0).normal([0, 5, -100, 2], [1, 0.1, 30, 0], (1000, 4))
     x, in_parts = torch.tensor(data, dtype=torch.float32), RunningNormalizer(4)

@@ -283,7 +283,7 @@ def test_pretrained_parameters_of_other_shape_or_name(tmp_path):
 
 @pytest.mark.parametrize("wrap", ["", "state_dict", "params", "module."])
 def test_plain_state_dict(tmp_path, wrap):
-    """What the file holds beside the trunk's parameters is left out; training loops store them inside something."""
+    """P5: what the file holds beside the trunk's parameters is left out; training loops store them inside something."""
     path, one, other = tmp_path / "resnet.pt", ResNetTrunk(3, (8, 8, 8, 8)), ResNetTrunk(3, (8, 8, 8, 8))
     state = one.state_dict() | {"classifier.weight": torch.ones(2)}
     if wrap == "module.":
