@@ -255,25 +255,24 @@ class RobotClient:
             self.socket.close()
             raise RobotError(f"--server {server}: {error}; give it as tcp://HOST:PORT or tcp://[IPV6]:PORT") from error
 
-    def call(self, op: str, timeout_s: float | None = None, tries: int | None = None, **args: Any) -> dict:
+    def call(self, op: str, **args: Any) -> dict:
         """Ask for `op` and return the reply's map: "ok", "result", "mode", "jobs" and so on."""
         self._requests += 1
         request = {"v": PROTOCOL_VERSION, "op": op, "id": self._requests, "args": args}
         if self.token:
             request["token"] = self.token
         message = msgpack.packb(request, default=lambda x: x.tolist())
-        timeout_s = timeout_s or self.timeout_s
-        tries = tries or self.tries
-        for self.attempts in range(1, tries + 1):
-            deadline = time.monotonic() + timeout_s
+        for attempt in range(1, self.tries + 1):
+            self.attempts = attempt
+            deadline = time.monotonic() + self.timeout_s
             with contextlib.suppress(zmq.Again):  # not connected, and nothing is kept for later
                 self._wait(zmq.POLLOUT, deadline)
                 self.socket.send(message, zmq.NOBLOCK)
             if self._wait(zmq.POLLIN, deadline):
                 return self._checked(self.socket.recv_multipart()[0])
         raise UnreachableError(
-            f"no answer from {self.server} to {op!r}, {tries} tries of {timeout_s} s: is robot_server.py running "
-            "there, is the cable in, are address, port and --keys right?"
+            f"no answer from {self.server} to {op!r}, {self.tries} tries of {self.timeout_s} s: "
+            "is robot_server.py running there, is the cable in, are address, port and --keys right?"
         )
 
     def _wait(self, event: int, deadline: float) -> bool:
@@ -1599,21 +1598,17 @@ class Doctor:
         if self.args.keys and (secret := Path(self.args.keys) / "client.key_secret").exists():
             private = not secret.stat().st_mode & 0o077
             self.say(private, "keys", str(secret), f"others can read it: chmod 600 {secret}", wrong="warn")
-        self.client = RobotClient(self.args.server, self.args.keys)
-        try:
-            hello = self.client.hello()
-        except RobotError:
-            self.client.close()
-            self.client = None
-            raise
+        client = RobotClient(self.args.server, self.args.keys)
+        hello = client.hello()
+        self.client = client
         times = []
         for _ in range(200):
             start = time.perf_counter()
-            state = self.client.state()
+            state = client.state()
             times.append(1000 * (time.perf_counter() - start))
         median, slow = np.percentile(times, (50, 99))
         robot, gripper, fault = hello["robot"], hello["gripper"], state["fault"]
-        self.say(True, "server", f"{self.client.server}, commanded by {hello['lease'] or 'nobody'}")
+        self.say(True, "server", f"{client.server}, commanded by {hello['lease'] or 'nobody'}")
         facts = [robot[name] for name in ("kind", "sdk", "firmware", "task") if robot[name]]
         self.say(True, "robot", f"{', '.join(map(str, facts))}, mode {state['mode']}")
         self.say(slow < 20, "round trip", f"{median:.2f} ms, 99 % below {slow:.2f} ms", "a cable, no WLAN?", "warn")
@@ -1713,7 +1708,7 @@ def drive(args: Args, teleop: Teleop, end: float) -> None:
     terminal = getattr(teleop, "terminal", None)
     with contextlib.closing(Intervention(FrankaEnv(config), teleop)) as env:
         env.reset(options={"keep_scene": True})
-        while time.monotonic() < end and not (terminal and "quit" in terminal.commands()):
+        while time.monotonic() < end and not (terminal and terminal.quits()):
             _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
             show_live(env.unwrapped.client, (), teleop)
             if terminated or truncated:

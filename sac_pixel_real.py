@@ -1118,7 +1118,9 @@ class Agent:
         """
         batch, frames = demos.sample_frames(self.args.batch_size, self.generator)
         batch = self.prepare(batch, frames)
-        mean, std = self.actor(self.critic.encode(batch.observations))  # (B, A)
+        images, states = self.critic.encode(batch.observations)
+        seen = torch.cat([images, self.actor.proprio(states)], -1)
+        mean, std = Actor.forward(self.actor, seen)  # (B, A); a PixelActor's gradients stop before the encoder
         std = std.clamp(min=FIXED_STD)  # an expert without noise: below, its easiest actions outweigh all others
         u = batch.actions[:, : self.arm_dim].clamp(-0.99, 0.99).atanh()  # (B, A), the actions before tanh
         _, log_pi = squash(mean, std, (u - mean) / std)

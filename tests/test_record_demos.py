@@ -631,7 +631,7 @@ def test_expert_demonstrates_through_the_server(tmp_path, monkeypatch):
     assert "is of another set-up: action_scale is" in wrong.stderr and "Traceback" not in wrong.stderr
     assert re.search(r"steps come [\d.]+ ms late at the median", finished.stdout)
     dataset = load(tmp_path, monkeypatch)
-    assert dataset.storage.metadata["fingerprint"] == record_demos.TASKS["peg"].fingerprint()
+    assert dataset.storage.metadata["fingerprint"] == robot_client.TASKS["peg"].fingerprint()
     assert dataset.recover_environment().unwrapped.config.fingerprint() == dataset.storage.metadata["fingerprint"]
     for episode in dataset.iterate_episodes():
         if not episode.infos["success"][-1]:

@@ -1566,7 +1566,7 @@ def test_reset_that_is_given_up_leaves_the_arm_where_it_is(peg):
             return len(asked) == 5
 
         with pytest.raises(rc.RobotError, match="the reset was given up, the arm holds"):
-            env.reset(seed=0, options={"give_up": give_up})
+            env.reset(seed=0, options={"keep_scene": True, "give_up": give_up})
         wait_until(lambda: observer.state()["mode"] in ("hold", "idle"), 2.0)
         assert len(asked) == 5
         away = np.abs(observer.state()["tcp_pose"][:2] - [0.5, 0.0])
