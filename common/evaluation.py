@@ -1,6 +1,6 @@
 """Seeded roll-outs of a policy, side by side; their curve and video, and their recording as a Minari dataset."""
 
-import copy
+import dataclasses
 import math
 import sys
 import tempfile
@@ -137,7 +137,7 @@ def record(
         if not math.isnan(verdict):  # known at the end only
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
-    spec = copy.deepcopy(env.unwrapped.spec)
+    spec = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)  # the wrapper's limit
     if callable(spec.entry_point):  # a class, where Minari wants its name
         spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
     both = {"observation_space": space, "action_space": env.action_space}
