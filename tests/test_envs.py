@@ -492,3 +492,155 @@ def test_a_task_may_write_into_its_action():
         env.step(given)
     (episode,) = env.episodes
     assert given.tolist() == [0.25] * 3 and set(episode.actions.ravel()) == {0.25}
+<<<<<<< HEAD
+=======
+
+
+# --- Demonstrations ---------------------------------------------------------------------------------------------------
+def point() -> gym.Env:
+    return envs.make("probe_envs:Point-v0")
+
+
+class Reversed(gym.ActionWrapper):
+    """Changes actions without saying what the expert would do."""
+
+    def action(self, action):
+        return -action
+
+
+class ReversedToo(Reversed):
+    def expert_action(self):
+        return -self.env.unwrapped.expert_action()
+
+
+class Half(gym.Wrapper):
+    """Changes the action space only."""
+
+    action_space = spaces.Box(-1, 1, (3,))
+
+
+def test_experts_behind_wrappers():
+    """R1: a wrapper that changes actions has an expert of its own, or is named; others are looked through."""
+    for wrap in (ReversedToo, lambda env: ReversedToo(gym.wrappers.TimeLimit(env, 50)), Recorder):
+        episodes = list(envs.demonstrations("2", wrap(point()), seed=1, noise=0.0))
+        assert [episode.info["success"] for episode in episodes] == [True, True]
+        assert len({episode.observations[0]["goal"].tobytes() for episode in episodes}) == 2
+    for wrap, name in ((Reversed, "Reversed"), (Half, "Half")):
+        with pytest.raises(SystemExit, match=f"--demos 2: {name} changes actions, so it needs an expert_action"):
+            next(envs.demonstrations("2", wrap(point()), seed=1, noise=0.0))
+    with pytest.raises(SystemExit, match="--demos 5: Pendulum-v1 has no expert_action"):
+        next(envs.demonstrations("5", envs.make("Pendulum-v1"), seed=1, noise=0.0))
+
+
+@pytest.mark.parametrize("action", [np.zeros(2), 0.0, np.full(3, math.nan), None])
+def test_experts_that_say_no_action(monkeypatch, action):
+    monkeypatch.setattr(probe_envs.Point, "expert_action", lambda self: action)
+    with pytest.raises(SystemExit, match=r"--demos 1: expert_action\(\) gives"):
+        next(envs.demonstrations("1", point(), seed=1, noise=0.0))
+
+
+def test_recorded_episodes_become_demonstrations(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    recorded = list(envs.demonstrations("3", point(), seed=5, noise=0.1))
+    evaluation.record("point/expert-v0", recorded, point(), lambda info: info["success"], algorithm_name="expert")
+    dataset = minari.load_dataset("point/expert-v0")
+    assert isinstance(dataset.recover_environment().unwrapped, probe_envs.Point)
+    assert isinstance(dataset.recover_environment(eval_env=True).unwrapped, probe_envs.Point)
+    for ours, theirs in zip(recorded, envs.demonstrations("point/expert-v0", point(), seed=0, noise=0.0), strict=True):
+        for name in ("actions", "rewards", "terminations", "truncations"):
+            np.testing.assert_array_equal(getattr(theirs, name), getattr(ours, name))
+        for one, other in zip(theirs.observations, ours.observations, strict=True):
+            assert np.array_equal(one["goal"], other["goal"]) and np.array_equal(one["point"], other["point"])
+        assert theirs.info["success"] == ours.info["success"]
+    with pytest.raises(SystemExit, match="--record-dataset point/expert-v0: exists"):
+        evaluation.check_new_dataset("point/expert-v0")
+    with pytest.raises(SystemExit, match="--record-dataset"):
+        evaluation.check_new_dataset("no version")
+
+
+gym.register("Limited-v0", "probe_envs:Endless", max_episode_steps=5)
+
+
+def test_a_recording_knows_the_time_limit(tmp_path, monkeypatch):
+    """R3: the task itself never ends an episode; evaluated from the recording it would not end."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = Recorder(envs.make("Limited-v0"))
+    env.reset(seed=0)
+    while not env.step(np.zeros(1, np.float32))[3]:
+        pass
+    evaluation.record("own/limited-v0", env.episodes, env, lambda info: math.nan)
+    again = minari.load_dataset("own/limited-v0").recover_environment()
+    again.reset(seed=0)
+    assert [again.step(np.zeros(1))[3] for _ in range(5)] == [False] * 4 + [True]
+
+
+class OtherKeys(probe_envs.Point):
+    observation_space = spaces.Dict({"place": spaces.Box(-1, 1, (2,)), "goal": spaces.Box(-1, 1, (2,))})
+
+    def observe(self):
+        return {"place": np.float32(self.point), "goal": np.float32(self.goal)}
+
+
+class OtherBounds(probe_envs.Point):
+    action_space = spaces.Box(-1, 1, (3,), np.float32)
+
+    def expert_action(self):
+        return super().expert_action() / 2
+
+
+@pytest.mark.parametrize("task", [probe_envs.OtherPoint, OtherKeys, OtherBounds])
+def test_demonstrations_of_another_task_are_refused(tmp_path, monkeypatch, task):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    name = f"{task.__name__}-v7"
+    gym.register(name, task, max_episode_steps=20)  # a class, not the name of one
+    other = envs.make(name)
+    evaluation.record(
+        "other/expert-v0", envs.demonstrations("1", other, seed=1, noise=0.0), other, lambda info: math.nan
+    )
+    with pytest.raises(SystemExit, match="--demos other/expert-v0: is not of this task"):
+        next(envs.demonstrations("other/expert-v0", point(), seed=0, noise=0.0))
+    with pytest.raises(SystemExit, match="--demos no/such-v0: "):
+        next(envs.demonstrations("no/such-v0", point(), seed=0, noise=0.0))
+
+
+def test_demonstrations_with_numbers_that_are_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (episode,) = envs.demonstrations("1", point(), seed=1, noise=0.0)
+    episode.rewards[3] = math.nan
+    evaluation.record("point/nan-v0", [episode], point(), lambda info: math.nan)
+    with pytest.raises(SystemExit, match="--demos point/nan-v0: episode 0: rewards hold something else than finite"):
+        list(envs.demonstrations("point/nan-v0", point(), seed=0, noise=0.0))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("rewards", lambda x: x[:-1], "episode 0 has 20 actions and 19 rewards"),
+        ("rewards", lambda x: x[:, None], None),
+        ("terminations", lambda x: x[:-1], "episode 0 has 20 actions and 19 terminations"),
+        ("truncations", lambda x: np.array([b"False"] * 20), "episode 0: truncations hold something else"),
+        ("actions", lambda x: x[:, :1], r"episode 0: actions have shape \(1,\), the task's \(3,\)"),
+        ("observations/goal", lambda x: x[:-1], "is damaged, cannot be read"),
+        ("observations/goal", None, "is damaged, cannot be read"),
+    ],
+)
+def test_demonstrations_whose_file_is_damaged(tmp_path, monkeypatch, part, change, words):
+    """B9's and B15's kinds, of --demos: parts that do not fit together, and a file that is cut off."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    recorded = list(envs.demonstrations("2", point(), seed=1, noise=0.0))
+    evaluation.record("point/bad-v0", recorded, point(), lambda info: math.nan)
+    path = tmp_path / "point/bad-v0/data/main_data.hdf5"
+    if change is None:
+        path.write_bytes(path.read_bytes()[:5000])
+    else:
+        with h5py.File(path, "a") as file:
+            values = change(file[f"episode_0/{part}"][:])
+            del file[f"episode_0/{part}"]
+            file[f"episode_0/{part}"] = values
+    if words is None:
+        read = list(envs.demonstrations("point/bad-v0", point(), seed=0, noise=0.0))
+        np.testing.assert_array_equal(read[0].rewards, recorded[0].rewards)
+        return
+    with pytest.raises(SystemExit, match=f"--demos point/bad-v0: {words}"):
+        list(envs.demonstrations("point/bad-v0", point(), seed=0, noise=0.0))
+>>>>>>> eco
