@@ -1,6 +1,7 @@
 """Episodes: kept as they happen, demonstrated, played again through a script's wrappers, stored with Minari."""
 
 import copy
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -228,7 +229,7 @@ def record(
         if not math.isnan(verdict):  # known at the end only
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
-    spec = copy.deepcopy(env.unwrapped.spec)
+    spec = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)  # the wrapper's limit
     if callable(spec.entry_point):  # a class, where Minari wants its name
         spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
     both = {"observation_space": space, "action_space": env.action_space}

@@ -1,9 +1,5 @@
 """Seeded roll-outs of a policy, side by side; their tables, curve and video."""
 
-<<<<<<< HEAD
-=======
-import dataclasses
->>>>>>> eco
 import math
 import sys
 import tempfile
@@ -109,64 +105,6 @@ def evaluate(
     }
 
 
-<<<<<<< HEAD
-=======
-def check_new_dataset(dataset_id: str) -> None:
-    """Exits with one line when Minari would refuse this name, which it would do after the training."""
-    import minari
-    from minari.dataset.minari_dataset import parse_dataset_id
-
-    try:
-        parse_dataset_id(dataset_id)
-    except ValueError as error:
-        fail(f"--record-dataset: {error}")
-    if dataset_id in minari.list_local_datasets():
-        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
-
-
-def record(
-    dataset_id: str, episodes: Iterable[Episode], env: gym.Env, success: Callable[[dict], float], **about
-) -> None:
-    """Stores episodes of the task `env` as a local Minari dataset that knows its task; `about` as Minari names it."""
-    import minari
-    from gymnasium.vector.utils import concatenate, create_empty_array
-    from minari.data_collector import EpisodeBuffer
-
-    space, buffers = env.observation_space, []
-    for episode in episodes:
-        stacked = concatenate(space, episode.observations, create_empty_array(space, len(episode.observations)))
-        columns = (episode.actions, episode.rewards, episode.terminations, episode.truncations)
-        verdict = success(episode.info)
-        infos = None
-        if not math.isnan(verdict):  # known at the end only
-            infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
-        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
-    spec = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)  # the wrapper's limit
-    if callable(spec.entry_point):  # a class, where Minari wants its name
-        spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
-    both = {"observation_space": space, "action_space": env.action_space}
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=spec, **both, **about)
-
-
-def store_evaluation(
-    dataset_id: str, recorder: Recorder, env: gym.Env, seed: int, success: Callable[[dict], float]
-) -> None:
-    """Stores what `recorder` kept as a Minari dataset; random actions in `env`, which wraps it, are its lower score."""
-    episodes = list(recorder.episodes)
-    random = evaluate(lambda _, rngs: rngs[0].uniform(-1, 1, env.action_space.shape), [env], 10, seed, success)
-    record(
-        dataset_id,
-        episodes,
-        recorder,
-        success,
-        algorithm_name="SAC",
-        ref_min_score=random["eval/episodic_return"],
-        ref_max_score=float(np.mean([episode.rewards.sum() for episode in episodes])),
-        description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
-    )
-
-
->>>>>>> eco
 def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: int, episodes: int = 4) -> None:
     """Writes the first evaluation episodes as an mp4, of the task that `make` makes; without OpenGL it says so."""
     import imageio.v2 as imageio

@@ -93,6 +93,22 @@ def test_recorded_episodes_become_demonstrations(tmp_path, monkeypatch):
         check_new_dataset("no version")
 
 
+gym.register("Limited-v0", "probe_envs:Endless", max_episode_steps=5)
+
+
+def test_a_recording_knows_the_time_limit(tmp_path, monkeypatch):
+    """R3: the task itself never ends an episode; evaluated from the recording it would not end."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = Recorder(envs.make("Limited-v0"))
+    env.reset(seed=0)
+    while not env.step(np.zeros(1, np.float32))[3]:
+        pass
+    record("own/limited-v0", env.episodes, env, lambda info: math.nan)
+    again = minari.load_dataset("own/limited-v0").recover_environment()
+    again.reset(seed=0)
+    assert [again.step(np.zeros(1))[3] for _ in range(5)] == [False] * 4 + [True]
+
+
 class OtherKeys(probe_envs.Point):
     observation_space = spaces.Dict({"place": spaces.Box(-1, 1, (2,)), "goal": spaces.Box(-1, 1, (2,))})
 
