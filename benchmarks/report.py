@@ -146,6 +146,43 @@ def ecosystem_report(folder: Path) -> str:
     return text + table(facts, [[line[fact].replace("|", "/") for fact in facts] for line in lines])
 
 
+def rehearsal_report(folder: Path) -> str:
+    """The section about the working day with the robot: one line for each day."""
+    path = folder / "hil_rehearsal.csv"
+    if not path.exists():
+        return ""
+    cells = []
+    for line in read(path):
+        settings = re.findall(r"--(?:help-until|clone-updates|reward) \S+", line["command"])
+        success = f"**{shown(float(line['success']))}** ({line['low']} to {line['high']})"
+        speed = f"{shown(float(line['cycle_s']))} s ({shown(float(line['demo_cycle_s']))} s)"
+        helped = f"{float(line['intervention_rate']):.0%}"
+        robot = minutes(float(line["robot_s"]))
+        late = f"{shown(float(line['late_p99_ms']))} ms"
+        wall = minutes(float(line["wall_s"])) if line["wall_s"] else "stopped early"
+        episodes = line["episodes"]
+        facts = [line["date"], line["commit"], line["hardware"]]
+        cells.append([line["seed"], f"`{' '.join(settings)}`", line["transitions"], robot, success, episodes, helped])
+        cells[-1] += [speed, late, wall, *facts]
+    head = ["seed", "settings", "transitions", "robot time", "success without help (95%)", "episodes"]
+    head += [
+        "helped, last 20 episodes",
+        "cycle (demonstrations')",
+        "late, p99",
+        "wall time",
+        "date",
+        "commit",
+        "hardware",
+    ]
+    text = (
+        "\n## A day with the robot, rehearsed\n\n`python benchmarks/hil_rehearsal.py` records, trains with a scripted"
+    )
+    text += (
+        " person and evaluates on the\nsimulated robot server; `results/hil_rehearsal/` has what each episode said.\n\n"
+    )
+    return text + table(head, cells)
+
+
 def hardware_line(lines: list[dict[str, str]]) -> str:
     return f"Hardware: {unique(lines, 'hardware')}.\n" if unique(lines, "hardware") else ""
 
@@ -192,7 +229,7 @@ def full_report(folder: Path) -> str:
     )
     text += "are those of the whole process. [exploration.md](exploration.md) tells how the defaults were found.\n\n"
     text += "## Results\n\n" + results_tables(folder)
-    text += ecosystem_report(folder)
+    text += ecosystem_report(folder) + rehearsal_report(folder)
     text += "\n## Rows\n\nEach command also gets `--seed N`.\n"
     for name, row in ROWS.items():
         text += f"\n**{name}**: {row.what}\n\n```bash\npython {row.command}\n```\n\n"

@@ -14,6 +14,7 @@ from test_repo import Command, args_of, command_faults
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import ecosystem
+import hil_rehearsal
 import report
 import run
 import speed
@@ -313,3 +314,21 @@ def test_a_working_day_is_rehearsed(tmp_path):
         r"^transitions +200$", finished.stdout, re.M
     )
     assert "--reward" in finished.stdout and "classifier.pt" in finished.stdout
+
+
+def test_table_of_rehearsed_days(tmp_path):
+    assert report.rehearsal_report(tmp_path) == ""
+    line = {"row": "hil_rehearsal", "seed": 2, "transitions": 8000, "robot_s": 900, "success": 0.96, "episodes": 50}
+    line |= {"low": 0.86, "high": 0.99, "intervention_rate": 0.024, "cycle_s": 2.5, "demo_cycle_s": 3.1}
+    line |= {"late_p99_ms": 1.2}
+    line |= {"wall_s": 1800, "date": "day", "commit": "abc", "hardware": "cores"}
+    line |= {"command": "python sac_pixel_real.py --teleop scripted --help-until 0 --reward task --seed 2"}
+    with (tmp_path / "hil_rehearsal.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, hil_rehearsal.COLUMNS)
+        writer.writeheader()
+        writer.writerow(line)
+        writer.writerow(line | {"wall_s": ""})
+    table = report.rehearsal_report(tmp_path).split("\n\n")[2].splitlines()
+    settings = "`--help-until 0 --reward task`"
+    told = f"| 2 | {settings} | 8000 | 15.0 min | **0.96** (0.86 to 0.99) | 50 | 2% | 2.5 s (3.1 s) | 1.2 ms |"
+    assert table[2:] == [f"{told} {wall} | day | abc | cores |" for wall in ("30.0 min", "stopped early")]
