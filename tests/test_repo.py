@@ -465,7 +465,7 @@ def test_ruff(command):
 
 
 # --- Requirements -----------------------------------------------------------------------------------------------------
-NOT_IMPORTED = {"ruff", "pytest-timeout", "imageio-ffmpeg", "pyserial"}  # tools; what others import
+NOT_IMPORTED = {"pytest-xdist", "ruff", "pytest-timeout", "imageio-ffmpeg", "pyserial"}  # tools; what others import
 OPTIONAL = {"ogbench", "robosuite"}  # imported where used, behind a line that names the pip command
 
 
