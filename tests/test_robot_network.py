@@ -264,13 +264,12 @@ def test_a_front_that_grows_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(robot_server, "memory_bytes", lambda: next(sizes))
     for name in ("send", "publish", "complain"):
         monkeypatch.setattr(robot_server.Front, name, lambda *_: None)
-    monkeypatch.setattr(robot_server.Front, "answer", lambda _: False)
-    front.doors = type("Doors", (), {"look": lambda *_: None})()
-    front.poller = type("Poller", (), {"poll": lambda _, ms: time.sleep(ms / 1000) or []})()
-    front.link = socket.socket()
+    monkeypatch.setattr(robot_server.Front, "answer", lambda front: time.sleep(front.router.rcvtimeo / 1000))
+    front.doors = type("Doors", (), {"look": lambda *_, **__: None})()
+    front.router = type("Router", (), {"events": 0})()
+    front.alone = False
     front.serve()
     assert next(sizes, None) is None
-    front.link.close()
 
 
 # --- Floods and hostile messages --------------------------------------------------------------------------------------
