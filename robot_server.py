@@ -380,7 +380,8 @@ class Limiter:
         jump = math.dist(target[:3], reference[:3])
         if jump > most:
             return f"the target jumps {jump:.4g} m from the reference, --max-jump is {most}"
-        turn = norm(rotation_between([x / length for x in target[3:]], reference[3:]))
+        cos = sum(a * b for a, b in zip(target[3:], reference[3:])) / length  # of half the angle, either way round
+        turn = 2 * math.acos(min(abs(cos), 1.0))
         if turn > most_turn:
             return f"the target turns {turn:.3g} rad from the reference, --max-rotation-jump is {most_turn}"
         return None
@@ -514,7 +515,7 @@ class Arm(ABC):
     Every method raises ArmError."""
 
     waits = True  # whether ticks follow the clock
-    task: dict[str, Any] | None = None  # what `task` answers; a simulated arm also has `reset_task`
+    task: bytes | None = None  # what `task` answers, by marshal; a simulated arm also has `reset_task`
 
     def __init__(self, args: Args):
         self.args = args
@@ -636,7 +637,7 @@ class SimArm(Arm):
             self.reflex = (f"cartesian_reflex: {force:.0f} N",)
             self.stop()
         if self.time - self.task_time >= 0.02:
-            self.task = self.look_at_task()
+            self.task = marshal.dumps(self.look_at_task())
             self.task_time = self.time
         mode = "reflex" if self.reflex else "move" if self.controlling or self.motion else "idle"
         return ArmState(self.time, sim.tcp_pose, sim.tcp_velocity, self.wrench.copy(), sim.q, sim.dq, mode, self.reflex)
@@ -2357,8 +2358,11 @@ class Front:
         except Exception:
             log.exception("request")
             refused = Refused("internal", "a bug, see the server's log")
+        reply = self.packed(request, result, refused)
         with contextlib.suppress(zmq.ZMQError):  # a peer that is gone, or does not read
-            self.router.send_multipart([*frames[:cut], self.packed(request, result, refused)], zmq.DONTWAIT)
+            for frame in frames[:cut]:
+                self.router.send(frame, zmq.DONTWAIT | zmq.SNDMORE)
+            self.router.send(reply, zmq.DONTWAIT)
 
     def carry_out(self, request: dict[str, Any]) -> dict[str, Any]:
         """The result; raises Refused."""
@@ -2429,7 +2433,7 @@ class Front:
         task = self.newest["task"]
         if task is None:
             raise Refused("unavailable", "only the simulated robot has this")
-        return task
+        return marshal.loads(task)
 
     def op_acquire(self, name: str, token: str, ttl: float, takeover: bool) -> dict[str, Any]:
         holder = self.holder()
