@@ -900,12 +900,6 @@ class PandaPyArm(SdkArm):
         try:
             with self.faults():
                 self.panda.raise_error()  # the only place that tells of a reflex: the state just stands still
-        except ArmError:
-            self.controlling = False
-            self.motion = None
-            raise
-        try:
-            with self.faults():
                 s = self.panda.get_state()
         except ArmError as error:
             if "another control or read operation" in str(error) and self.last:  # a race inside panda-py: next tick
@@ -1028,7 +1022,7 @@ def reach(ip: str) -> int:
             body = tcp.recv(size - 12, socket.MSG_WAITALL)
             return struct.unpack_from("<H", body, 1 if size == 15 else 2)[0]  # after a byte; franky-sim pads
     except (OSError, struct.error) as error:
-        raise ArmError("sdk", NO_ROBOT.format(ip, error)) from error
+        raise ArmError("sdk", NO_ROBOT.format(ip, getattr(error, "strerror", None) or error)) from error
 
 
 # TASK: an arm of your own: subclass Arm, and name it here and in Args.robot.
@@ -1321,37 +1315,14 @@ GRIPPERS = {"sim": SimGripper, "franka-hand": FrankaHand, "robotiq": Robotiq, "n
 REQUIRED = object()
 
 
-def is_number(argument: "Argument", value: Any) -> bool:
-    return type(value) in (int, float) and argument.low <= value <= argument.high  # NaN is not
-
-
-def is_whole(argument: "Argument", value: Any) -> bool:
-    return is_number(argument, value) and value == int(value)
-
-
-def is_vector(argument: "Argument", value: Any) -> bool:
-    """Of numbers that may be anything, NaN too: whoever uses them looks."""
-    is_list = isinstance(value, list | tuple) and len(value) == argument.size
-    return is_list and all(type(x) in (int, float) for x in value)
-
-
-def is_text(argument: "Argument", value: Any) -> bool:
-    is_printable = isinstance(value, str) and value.isprintable()
-    return is_printable and argument.low <= len(value) <= argument.high
-
-
-def is_ascii(argument: "Argument", value: Any) -> bool:
-    return is_text(argument, value) and value.isascii()
-
-
-KINDS = {  # what is wanted, and whether a value is that
-    "number": ("a number from {low:g} to {high:g}", is_number),
-    "whole": ("a whole number from {low:g} to {high:g}", is_whole),
-    "vector": ("{size} numbers", is_vector),
-    "text": ("a text of {low:g} to {high:g} characters", is_text),
-    "ascii": ("a text of {low:g} to {high:g} characters", is_ascii),
-    "choice": ("one of {choices}", lambda argument, value: value in argument.choices),
-    "truth": ("true or false", lambda argument, value: type(value) is bool),
+WANTED = {
+    "number": "a number from {low:g} to {high:g}",
+    "whole": "a whole number from {low:g} to {high:g}",
+    "vector": "{size} numbers",  # which may be anything, NaN too: whoever uses them looks
+    "text": "a text of {low:g} to {high:g} characters",
+    "ascii": "a text of {low:g} to {high:g} ASCII characters",
+    "choice": "one of {names}",
+    "truth": "true or false",
 }
 
 
@@ -1366,12 +1337,32 @@ class Argument:
     size: int = 1  # 0: it is a text, or only the front needs it
     choices: tuple[str, ...] = ()
 
+    def fits(self, value: Any) -> bool:
+        is_number = type(value) in (int, float) and self.low <= value <= self.high  # NaN is not
+        is_text = isinstance(value, str) and value.isprintable() and self.low <= len(value) <= self.high
+        match self.kind:
+            case "number":
+                return is_number
+            case "whole":
+                return is_number and value == int(value)
+            case "vector":
+                is_long_enough = isinstance(value, list | tuple) and len(value) == self.size
+                return is_long_enough and all(type(x) in (int, float) for x in value)
+            case "text":
+                return is_text
+            case "ascii":
+                return is_text and value.isascii()
+            case "choice":
+                return value in self.choices
+            case _:
+                return type(value) is bool
+
     def check(self, name: str, value: object) -> None:
         """Raises Refused."""
-        wanted, fits = KINDS[self.kind]
         is_left_out = value is None and self.default is None
-        if not is_left_out and not fits(self, value):
-            raise Refused("bad_argument", f"{name}: give {wanted.format(**vars(self))}, not {value!r:.40}")
+        if not is_left_out and not self.fits(value):
+            wanted = WANTED[self.kind].format(**vars(self), names=" ".join(self.choices))
+            raise Refused("bad_argument", f"{name}: give {wanted}, not {value!r:.40}")
 
     def to_numbers(self, value: Any) -> list[float]:
         """NaN stands for None, a choice goes by its place."""
@@ -2735,7 +2726,7 @@ Finding = tuple[bool | None, str, str, str]  # whether it is fine (None: it coul
 def examine(args: Args) -> Iterator[Finding]:
     """One after the other, because some take seconds."""
     yield sys.version_info >= (3, 11), "python", platform.python_version(), "take Python 3.11 or newer"
-    packages = ("pyzmq", "msgpack", "numpy", *PACKAGES[args.robot], *PACKAGES.get(args.gripper, ()))
+    packages = ("pyzmq", "msgpack", "numpy", "tyro", *PACKAGES[args.robot], *PACKAGES.get(args.gripper, ()))
     for package in dict.fromkeys(packages):
         name = package.partition("==")[0]
         try:
@@ -2753,9 +2744,13 @@ def examine(args: Args) -> Iterator[Finding]:
         yield False, "ports", text, "end the other server, or take another port"
     if args.gripper == "robotiq":
         port = args.gripper_port
-        text = port if os.path.exists(port) else f"{port} is missing"
-        remedy = "plug in its USB adapter; for the permission: sudo usermod -aG dialout $USER, then log in again"
-        yield os.access(port, os.R_OK | os.W_OK), "gripper", text, remedy
+        text = f"no permission for {port}"
+        remedy = "sudo usermod -aG dialout $USER, then log in again"
+        if not os.path.exists(port):
+            text = f"{port} is missing"
+            remedy = "plug in its USB adapter, or name its --gripper-port"
+        allowed = os.access(port, os.R_OK | os.W_OK)
+        yield allowed, "gripper", f"robotiq at {port}" if allowed else text, remedy
     if args.robot != "sim":
         yield from examine_machine()
         yield from examine_robot(args.robot_ip)
@@ -2774,7 +2769,7 @@ def examine_machine() -> Iterator[Finding]:
     yield allowed, "real-time priority", "allowed" if allowed else "not allowed", remedy
     files = Path("/sys/devices/system/cpu").glob("cpu*/cpufreq/scaling_governor")
     governors = {path.read_text().strip() for path in files}
-    text = " ".join(sorted(governors)) or "none: the machine, or the host of a virtual one, decides"
+    text = " ".join(sorted(governors)) or "not shown here, as in a virtual machine"
     yield governors <= {"performance"} or None, "CPU governor", text, "sudo cpupower frequency-set -g performance"
 
 
