@@ -2062,26 +2062,36 @@ MAX_GROWTH = 40 << 20  # bytes of memory of a front; then another one takes over
 
 
 class Connection:
+    """What Linux tells of a connection, beside what libzmq does."""
+
     def __init__(self, fd: int, now: float):
         self.socket = socket.socket(fileno=os.dup(fd))  # ours is the same connection, whatever becomes of the number
         self.address = self.socket.getpeername()[0]
-        self.since = now
+        self.received = 0  # bytes
         self.taken = 0  # bytes received that messages have brought
         self.heard = False  # a message came since the last look
         self.served = False  # a message came ever
-        self.received = 0
-        self.was_cut = False
+        self.silent_ms = 0  # since the peer last sent something
         self.acked = 0  # bytes that the peer has taken
         self.acked_at = now
+        self.was_cut = False
 
-    def facts(self) -> tuple[int, int, int, int]:
-        """Bytes taken by the peer, bytes received, bytes that wait for the peer, ms since it last sent something:
-        Linux's struct tcp_info."""
+    @property
+    def underway(self) -> int:
+        return self.received - self.taken
+
+    def look(self, now: float, drained: bool) -> None:
+        """Asks Linux: struct tcp_info. Raises OSError when the connection has just ended."""
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        silent_ms = struct.unpack_from("<I", info, 52)[0]
-        acked, received = struct.unpack_from("<QQ", info, 120)
-        waiting = struct.unpack_from("<I", info, 144)[0]
-        return acked, received, waiting, silent_ms
+        self.silent_ms = struct.unpack_from("<I", info, 52)[0]
+        acked, self.received = struct.unpack_from("<QQ", info, 120)
+        waiting = struct.unpack_from("<I", info, 144)[0]  # bytes that the peer has not taken yet
+        if self.heard and drained:
+            self.taken = self.received  # what is not of messages, as heartbeats, does not add up
+        self.heard = False
+        if acked != self.acked or not waiting:
+            self.acked = acked
+            self.acked_at = now
 
 
 class Doors:
@@ -2120,37 +2130,24 @@ class Doors:
         self.hear_monitors(now)
         if drained:
             self.left = 0
-        underway: list[tuple[int, Connection]] = []
-        silent: list[tuple[int, Connection]] = []
+        connections = []
         for connection in self.connections.values():
-            try:
-                acked, connection.received, waiting, silent_ms = connection.facts()
-            except OSError:
-                continue
-            if connection.heard and drained:
-                connection.taken = connection.received  # what is not of messages, as heartbeats, does not add up
-            connection.heard = False
-            if acked != connection.acked or not waiting:
-                connection.acked = acked
-                connection.acked_at = now
-            elif now - connection.acked_at > 2:
+            with contextlib.suppress(OSError):
+                connection.look(now, drained)
+                connections.append(connection)
+        for connection in connections:
+            if now - connection.acked_at > 2:
                 self.cut(connection, "does not read")
-            underway.append((connection.received - connection.taken, connection))
-            if not connection.was_cut:
-                silent.append((silent_ms, connection))
-        self.limit_underway(underway)
-        silent.sort(key=lambda pair: (not pair[1].served, pair[0]), reverse=True)
-        for _, connection in silent[: max(len(silent) - MAX_CONNECTIONS, 0)]:
+        total = self.left + sum(connection.underway for connection in connections)
+        for connection in sorted(connections, key=lambda c: -c.underway):
+            too_much = total >= MAX_ALL_UNDERWAY and connection.underway >= 4096
+            if connection.underway >= MAX_UNDERWAY or too_much:
+                total -= connection.underway
+                self.cut(connection, "sends more than can be read")
+        alive = [connection for connection in connections if not connection.was_cut]
+        alive.sort(key=lambda c: (c.served, -c.silent_ms))  # who never asked, then who was silent for longest
+        for connection in alive[: max(len(alive) - MAX_CONNECTIONS, 0)]:
             self.cut(connection, "too many connections")
-
-    def limit_underway(self, underway: list[tuple[int, Connection]]) -> None:
-        underway.sort(key=lambda pair: pair[0], reverse=True)
-        total = self.left + sum(size for size, _ in underway)
-        for size, connection in underway:
-            if size < MAX_UNDERWAY and (total < MAX_ALL_UNDERWAY or size < 4096):
-                return
-            total -= size
-            self.cut(connection, "sends more than can be read")
 
     def hear_monitors(self, now: float) -> None:
         import zmq
