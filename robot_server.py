@@ -2184,6 +2184,7 @@ class Doors:
             connection.socket.shutdown(socket.SHUT_RDWR)
 
 
+EAGER_S = 2e-4  # on two cores: round trips of 0.20 ms instead of 0.30
 SDK_BUSY = "the robot's SDK takes its time: ask again"
 
 
@@ -2199,6 +2200,7 @@ class Front:
         self.facts = facts  # what `hello` tells
         self.limiter = Limiter(args)
         self.alone = False  # the robot process has ended
+        self.answered = -math.inf  # when it last answered
         self.unanswered: dict[str, dict[str, Any]] = {}  # a job that the robot thread has not heard of yet
         self.refusals: Counter[str] = Counter()
         self.complained = 0.0
@@ -2315,12 +2317,15 @@ class Front:
 
     # Requests
     def answer(self) -> None:
-        """Waits for a request as long as the socket says, and answers it."""
+        """Answers a request if there is one, or one comes while the socket waits. Requests come in bursts, and to look
+        takes less time than to be woken: so for a moment after each it only looks."""
         import zmq
 
+        is_eager = time.monotonic() < self.answered + EAGER_S
         try:
-            first = self.router.recv(copy=False)
+            first = self.router.recv(zmq.DONTWAIT if is_eager else 0, copy=False)
         except zmq.Again:
+            os.sched_yield()
             return
         frames = [first.bytes]
         fd = first.get(zmq.SRCFD)
@@ -2351,6 +2356,7 @@ class Front:
             for frame in frames[:cut]:
                 self.router.send(frame, zmq.DONTWAIT | zmq.SNDMORE)
             self.router.send(reply, zmq.DONTWAIT)
+        self.answered = time.monotonic()
 
     def carry_out(self, request: dict[str, Any]) -> dict[str, Any]:
         """The result; raises Refused."""
