@@ -1720,13 +1720,13 @@ class Control(threading.Thread):
                 return
             command = Command.unpack(data)
             self.front_heard = now
-            self.lease_until = min(now + 10, command.lease_until)
             self.answer = {"code": "", "message": "", "job": None}
             try:
                 job = self.obey(command, now)
                 self.answer["job"] = job and job.report()
             except Refused as error:
                 self.answer |= {"code": error.code, "message": str(error)}
+            self.lease_until = min(now + 10, command.lease_until)
             self.number = command.number
 
     def obey(self, command: Command, now: float) -> Job | None:
@@ -1748,7 +1748,7 @@ class Control(threading.Thread):
     def grant(self, command: Command, ttl: float, now: float) -> None:
         """A new lease, or the same one with another duration. The old one's job ends, or its target."""
         seq = self.lease["seq"]
-        if command.text != self.lease["token"]:
+        if command.text != self.lease["token"] or now > self.lease_until:
             seq = None
             self.target_at = min(self.target_at, now - self.args.hold_after_s)
             if self.job:

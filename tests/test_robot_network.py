@@ -214,6 +214,23 @@ def test_the_robot_process_has_nothing_of_the_network(tmp_path):
         wait_until(lambda: not any(Path(f"/proc/{pid}/fd/0").exists() for pid in (first, spare)), 10)
 
 
+def test_a_robot_process_that_stands_still(tmp_path):
+    """The front goes on: whoever looks is answered and sees how old the state is, a target gets no ok."""
+    with serving(tmp_path) as process, Wire(process.requests) as wire:
+        start = wire.stream()
+        wire.ask("target", pose=start)
+        os.kill(process.pid, signal.SIGSTOP)
+        try:
+            time.sleep(0.8)
+            assert wire.refused("target", pose=start) == "frozen"
+            assert wire.ask("hello")["state_age"] > 0.5 and wire.state()["state_age"] > 0.5
+            assert wire.ask("job", handle=wire.state()["jobs"]["arm"]["handle"])["result"]["status"] == "done"
+        finally:
+            os.kill(process.pid, signal.SIGCONT)
+        wire.wait_for(mode="hold")
+        assert wire.ask("target", pose=start)["mode"] == "streaming" and wire.state()["fault"] is None
+
+
 SLOW_RECOVER = """
 import sys, time
 sys.path.insert(0, REPO)

@@ -211,6 +211,21 @@ def test_a_takeover_ends_the_job_of_the_other(world):
     assert world.ask("job", handle=handle)["status"] == "failed" and world.arm.busy == 0
 
 
+def test_a_lease_that_comes_again_moves_nothing(world):
+    """Its holder let it go and takes it again at once: the old target is no target any more."""
+    start = world.streaming()
+    world.ask("target", pose=near(start, 0.0, 0.05, 0.0), seq=8)
+    world.tick(2)
+    world.ask("release")
+    world.tick(2)
+    world.ask("acquire", name="test", ttl=10.0)
+    world.tick(60)
+    assert world.control.mode == "hold" and world.control.lease["seq"] is None
+    world.ask("target", pose=near(world.reference, 0.0, 0.01, 0.0), seq=1)
+    world.tick()
+    assert world.control.mode == "streaming"
+
+
 def test_a_start_outside_the_box_moves_nothing(world):
     world.arm.pose[:3] = 0.45, 0.0, -0.2
     start = world.streaming()
