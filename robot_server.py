@@ -2184,7 +2184,7 @@ class Doors:
             connection.socket.shutdown(socket.SHUT_RDWR)
 
 
-EAGER_S = 2e-4  # on two cores: round trips of 0.20 ms instead of 0.30
+EAGER_S = 2e-4  # after a request: looking costs the processor, sleeping and being woken costs the client
 SDK_BUSY = "the robot's SDK takes its time: ask again"
 
 
