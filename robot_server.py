@@ -76,6 +76,7 @@ commit cd5f7e7: no deadline, no limit, errors cleared before every pose); impeda
 """
 
 import contextlib
+import errno
 import importlib.metadata
 import ipaddress
 import json
@@ -2744,7 +2745,8 @@ def examine(args: Args) -> Iterator[Finding]:
         yield True, "ports", f"{ports} at {args.bind} are free", ""
     except OSError as error:
         text = f"--bind {args.bind} --port {args.port} (and the next one): {error.strerror}"
-        yield False, "ports", text, "end the other server, or take another port"
+        wrong = None if error.errno == errno.EADDRINUSE else False  # by a server that runs already, mostly
+        yield wrong, "ports", text, "end the other server, or take another port"
     if args.gripper == "robotiq":
         port = args.gripper_port
         text = f"no permission for {port}"
