@@ -9,7 +9,7 @@
 
 Two processes. The robot process has the arm's SDK, the gripper, the limiter, the watchdog and the faults, and nothing
 that could read what comes from outside. The front has sockets, msgpack, keys and leases; it sends the robot process
-small messages of a fixed form and reads its state from memory that both share. Whatever a network does to the front,
+small messages of a fixed form and hears its state in every tick. Whatever a network does to the front,
 the arm holds and stops; a spare front takes over within a few hundredths of a second, and clients go on.
 Nothing that a client sends is trusted: commands are refused or limited in the thread that talks to the robot. A client
 that falls silent means hold, then stop. Faults stay until a person has looked and a client sends `recover`.
@@ -33,8 +33,8 @@ heartbeats are answered.
 modes       idle: no controller runs, the robot holds itself; streaming; hold: the controller runs, the reference
             stands; busy: a job moves the arm; stopping: it comes to rest; fault: latched until `recover`
 error codes malformed version unknown_op bad_argument: the request; no_lease lease_taken; fault held not_streaming busy:
-            the server's mode; refused: by the limiter, with the reason; stale; unavailable; unknown_handle;
-            handle_used: by another operation; internal
+            the server's mode; frozen: the robot process does not go on; refused: by the limiter, with the reason;
+            stale; unavailable; unknown_handle; handle_used: by another operation; internal
 
 operation (L: needs the lease's token, J: a job, see below)
 hello {}    -> protocol, server_id, server, robot, gripper, limits, watchdog, gains, reset_joints, lease
@@ -76,19 +76,22 @@ commit cd5f7e7: no deadline, no limit, errors cleared before every pose); impeda
 """
 
 import contextlib
-import functools
+import errno
 import importlib.metadata
 import ipaddress
 import json
 import logging
 import logging.handlers
+import marshal
 import math
-import mmap
+import multiprocessing
 import os
 import platform
 import queue
 import re
+import resource
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -98,14 +101,13 @@ import subprocess
 import sys
 import threading
 import time
-import zlib
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -301,25 +303,18 @@ def check_gains(gains: dict[str, Any], args: Args) -> None:
         raise Refused("bad_argument", f"nullspace_stiffness {gains['nullspace_stiffness']:g}: give 0 to 50")
 
 
-def gain_values(gains: dict[str, Any]) -> list[float]:
-    """All gains as 11 numbers, in the order of Gains."""
-    values = []
-    for name in Gains.__dataclass_fields__:
-        values += gains[name] if "clip" in name else [gains[name]]
-    return values
-
-
-def gains_from(values: Sequence[float], args: Args) -> Gains:
-    """The other way round; raises Refused for gains beyond the limits."""
-    numbers = iter(values)
-    gains = {}
-    for name in Gains.__dataclass_fields__:
-        gains[name] = tuple(next(numbers) for _ in range(3)) if "clip" in name else next(numbers)
+def allowed_gains(gains: dict[str, Any], args: Args) -> Gains:
+    """Raises Refused for what is missing or beyond the limits."""
+    if None in gains.values():
+        raise Refused("bad_argument", "gains: some are missing")
     check_gains(gains, args)
     return Gains(**gains)
 
 
 # --- Reference limiter ------------------------------------------------------------------------------------------------
+LINEAR, ANGULAR = slice(0, 3), slice(3, 6)  # of a twist
+
+
 def quat_multiply(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     """(4,) rotation b, then a; x, y, z, w."""
     (ax, ay, az, aw), (bx, by, bz, bw) = map(float, a), map(float, b)
@@ -354,75 +349,111 @@ def norm(vector: np.ndarray) -> float:
     return math.hypot(*vector.tolist())
 
 
+def shortened(vector: np.ndarray, most: float) -> np.ndarray:
+    """The vector, or one in its direction of length `most`."""
+    return vector * min(1.0, most / max(norm(vector), 1e-12))
+
+
 class Limiter:
-    """Turns the target, whatever it is, into a reference that an arm may follow. Used by the robot thread only."""
+    """Turns the target, whatever it is, into a reference that an arm may follow. Used by the robot thread only; the
+    front asks another one for `refusal`, which has no memory."""
 
     def __init__(self, args: Args):
-        self.args, self.low, self.high = args, np.array(args.workspace_low), np.array(args.workspace_high)
+        self.args = args
+        self.low = np.array(args.workspace_low)
+        self.high = np.array(args.workspace_high)
         self.seed(np.array([0, 0, 0, 1.0, 0, 0, 0]))
 
     def seed(self, pose: np.ndarray) -> None:
         """Start from this pose (7,), at rest."""
-        self.reference, self.velocity, self.limited = pose.copy(), np.zeros(6), []
+        self.reference = pose.copy()
+        self.velocity = np.zeros(6)
+        self.limited: list[str] = []
 
-    def refusal(self, target: np.ndarray, reference: np.ndarray) -> str | None:
+    def refusal(self, target: Sequence[float], reference: Sequence[float]) -> str | None:
         """Why a target (7,) is refused, not limited: None if it is not."""
-        if not np.isfinite(target).all():
+        most, most_turn = self.args.max_jump, self.args.max_rotation_jump
+        if not all(map(math.isfinite, target)):
             return "the target is not finite"
-        if abs((length := norm(target[3:])) - 1) > 0.01:
+        length = math.hypot(*target[3:])
+        if abs(length - 1) > 0.01:
             return f"the quaternion of the target has length {length:.4g}, not 1"
-        if (jump := norm(target[:3] - reference[:3])) > (most := self.args.max_jump):
+        jump = math.dist(target[:3], reference[:3])
+        if jump > most:
             return f"the target jumps {jump:.4g} m from the reference, --max-jump is {most}"
-        if (turn := norm(rotation_between(target[3:] / length, reference[3:]))) > (most := self.args.max_rotation_jump):
-            return f"the target turns {turn:.3g} rad from the reference, --max-rotation-jump is {most}"
+        cos = sum(a * b for a, b in zip(target[3:], reference[3:])) / length  # of half the angle, either way round
+        turn = 2 * math.acos(min(abs(cos), 1.0))
+        if turn > most_turn:
+            return f"the target turns {turn:.3g} rad from the reference, --max-rotation-jump is {most_turn}"
         return None
 
     def step(self, target: np.ndarray | None, state: "ArmState", gains: Gains, dt: float) -> None:
-        """Moves the reference by `dt` towards the target (7,), or lets it come to rest (None), within all limits.
-
-        In this order: box and tilt for the goal; speed and acceleration for the way there; then per axis not further
-        than the clip from the measured pose, so that the controller's force is bounded and nothing winds up, and in all
-        not further than its damper holds at the maximum speed, less when that is near: so the arm keeps to it, too.
-        """
-        measured, old, new, args, self.limited = state.tcp_pose, self.reference, self.reference.copy(), self.args, []
-        target = old if target is None or not np.isfinite(target).all() else target
-        if dt > 0:
-            low, high = np.minimum(self.low, old[:3]), np.maximum(self.high, old[:3])  # inward as far as wanted, only
-            most_tilt = max(args.max_tilt, tilt(old[3:]))
-            position, quat = np.clip(target[:3], low, high), self.upright(target[3:] / norm(target[3:]), most_tilt)
-            if (position != target[:3]).any():
-                self.limited.append("box")
-            most, change = args.max_speed, args.max_acceleration
-            v, fast = approach(position - old[:3], self.velocity[:3], most, change, dt)
-            most, change = args.max_rotation_speed, args.max_rotation_acceleration
-            w, spins = approach(rotation_between(quat, old[3:]), self.velocity[3:], most, change, dt)
-            if fast or spins:
-                self.limited.append("speed")
-            self.velocity = np.concatenate([v, w])
-            new[:3] = np.clip(old[:3] + v * dt, low, high)
-            new[3:] = self.upright(quat_multiply(quat_from_rotvec(w * dt), old[3:]), most_tilt)
-        lag, bound = difference(new, measured), np.array([*gains.clip, *gains.rotational_clip])
-        clipped, parts = np.clip(lag, -bound, bound), (slice(0, 3), slice(3, 6))
-        speeds = args.max_speed, args.max_rotation_speed
-        nearness = max(norm(state.tcp_vel[part]) / speed for part, speed in zip(parts, speeds))
-        brake = min(max(5.5 - 5 * nearness, 0.0), 1.0)  # less from 0.9 of the speed on, nothing from 1.1 on
-        dampers = gains.damping / gains.stiffness, gains.rotational_damping / gains.rotational_stiffness
-        for part, speed, damper in zip(parts, speeds, dampers):
-            clipped[part] *= min(1.0, 0.9 * brake * speed * damper / max(norm(clipped[part]), 1e-12))
-        if (clipped != lag).any():
-            self.limited.append("clip")
-            new[:3], new[3:] = measured[:3] + clipped[:3], quat_multiply(quat_from_rotvec(clipped[3:]), measured[3:])
-            moved = difference(new, old) / max(dt, 1e-3)  # go on from how it really moved, but not faster than before
-            for part in parts:
-                self.velocity[part] = moved[part] * min(1.0, norm(self.velocity[part]) / max(norm(moved[part]), 1e-9))
+        """Moves the reference by `dt` towards the target (7,), or lets it come to rest (None), within all limits: first
+        those of the goal and of the way there, then those of the distance to the measured pose."""
+        self.limited = []
+        new = self.advance(target, dt) if dt > 0 else self.reference.copy()
+        new = self.keep_near(new, state, gains, dt)
         new[3:] /= norm(new[3:])
         self.reference = new
 
+    def advance(self, target: np.ndarray | None, dt: float) -> np.ndarray:
+        """The next reference (7,): box and tilt for the goal, speed and acceleration for the way there."""
+        args = self.args
+        old = self.reference
+        if target is None or not np.isfinite(target).all():
+            target = old
+        low = np.minimum(self.low, old[:3])  # inward as far as wanted, only
+        high = np.maximum(self.high, old[:3])
+        most_tilt = max(args.max_tilt, tilt(old[3:]))
+        position = np.clip(target[:3], low, high)
+        if (position != target[:3]).any():
+            self.limited.append("box")
+        quat = self.upright(target[3:] / norm(target[3:]), most_tilt)
+        way = position - old[:3]
+        turn = rotation_between(quat, old[3:])
+        v, fast = approach(way, self.velocity[LINEAR], args.max_speed, args.max_acceleration, dt)
+        w, spins = approach(turn, self.velocity[ANGULAR], args.max_rotation_speed, args.max_rotation_acceleration, dt)
+        if fast or spins:
+            self.limited.append("speed")
+        self.velocity = np.concatenate([v, w])
+        new_position = np.clip(old[:3] + v * dt, low, high)
+        new_quat = self.upright(quat_multiply(quat_from_rotvec(w * dt), old[3:]), most_tilt)
+        return np.concatenate([new_position, new_quat])
+
+    def keep_near(self, new: np.ndarray, state: "ArmState", gains: Gains, dt: float) -> np.ndarray:
+        """`new` (7,), but per axis not further than the clip from the measured pose, so that the controller's force is
+        bounded and nothing winds up, and in all not further than its damper holds at the maximum speed, less when that
+        is near: so the arm keeps to it, too."""
+        args = self.args
+        measured = state.tcp_pose
+        lag = difference(new, measured)
+        bound = np.array([*gains.clip, *gains.rotational_clip])
+        clipped = np.clip(lag, -bound, bound)
+        speed = norm(state.tcp_vel[LINEAR]) / args.max_speed
+        spin = norm(state.tcp_vel[ANGULAR]) / args.max_rotation_speed
+        brake = min(max(5.5 - 5 * max(speed, spin), 0.0), 1.0)  # less from 0.9 of the speed on, nothing from 1.1 on
+        held = 0.9 * brake * args.max_speed * gains.damping / gains.stiffness
+        held_turn = 0.9 * brake * args.max_rotation_speed * gains.rotational_damping / gains.rotational_stiffness
+        clipped[LINEAR] = shortened(clipped[LINEAR], held)
+        clipped[ANGULAR] = shortened(clipped[ANGULAR], held_turn)
+        if (clipped == lag).all():
+            return new
+        self.limited.append("clip")
+        position = measured[:3] + clipped[LINEAR]
+        quat = quat_multiply(quat_from_rotvec(clipped[ANGULAR]), measured[3:])
+        near = np.concatenate([position, quat])
+        moved = difference(near, self.reference) / max(dt, 1e-3)
+        for part in (LINEAR, ANGULAR):  # go on from how it really moved, but not faster than before
+            self.velocity[part] = shortened(moved[part], norm(self.velocity[part]))
+        return near
+
     def upright(self, quat: np.ndarray, most: float) -> np.ndarray:
         """The rotation (4,), tilted back as far as needed to stay below `most` rad."""
-        if (excess := tilt(quat) - most) <= 0:
+        excess = tilt(quat) - most
+        if excess <= 0:
             return quat
-        self.limited = sorted({*self.limited, "tilt"})
+        if "tilt" not in self.limited:
+            self.limited.append("tilt")
         axis = np.cross(tool_axis(quat), (0, 0, -1))
         axis = axis / norm(axis) if norm(axis) > 1e-6 else np.array([1.0, 0, 0])
         return quat_multiply(quat_from_rotvec(axis * excess), quat)
@@ -444,12 +475,15 @@ def difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.concatenate([a[:3] - b[:3], rotation_between(a[3:], b[3:])])
 
 
-def approach(error: np.ndarray, velocity: np.ndarray, max_speed: float, max_acceleration: float, dt: float):
+def approach(
+    error: np.ndarray, velocity: np.ndarray, max_speed: float, max_acceleration: float, dt: float
+) -> tuple[np.ndarray, bool]:
     """Next velocity (3,) towards a goal at `error` (3,), which it reaches at rest; whether its speed is capped."""
-    distance, change = norm(error), max_acceleration * dt
+    distance = norm(error)
+    change = max_acceleration * dt
     braking = change * (math.sqrt(0.25 + 2 * distance / (change * dt)) - 0.5)  # stops within `distance` in steps of dt
-    step = error * (min(braking, max_speed) / max(distance, 1e-12)) - velocity
-    return velocity + step * min(1.0, change / max(norm(step), 1e-12)), braking > max_speed
+    wanted = error * (min(braking, max_speed) / max(distance, 1e-12))
+    return velocity + shortened(wanted - velocity, change), braking > max_speed
 
 
 # --- Arms -------------------------------------------------------------------------------------------------------------
@@ -474,21 +508,20 @@ class ArmState:
     robot_mode: str = "idle"
     errors: tuple[str, ...] = ()
     success_rate: float = 1.0  # share of the last 100 control commands that reached the robot in time
-    at: float = field(default_factory=time.monotonic)  # this machine's clock
+    at: float = field(default_factory=lambda: time.monotonic())  # this machine's clock
 
 
 class Arm(ABC):
     """A robot arm. Constructed and used by the robot thread alone; only `start` and `recover` may block for long.
     Every method raises ArmError."""
 
-    has_task = False  # whether there is a simulated scene
-    task_news = False  # whether `task` has changed
     waits = True  # whether ticks follow the clock
+    task: bytes | None = None  # what `task` answers, by marshal; a simulated arm also has `reset_task`
 
     def __init__(self, args: Args):
-        self.args, self.controlling = args, False  # controlling: whether the impedance controller runs
-        self.info: dict[str, Any] = dict.fromkeys(("sdk", "libfranka", "firmware", "task"))
-        self.info["kind"] = args.robot
+        self.args = args
+        self.controlling = False  # whether the impedance controller runs
+        self.info: dict[str, Any] = {"kind": args.robot, "sdk": None, "libfranka": None, "firmware": None, "task": None}
         self.info["speed"] = 1.0  # of its clock, robot seconds per second
 
     @abstractmethod
@@ -523,11 +556,13 @@ class Arm(ABC):
     def recover(self) -> None:
         """Clear errors and reflexes, connect again if need be."""
 
-    def reset(self, speed: float) -> None:
-        """Begin to move to the joint positions of --reset-joints."""
-        self.move_to_joint_positions(np.array(self.args.reset_joints), speed)
 
-
+PACKAGES = {  # of a --robot or a --gripper
+    "sim": ("mujoco==3.8.1", "gymnasium==1.4.0"),
+    "franky": ("franky-control==2.0.0",),
+    "panda-py": ("panda-python==1.1.1",),
+    "robotiq": ("pymodbus==3.16.1", "pyserial==3.5"),
+}
 JOINT_STIFFNESS = (600.0, 600.0, 600.0, 600.0, 250.0, 150.0, 50.0)  # Nm/rad, libfranka's joint impedance example
 JOINT_DAMPING = (50.0, 50.0, 50.0, 50.0, 30.0, 25.0, 15.0)  # Nms/rad
 BLOCKED = "the arm did not arrive: something is in its way"
@@ -537,7 +572,7 @@ class SimArm(Arm):
     """franka_sim's Franka with a task's scene, at 1 kHz in real time. While no impedance controller runs, joint springs
     hold the arm, as the real one's own position controller does; moving their rest positions moves the arm."""
 
-    has_task, dt = True, 0.001
+    dt = 0.001
 
     def __init__(self, args: Args):
         super().__init__(args)
@@ -548,69 +583,91 @@ class SimArm(Arm):
 
             import franka_sim  # registers the tasks  # TASK: import the module that registers yours
         except ImportError as error:
-            raise ArmError("sdk", f"--robot sim: {error}; pip install mujoco==4.0.0 gymnasium==1.4.0") from error
+            raise ArmError("sdk", f"--robot sim: {error}; pip install {' '.join(PACKAGES['sim'])}") from error
         try:
             self.env = gym.make(args.env_id).unwrapped
         except (gym.error.Error, ModuleNotFoundError) as error:
             raise ArmError("sdk", f"--env-id {args.env_id}: {error}") from error
-        self.sim, self.downwards, model = self.env.sim, franka_sim.downwards, self.env.sim.model
-        self.max_speed, model.opt.timestep = np.array(franka_sim.MAX_JOINT_VELOCITY), self.dt
+        self.sim = self.env.sim
+        self.sim.model.opt.timestep = self.dt
+        self.downwards = franka_sim.downwards
+        self.max_speed = np.array(franka_sim.MAX_JOINT_VELOCITY)
         self.info |= {"sdk": f"mujoco {mujoco.__version__}", "task": args.env_id, "speed": args.sim_speed}
-        self.waits, self.time, self.reflex, self.task = args.sim_speed > 0, 0.0, (), {}
+        self.waits = args.sim_speed > 0
+        self.time = 0.0
+        self.reflex: tuple[str, ...] = ()
         self.gripper_command: tuple[float, float, float] | None = None  # width, force, speed
         self.reset_task(args.seed)
 
     def reset_task(self, seed: int | None) -> None:
         self.env.reset(seed=seed)
-        self.wrench, self.motion, self.task_time = np.zeros(6), None, -math.inf
-        self.began, self.done = time.monotonic(), 0  # of stepping in real time
+        self.wrench = np.zeros(6)
+        self.motion: tuple[np.ndarray, np.ndarray, float, float] | None = None  # from, to, began, duration
+        self.task_time = -math.inf
+        self.began = time.monotonic()  # of stepping in real time
+        self.done = 0  # steps since then
         self.stop()
+
+    def steps_due(self) -> int:
+        """How many steps of the physics bring it up to now."""
+        if not self.waits:
+            return round(1 / (self.args.control_hz * self.dt))
+        speed = self.args.sim_speed
+        due = int((time.monotonic() - self.began) * speed / self.dt) - self.done
+        most = round(50 * max(speed, 1))
+        if due > most:  # the machine stood still: do not run after it
+            due = most
+            self.began = time.monotonic()
+            self.done = -most
+        self.done += due
+        return due
 
     def get_state(self) -> ArmState:
         """Steps the physics up to now, first."""
-        sim, speed, due = self.sim, self.args.sim_speed, round(1 / (self.args.control_hz * self.dt))
-        if self.waits:
-            due = int((time.monotonic() - self.began) * speed / self.dt) - self.done
-            if due > (most := round(50 * max(speed, 1))):  # the machine stood still: do not run after it
-                self.began, self.done, due = time.monotonic(), -most, most
-            self.done += due
-        if command := self.gripper_command:
-            sim.set_gripper(*command)
+        sim = self.sim
+        if self.gripper_command:
+            sim.set_gripper(*self.gripper_command)
             self.gripper_command = None
+        due = self.steps_due()
         if due > 0:
             sim.step(due)
             self.time += due * self.dt
             self.wrench += (sim.tcp_wrench - self.wrench) * (1 - math.exp(-due * self.dt / 0.05))  # s
-            if norm(self.wrench[:3]) > self.args.collision_force and (self.controlling or self.motion):
-                self.reflex = (f"cartesian_reflex: {norm(self.wrench[:3]):.0f} N",)
-                self.stop()
+        force = norm(self.wrench[:3])
+        if force > self.args.collision_force and (self.controlling or self.motion):
+            self.reflex = (f"cartesian_reflex: {force:.0f} N",)
+            self.stop()
         if self.time - self.task_time >= 0.02:
-            self.task = self.look_at_task()
+            self.task = marshal.dumps(self.look_at_task())
             self.task_time = self.time
-            self.task_news = True
         mode = "reflex" if self.reflex else "move" if self.controlling or self.motion else "idle"
         return ArmState(self.time, sim.tcp_pose, sim.tcp_velocity, self.wrench.copy(), sim.q, sim.dq, mode, self.reflex)
 
     def look_at_task(self) -> dict[str, Any]:
-        env, pose = self.env, (self.sim.target_pose if self.controlling else self.sim.tcp_pose).tolist()
-        env.target = [*pose[:3], 0.0, 0.0, 2 * math.atan2(pose[4], pose[3])][: len(env.target)]
+        env = self.env
+        pose = (self.sim.target_pose if self.controlling else self.sim.tcp_pose).tolist()
+        yaw = 2 * math.atan2(pose[4], pose[3])
+        env.target = [*pose[:3], 0.0, 0.0, yaw][: len(env.target)]
         action = env.expert_action().tolist()  # for this target
         goal = [x + scale * a for x, scale, a in zip(env.target, env.action_scale, action)]
-        expert = {"pose": [*goal[:3], *self.downwards(*goal[3:]).tolist()]}
-        expert["close"] = len(action) == len(goal) or action[-1] > 0
-        observation = {name: value.tolist() for name, value in env.task_observation().items()}
         return {
             "env_id": self.args.env_id,
             "robot_time": self.time,
             "success": bool(env.evaluate()[0]),
-            "observation": observation,
-            "expert": expert,
+            "observation": {name: value.tolist() for name, value in env.task_observation().items()},
+            "expert": {
+                "pose": [*goal[:3], *self.downwards(*goal[3:]).tolist()],
+                "close": len(action) == len(goal) or action[-1] > 0,
+            },
             "scene": {name: value.tolist() for name, value in self.sim.get_state().items()},
         }
 
     def start(self, pose: np.ndarray, q: np.ndarray, gains: Gains) -> None:
-        model, self.controlling = self.sim.model, True
-        model.jnt_stiffness[:7], model.dof_damping[:7], model.qpos_spring[:7] = 0, 0.5, q
+        model = self.sim.model
+        model.jnt_stiffness[:7] = 0
+        model.dof_damping[:7] = 0.5
+        model.qpos_spring[:7] = q
+        self.controlling = True
         self.stream(pose)
         self.set_gains(gains)
 
@@ -621,9 +678,13 @@ class SimArm(Arm):
         self.sim.set_impedance(**asdict(gains))
 
     def stop(self) -> None:
-        model, self.controlling, self.motion = self.sim.model, False, None
-        model.actuator_biasprm[:12], model.qpos_spring[:7] = 0, self.sim.q
-        model.jnt_stiffness[:7], model.dof_damping[:7] = JOINT_STIFFNESS, JOINT_DAMPING
+        model = self.sim.model
+        self.controlling = False
+        self.motion = None
+        model.actuator_biasprm[:12] = 0
+        model.qpos_spring[:7] = self.sim.q
+        model.jnt_stiffness[:7] = JOINT_STIFFNESS
+        model.dof_damping[:7] = JOINT_DAMPING
 
     def move_to_joint_positions(self, q: np.ndarray, speed: float) -> None:
         self.stop()
@@ -644,59 +705,87 @@ class SimArm(Arm):
         return self.motion is not None
 
     def recover(self) -> None:
-        self.reflex, self.wrench = (), np.zeros(6)
+        self.reflex = ()
+        self.wrench = np.zeros(6)
         self.stop()
 
 
-NO_SDK = "--robot {}: {}; pip install {} (Linux x86-64, Python 3.11 to 3.13)"
 NO_ROBOT = "--robot-ip {}: {} (brakes open, FCI active, cable in the cabinet?)"
 FRANKY_FOR = "pip install --force-reinstall franky-control --extra-index-url "
 FRANKY_FOR += "https://timschneider42.github.io/franky/whl/by-robot-server-version/{}/"
 
 
-class FrankyArm(Arm):
-    """Through franky 2 (MIT), on its impedance controller: PyPI's wheel for an FR3 with system 5.9 or newer, others in
-    franky's own index. libfranka makes the thread that constructs `Robot` a real-time one, and franky's control thread
-    inherits from the one that starts a motion: so both happen in the robot thread."""
+class SdkArm(Arm):
+    """What franky and panda-py share: both wrap libfranka, and a wheel of either speaks one version to the robot. Each
+    has `load`, which imports the SDK and sets `errors`, what that raises, and `wrong_version`, one of them; and `open`,
+    which connects to the robot with the collision thresholds of the flags."""
 
     def __init__(self, args: Args):
         super().__init__(args)
+        package = PACKAGES[args.robot][0]
         try:
-            import franky
+            self.load()
         except ImportError as error:
-            raise ArmError("sdk", NO_SDK.format("franky", error, "franky-control==2.0.0")) from error
-        self.franky = franky
-        self.info |= sdk_versions("franky-control")
+            message = f"--robot {args.robot}: {error}; pip install {package} (Linux x86-64, Python 3.11 to 3.13)"
+            raise ArmError("sdk", message) from error
+        self.info |= sdk_versions(package.partition("==")[0])
         self.connect()
 
     def connect(self) -> None:
         version = reach(self.args.robot_ip)
         try:
-            self.robot = self.franky.Robot(self.args.robot_ip, realtime_config=self.franky.RealtimeConfig.Ignore)
-            self.robot.set_collision_behavior(self.args.collision_torque, self.args.collision_force)
-            self.model = self.robot.model
-            self.motion = None
-            self.resting = False  # a soft stop goes on
-            self.info["firmware"] = version
-        except self.franky.IncompatibleVersionException as error:
-            message = f"{error} The robot speaks version {version}: {FRANKY_FOR.format(version)}"
+            self.open()
+        except self.wrong_version as error:
+            message = f"{error} With --robot franky: {FRANKY_FOR.format(version)}"
             raise ArmError("sdk", message) from error
-        except self.franky.Exception as error:
+        except self.errors as error:
             raise ArmError("sdk", NO_ROBOT.format(self.args.robot_ip, error)) from error
+        self.info["firmware"] = version
 
     @contextlib.contextmanager
     def faults(self) -> Iterator[None]:
-        """franky's exceptions as ours. Some do not derive from franky.Exception; a lost network is a RuntimeError."""
+        """The SDK's exceptions as ours."""
         try:
             yield
-        except self.franky.ControlException as error:
-            self.motion = None
-            self.controlling = False
-            self.resting = False
-            if "preempted" not in str(error):
-                raise ArmError(fault_code(str(error)), str(error)) from error
-        except (self.franky.Exception, self.franky.InvalidMotionTypeException, RuntimeError) as error:
-            raise ArmError("sdk", f"{type(error).__name__}: {error}") from error
+        except self.errors as error:
+            raise ArmError(fault_code(str(error)), str(error)) from error
+
+
+class FrankyArm(SdkArm):
+    """Through franky 2 (MIT), on its impedance controller: PyPI's wheel for an FR3 with system 5.9 or newer, others in
+    franky's own index. libfranka makes the thread that constructs `Robot` a real-time one, and franky's control thread
+    inherits from the one that starts a motion: so both happen in the robot thread."""
+
+    resting = False  # a soft stop goes on
+
+    def load(self) -> None:
+        import franky
+
+        self.franky = franky
+        # Some do not derive from franky.Exception; a lost network is a RuntimeError.
+        self.errors = (franky.Exception, franky.InvalidMotionTypeException, RuntimeError)
+        self.wrong_version = franky.IncompatibleVersionException
+
+    def open(self) -> None:
+        self.robot = self.franky.Robot(self.args.robot_ip, realtime_config=self.franky.RealtimeConfig.Ignore)
+        self.robot.set_collision_behavior(self.args.collision_torque, self.args.collision_force)
+        self.model = self.robot.model
+        self.forget_motion()
+
+    def forget_motion(self) -> None:
+        self.motion = None
+        self.controlling = False
+        self.resting = False
+
+    @contextlib.contextmanager
+    def faults(self) -> Iterator[None]:
+        with super().faults():
+            try:
+                yield
+            except self.franky.ControlException as error:  # the motion has ended
+                self.forget_motion()
+                if "preempted" not in str(error):
+                    raise
 
     def get_state(self) -> ArmState:
         with self.faults():
@@ -709,12 +798,15 @@ class FrankyArm(Arm):
             return ArmState(s.time.to_msec() / 1e3, pose, velocity, np.array(s.O_F_ext_hat_K), s.q, s.dq, *health(s))
 
     def start(self, pose: np.ndarray, q: np.ndarray, gains: Gains) -> None:
-        self.pose, self.posture, self.gains = pose, q, gains
+        self.pose = pose
+        self.posture = q
+        self.gains = gains
         self.set_gains(gains)
 
     def set_gains(self, gains: Gains) -> None:
-        """Starts a new motion, because clips are fixed at construction; it takes over from the old one at once."""
-        franky, old = self.franky, self.gains
+        """Starts a new motion, because clips are fixed at construction; it takes over from the old one at once, with
+        the old gains, and the control loop smooths the way to the new ones."""
+        franky = self.franky
         with self.faults():
             self.motion = franky.CartesianImpedanceTrackingMotion(
                 posture_task=franky.PostureTask(self.posture, stiffness=gains.nullspace_stiffness),
@@ -725,14 +817,16 @@ class FrankyArm(Arm):
             )
             self.controlling = True
             self.resting = False
-            self.gains = gains
             self.stream(self.pose)
-            for g in (old, gains):  # from the old gains on, smoothed by the control loop
-                stiffness = g.stiffness, g.rotational_stiffness
-                isotropic = franky.CartesianImpedanceGains.isotropic
-                self.motion.set_gains(isotropic(*stiffness, g.damping, g.rotational_damping))
-                if g is old:
-                    self.robot.move(self.motion, asynchronous=True)
+            self.motion.set_gains(self.impedance(self.gains))
+            self.robot.move(self.motion, asynchronous=True)
+            self.motion.set_gains(self.impedance(gains))
+            self.gains = gains
+
+    def impedance(self, gains: Gains) -> Any:
+        return self.franky.CartesianImpedanceGains.isotropic(
+            gains.stiffness, gains.rotational_stiffness, gains.damping, gains.rotational_damping
+        )
 
     def stream(self, pose: np.ndarray) -> None:
         self.pose = pose
@@ -760,7 +854,7 @@ class FrankyArm(Arm):
         with self.faults():
             self.robot.poll_motion()
             return self.robot.is_in_control
-        return False
+        return False  # it was preempted
 
     def recover(self) -> None:
         self.controlling = False
@@ -775,70 +869,61 @@ class FrankyArm(Arm):
         except (self.franky.NetworkException, RuntimeError):  # no connection any more
             self.connect()
         except self.franky.Exception as error:
-            raise ArmError("sdk", f"{type(error).__name__}: {error}") from error
+            raise ArmError("sdk", str(error)) from error
 
 
-class PandaPyArm(Arm):
+class PandaPyArm(SdkArm):
     """Through panda-py (Apache-2.0) on its impedance controller; PyPI's wheel: Panda with system 4.2.1 or newer. It
     clips nothing itself, and aborts the process on NaN: everything that it gets has passed the limiter."""
 
-    def __init__(self, args: Args):
-        super().__init__(args)
-        try:
-            import panda_py
-            import panda_py.controllers
-            import panda_py.motion
-        except ImportError as error:
-            raise ArmError("sdk", NO_SDK.format("panda-py", error, "panda-python==1.1.1")) from error
-        self.panda_py, self.trajectory, self.last, self.kept = panda_py, None, None, []
-        self.info |= sdk_versions("panda-python")
-        self.connect()
+    motion: Any = None  # the trajectory to joint positions
+    last: ArmState | None = None
 
-    def connect(self) -> None:
-        version = reach(self.args.robot_ip)
-        torque, force = [self.args.collision_torque] * 7, [self.args.collision_force] * 6
-        try:
-            self.panda = self.panda_py.Panda(self.args.robot_ip)
-            self.kept.append(self.panda)  # a Panda that is destroyed without connection aborts the process
-            self.panda.get_robot().set_collision_behavior(torque, torque, force, force)
-            self.model, self.info["firmware"] = self.panda.get_model(), version
-        except self.panda_py.IncompatibleVersionError as error:
-            message = f"{error} Or, with --robot franky: {FRANKY_FOR.format(error.server_version)}"
-            raise ArmError("sdk", message) from error
-        except RuntimeError as error:
-            raise ArmError("sdk", NO_ROBOT.format(self.args.robot_ip, error)) from error
+    def load(self) -> None:
+        import panda_py
+        import panda_py.controllers
+        import panda_py.motion
+
+        self.panda_py = panda_py
+        self.errors = (RuntimeError,)
+        self.wrong_version = panda_py.IncompatibleVersionError
+        self.kept: list[Any] = []
+
+    def open(self) -> None:
+        torque = [self.args.collision_torque] * 7
+        force = [self.args.collision_force] * 6
+        self.panda = self.panda_py.Panda(self.args.robot_ip)
+        self.kept.append(self.panda)  # a Panda that is destroyed without connection aborts the process
+        self.panda.get_robot().set_collision_behavior(torque, torque, force, force)
+        self.model = self.panda.get_model()
 
     def get_state(self) -> ArmState:
         try:
-            self.panda.raise_error()  # the only place that tells of a reflex: the state just stands still
-        except RuntimeError as error:
-            self.controlling, self.trajectory = False, None
-            raise ArmError(fault_code(str(error)), str(error)) from error
-        try:
-            s = self.panda.get_state()
-        except RuntimeError as error:
+            with self.faults():
+                self.panda.raise_error()  # the only place that tells of a reflex: the state just stands still
+                s = self.panda.get_state()
+        except ArmError as error:
             if "another control or read operation" in str(error) and self.last:  # a race inside panda-py: next tick
                 return self.last
-            raise ArmError("sdk", str(error)) from error
+            raise
         jacobian = self.model.zero_jacobian(self.panda_py.libfranka.Frame.kEndEffector, s)  # (42,) column by column
-        matrix, velocity = np.reshape(s.O_T_EE, (4, 4)).T, np.reshape(jacobian, (7, 6)).T @ s.dq
+        velocity = np.reshape(jacobian, (7, 6)).T @ s.dq
+        matrix = np.reshape(s.O_T_EE, (4, 4)).T
         pose = np.concatenate([matrix[:3, 3], quat_from_matrix(matrix[:3, :3])])
         arrays = pose, velocity, np.array(s.O_F_ext_hat_K), np.array(s.q), np.array(s.dq)
         self.last = ArmState(s.time.to_msec() / 1e3, *arrays, *health(s))
         return self.last
 
-    def run(self, controller) -> None:
-        try:
+    def run(self, controller: Any) -> None:
+        with self.faults():
             self.panda.start_controller(controller)
-        except RuntimeError as error:
-            raise ArmError("sdk", str(error)) from error
         self.controller = controller
 
     def start(self, pose: np.ndarray, q: np.ndarray, gains: Gains) -> None:
-        controller = self.panda_py.controllers.CartesianImpedance(filter_coeff=0.2)
-        self.controller, self.posture = controller, q
+        self.controller = self.panda_py.controllers.CartesianImpedance(filter_coeff=0.2)
+        self.posture = q
         self.set_gains(gains)
-        self.run(controller)
+        self.run(self.controller)
         self.controlling = True
         self.stream(pose)
 
@@ -853,34 +938,35 @@ class PandaPyArm(Arm):
         self.controller.set_nullspace_stiffness(gains.nullspace_stiffness)
 
     def stop(self) -> None:
-        self.controlling, self.trajectory = False, None
-        try:
+        self.controlling = False
+        self.motion = None
+        with self.faults():
             self.panda.stop_controller()
-        except RuntimeError as error:
-            raise ArmError("sdk", str(error)) from error
 
     def move_to_joint_positions(self, q: np.ndarray, speed: float) -> None:
         """Streams panda-py's own trajectory: its blocking call could not be broken off."""
         try:
-            self.trajectory = self.panda_py.motion.JointTrajectory([self.last.q, q], speed_factor=speed)
+            self.motion = self.panda_py.motion.JointTrajectory([self.last.q, q], speed_factor=speed)
         except RuntimeError as error:
             raise ArmError("refused", str(error)) from error
         self.run(self.panda_py.controllers.JointPosition(JOINT_STIFFNESS, JOINT_DAMPING, filter_coeff=0.2))
-        self.goal, self.began = q, self.last.time
+        self.goal = q
+        self.began = self.last.time
         self.controller.set_control(self.last.q, np.zeros(7))
 
     def moving(self) -> bool:
-        if self.trajectory is None:
+        if self.motion is None:
             return False
-        elapsed, duration = self.last.time - self.began, self.trajectory.get_duration()
+        elapsed = self.last.time - self.began
+        duration = self.motion.get_duration()
         t = min(max(elapsed, 0.0), duration)
-        dq = self.trajectory.get_joint_velocities(t) if t < duration else np.zeros(7)
-        self.controller.set_control(self.trajectory.get_joint_positions(t), dq)
+        dq = self.motion.get_joint_velocities(t) if t < duration else np.zeros(7)
+        self.controller.set_control(self.motion.get_joint_positions(t), dq)
         if elapsed > duration and np.abs(self.last.q - self.goal).max() < 0.01:
             self.stop()
         elif elapsed > duration + 3:
             raise ArmError("refused", BLOCKED)
-        return self.trajectory is not None
+        return self.motion is not None
 
     def recover(self) -> None:
         try:
@@ -903,7 +989,7 @@ def fault_code(message: str) -> str:
     return "user_stopped" if "User Stop" in message else "reflex" if "reflex" in message else "sdk"
 
 
-def health(state) -> tuple[str, tuple[str, ...], float]:
+def health(state: Any) -> tuple[str, tuple[str, ...], float]:
     """Mode, names of the errors and rate of success in libfranka's RobotState, from either SDK."""
     mode = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", state.robot_mode.name.removeprefix("k")).lower()
     errors = state.current_errors
@@ -913,7 +999,9 @@ def health(state) -> tuple[str, tuple[str, ...], float]:
 
 def quat_from_matrix(m: np.ndarray) -> np.ndarray:
     """(4,) x, y, z, w of a (3, 3) rotation matrix: the row of the largest diagonal entry of 4 q q^T (Shepperd)."""
-    x, y, z = m[2, 1] - m[1, 2], m[0, 2] - m[2, 0], m[1, 0] - m[0, 1]
+    x = m[2, 1] - m[1, 2]
+    y = m[0, 2] - m[2, 0]
+    z = m[1, 0] - m[0, 1]
     s = m + m.T
     outer = np.array([[0, s[0, 1], s[0, 2], x], [0, 0, s[1, 2], y], [0, 0, 0, z], [0] * 4])
     outer += outer.T + np.diag([*(1 + 2 * np.diag(m) - np.trace(m)), 1 + np.trace(m)])
@@ -935,7 +1023,7 @@ def reach(ip: str) -> int:
             body = tcp.recv(size - 12, socket.MSG_WAITALL)
             return struct.unpack_from("<H", body, 1 if size == 15 else 2)[0]  # after a byte; franky-sim pads
     except (OSError, struct.error) as error:
-        raise ArmError("sdk", NO_ROBOT.format(ip, error)) from error
+        raise ArmError("sdk", NO_ROBOT.format(ip, getattr(error, "strerror", None) or error)) from error
 
 
 # TASK: an arm of your own: subclass Arm, and name it here and in Args.robot.
@@ -956,8 +1044,9 @@ class GripperState:
 
 
 class Gripper(ABC):
-    """A gripper with a thread of its own: `submit` from anywhere, everything else runs in that thread. Speeds in m/s,
-    forces in N. Methods begin a motion and return; `poll` tells when it has ended. All raise GripperError."""
+    """A gripper with a thread of its own: `submit` from anywhere, everything else runs in that thread. Widths in m,
+    speeds in m/s, forces in N. Methods begin a motion and return; `poll` tells when it has ended. All raise
+    GripperError."""
 
     kind, max_width, max_force, max_speed, hz = "none", 0.0, 0.0, 0.0, 50.0
 
@@ -970,16 +1059,13 @@ class Gripper(ABC):
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, name="gripper", daemon=True)
 
-    def open(self, speed: float, force: float) -> None:
-        self.move(self.max_width, speed, force)
+    @abstractmethod
+    def move(self, width: float, speed: float, force: float) -> None:
+        """Move the fingers to this distance."""
 
     def close(self, speed: float, force: float) -> None:
         """Close on whatever is there."""
         self.move(0.0, speed, force)
-
-    @abstractmethod
-    def move(self, width: float, speed: float, force: float) -> None:
-        """Move the fingers to this distance, m."""
 
     def activate(self) -> None:  # noqa: B027
         """What the gripper needs before its first motion: the fingers may move."""
@@ -992,20 +1078,25 @@ class Gripper(ABC):
     def poll(self) -> GripperState:
         """The newest measurement."""
 
-    def submit(self, job: "Job", action: str, width: float, speed: float, force: float) -> None:
+    def submit(self, job: "Job", action: str, width: float | None, speed: float, force: float) -> None:
         """Any thread: carry out an action instead of what is going on; `speed` and `force` are fractions."""
-        values = {"open": (), "close": (), "move": (width,)}.get(action)
-        values = () if values is None else (*values, speed * self.max_speed, force * self.max_force)
-        way = self.max_width / max(speed * self.max_speed, 0.01)  # s from one end to the other
+        speed *= self.max_speed
+        force *= self.max_force
+        calls = {
+            "open": lambda: self.move(self.max_width, speed, force),
+            "close": lambda: self.close(speed, force),
+            "move": lambda: self.move(width, speed, force),
+            "activate": self.activate,
+            "stop": self.stop,
+        }
+        way = self.max_width / max(speed, 0.01)  # s from one end to the other
         self.job = job
-        self.orders.put(
-            (job, 30.0 if action == "activate" else 3.0 + way, functools.partial(getattr(self, action), *values))
-        )
+        self.orders.put((job, 30.0 if action == "activate" else 3.0 + way, calls[action]))
 
     def follow(self, closure: float) -> None:
         """Any thread: the closure of a target, 0 (open) to 1 (closed)."""
         action = {0.0: "open", 1.0: "close"}.get(closure, "move")
-        self.submit(Job("", "target", iter(())), action, (1 - closure) * self.max_width, 1.0, 0.5)
+        self.submit(Job("", "target"), action, (1 - closure) * self.max_width, 1.0, 0.5)
 
     def run(self) -> None:
         go_first()
@@ -1056,17 +1147,19 @@ class SimGripper(Gripper):
 
     kind, max_width, max_force, max_speed = "sim", 0.08, 70.0, 0.3
     arm: SimArm | None = None  # set by the robot thread
-    goal, steady = 0.08, 0  # m, polls without motion
+    goal = 0.08  # m
+    steady = 0  # polls without motion
 
     def move(self, width: float, speed: float, force: float) -> None:
-        self.goal, self.steady = width, 0
+        self.goal = width
+        self.steady = 0
         self.arm.gripper_command = width, max(force, 1.0), max(speed, 0.01)
 
     def stop(self) -> None:
         self.move(self.state.width, self.max_speed, 0.5 * self.max_force)
 
     def poll(self) -> GripperState:
-        width = self.arm.sim.gripper_width if self.arm else self.max_width
+        width = float(self.arm.sim.gripper_width) if self.arm else self.max_width
         self.steady = self.steady + 1 if abs(width - self.state.width) < 2e-4 else 0
         moving = self.steady < 6
         return GripperState(width, moving, not moving and width > self.goal + 2e-3)
@@ -1094,7 +1187,8 @@ class FrankaHand(Gripper):
             self.max_width = self.read().max_width or self.max_width
         except Exception as error:
             raise GripperError(f"{error} (--gripper franka-hand; there are also robotiq and none)") from error
-        self.pool, self.future = ThreadPoolExecutor(1, "hand"), Future()
+        self.pool = ThreadPoolExecutor(1, "hand")
+        self.future: Future = Future()
         self.future.set_result(True)
 
     def begin(self, call: Callable, *values: float) -> None:
@@ -1115,7 +1209,8 @@ class FrankaHand(Gripper):
         self.begin(self.hand.stop)
 
     def poll(self) -> GripperState:
-        moving, fault = not self.future.done(), None
+        moving = not self.future.done()
+        fault = None
         if not moving and (error := self.future.exception()):
             fault = f"{type(error).__name__}: {error}"
         elif not moving and not self.future.result():
@@ -1133,7 +1228,8 @@ class Robotiq(Gripper):
 
     kind, max_width, max_force, max_speed, hz = "robotiq", 0.085, 235.0, 0.15, 100.0
     open_at, closed_at = 3, 228  # positions at max_width and at 0  # TASK: measure yours, with your finger tips
-    requested, active_by = None, 0.0  # position; until when an activation may take
+    requested: int | None = None  # position
+    active_by = 0.0  # until when an activation may take
 
     def __init__(self, args: Args):
         super().__init__(args)
@@ -1141,7 +1237,7 @@ class Robotiq(Gripper):
             import pymodbus.client
             from pymodbus.exceptions import ModbusException
         except ImportError as error:
-            raise GripperError(f"--gripper robotiq: {error}; pip install pymodbus==3.16.1 pyserial==3.5") from error
+            raise GripperError(f"--gripper robotiq: {error}; pip install {' '.join(PACKAGES['robotiq'])}") from error
         logging.getLogger("pymodbus").setLevel(logging.CRITICAL)
         settings = {"baudrate": 115200, "bytesize": 8, "parity": "N", "stopbits": 1, "timeout": 0.1, "retries": 1}
         self.client = pymodbus.client.ModbusSerialClient(args.gripper_port, **settings)
@@ -1181,27 +1277,31 @@ class Robotiq(Gripper):
     def go(self, position: int, speed: float, force: float) -> None:
         if fault := self.status()[-1]:
             raise GripperError(fault)
-        self.requested, self.active_by = position, 0.0
+        self.requested = position
+        self.active_by = 0.0
         self.write(0x09, position, round(255 * speed / self.max_speed), round(255 * force / self.max_force))
 
     def activate(self) -> None:
         if self.status()[-1]:
             self.write(0x00)
             self.write(0x01)
-        self.requested, self.active_by = None, time.monotonic() + 8.0
+        self.requested = None
+        self.active_by = time.monotonic() + 8.0
 
     def stop(self) -> None:
-        self.requested, self.active_by = None, 0.0
+        self.requested = None
+        self.active_by = 0.0
         self.write(0x01)  # without "go to": stands
 
     def poll(self) -> GripperState:
         active, contact, echo, position, fault = self.status()
         moving = False
         if self.active_by:
-            moving, fault = active != 3, None if active != 3 else fault
-            if moving and time.monotonic() > self.active_by:
-                fault = "the activation did not end within 8 s"
-            self.active_by = self.active_by if moving and not fault else 0.0
+            moving = active != 3
+            if moving:
+                fault = None if time.monotonic() < self.active_by else "the activation did not end within 8 s"
+            if fault or not moving:
+                self.active_by = 0.0
         elif self.requested is not None and not fault:  # until the echo is this request's, contact is the last one's
             moving = echo != self.requested or contact == 0
         width = self.max_width * min(max((position - self.closed_at) / (self.open_at - self.closed_at), 0.0), 1.0)
@@ -1212,132 +1312,221 @@ class Robotiq(Gripper):
 GRIPPERS = {"sim": SimGripper, "franka-hand": FrankaHand, "robotiq": Robotiq, "none": NoGripper}
 
 
+# --- Operations and their arguments -----------------------------------------------------------------------------------
+REQUIRED = object()
+
+
+WANTED = {
+    "number": "a number from {low:g} to {high:g}",
+    "whole": "a whole number from {low:g} to {high:g}",
+    "vector": "{size} numbers",  # which may be anything, NaN too: whoever uses them looks
+    "text": "a text of {low:g} to {high:g} characters",
+    "ascii": "a text of {low:g} to {high:g} ASCII characters",
+    "choice": "one of {names}",
+    "truth": "true or false",
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """What one argument of an operation must be, and as how many numbers the robot process gets it."""
+
+    kind: str
+    low: float = -math.inf  # of a number, or of the length of a text
+    high: float = math.inf
+    default: Any = REQUIRED
+    size: int = 1  # 0: it is a text, or only the front needs it
+    choices: tuple[str, ...] = ()
+
+    def fits(self, value: Any) -> bool:
+        is_number = type(value) in (int, float) and self.low <= value <= self.high  # NaN is not
+        is_text = isinstance(value, str) and value.isprintable() and self.low <= len(value) <= self.high
+        match self.kind:
+            case "number":
+                return is_number
+            case "whole":
+                return is_number and value == int(value)
+            case "vector":
+                is_long_enough = isinstance(value, list | tuple) and len(value) == self.size
+                return is_long_enough and all(type(x) in (int, float) for x in value)
+            case "text":
+                return is_text
+            case "ascii":
+                return is_text and value.isascii()
+            case "choice":
+                return value in self.choices
+            case _:
+                return type(value) is bool
+
+    def check(self, name: str, value: object) -> None:
+        """Raises Refused."""
+        is_left_out = value is None and self.default is None
+        if not is_left_out and not self.fits(value):
+            wanted = WANTED[self.kind].format(**vars(self), names=" ".join(self.choices))
+            raise Refused("bad_argument", f"{name}: give {wanted}, not {value!r:.40}")
+
+    def to_numbers(self, value: Any) -> list[float]:
+        """NaN stands for None, a choice goes by its place."""
+        if value is None:
+            return [math.nan] * self.size
+        if self.choices:
+            value = self.choices.index(value)
+        return list(value) if self.size > 1 else [value] * self.size
+
+    def from_numbers(self, numbers: Sequence[float]) -> Any:
+        if all(map(math.isnan, numbers)):
+            return None
+        if self.choices:
+            return dict(enumerate(self.choices)).get(numbers[0])
+        return numbers if self.size > 1 else numbers[0]
+
+
+HANDLE = {"handle": Argument("ascii", 8, 64, size=0)}
+SPEED = {"speed": Argument("number", 0.01, 1.0, default=0.2)}
+GAIN = Argument("number", 0.0, 1e5, default=None)
+CLIP = Argument("vector", size=3, default=None)
+GAINS = {name: CLIP if "clip" in name else GAIN for name in Gains.__dataclass_fields__}
+OPERATIONS: dict[str, dict[str, Argument]] = {
+    "hello": {},
+    "state": {},
+    "acquire": {
+        "name": Argument("text", 1, 32, size=0),
+        "token": Argument("ascii", 16, 64, size=0),
+        "ttl": Argument("number", 0.2, 10.0, default=1.0),
+        "takeover": Argument("truth", default=False, size=0),
+    },
+    "release": {},
+    "target": {
+        "pose": Argument("vector", size=7),
+        "seq": Argument("whole", 0, 2**53, default=None),
+        "closure": Argument("number", 0.0, 1.0, default=None),
+    },
+    "gains": GAINS,
+    "hold": {},
+    "stop": {},
+    "start": HANDLE | GAINS,
+    "move_joints": HANDLE | {"q": Argument("vector", size=7)} | SPEED,
+    "reset": HANDLE | SPEED,
+    "recover": HANDLE,
+    "gripper": HANDLE
+    | {
+        "action": Argument("choice", choices=("open", "close", "move", "activate", "stop")),
+        "width": Argument("number", 0.0, 1.0, default=None),
+        "speed": Argument("number", 0.0, 1.0, default=1.0),
+        "force": Argument("number", 0.0, 1.0, default=0.5),
+    },
+    "job": HANDLE,
+    "task": {},
+    "reset_task": HANDLE | {"seed": Argument("whole", 0, 2**31, default=None)},
+}
+JOBS = ("start", "move_joints", "reset", "recover", "gripper", "reset_task")
+LEASED = ("release", "target", "gains", *JOBS)  # need the lease's token
+
+
+def checked(op: str, given: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of an operation, defaults filled in; raises Refused."""
+    arguments = {}
+    for name, argument in OPERATIONS[op].items():
+        value = given.get(name, argument.default)
+        if value is REQUIRED:
+            raise Refused("bad_argument", f"{op} needs {name!r}")
+        argument.check(name, value)
+        arguments[name] = value
+    for name in given:
+        if name not in arguments:
+            raise Refused("bad_argument", f"{op} has no {name!r:.40}, it has {[*arguments]}")
+    return arguments
+
+
+def to_numbers(op: str, arguments: dict[str, Any]) -> list[float]:
+    """All arguments but texts, for the robot process."""
+    numbers = []
+    for name, argument in OPERATIONS[op].items():
+        numbers += argument.to_numbers(arguments[name])
+    return numbers
+
+
+def from_numbers(op: str, numbers: Sequence[float]) -> dict[str, Any]:
+    """The other way round, and checked again; raises Refused."""
+    arguments = {}
+    for name, argument in OPERATIONS[op].items():
+        if argument.size:
+            arguments[name] = argument.from_numbers(numbers[: argument.size])
+            argument.check(name, arguments[name])
+            numbers = numbers[argument.size :]
+    return arguments
+
+
+def parse(body: list[bytes]) -> dict[str, Any]:
+    """The request, with fields of the right types; raises Refused."""
+    import msgpack
+
+    if len(body) != 1:
+        raise Refused("malformed", f"{len(body)} frames, send one")
+    limits = {"max_str_len": 256, "max_bin_len": 0, "max_ext_len": 0, "max_array_len": 64, "max_map_len": 64}
+    try:
+        request = msgpack.unpackb(body[0], **limits)
+    except (ValueError, RecursionError) as error:
+        raise Refused("malformed", f"no msgpack within the limits: {str(error)[:80]}") from None
+    if not isinstance(request, dict):
+        raise Refused("malformed", "not a map")
+    if type(request.get("v")) is not int or request["v"] != PROTOCOL_VERSION:
+        raise Refused("version", f"this server speaks version {PROTOCOL_VERSION}")
+    types = {"v": int, "op": str, "id": (int, str), "token": str, "args": dict}
+    for key, value in request.items():
+        if key not in types or not isinstance(value, types[key]) or isinstance(value, bool):
+            raise Refused("malformed", f"{key!r:.40}: unknown, or of the wrong type")
+    if len(str(request.get("id", ""))) > 64:
+        raise Refused("malformed", "id: at most 64 characters")
+    return request
+
+
 # --- What may follow what ---------------------------------------------------------------------------------------------
 # The error code with which an operation is refused in a mode, "" where it may be carried out. held: a hold that someone
 # asked for, or the force guard; hold: the watchdog's. `hold`, `stop` and what only the gripper does may always be.
 MODES = ("idle", "streaming", "hold", "held", "busy", "stopping", "fault")
+MOVES = ("", "", "", "", "busy", "", "fault")
 FOLLOWS = {
     "target": ("not_streaming", "", "", "held", "busy", "not_streaming", "fault"),
-    "start": ("", "", "", "", "busy", "", "fault"),
-    "move_joints": ("", "", "", "", "busy", "", "fault"),
-    "reset": ("", "", "", "", "busy", "", "fault"),
-    "reset_task": ("", "", "", "", "busy", "", "fault"),
+    "start": MOVES,
+    "move_joints": MOVES,
+    "reset": MOVES,
+    "reset_task": MOVES,
     "recover": ("", "", "", "", "busy", "", ""),
 }
 
 
-def check_mode(op: str, status: dict[str, Any]) -> None:
-    """Raises Refused if the mode in `status` (step, held, fault, jobs) does not allow `op`."""
-    code = FOLLOWS[op][MODES.index(status["step"])]
-    if code == "busy":
-        raise Refused(code, f"{status['jobs']['arm']['op']} is going on")
-    if code == "fault":
-        fault = status["fault"]
-        raise Refused(code, f"{fault['code']}: {fault['message']}; look at the robot, then recover")
-    if code == "held":
-        raise Refused(code, f"{status['held']}; start again")
-    if code:
-        raise Refused(code, "start first: the controller does not run")
+def check_mode(op: str, step: str, why: str) -> None:
+    """Raises Refused, with `why` the server is in mode `step`, if that does not allow `op`."""
+    if code := FOLLOWS[op][MODES.index(step)]:
+        raise Refused(code, why)
 
 
 # --- Between the two processes ----------------------------------------------------------------------------------------
-class Command:
+COMMAND = struct.Struct("<BId12d64s128s")
+OP_NUMBERS = {op: number for number, op in enumerate(OPERATIONS)}
+
+
+class Command(NamedTuple):
     """What the front tells the robot process: a message of always the same size, with nothing in it to be parsed."""
 
-    KINDS = ("alive", "lease", "target", "gains", "hold", "stop", "job", "gripper", *FOLLOWS)
-    FORM = struct.Struct("<BId12d64s128s")
-
-    def __init__(self, kind: str, number: int, lease_until: float, values: Sequence[float], text: str, name: str):
-        self.kind = kind
-        self.number = number  # counted by the front; the robot process says which one it has seen last
-        self.lease_until = lease_until  # monotonic s
-        self.values = tuple(values)  # up to 12
-        self.text = text  # a job's handle, or the lease's token
-        self.name = name  # of the lease's holder
+    op: str
+    number: int  # counted by the front; the robot process says which one it has seen last
+    lease_until: float  # monotonic s
+    values: Sequence[float] = ()  # up to 12
+    text: str = ""  # a job's handle, or the lease's token
+    name: str = ""  # of the lease's holder
 
     def pack(self) -> bytes:
         values = (*self.values, *(0.0,) * (12 - len(self.values)))
         texts = self.text.encode(), self.name.encode()
-        return self.FORM.pack(self.KINDS.index(self.kind), self.number, self.lease_until, *values, *texts)
+        return COMMAND.pack(OP_NUMBERS[self.op], self.number, self.lease_until, *values, *texts)
 
     @classmethod
     def unpack(cls, data: bytes) -> "Command":
-        kind, number, lease_until, *values, text, name = cls.FORM.unpack(data)
+        op, number, lease_until, *values, text, name = COMMAND.unpack(data)
         texts = (part.rstrip(b"\0").decode(errors="replace") for part in (text, name))
-        return cls(cls.KINDS[kind], number, lease_until, values, *texts)
-
-
-# What the robot process tells in every tick, as numbers: names, and how many. The rest, which changes seldom, is JSON.
-NUMBERS = {"tcp_pose": 7, "tcp_vel": 6, "tcp_force": 3, "tcp_torque": 3, "q": 7, "dq": 7, "reference": 7}
-NUMBERS |= dict.fromkeys(("robot_time", "at", "ticked", "number", "lease_until", "success_rate", "gripper_width"), 1)
-STATE = ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "gripper_width", "gripper_moving")
-STATE += ("gripper_holding", "gripper_fault", "gripper_closure", "robot_mode", "errors", "success_rate")
-STATE += ("overruns", "reflexes", "limited")  # what `state` answers
-
-
-class Board:
-    """A dictionary in memory that two processes share: one writes, the other reads the newest one. There are two
-    places in turn, each with a checksum, so that what is half written is never taken for whole."""
-
-    HEAD = struct.Struct("<QII")  # sequence, length, checksum
-    SIZE = 1 << 17  # bytes, both places
-
-    def __init__(self, memory: mmap.mmap, start: int, numbers: dict[str, int]):
-        self.memory = memory
-        self.starts = (start, start + self.SIZE // 2)
-        self.numbers = numbers
-        self.form = struct.Struct(f"<{sum(numbers.values())}d")
-        self.sequence = 0
-        self.rest: dict[str, Any] = {}
-        self.text = b"{}"  # the same as JSON
-        self.newest: dict[str, Any] = {}
-        self.lock = threading.Lock()
-
-    def write(self, values: dict[str, Any]) -> None:
-        numbers: list[float] = []
-        for name, size in self.numbers.items():
-            numbers += values[name] if size > 1 else [values[name]]
-        rest = {name: value for name, value in values.items() if name not in self.numbers}
-        with self.lock:
-            if rest != self.rest:
-                self.rest = rest
-                self.text = json.dumps(rest).encode()
-            data = self.form.pack(*numbers) + self.text
-            if len(data) > self.SIZE // 2 - self.HEAD.size:
-                raise ValueError(f"{len(data)} bytes of state are too many")
-            self.sequence += 1
-            start = self.starts[self.sequence % 2]
-            body = start + self.HEAD.size
-            self.memory[body : body + len(data)] = data
-            self.HEAD.pack_into(self.memory, start, self.sequence, len(data), zlib.crc32(data, self.sequence))
-
-    def read(self) -> dict[str, Any]:
-        """The newest dictionary; the same one again until there is a newer one."""
-        for _ in range(100):
-            heads = [(self.HEAD.unpack_from(self.memory, start), start) for start in self.starts]
-            (sequence, length, checksum), start = max(heads)
-            if sequence == self.sequence:
-                return self.newest
-            body = start + self.HEAD.size
-            data = self.memory[body : body + length]
-            if length and zlib.crc32(data, sequence) == checksum:
-                self.sequence = sequence
-                self.newest = self.unpack(data)
-                return self.newest
-            time.sleep(0.0002)  # it is being written
-        raise OSError("the robot process's state cannot be read")
-
-    def unpack(self, data: bytes) -> dict[str, Any]:
-        numbers = self.form.unpack_from(data)
-        if self.text != data[self.form.size :]:
-            self.text = data[self.form.size :]
-            self.rest = json.loads(self.text)
-        values = dict(self.rest)
-        position = 0
-        for name, size in self.numbers.items():
-            values[name] = numbers[position] if size == 1 else numbers[position : position + size]
-            position += size
-        return values
+        return cls(tuple(OPERATIONS)[op], number, lease_until, tuple(values), *texts)
 
 
 # --- Robot thread -----------------------------------------------------------------------------------------------------
@@ -1349,17 +1538,17 @@ def go_first() -> None:
             os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(10))
 
 
+@dataclass
 class Job:
     """A long operation; its handle is made up by the client."""
 
-    def __init__(self, handle: str, op: str, steps: Iterator[None]):
-        self.handle = handle
-        self.op = op
-        self.steps = steps
-        self.status = "queued"
-        self.error: str | None = None
-        self.began = time.monotonic()
-        self.ended: float | None = None
+    handle: str
+    op: str
+    steps: Iterator[None] | None = None
+    status: str = "queued"
+    error: str | None = None
+    began: float = field(default_factory=lambda: time.monotonic())
+    ended: float | None = None
 
     def finish(self, error: str | None = None) -> None:
         self.error = error
@@ -1368,25 +1557,27 @@ class Job:
         log.log(logging.WARNING if error else logging.INFO, "%s %s %s", self.op, self.status, error or "")
 
     def report(self) -> dict[str, Any]:
-        report = {name: getattr(self, name) for name in ("op", "status", "error")}
-        seconds = (self.ended or time.monotonic()) - self.began
-        return {"handle": self.handle or None, **report, "seconds": seconds}
+        return {
+            "handle": self.handle or None,
+            "op": self.op,
+            "status": self.status,
+            "error": self.error,
+            "seconds": (self.ended or time.monotonic()) - self.began,
+        }
 
 
 NO_LEASE = {"name": None, "token": "", "ttl": 1.0, "seq": None}
 
 
 class Control(threading.Thread):
-    """The robot thread: constructs the arm, reads it, obeys the front, limits the reference, watches. `link` is where
-    the front's commands come from, `board` where the state goes."""
+    """The robot thread: constructs the arm, reads it, obeys the front, limits the reference, watches. The front's
+    commands come through `link`, and the state goes the other way; where nobody reads, it is dropped."""
 
-    def __init__(self, args: Args, gripper: "Gripper", board: Board, scene: Board):
+    def __init__(self, args: Args, gripper: "Gripper"):
         super().__init__(name="robot", daemon=True)
         self.args = args
         self.gripper = gripper
-        self.board = board
-        self.scene = scene
-        self.link: socket.socket | None = None
+        self.link: socket.socket | None = None  # there is no front, for a moment
         self.limiter = Limiter(args)
         self.arm: Arm | None = None
         self.state: ArmState | None = None
@@ -1411,7 +1602,7 @@ class Control(threading.Thread):
         # what the front said
         self.front_heard = -math.inf
         self.number = 0
-        self.answer: dict[str, Any] | None = None  # to the last command that wants one
+        self.answer: dict[str, Any] | None = None  # to the last command
         self.asked = ""  # hold or stop
         self.lease = NO_LEASE
         self.lease_until = -math.inf
@@ -1435,6 +1626,20 @@ class Control(threading.Thread):
             return "busy"
         return "held" if self.held and self.mode == "hold" else self.mode
 
+    @property
+    def why(self) -> str:
+        """What a client is told whom that table refuses."""
+        if self.job:
+            return f"{self.job.op} is going on"
+        if self.fault:
+            return f"{self.fault['code']}: {self.fault['message']}; look at the robot, then recover"
+        return f"{self.held}; start again" if self.held else "start first: the controller does not run"
+
+    @property
+    def patience(self) -> float:
+        """How long (s) this thread may be silent without being hung; on a simulation a busy machine is no fault."""
+        return 0.5 if self.phase == "idle" or self.arm.info["task"] else self.args.frozen_after_s
+
     def run(self) -> None:
         try:
             self.arm = ARMS[self.args.robot](self.args)
@@ -1443,7 +1648,6 @@ class Control(threading.Thread):
             self.state = self.arm.get_state()
             self.advanced = time.monotonic()
             self.limiter.seed(self.state.tcp_pose)
-            self.publish()
         except Exception as error:
             log.exception("the arm does not start")
             self.failure = str(error) if isinstance(error, ArmError) else repr(error)
@@ -1510,108 +1714,107 @@ class Control(threading.Thread):
             if link is None:
                 return
             try:
-                data = link.recv(Command.FORM.size)
+                data = link.recv(COMMAND.size)
             except OSError:  # nothing there, or the front is being replaced
                 return
-            if len(data) != Command.FORM.size:
+            if len(data) != COMMAND.size:
                 return
             command = Command.unpack(data)
             self.front_heard = now
-            self.lease_until = min(command.lease_until, now + 10)
-            self.answer = {"number": command.number, "code": "", "message": "", "job": None}
+            self.answer = {"code": "", "message": "", "job": None}
             try:
-                self.obey(command, now)
+                job = self.obey(command, now)
+                self.answer["job"] = job and job.report()
             except Refused as error:
                 self.answer |= {"code": error.code, "message": str(error)}
+            self.lease_until = min(now + 10, command.lease_until)
             self.number = command.number
 
-    def obey(self, command: Command, now: float) -> None:
-        """One command; raises Refused. What the front has checked is checked again."""
-        kind, values = command.kind, command.values
-        if kind in ("hold", "stop"):
-            self.asked = "stop" if self.asked == "stop" else kind
-        elif kind == "lease":
-            self.grant(command, now)
-        elif kind == "target":
-            self.follow(np.array(values[:7]), *values[7:9], now)
-        elif kind == "gains":
-            self.wanted_gains = gains_from(values, self.args)
-        elif kind == "job":
-            self.answer["job"] = self.known(command.text).report()
-        elif kind != "alive":
-            self.answer["job"] = self.begin(kind, command.text, values).report()
+    def obey(self, command: Command, now: float) -> Job | None:
+        """One command; its job, if it has one. Raises Refused. What the front has checked is checked again."""
+        op = command.op
+        arguments = from_numbers(op, command.values)
+        if op in ("hold", "stop"):
+            self.asked = "stop" if self.asked == "stop" else op
+        elif op == "acquire":
+            self.grant(command, arguments["ttl"], now)
+        elif op == "target":
+            self.follow(now, **arguments)
+        elif op == "gains":
+            self.wanted_gains = allowed_gains(arguments, self.args)
+        elif op in JOBS or op == "job":
+            return self.begin(op, command.text, arguments)
+        return None
 
-    def grant(self, command: Command, now: float) -> None:
+    def grant(self, command: Command, ttl: float, now: float) -> None:
         """A new lease, or the same one with another duration. The old one's job ends, or its target."""
-        ttl, is_new = command.values[:2]
-        if is_new:
+        seq = self.lease["seq"]
+        if command.text != self.lease["token"] or now > self.lease_until:
+            seq = None
             self.target_at = min(self.target_at, now - self.args.hold_after_s)
             if self.job:
                 self.end_job(f"broken off: {command.name} took the lease")
-        seq = None if is_new else self.lease["seq"]
         self.lease = {"name": command.name, "token": command.text, "ttl": ttl, "seq": seq}
 
-    def follow(self, pose: np.ndarray, closure: float, seq: float, now: float) -> None:
-        """A new target, with the gripper's closure (NaN: none) and a number (-1: none)."""
-        check_mode("target", self.status())
+    def follow(self, now: float, pose: Sequence[float], seq: float | None, closure: float | None) -> None:
+        """A new target, and where wanted the gripper's closure."""
+        check_mode("target", self.step, self.why)
+        if closure is not None and self.gripper.kind == "none":
+            raise Refused("unavailable", "there is no gripper")
         if reason := self.limiter.refusal(pose, self.limiter.reference):
             raise Refused("refused", reason)
-        self.target = pose
+        self.target = np.array(pose)
         self.target_at = now
-        if seq >= 0:
+        if seq is not None:
             self.lease = self.lease | {"seq": int(seq)}
-        if 0 <= closure <= 1 and closure != self.closure and self.gripper.kind != "none":
+        if closure not in (None, self.closure):
             self.closure = closure
             self.gripper.follow(closure)
 
-    def known(self, handle: str) -> Job:
-        if handle not in self.jobs:
-            raise Refused("unknown_handle", f"no job {handle}")
-        return self.jobs[handle]
-
-    def begin(self, op: str, handle: str, values: Sequence[float]) -> Job:
+    def begin(self, op: str, handle: str, arguments: dict[str, Any]) -> Job:
         """A new job, or with a known handle that one, which does not start again."""
-        if handle in self.jobs:
-            if self.jobs[handle].op != op:
-                raise Refused("handle_used", f"{handle} is the handle of {self.jobs[handle].op}: make up a new one")
-            return self.jobs[handle]
+        known = self.jobs.get(handle)
+        if known and op not in (known.op, "job"):
+            raise Refused("handle_used", f"{handle} is the handle of {known.op}: make up a new one")
+        if known:
+            return known
+        if op == "job":
+            raise Refused("unknown_handle", f"no job {handle}")
         if op == "gripper":
-            job = self.begin_gripper(handle, GRIPPER_ACTIONS[int(values[0])], *values[1:4])
+            job = self.begin_gripper(handle, **arguments)
         else:
-            check_mode(op, self.status())
-            job = self.job = self.last_job = Job(handle, op, self.steps_of(op, values))
+            check_mode(op, self.step, self.why)
+            job = self.job = self.last_job = Job(handle, op, self.steps_of(op, **arguments))
         self.jobs[handle] = job
         ended = [name for name, other in self.jobs.items() if other.ended is not None]
         for name in ended[: max(len(self.jobs) - 256, 0)]:
             del self.jobs[name]
         return job
 
-    def begin_gripper(self, handle: str, action: str, width: float, speed: float, force: float) -> Job:
+    def begin_gripper(self, handle: str, action: str, width: float | None, speed: float, force: float) -> Job:
         most = self.gripper.max_width
         if self.gripper.kind == "none":
             raise Refused("unavailable", "there is no gripper")
-        if action == "move" and not 0 <= width <= most:  # nor NaN
+        if action == "move" and (width is None or width > most):
             raise Refused("bad_argument", f"width: give a number from 0 to {most:g}")
-        job = Job(handle, "gripper", iter(()))
+        job = Job(handle, "gripper")
         self.closure = None
         self.gripper.submit(job, action, width, speed, force)
         return job
 
-    def steps_of(self, op: str, values: Sequence[float]) -> Iterator[None]:
+    def steps_of(self, op: str, **arguments: Any) -> Iterator[None]:
+        if op == "recover":
+            return self.recover()
         if op == "start":
-            return self.start_streaming(gains_from(values, self.args))
-        if op == "move_joints":
-            q = np.array(values[:7])
-            if not within_joint_limits(q):
-                raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
-            return self.move_joints(q, values[7])
-        if op == "reset":
-            return self.move_joints(None, values[0])
-        if op == "reset_task" and not self.arm.has_task:
-            raise Refused("unavailable", "only the simulated robot has this")
+            return self.start_streaming(allowed_gains(arguments, self.args))
         if op == "reset_task":
-            return self.reset_task(None if math.isnan(values[0]) else int(values[0]))
-        return self.recover()
+            if not self.arm.info["task"]:
+                raise Refused("unavailable", "only the simulated robot has this")
+            return self.reset_task(**arguments)
+        q = np.array(arguments.get("q", self.args.reset_joints))
+        if not within_joint_limits(q):
+            raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
+        return self.move_joints(q, arguments["speed"])
 
     # Measure, watch, act
     def measure(self, now: float) -> float:
@@ -1640,7 +1843,8 @@ class Control(threading.Thread):
     def watch(self, now: float) -> None:
         """The watchdog's ladder, and what clients asked for."""
         args = self.args
-        asked, self.asked = self.asked, ""
+        asked = self.asked
+        self.asked = ""
         hold = "a client asked to hold" if asked == "hold" else ""
         stop = "a client asked to stop" if asked == "stop" else ""
         silent = now - self.target_at
@@ -1763,13 +1967,10 @@ class Control(threading.Thread):
         self.held = ""
         log.info("streaming with %s", self.gains)
 
-    def move_joints(self, q: np.ndarray | None, speed: float) -> Iterator[None]:
+    def move_joints(self, q: np.ndarray, speed: float) -> Iterator[None]:
         yield from self.settle()
         with self.blocking():
-            if q is None:
-                self.arm.reset(speed)
-            else:
-                self.arm.move_to_joint_positions(q, speed)
+            self.arm.move_to_joint_positions(q, speed)
         while self.arm.moving():
             yield
         yield
@@ -1791,232 +1992,66 @@ class Control(threading.Thread):
         self.closure = None
         self.phase = "idle"
 
-    def reset_task(self, seed: int | None) -> Iterator[None]:
+    def reset_task(self, seed: float | None) -> Iterator[None]:
         yield from self.settle()
         with self.blocking():
-            self.arm.reset_task(seed)
+            self.arm.reset_task(None if seed is None else int(seed))
         self.closure = None  # the scene's gripper stands where the task puts it
         yield
         self.phase = "idle"
 
     # What the front may know
-    def status(self) -> dict[str, Any]:
-        """Mode and jobs, as `check_mode` wants them."""
+    def publish(self) -> None:
+        """Tells the front how things are. `marshal`: both are the same Python, and the front, who might be taken over,
+        is not listened to in this way."""
+        link = self.link
+        if link is None:
+            return
         arm_job = self.job or self.last_job
         gripper_job = self.gripper.job
-        return {
-            "mode": self.mode,
-            "step": self.step,
-            "held": self.held,
-            "fault": self.fault,
-            "jobs": {
-                "arm": arm_job.report() if arm_job else None,
-                "gripper": gripper_job.report() if gripper_job else None,
-            },
-        }
-
-    def publish(self) -> None:
-        state, gripper = self.state, self.gripper.state
-        self.board.write(
-            {
-                **self.status(),
-                "answer": self.answer,
-                "lease": self.lease,
-                "gains": vars(self.wanted_gains),
-                "number": self.number,
-                "lease_until": self.lease_until,
-                "ticked": self.ticked,
-                "at": state.at,
-                "robot_time": state.time,
+        jobs = {"arm": arm_job and arm_job.report(), "gripper": gripper_job and gripper_job.report()}
+        status = {
+            "reply": {  # part of every reply
+                "robot_time": self.state.time,
+                "mode": self.mode,
                 "reference": self.limiter.reference.tolist(),
-                "tcp_pose": state.tcp_pose.tolist(),
-                "tcp_vel": state.tcp_vel.tolist(),
-                "tcp_force": state.wrench[:3].tolist(),
-                "tcp_torque": state.wrench[3:].tolist(),
-                "q": state.q.tolist(),
-                "dq": state.dq.tolist(),
-                "gripper_width": gripper.width,
-                "gripper_moving": gripper.moving,
-                "gripper_holding": gripper.holding,
-                "gripper_fault": gripper.fault,
-                "gripper_closure": self.closure,
-                "robot_mode": state.robot_mode,
-                "errors": state.errors,
-                "success_rate": state.success_rate,
-                "overruns": self.overruns,
-                "reflexes": self.reflexes,
-                "limited": self.limiter.limited,
-            }
-        )
-        if self.arm.task_news:
-            self.scene.write(self.arm.task)
-            self.arm.task_news = False
-
-
-# --- Operations and their arguments -----------------------------------------------------------------------------------
-REQUIRED = object()
-GRIPPER_ACTIONS = ("open", "close", "move", "activate", "stop")
-
-
-@dataclass(frozen=True)
-class Argument:
-    """What one argument of an operation must be."""
-
-    kind: Literal["number", "whole", "vector", "text", "choice", "truth"]
-    low: float = -math.inf  # of numbers, and of the length of texts
-    high: float = math.inf
-    size: int = 0  # of a vector, whose numbers may be anything
-    choices: tuple[str, ...] = ()
-    default: Any = REQUIRED
-
-    def check(self, name: str, value: object) -> Any:
-        """The value, in the type that is wanted; raises Refused."""
-        if value is None and self.default is None:
-            return None
-        is_number = type(value) in (int, float)
-        wanted = f"one of {' '.join(self.choices)}"
-        if self.kind == "number":
-            wanted = f"a number from {self.low:g} to {self.high:g}"
-            if is_number and self.low <= value <= self.high:  # NaN is not
-                return float(value)
-        elif self.kind == "whole":
-            wanted = f"a whole number from {self.low:g} to {self.high:g}"
-            if type(value) is int and self.low <= value <= self.high:
-                return value
-        elif self.kind == "vector":
-            wanted = f"{self.size} numbers"
-            is_list = isinstance(value, list) and len(value) == self.size
-            if is_list and all(type(x) in (int, float) for x in value):
-                return [float(x) for x in value]
-        elif self.kind == "text":
-            wanted = f"a text of {self.low:g} to {self.high:g} characters"
-            is_text = isinstance(value, str) and value.isprintable() and (name == "name" or value.isascii())
-            if is_text and self.low <= len(value) <= self.high:
-                return value
-        elif self.kind == "truth":
-            wanted = "true or false"
-            if type(value) is bool:
-                return value
-        elif isinstance(value, str) and value in self.choices:
-            return value
-        raise Refused("bad_argument", f"{name}: give {wanted}, not {value!r:.40}")
-
-
-@dataclass(frozen=True)
-class Operation:
-    arguments: dict[str, Argument]
-    leased: bool = False  # needs the lease's token
-    values: Callable[..., Sequence[float]] | None = None  # of a job: what the robot process gets of the arguments
-
-
-HANDLE = Argument("text", 8, 64)
-FRACTION = {"low": 0.0, "high": 1.0}
-JOINT_SPEED = Argument("number", 0.01, 1.0, default=0.2)
-GAINS = {
-    "stiffness": Argument("number", 0, 1e5, default=None),
-    "damping": Argument("number", 0, 1e5, default=None),
-    "rotational_stiffness": Argument("number", 0, 1e5, default=None),
-    "rotational_damping": Argument("number", 0, 1e5, default=None),
-    "nullspace_stiffness": Argument("number", 0, 1e5, default=None),
-    "clip": Argument("vector", size=3, default=None),
-    "rotational_clip": Argument("vector", size=3, default=None),
-}
-OPERATIONS = {
-    "hello": Operation({}),
-    "state": Operation({}),
-    "acquire": Operation(
-        {
-            "name": Argument("text", 1, 32),
-            "token": Argument("text", 16, 64),
-            "ttl": Argument("number", 0.2, 10.0, default=1.0),
-            "takeover": Argument("truth", default=False),
+                "fault": self.fault,
+                "jobs": jobs,
+            },
+            "state": self.report(),
+            "task": self.arm.task,
+            "gains": vars(self.wanted_gains),
+            "step": self.step,
+            "why": self.why,
+            "lease": self.lease,
+            "lease_until": self.lease_until,
+            "number": self.number,
+            "answer": self.answer,
+            "at": self.state.at,
+            "ticked": self.ticked,
+            "overdue": max(self.ticked + self.patience, self.may_block_until),
         }
-    ),
-    "release": Operation({}, leased=True),
-    "target": Operation(
-        {
-            "pose": Argument("vector", size=7),
-            "seq": Argument("whole", 0, 2**53, default=None),
-            "closure": Argument("number", **FRACTION, default=None),
-        },
-        leased=True,
-    ),
-    "gains": Operation(GAINS, leased=True),
-    "hold": Operation({}),
-    "stop": Operation({}),
-    "start": Operation({"handle": HANDLE} | GAINS, leased=True),
-    "move_joints": Operation(
-        {"handle": HANDLE, "q": Argument("vector", size=7), "speed": JOINT_SPEED},
-        leased=True,
-        values=lambda q, speed: (*q, speed),
-    ),
-    "reset": Operation({"handle": HANDLE, "speed": JOINT_SPEED}, leased=True, values=lambda speed: (speed,)),
-    "recover": Operation({"handle": HANDLE}, leased=True, values=tuple),
-    "gripper": Operation(
-        {
-            "handle": HANDLE,
-            "action": Argument("choice", choices=GRIPPER_ACTIONS),
-            "width": Argument("number", 0.0, 1.0, default=None),
-            "speed": Argument("number", **FRACTION, default=1.0),
-            "force": Argument("number", **FRACTION, default=0.5),
-        },
-        leased=True,
-        values=lambda action, width, speed, force: (
-            GRIPPER_ACTIONS.index(action),
-            math.nan if width is None else width,
-            speed,
-            force,
-        ),
-    ),
-    "job": Operation({"handle": HANDLE}),
-    "task": Operation({}),
-    "reset_task": Operation(
-        {"handle": HANDLE, "seed": Argument("whole", 0, 2**31, default=None)},
-        leased=True,
-        values=lambda seed: (math.nan if seed is None else seed,),
-    ),
-}
+        with contextlib.suppress(OSError):  # it does not read, or is gone
+            link.send(marshal.dumps(status))
 
-
-def checked(op: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """All arguments of an operation, defaults filled in; raises Refused."""
-    known = OPERATIONS[op].arguments
-    values = {}
-    for name, argument in known.items():
-        if name in arguments:
-            values[name] = argument.check(name, arguments[name])
-        elif argument.default is REQUIRED:
-            raise Refused("bad_argument", f"{op} needs {name!r}")
-        else:
-            values[name] = argument.default
-    for name in arguments:
-        if name not in known:
-            raise Refused("bad_argument", f"{op} has no {name!r:.40}, it has {[*known]}")
-    return values
-
-
-def parse(body: list[bytes]) -> dict[str, Any]:
-    """The request, with fields of the right types; raises Refused."""
-    import msgpack
-
-    if len(body) != 1:
-        raise Refused("malformed", f"{len(body)} frames, send one")
-    limits = {"max_str_len": 256, "max_bin_len": 0, "max_ext_len": 0, "max_array_len": 64, "max_map_len": 64}
-    try:
-        request = msgpack.unpackb(body[0], **limits)
-    except (ValueError, RecursionError) as error:
-        raise Refused("malformed", f"no msgpack within the limits: {str(error)[:80]}") from None
-    if not isinstance(request, dict):
-        raise Refused("malformed", "not a map")
-    if type(request.get("v")) is not int or request["v"] != PROTOCOL_VERSION:
-        raise Refused("version", f"this server speaks version {PROTOCOL_VERSION}")
-    types = {"v": int, "op": str, "id": (int, str), "token": str, "args": dict}
-    for key, value in request.items():
-        if key not in types or not isinstance(value, types[key]) or isinstance(value, bool):
-            raise Refused("malformed", f"{key!r:.40}: unknown, or of the wrong type")
-    if len(str(request.get("id", ""))) > 64:
-        raise Refused("malformed", "id: at most 64 characters")
-    return request
+    def report(self) -> dict[str, Any]:
+        """What `state` answers."""
+        state = self.state
+        arrays = {name: getattr(state, name).tolist() for name in ("tcp_pose", "tcp_vel", "q", "dq")}
+        gripper = {f"gripper_{name}": value for name, value in vars(self.gripper.state).items()}
+        return {
+            **arrays,
+            "tcp_force": state.wrench[:3].tolist(),
+            "tcp_torque": state.wrench[3:].tolist(),
+            **gripper,
+            "gripper_closure": self.closure,
+            "robot_mode": state.robot_mode,
+            "errors": state.errors,
+            "success_rate": state.success_rate,
+            "overruns": self.overruns,
+            "reflexes": self.reflexes,
+            "limited": self.limiter.limited,
+        }
 
 
 # --- Front ------------------------------------------------------------------------------------------------------------
@@ -2028,26 +2063,36 @@ MAX_GROWTH = 40 << 20  # bytes of memory of a front; then another one takes over
 
 
 class Connection:
+    """What Linux tells of a connection, beside what libzmq does."""
+
     def __init__(self, fd: int, now: float):
         self.socket = socket.socket(fileno=os.dup(fd))  # ours is the same connection, whatever becomes of the number
         self.address = self.socket.getpeername()[0]
-        self.since = now
+        self.received = 0  # bytes
         self.taken = 0  # bytes received that messages have brought
         self.heard = False  # a message came since the last look
         self.served = False  # a message came ever
-        self.received = 0
-        self.was_cut = False
+        self.silent_ms = 0  # since the peer last sent something
         self.acked = 0  # bytes that the peer has taken
         self.acked_at = now
+        self.was_cut = False
 
-    def facts(self) -> tuple[int, int, int, int]:
-        """Bytes taken by the peer, bytes received, bytes that wait for the peer, ms since it last sent something:
-        Linux's struct tcp_info."""
+    @property
+    def underway(self) -> int:
+        return self.received - self.taken
+
+    def look(self, now: float, drained: bool) -> None:
+        """Asks Linux: struct tcp_info. Raises OSError when the connection has just ended."""
         info = self.socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
-        silent_ms = struct.unpack_from("<I", info, 52)[0]
-        acked, received = struct.unpack_from("<QQ", info, 120)
-        waiting = struct.unpack_from("<I", info, 144)[0]
-        return acked, received, waiting, silent_ms
+        self.silent_ms = struct.unpack_from("<I", info, 52)[0]
+        acked, self.received = struct.unpack_from("<QQ", info, 120)
+        waiting = struct.unpack_from("<I", info, 144)[0]  # bytes that the peer has not taken yet
+        if self.heard and drained:
+            self.taken = self.received  # what is not of messages, as heartbeats, does not add up
+        self.heard = False
+        if acked != self.acked or not waiting:
+            self.acked = acked
+            self.acked_at = now
 
 
 class Doors:
@@ -2086,37 +2131,24 @@ class Doors:
         self.hear_monitors(now)
         if drained:
             self.left = 0
-        underway: list[tuple[int, Connection]] = []
-        silent: list[tuple[int, Connection]] = []
+        connections = []
         for connection in self.connections.values():
-            try:
-                acked, connection.received, waiting, silent_ms = connection.facts()
-            except OSError:
-                continue
-            if connection.heard and drained:
-                connection.taken = connection.received  # what is not of messages, as heartbeats, does not add up
-            connection.heard = False
-            if acked != connection.acked or not waiting:
-                connection.acked = acked
-                connection.acked_at = now
-            elif now - connection.acked_at > 2:
+            with contextlib.suppress(OSError):
+                connection.look(now, drained)
+                connections.append(connection)
+        for connection in connections:
+            if now - connection.acked_at > 2:
                 self.cut(connection, "does not read")
-            underway.append((connection.received - connection.taken, connection))
-            if not connection.was_cut:
-                silent.append((silent_ms, connection))
-        self.limit_underway(underway)
-        silent.sort(key=lambda pair: (not pair[1].served, pair[0]), reverse=True)
-        for _, connection in silent[: max(len(silent) - MAX_CONNECTIONS, 0)]:
+        total = self.left + sum(connection.underway for connection in connections)
+        for connection in sorted(connections, key=lambda c: -c.underway):
+            too_much = total >= MAX_ALL_UNDERWAY and connection.underway >= 4096
+            if connection.underway >= MAX_UNDERWAY or too_much:
+                total -= connection.underway
+                self.cut(connection, "sends more than can be read")
+        alive = [connection for connection in connections if not connection.was_cut]
+        alive.sort(key=lambda c: (c.served, -c.silent_ms))  # who never asked, then who was silent for longest
+        for connection in alive[: max(len(alive) - MAX_CONNECTIONS, 0)]:
             self.cut(connection, "too many connections")
-
-    def limit_underway(self, underway: list[tuple[int, Connection]]) -> None:
-        underway.sort(key=lambda pair: pair[0], reverse=True)
-        total = self.left + sum(size for size, _ in underway)
-        for size, connection in underway:
-            if size < MAX_UNDERWAY and (total < MAX_ALL_UNDERWAY or size < 4096):
-                return
-            total -= size
-            self.cut(connection, "sends more than can be read")
 
     def hear_monitors(self, now: float) -> None:
         import zmq
@@ -2153,35 +2185,40 @@ class Doors:
             connection.socket.shutdown(socket.SHUT_RDWR)
 
 
-class Front:
-    """Answers requests and publishes the state. Methods `op_*` are the operations that only the front carries out, or
-    that want more than a look at their arguments."""
+EAGER_S = 2e-4  # after a request: looking costs the processor, sleeping and being woken costs the client
+SDK_BUSY = "the robot's SDK takes its time: ask again"
 
-    def __init__(self, args: Args, link: socket.socket, board: Board, scene: Board, facts: dict[str, Any]):
+
+class Front:
+    """Answers requests and publishes the state. Methods `op_*` are the operations that want more than a message to the
+    robot process."""
+
+    def __init__(self, args: Args, link: socket.socket, facts: dict[str, Any]):
         self.args = args
         self.link = link
-        self.board = board
-        self.scene = scene
+        self.buffer = memoryview(bytearray(1 << 18))
+        self.newest = marshal.loads(link.recv(len(self.buffer)))
         self.facts = facts  # what `hello` tells
         self.limiter = Limiter(args)
-        self.number = int(board.read()["number"])
+        self.alone = False  # the robot process has ended
+        self.answered = -math.inf  # when it last answered
         self.unanswered: dict[str, dict[str, Any]] = {}  # a job that the robot thread has not heard of yet
         self.refusals: Counter[str] = Counter()
         self.complained = 0.0
-        lease = board.read()["lease"]  # of the front before this one
-        self.name = lease["name"]
-        self.token = lease["token"]
-        self.ttl = lease["ttl"]
-        self.seq = lease["seq"]
-        self.lease_until = board.read()["lease_until"]
+        self.number = self.newest["number"]  # of the front before this one
+        self.lease = self.newest["lease"]
+        self.lease_until = self.newest["lease_until"]
 
     # Sockets
     def open_sockets(self, fds: Sequence[int]) -> None:
+        import msgpack
         import zmq
 
         args = self.args
         context = zmq.Context.instance()
-        self.router, self.publisher = sockets = context.socket(zmq.ROUTER), context.socket(zmq.PUB)
+        self.router = context.socket(zmq.ROUTER)
+        self.publisher = context.socket(zmq.PUB)
+        sockets = self.router, self.publisher
         if args.keys:
             import zmq.auth
             from zmq.auth.thread import ThreadAuthenticator
@@ -2207,36 +2244,28 @@ class Front:
             s.use_fd = fd  # the robot process listens, so that nobody is turned away while there is no front
             s.bind("tcp://127.0.0.1:1")  # a name only
         self.doors = Doors(sockets, bool(args.keys))
-        self.poller = zmq.Poller()
-        for s in (self.router, self.link.fileno(), *self.doors.monitors):
-            self.poller.register(s, zmq.POLLIN)
+        self.packer = msgpack.Packer()
 
     def serve(self) -> None:
-        """Until the robot process ends."""
-        due = looked = time.monotonic()
+        """Until the robot process ends. Between two requests, every 10 ms, all that has a beat."""
+        import zmq
+
         heap = memory_bytes()
-        while True:
-            wait = due - time.monotonic()
-            events = dict(self.poller.poll(max(0, math.ceil(wait * 1000))))
-            if self.link.fileno() in events and not self.link.recv(1):
-                return
-            drained = False
-            for _ in range(20):  # then the state has its turn
-                if not self.answer():
-                    drained = True
-                    break
+        due = time.monotonic()
+        while not self.alone:
+            self.router.rcvtimeo = max(math.ceil(1000 * (due - time.monotonic())), 0)
+            self.answer()
             now = time.monotonic()
-            if now >= due:
-                due = max(due + 0.01, now)
-                self.send("alive")
-                self.publish()
-            if now - looked > 0.01:
-                looked = now
-                self.doors.look(now, drained)
-                if (grown := memory_bytes() - heap) > MAX_GROWTH:
-                    log.error("the front has grown by %d MB: another one takes over", grown >> 20)
-                    return
-                self.complain(now)
+            if now < due:
+                continue
+            due = max(due + 0.01, now)
+            self.send("state")  # anything tells that the front is alive
+            self.publish()
+            self.doors.look(now, drained=not self.router.events & zmq.POLLIN)
+            self.complain(now)
+            if (grown := memory_bytes() - heap) > MAX_GROWTH:
+                log.error("the front has grown by %d MB: another one takes over", grown >> 20)
+                return
 
     def complain(self, now: float) -> None:
         """What was refused goes to the log in sums."""
@@ -2249,41 +2278,61 @@ class Front:
 
     # The robot process
     def status(self) -> dict[str, Any]:
-        return self.board.read()
+        """The newest that the robot process has told; every request looks once."""
+        size = 0
+        with contextlib.suppress(BlockingIOError):
+            while not self.alone:
+                size = self.link.recv_into(self.buffer)
+                self.alone = size == 0
+        if size:
+            self.newest = marshal.loads(self.buffer[:size])
+        return self.newest
 
-    def send(self, kind: str, values: Sequence[float] = (), text: str = "", name: str = "") -> None:
+    def send(self, op: str, arguments: dict[str, Any] | None = None, text: str = "", name: str = "") -> None:
         self.number += 1
-        command = Command(kind, self.number, self.lease_until, values, text, name)
-        with contextlib.suppress(BlockingIOError):  # the robot thread is busy in its SDK; the watchdog looks after it
+        values = to_numbers(op, arguments or {})
+        command = Command(op, self.number, self.lease_until, values, text, name)
+        try:
             self.link.send(command.pack())
+        except BlockingIOError:  # the robot thread is busy in its SDK; the watchdog looks after it
+            pass
+        except ConnectionError:
+            self.alone = True
 
-    def command(self, kind: str, values: Sequence[float] = (), text: str = "", name: str = "") -> dict[str, Any]:
-        """Sends it and waits until the robot thread has acted on it, so that the reply shows it, but not while that is
-        busy in its SDK. Its answer; raises Refused."""
-        self.send(kind, values, text, name)
+    def command(
+        self, op: str, arguments: dict[str, Any] | None = None, text: str = "", name: str = ""
+    ) -> dict[str, Any] | None:
+        """Sends it and waits until the robot thread has acted on it, so that the reply shows it. Its answer, or None
+        while it is busy in its SDK and will act later; raises Refused."""
+        self.send(op, arguments, text, name)
+        give_up = time.monotonic() + 0.05
         while (status := self.status())["number"] < self.number:
-            if time.monotonic() - status["ticked"] > 0.05:
-                return {"job": None}
-            time.sleep(0.0005)
+            left = give_up - time.monotonic()
+            if left <= 0:
+                return None
+            select.select([self.link], [], [], left)
         answer = status["answer"]
         if answer["code"]:
             raise Refused(answer["code"], answer["message"])
         return answer
 
     # Requests
-    def answer(self) -> bool:
-        """Receives one request and answers it; False when there is none."""
+    def answer(self) -> None:
+        """Answers a request if there is one, or one comes while the socket waits. Requests come in bursts, and to look
+        takes less time than to be woken: so for a moment after each it only looks."""
         import zmq
 
+        is_eager = time.monotonic() < self.answered + EAGER_S
         try:
-            first = self.router.recv(zmq.DONTWAIT, copy=False)
+            first = self.router.recv(zmq.DONTWAIT if is_eager else 0, copy=False)
         except zmq.Again:
-            return False
+            os.sched_yield()
+            return
         frames = [first.bytes]
-        fd = first.get(zmq.MessageOption.SRCFD)
+        fd = first.get(zmq.SRCFD)
         count = 1
-        while self.router.getsockopt(zmq.RCVMORE):
-            frame = self.router.recv(zmq.DONTWAIT)
+        while self.router.get(zmq.RCVMORE):
+            frame = self.router.recv()
             count += 1
             if count <= MAX_FRAMES:
                 frames.append(frame)
@@ -2291,7 +2340,7 @@ class Front:
         if count > MAX_FRAMES:
             if connection := self.doors.connections.get(fd):
                 self.doors.cut(connection, f"sends messages of {count} frames")
-            return True
+            return
         cut = frames.index(b"", 1) + 1 if b"" in frames[1:4] else 1
         request: dict[str, Any] = {}
         result = refused = None
@@ -2303,168 +2352,158 @@ class Front:
         except Exception:
             log.exception("request")
             refused = Refused("internal", "a bug, see the server's log")
+        reply = self.packed(request, result, refused)
         with contextlib.suppress(zmq.ZMQError):  # a peer that is gone, or does not read
-            self.router.send_multipart([*frames[:cut], self.packed(request, result, refused)], zmq.DONTWAIT)
-        return True
+            for frame in frames[:cut]:
+                self.router.send(frame, zmq.DONTWAIT | zmq.SNDMORE)
+            self.router.send(reply, zmq.DONTWAIT)
+        self.answered = time.monotonic()
 
     def carry_out(self, request: dict[str, Any]) -> dict[str, Any]:
         """The result; raises Refused."""
+        self.status()
         op = request.get("op")
         if op not in OPERATIONS:
             raise Refused("unknown_op", f"{op!r:.40}: there are {' '.join(OPERATIONS)}")
         arguments = checked(op, request.get("args", {}))
-        token = request.get("token", "")
         holder = self.holder()
-        if holder and secrets.compare_digest(token.encode(), self.token.encode()):
-            self.lease_until = time.monotonic() + self.ttl
-        elif OPERATIONS[op].leased:
+        if holder and self.is_holders(request.get("token", "")):
+            self.lease_until = time.monotonic() + self.lease["ttl"]
+        elif op in LEASED:
             raise Refused("no_lease", f"the lease is {holder}'s" if holder else "acquire a lease first: yours ended")
-        if values := OPERATIONS[op].values:
-            handle = arguments.pop("handle")
-            return self.begin(op, handle, values(**arguments))
+        if op in ("start", "gains"):  # those that are not given stay as they are
+            gains = self.newest["gains"]
+            arguments |= {name: value for name, value in gains.items() if arguments[name] is None}
+        if op in JOBS:
+            return self.begin(op, arguments)
+        if op in ("gains", "hold", "stop"):
+            if not self.command(op, arguments) and op == "gains":
+                raise Refused("busy", SDK_BUSY)
+            return arguments
         return getattr(self, f"op_{op}")(**arguments)
 
     def holder(self) -> str | None:
-        return self.name if time.monotonic() <= self.lease_until else None
+        return self.lease["name"] if time.monotonic() <= self.lease_until else None
+
+    def is_holders(self, token: str) -> bool:
+        return secrets.compare_digest(token.encode(), self.lease["token"].encode())
 
     def packed(self, request: dict[str, Any], result: Any, error: Refused | None = None) -> bytes:
-        import msgpack
-
         if error:
             self.refusals[error.code] += 1
-        status = self.status()
+        status = self.newest
         now = time.monotonic()
-        return msgpack.packb(
+        return self.packer.pack(
             {
                 "v": PROTOCOL_VERSION,
                 "id": request.get("id"),
                 "op": request.get("op"),
                 "ok": error is None,
                 "error": {"code": error.code, "message": str(error)} if error else None,
-                "result": None if error else result,
+                "result": result,
                 "server_id": self.facts["server_id"],
                 "server_time": now,
-                "robot_time": status["robot_time"],
                 "state_age": now - status["at"],
-                "mode": status["mode"],
-                "reference": status["reference"],
                 "lease": self.holder(),
-                "fault": status["fault"],
-                "seq": self.seq,
-                "jobs": status["jobs"],
+                "seq": self.lease["seq"],
+                **status["reply"],
             }
         )
 
     def publish(self) -> None:
         import zmq
 
+        self.status()
         with contextlib.suppress(zmq.Again):
             self.publisher.send(self.packed({"op": "state"}, self.op_state()), zmq.DONTWAIT)
 
     # Operations
     def op_hello(self) -> dict[str, Any]:
-        return self.facts | {"gains": self.status()["gains"], "lease": self.holder()}
+        return self.facts | {"gains": self.newest["gains"], "lease": self.holder()}
 
     def op_state(self) -> dict[str, Any]:
-        status = self.status()
-        return {name: status[name] for name in STATE}
+        return self.newest["state"]
+
+    def op_task(self) -> dict[str, Any]:
+        task = self.newest["task"]
+        if task is None:
+            raise Refused("unavailable", "only the simulated robot has this")
+        return marshal.loads(task)
 
     def op_acquire(self, name: str, token: str, ttl: float, takeover: bool) -> dict[str, Any]:
         holder = self.holder()
-        is_new = holder is None or not secrets.compare_digest(token.encode(), self.token.encode())
+        is_new = holder is None or not self.is_holders(token)
         if is_new and holder and not takeover:
             raise Refused("lease_taken", f"{holder} has the lease; takeover=true takes it")
         if is_new:
             log.info("lease: %s%s", name, f", taken from {holder}" if holder else "")
-            self.seq = None
-        self.name = name
-        self.token = token
-        self.ttl = ttl
+        self.lease = {"name": name, "token": token, "ttl": ttl, "seq": None if is_new else self.lease["seq"]}
         self.lease_until = time.monotonic() + ttl
-        self.command("lease", (ttl, is_new), token, name)
+        self.command("acquire", {"name": name, "token": token, "ttl": ttl, "takeover": takeover}, token, name)
         return {"ttl": ttl}
 
     def op_release(self) -> dict[str, Any]:
         self.lease_until = -math.inf
-        self.command("alive")
+        self.command("release")
         return {}
 
     def op_target(self, pose: list[float], seq: int | None, closure: float | None) -> dict[str, Any]:
-        status = self.status()
-        check_mode("target", status)
-        if closure is not None and self.facts["gripper"]["kind"] == "none":
-            raise Refused("unavailable", "there is no gripper")
-        if seq is not None and self.seq is not None and seq <= self.seq:
-            raise Refused("stale", f"seq {seq} after {self.seq}")
-        if reason := self.limiter.refusal(np.array(pose), np.array(status["reference"])):
+        """Answered from what the robot process told last, so that nobody waits for its next tick; it looks again. Where
+        a target changes more than the reference, its answer is waited for."""
+        status = self.newest
+        check_mode("target", status["step"], status["why"])
+        if time.monotonic() > status["overdue"]:
+            raise Refused("frozen", "the robot process does not go on, its state is old: look at state_age")
+        last = self.lease["seq"]
+        if seq is not None and last is not None and seq <= last:
+            raise Refused("stale", f"seq {seq} after {last}")
+        if reason := self.limiter.refusal(pose, status["reply"]["reference"]):
             raise Refused("refused", reason)
-        values = (*pose, math.nan if closure is None else closure, -1 if seq is None else seq)
-        if status["mode"] == "hold" or closure not in (None, status["gripper_closure"]):
-            self.command("target", values)
+        arguments = {"pose": pose, "seq": seq, "closure": closure}
+        if status["step"] == "hold" or closure not in (None, status["state"]["gripper_closure"]):
+            self.command("target", arguments)
         else:
-            self.send("target", values)
-        self.seq = self.seq if seq is None else seq
+            self.send("target", arguments)
+        if seq is not None:
+            self.lease = self.lease | {"seq": int(seq)}
         return self.op_state()
 
-    def op_gains(self, **changes: Any) -> dict[str, Any]:
-        gains = self.changed_gains(changes)
-        self.command("gains", gain_values(gains))
-        return gains
-
-    def changed_gains(self, changes: dict[str, Any]) -> dict[str, Any]:
-        """All gains; raises Refused for those beyond the limits."""
-        gains = self.status()["gains"] | {name: value for name, value in changes.items() if value is not None}
-        check_gains(gains, self.args)
-        return gains
-
-    def op_hold(self) -> dict[str, Any]:
-        self.command("hold")
-        return {}
-
-    def op_stop(self) -> dict[str, Any]:
-        self.command("stop")
-        return {}
-
     def op_job(self, handle: str) -> dict[str, Any]:
-        for job in self.status()["jobs"].values():
+        for job in self.newest["reply"]["jobs"].values():
             if job and job["handle"] == handle:
                 return job
         waits = self.unanswered.get(handle)
         try:
-            job = self.command("job", text=handle)["job"]
+            answer = self.command("job", {"handle": handle}, handle)
         except Refused as error:
             if not waits:
                 raise
             return waits | {"status": "failed", "error": f"not begun: {error}"}
-        if job is None and not waits:
-            raise Refused("busy", "the robot's SDK takes its time: ask again")
-        return job or waits
+        if answer:
+            return answer["job"]
+        if not waits:
+            raise Refused("busy", SDK_BUSY)
+        return waits
 
-    def begin(self, op: str, handle: str, values: Sequence[float] = ()) -> dict[str, Any]:
+    def begin(self, op: str, arguments: dict[str, Any]) -> dict[str, Any]:
         """The report of a new job, or of the one with that handle."""
-        status = self.status()
-        known = {job["handle"] for job in (*status["jobs"].values(), *self.unanswered.values()) if job}
+        handle = arguments["handle"]
+        status = self.newest
+        known = {job["handle"] for job in (*status["reply"]["jobs"].values(), *self.unanswered.values()) if job}
         if op in FOLLOWS and handle not in known and time.monotonic() - status["ticked"] > 0.05:
-            check_mode(op, status)  # no job waits for the end of a long call of the SDK
-        if job := self.command(op, values, handle)["job"]:
-            return job
+            check_mode(op, status["step"], status["why"])  # no job waits for the end of a long call of the SDK
+        if answer := self.command(op, arguments, handle):
+            return answer["job"]
         if len(self.unanswered) > 16:
             self.unanswered.clear()
         self.unanswered[handle] = {"handle": handle, "op": op, "status": "queued", "error": None, "seconds": 0.0}
         return self.unanswered[handle]
 
-    def op_start(self, handle: str, **changes: Any) -> dict[str, Any]:
-        return self.begin("start", handle, gain_values(self.changed_gains(changes)))
-
-    def op_task(self) -> dict[str, Any]:
-        if not self.facts["robot"]["task"]:
-            raise Refused("unavailable", "only the simulated robot has this")
-        return self.scene.read()
-
 
 def memory_bytes() -> int:
     """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
 
 
 def run_front(order: str) -> None:
@@ -2477,13 +2516,11 @@ def run_front(order: str) -> None:
         import zmq.auth.thread  # noqa: F401
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
     link = socket.socket(fileno=order["link"])
-    memory = mmap.mmap(order["memory"], 2 * Board.SIZE, prot=mmap.PROT_READ)
     facts = link.recv(1 << 16)
     if facts:
-        link.setblocking(False)
         args = Args(**order["args"] | {"gains": Gains(**order["args"]["gains"])})
-        boards = Board(memory, 0, NUMBERS), Board(memory, Board.SIZE, {})
-        front = Front(args, link, *boards, json.loads(facts))
+        front = Front(args, link, json.loads(facts))
+        link.setblocking(False)
         front.open_sockets(order["listening"])
         front.serve()
     os._exit(0)  # not through libzmq's end, which waits for its peers
@@ -2493,10 +2530,10 @@ def run_front(order: str) -> None:
 class FrontProcess:
     """A front, or a spare one, as the robot process sees it."""
 
-    def __init__(self, args: Args, memory: int, listening: Sequence[socket.socket]):
+    def __init__(self, args: Args, listening: Sequence[socket.socket]):
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = [s.fileno() for s in listening]
-        order = {"link": theirs.fileno(), "memory": memory, "listening": fds, "args": asdict(args)}
+        order = {"link": theirs.fileno(), "listening": fds, "args": asdict(args)}
         script = Path(__file__).resolve()
         program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import {script.stem} as server"
         command = [sys.executable, "-c", f"{program}; server.run_front(sys.argv[1])", json.dumps(order)]
@@ -2508,7 +2545,7 @@ class FrontProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=output,
-                pass_fds=(theirs.fileno(), memory, *fds),
+                pass_fds=(theirs.fileno(), *fds),
             )
         signal.pthread_sigmask(signal.SIG_UNBLOCK, end_signals)
         theirs.close()
@@ -2537,18 +2574,17 @@ class Robot:
         self.stale = 0.0  # s for which the robot thread has not ticked
         self.seen = 0.0
         self.fronts = 0
-        self.listening = listen_on(args.bind, args.port)
+        try:
+            self.listening = listen_on(args.bind, args.port)
+        except OSError as error:
+            fail(f"--bind {args.bind} --port {args.port}: {error}; does another server run?")
         self.ports = [s.getsockname()[1] for s in self.listening]
-        self.memory = os.memfd_create("robot")
-        os.ftruncate(self.memory, 2 * Board.SIZE)
-        memory = mmap.mmap(self.memory, 2 * Board.SIZE)
         hand = "sim" if args.robot == "sim" else "franka-hand"
         try:
             self.gripper = GRIPPERS[hand if args.gripper == "auto" else args.gripper](args)
         except GripperError as error:
             fail(str(error))
-        boards = Board(memory, 0, NUMBERS), Board(memory, Board.SIZE, {})
-        self.control = Control(args, self.gripper, *boards)
+        self.control = Control(args, self.gripper)
         self.front = self.new_front()
         self.spare = self.new_front()
         self.gripper.thread.start()
@@ -2559,14 +2595,15 @@ class Robot:
         self.enter(self.front)
 
     def new_front(self) -> FrontProcess:
-        return FrontProcess(self.args, self.memory, self.listening)
+        return FrontProcess(self.args, self.listening)
 
     def enter(self, front: FrontProcess) -> None:
-        """From now on the robot thread listens to this one."""
+        """From now on the robot thread listens to this one, and it learns how things are."""
         self.fronts += 1
         self.silent = 0.0
         front.go(self.facts())
         self.control.link = front.link
+        self.control.publish()
 
     def facts(self) -> dict[str, Any]:
         """What `hello` tells."""
@@ -2636,8 +2673,7 @@ class Robot:
         may_block = time.monotonic() < c.may_block_until
         self.stale = 0.0 if c.ticked != self.seen or may_block else self.stale + passed
         self.seen = c.ticked
-        limit = 0.5 if c.phase == "idle" or c.arm.has_task else self.args.frozen_after_s  # a busy machine is no fault
-        if self.stale > limit and c.fault is None:
+        if self.stale > c.patience and c.fault is None:
             c.note_fault("frozen", "the robot thread hangs in the SDK: connection lost?")
             c.publish()
 
@@ -2677,80 +2713,98 @@ class Robot:
 def listen_on(host: str, port: int) -> list[socket.socket]:
     """Listening sockets for requests and for the state, on `port` and the next one (0: any two that are free)."""
     sockets = []
-    try:
-        for number in (port, port + 1 if port else 0):
-            family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-            s = socket.socket(family, kind, protocol)
-            s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            s.bind(address)
-            s.listen(4096)
-            sockets.append(s)
-    except OSError as error:
-        fail(f"--bind {host} --port {port}: {error}; does another server run?")
+    for number in (port, port + 1 if port else 0):
+        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+        s = socket.socket(family, kind, protocol)
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        s.bind(address)
+        s.listen(4096)
+        sockets.append(s)
     return sockets
 
 
 # --- Doctor -----------------------------------------------------------------------------------------------------------
-def examine(args: Args) -> Iterator[tuple[bool | None, str, str]]:
-    """(whether it is all right, None for advice; what was looked at; the fix) for every check."""
-    yield sys.version_info >= (3, 11), f"Python {platform.python_version()}", "Python 3.11 or newer"
-    packages = {"sim": ["mujoco==4.0.0", "gymnasium==1.4.0"], "franky": ["franky-control==2.0.0"]}
-    wanted = ["msgpack", "pyzmq", "numpy", *packages.get(args.robot, ["panda-python==1.1.1"])]
-    for package in wanted + ["pymodbus==3.16.1", "pyserial==3.5"] * (args.gripper == "robotiq"):
+Finding = tuple[bool | None, str, str, str]  # whether it is fine (None: it could be better), name, text, remedy
+
+
+def examine(args: Args) -> Iterator[Finding]:
+    """One after the other, because some take seconds."""
+    yield sys.version_info >= (3, 11), "python", platform.python_version(), "take Python 3.11 or newer"
+    packages = ("pyzmq", "msgpack", "numpy", "tyro", *PACKAGES[args.robot], *PACKAGES.get(args.gripper, ()))
+    for package in dict.fromkeys(packages):
         name = package.partition("==")[0]
         try:
-            yield True, f"{name} {importlib.metadata.version(name)}", ""
+            yield True, name, importlib.metadata.version(name), ""
         except importlib.metadata.PackageNotFoundError:
-            yield False, f"{name} is not installed", f"pip install {package}"
-    with socket.socket() as probe:
-        taken = bool(args.port) and probe.connect_ex(("127.0.0.1", args.port)) == 0
-        yield None if taken else True, f"port {args.port} is {'taken' if taken else 'free'}", "another server? --port"
+            yield False, name, "not installed", f"pip install {package}"
+    try:
+        sockets = listen_on(args.bind, args.port)
+        ports = " and ".join(str(s.getsockname()[1]) for s in sockets)
+        for s in sockets:
+            s.close()
+        yield True, "ports", f"{ports} at {args.bind} are free", ""
+    except OSError as error:
+        text = f"--bind {args.bind} --port {args.port} (and the next one): {error.strerror}"
+        wrong = None if error.errno == errno.EADDRINUSE else False  # by a server that runs already, mostly
+        yield wrong, "ports", text, "end the other server, or take another port"
     if args.gripper == "robotiq":
         port = args.gripper_port
-        yield os.path.exists(port), f"serial port {port}", "is missing: plug in the gripper's USB adapter"
-        access = os.access(port, os.R_OK | os.W_OK)
-        yield access, f"permission for {port}", "sudo usermod -aG dialout $USER, log in again"
+        text = f"no permission for {port}"
+        remedy = "sudo usermod -aG dialout $USER, then log in again"
+        if not os.path.exists(port):
+            text = f"{port} is missing"
+            remedy = "plug in its USB adapter, or name its --gripper-port"
+        allowed = os.access(port, os.R_OK | os.W_OK)
+        yield allowed, "gripper", f"robotiq at {port}" if allowed else text, remedy
     if args.robot != "sim":
+        yield from examine_machine()
         yield from examine_robot(args.robot_ip)
 
 
-def examine_robot(ip: str) -> Iterator[tuple[bool | None, str, str]]:
-    """The parts of `examine` that only a real arm needs."""
-    import resource
-
+def examine_machine() -> Iterator[Finding]:
+    """What a control loop at 1 kHz needs."""
     realtime = "PREEMPT_RT" in platform.version().replace(" ", "_")
-    fix = "a real-time kernel: sudo pro enable realtime-kernel (Ubuntu), apt install linux-image-rt-amd64 (Debian)"
-    yield realtime or None, f"kernel {platform.release()} {'with' if realtime else 'without'} PREEMPT_RT", fix
+    text = f"{platform.release()} {'with' if realtime else 'without'} PREEMPT_RT"
+    remedy = "sudo pro enable realtime-kernel (Ubuntu), sudo apt install linux-image-rt-amd64 (Debian)"
+    yield realtime or None, "kernel", text, remedy
     limit = resource.getrlimit(resource.RLIMIT_RTPRIO)[0]
     allowed = os.geteuid() == 0 or limit == resource.RLIM_INFINITY or limit >= 99
-    fix = "/etc/security/limits.conf: @realtime - rtprio 99; sudo groupadd realtime; sudo usermod -aG realtime $USER"
-    yield allowed, f"real-time priority {'allowed' if allowed else 'not allowed'}", fix
+    remedy = "add a line `@realtime - rtprio 99` to /etc/security/limits.conf, "
+    remedy += "sudo groupadd realtime, sudo usermod -aG realtime $USER, then log in again"
+    yield allowed, "real-time priority", "allowed" if allowed else "not allowed", remedy
     files = Path("/sys/devices/system/cpu").glob("cpu*/cpufreq/scaling_governor")
     governors = {path.read_text().strip() for path in files}
-    fix = "sudo cpupower frequency-set -g performance"
-    yield governors <= {"performance"} or None, f"CPU governor {' '.join(governors) or 'not shown'}", fix
-    fix = "cable into the control cabinet, this PC in its subnet, brakes open, FCI activated in Desk"
+    text = " ".join(sorted(governors)) or "not shown here, as in a virtual machine"
+    yield governors <= {"performance"} or None, "CPU governor", text, "sudo cpupower frequency-set -g performance"
+
+
+def examine_robot(ip: str) -> Iterator[Finding]:
+    remedy = "cable into the control cabinet, this PC in its subnet, brakes open, FCI activated in Desk"
     try:
-        yield True, f"robot at {ip}: interface version {reach(ip)}", fix
+        yield True, f"robot at {ip}", f"interface version {reach(ip)}", ""
     except ArmError as error:
-        yield False, "robot at " + str(error).removeprefix("--robot-ip ").partition(" (")[0], fix
+        reason = str(error).removeprefix(f"--robot-ip {ip}: ").partition(" (")[0]
+        yield False, f"robot at {ip}", reason, remedy
     if not shutil.which("ping"):
-        yield None, "round trip not measured", "sudo apt install iputils-ping"
+        yield None, "round trip", "not measured, there is no ping", "sudo apt install iputils-ping"
         return
     ping = subprocess.run(["ping", "-q", "-c", "20", "-i", "0.2", "-s", "1200", ip], capture_output=True, text=True)
     times = re.search(r"= [\d.]+/([\d.]+)/([\d.]+)", ping.stdout)
-    fix = "a cable of its own without a switch; energy saving off: sudo ethtool --set-eee INTERFACE eee off"
-    good = times is not None and float(times[2]) < 1
-    yield good, f"round trip: mean {times[1]} ms, longest {times[2]} ms" if times else "no answer to ping", fix
+    text = f"mean {times[1]} ms, longest {times[2]} ms" if times else "no answer to ping"
+    remedy = "a cable of its own without a switch; energy saving off: sudo ethtool --set-eee INTERFACE eee off"
+    yield times is not None and float(times[2]) < 1, "round trip", text, remedy
 
 
 def run_doctor(args: Args) -> int:
-    """Prints a line per check; the number of those that failed."""
+    """Prints a line per check, in the form of `python robot_client.py`; the number of those that failed."""
     failed = 0
-    for good, what, fix in examine(args):
-        failed += good is False
-        print(f"ok    {what}" if good else f"{'note' if good is None else 'FIX '}  {what}: {fix}", flush=True)
-    print(f"{failed} to fix" if failed else "ready")
+    for fine, name, text, remedy in examine(args):
+        if fine:
+            print(f"ok    {name}: {text}", flush=True)
+        else:
+            print(f"{'warn' if fine is None else 'FAIL'}  {name}: {text}; {remedy}", flush=True)
+            failed += fine is False
+    print(f"{failed} to fix" if failed else "ready", flush=True)
     return failed
 
 
@@ -2800,15 +2854,10 @@ def check_keys(folder: Path) -> None:
 
 def in_a_child(function: Callable[..., None], *values: Any) -> None:
     """Calls it in a process of its own, so that this one never has ZeroMQ; exits as that one does."""
-    child = os.fork()
-    if child == 0:
-        try:
-            function(*values)
-        except SystemExit as error:
-            print(error, file=sys.stderr)
-            os._exit(1)
-        os._exit(0)
-    if os.waitpid(child, 0)[1]:
+    child = multiprocessing.get_context("fork").Process(target=function, args=values)
+    child.start()
+    child.join()
+    if child.exitcode:
         raise SystemExit(1)
 
 

@@ -254,7 +254,7 @@ def test_what_answers_is_no_robot(tmp_path):
         doctor = run_script("robot_server.py", "--doctor", *flags, cwd=tmp_path, timeout=60, check=False)
         server = run_script("robot_server.py", *flags, "--port", 0, cwd=tmp_path, timeout=60, check=False)
         listener.shutdown(socket.SHUT_RDWR)
-    assert "FIX   robot at 127.0.0.77: what answers on port 1337 is no robot" in doctor.stdout
+    assert "FAIL  robot at 127.0.0.77: what answers on port 1337 is no robot; " in doctor.stdout
     assert doctor.returncode == 1 and server.returncode == 1 and server.stderr.count("\n") == 1
     command, number, size, version, udp_port = struct.unpack("<IIIHH", asked[0])
     assert (command, size, version) == (0, 16, 0) and udp_port > 0  # 0 ends franky-sim

@@ -910,8 +910,10 @@ def test_doctor(tmp_path):
     for word in ("franky-control", "pymodbus", "preempt_rt", "governor", "priority", "127.8.8.8", "/nowhere"):
         assert word in text, result.stdout
     assert result.returncode == 1 and "Traceback" not in result.stderr
-    checks = [line for line in result.stdout.splitlines() if line[:4] in ("ok  ", "FIX ", "note")]
-    assert len(checks) >= 10 and all(": " in line for line in checks if line.startswith("FIX"))  # each with its remedy
+    checks = [line for line in result.stdout.splitlines() if line[:4] in ("ok  ", "FAIL", "warn")]
+    assert len(checks) >= 10 and all(": " in line for line in checks)
+    assert all("; " in line for line in checks if line[:2] != "ok")  # each with its remedy
+    assert result.stdout.splitlines()[-1] == f"{result.stdout.count('FAIL')} to fix"
 
 
 # --- Keys -------------------------------------------------------------------------------------------------------------

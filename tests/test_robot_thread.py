@@ -2,8 +2,9 @@
 for it, with a clock of our own and without any thread, so that every tick can be looked at and a failure repeated."""
 
 import math
-import mmap
 import random
+import socket
+import time
 from collections import deque
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from conftest import REPO  # noqa: F401  puts the scripts on the path
 
 import robot_server
-from robot_server import Arm, ArmError, ArmState, Board, Command, Control, Front, Refused, SimGripper
+from robot_server import COMMAND, Arm, ArmError, ArmState, Command, Control, Front, Refused, SimGripper
 
 DT, TOKENS = 0.004, ("a" * 16, "b" * 16)
 DOWN = np.array([1.0, 0.0, 0.0, 0.0])
@@ -83,21 +84,26 @@ class FakeArm(Arm):
 
 
 class Link:
-    """Between front and robot thread, in one process; what is sent is heard at once, acted on in the next tick."""
+    """One end of the line between front and robot thread, in one process. `then` is done when something was sent."""
 
-    def __init__(self, control: Control):
-        self.control = control
-        self.queue: deque[bytes] = deque()
+    def __init__(self, then):
+        self.then = then
+        self.queue: deque[bytes] = deque(maxlen=300)
+        self.other = self
 
     def send(self, data: bytes) -> None:
-        self.queue.append(data)
-        self.control.listen(robot_server.time.monotonic())
-        self.control.publish()
+        self.other.queue.append(data)
+        self.then()
 
     def recv(self, size: int) -> bytes:
         if not self.queue:
             raise BlockingIOError
         return self.queue.popleft()
+
+    def recv_into(self, buffer: memoryview) -> int:
+        data = self.recv(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
 
 class World:
@@ -107,22 +113,23 @@ class World:
         self.now = 1000.0
         monkeypatch.setattr(robot_server.time, "monotonic", lambda: self.now)
         self.args, self.handles = robot_server.Args(**flags), 0
-        memory = mmap.mmap(-1, 2 * Board.SIZE)
-
-        def boards() -> tuple[Board, Board]:
-            return Board(memory, 0, robot_server.NUMBERS), Board(memory, Board.SIZE, {})
-
         self.gripper = SimGripper(self.args)
-        self.control = Control(self.args, self.gripper, *boards())
+        self.control = Control(self.args, self.gripper)
         self.arm = self.control.arm = FakeArm(self.args)
         self.control.state = self.arm.get_state()
         self.control.advanced = self.control.ticked = self.now
         self.control.limiter.seed(self.control.state.tcp_pose)
-        self.control.publish()
-        self.control.link = Link(self.control)
-        facts = {"gripper": {"kind": "sim", "max_width": 0.08}, "robot": {"task": None}, "server_id": "x"}
-        self.new_front = lambda: Front(self.args, self.control.link, *boards(), facts)
         self.front = self.new_front()
+
+    def new_front(self) -> Front:
+        """What it says is heard at once, and acted on in the next tick."""
+        control = self.control
+        control.link = Link(lambda: None)
+        theirs = Link(lambda: (control.listen(self.now), control.publish()))
+        control.link.other = theirs
+        theirs.other = control.link
+        control.publish()
+        return Front(self.args, theirs, {"server_id": "x"})
 
     def ask(self, op: str, token: str = TOKENS[0], **args: object) -> dict:
         """The result; raises Refused."""
@@ -202,6 +209,21 @@ def test_a_takeover_ends_the_job_of_the_other(world):
     world.ask("acquire", TOKENS[1], name="second", takeover=True)
     world.tick(2)
     assert world.ask("job", handle=handle)["status"] == "failed" and world.arm.busy == 0
+
+
+def test_a_lease_that_comes_again_moves_nothing(world):
+    """Its holder let it go and takes it again at once: the old target is no target any more."""
+    start = world.streaming()
+    world.ask("target", pose=near(start, 0.0, 0.05, 0.0), seq=8)
+    world.tick(2)
+    world.ask("release")
+    world.tick(2)
+    world.ask("acquire", name="test", ttl=10.0)
+    world.tick(60)
+    assert world.control.mode == "hold" and world.control.lease["seq"] is None
+    world.ask("target", pose=near(world.reference, 0.0, 0.01, 0.0), seq=1)
+    world.tick()
+    assert world.control.mode == "streaming"
 
 
 def test_a_start_outside_the_box_moves_nothing(world):
@@ -290,7 +312,7 @@ def test_what_may_follow_what(world, op, mode):
     code = robot_server.FOLLOWS[op][robot_server.MODES.index(mode)]
     q = {"q": [0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0]}
     if op == "reset_task":
-        world.arm.has_task = True
+        world.arm.info["task"] = "a task"
         world.arm.reset_task = lambda seed: None
     args = {"target": {"pose": near(world.reference, 0, 0, 0)}, "move_joints": q}.get(op, {})
     if code:
@@ -361,7 +383,8 @@ def test_what_goes_on_is_never_forgotten(world):
     assert len(world.control.jobs) <= 257
     world.tick(2)
     status = world.front.status()
-    assert status["jobs"]["arm"]["handle"] == "first-one" and status["jobs"]["gripper"]["handle"] == "gripper-599"
+    jobs = status["reply"]["jobs"]
+    assert jobs["arm"]["handle"] == "first-one" and jobs["gripper"]["handle"] == "gripper-599"
     assert world.ask("job", handle="first-one")["status"] == "running"
     assert world.ask("move_joints", handle="first-one", **goal)["status"] == "running"  # not busy, not again
     world.ask("stop")
@@ -412,7 +435,7 @@ def test_a_front_that_falls_silent(world):
     assert mode == "idle" and world.now - world.control.target_at < 2.1
 
 
-@pytest.mark.parametrize("data", [b"", b"x", b"\xff" * Command.FORM.size, bytes(Command.FORM.size)])
+@pytest.mark.parametrize("data", [b"", b"x", b"\xff" * COMMAND.size, bytes(COMMAND.size)])
 def test_the_robot_thread_survives_a_mad_front(world, data):
     world.streaming()
     world.control.link.queue.append(data)
@@ -435,20 +458,42 @@ def test_nothing_that_the_front_says_is_believed(world):
     assert np.linalg.norm(world.reference - start) < 1e-3 and world.control.fault is None
 
 
-def test_half_a_state_is_never_read():
-    memory = mmap.mmap(-1, Board.SIZE)
-    writer, reader = (Board(memory, 0, {"pose": 3, "time": 1}) for _ in range(2))
-    first = {"pose": [1.0, 2.0, 3.0], "time": 0.5, "mode": "idle"}
-    writer.write(first)
-    assert reader.read() == first | {"pose": (1.0, 2.0, 3.0)}
-    writer.write(first | {"time": 0.6})
-    memory[writer.starts[0] + Board.HEAD.size] ^= 0xFF  # the newest one is damaged
-    with pytest.raises(OSError, match="cannot be read"):
-        reader.read()
-    writer.write(first | {"time": -math.inf, "mode": "hold"})
-    assert reader.read()["time"] == -math.inf and reader.read()["mode"] == "hold" and reader.read() is reader.read()
-    with pytest.raises(ValueError, match="too many"):
-        writer.write(first | {"mode": "x" * Board.SIZE})
+def test_the_newest_state_is_read(world):
+    """Over a real line: nobody reads for long, which never makes the robot thread wait; then the newest is there."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (ours, theirs):
+        end.setblocking(False)
+    with ours, theirs:
+        world.control.link = ours
+        world.front.link = theirs
+        began = time.perf_counter()
+        world.tick(2000)
+        assert time.perf_counter() - began < 20
+        assert world.front.status()["ticked"] < world.now  # what had room
+        world.tick()
+        assert world.front.status()["ticked"] == world.now
+        assert world.front.status() is world.front.status()
+        ours.close()
+        world.front.status()
+        assert world.front.alone  # the robot process has ended
+        world.tick(3)
+        assert world.control.fault is None
+
+
+def test_a_robot_thread_that_stands_still(world):
+    """Nobody gets an ok for a target whom it does not reach; who looks is answered, and sees how old the state is."""
+    start = world.streaming()
+    world.ask("target", pose=near(start, 0, 0.01, 0))
+    world.tick()
+    world.front.link.then = lambda: None
+    world.now += world.args.frozen_after_s + 0.001
+    with pytest.raises(Refused) as refused:
+        world.ask("target", pose=near(start, 0, 0.01, 0))
+    assert refused.value.code == "frozen"
+    assert world.ask("state")["q"] and world.now - world.front.status()["at"] > world.args.frozen_after_s
+    world.arm.clock += world.args.frozen_after_s  # the robot itself had gone on
+    world.tick()
+    assert world.ask("target", pose=near(start, 0, 0.01, 0)) and world.control.fault is None
 
 
 def test_the_force_guard(monkeypatch, caplog):
