@@ -1006,6 +1006,8 @@ class Evaluation:
         """Means over eval_episodes by name, unless the task cannot run here or `stop` gives it up; validation_loss."""
         started = time.perf_counter()
         count = min(self.args.eval_envs, self.args.eval_episodes)
+        if self.envs and self.envs[0].metadata.get("alone"):
+            count = 1  # a robot
         rollouts = []
         try:
             while self.envs and len(self.envs) < count:

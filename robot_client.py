@@ -1139,7 +1139,8 @@ class FrankaEnv(gym.Env):
     waits for what is missing, and raises RobotError with the remedy when it does not come back.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+    # alone: a second environment on the same robot would take it away from this one
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10, "alone": True}
 
     def __init__(
         self,

@@ -1209,7 +1209,7 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
     z, n, p = 1.96, max(episodes, 1), successes / max(episodes, 1)
     centre = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return centre - half, centre + half
+    return max(centre - half, 0.0), min(centre + half, 1.0)  # rounding may go beyond
 
 
 class Outcome(NamedTuple):

@@ -700,11 +700,12 @@ def test_data_of_the_robot_is_cloned_and_the_clone_is_evaluated_on_it(tmp_path):
         run_script("record_demos.py", "--teleop", "expert", "--episodes", 2, *server, cwd=tmp_path, timeout=280)
         flags = ("--env-name", "hil/demos-v0", "--action-chunking", "--horizon-length", 4, "--run-dir", "run")
         flags += ("--offline-steps", 4, "--log-interval", 2, "--batch-size", 4, "--hidden-dims", 16)
-        flags += ("--eval-episodes", 1, "--eval-envs", 1, "--num-workers", 1, "--no-capture-video")
+        flags += ("--eval-episodes", 2, "--num-workers", 1, "--no-capture-video")
         cloned = run_script("bc_flow_offline.py", *flags, cwd=tmp_path, timeout=600)
     assert "no evaluation" not in cloned.stderr, cloned.stderr
     evaluated = read_csv(tmp_path / "run", "eval.csv")
-    assert evaluated["episodes"] == [1] and 1 <= evaluated["episodic_length"][0] <= 100
+    assert evaluated["episodes"] == [2]
+    assert evaluated["episodic_length"] == [100] or evaluated["success_rate"][0] > 0  # both went on to their end
     assert evaluated["period_s"][0] == pytest.approx(0.1, abs=0.05)  # of the last step
 
 
