@@ -2452,8 +2452,10 @@ class Front:
         a target changes more than the reference, its answer is waited for."""
         status = self.newest
         check_mode("target", status["step"], status["why"])
-        if time.monotonic() > status["overdue"]:
-            raise Refused("frozen", "the robot process does not go on, its state is old: look at state_age")
+        now = time.monotonic()
+        if now > status["overdue"]:
+            age = now - status["at"]
+            raise Refused("frozen", f"the newest state is {age:.2f} s old: the robot process does not go on")
         last = self.lease["seq"]
         if seq is not None and last is not None and seq <= last:
             raise Refused("stale", f"seq {seq} after {last}")
