@@ -125,7 +125,7 @@ def motion_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.append(a[:3] - b[:3], rotation_between(a[3:], b[3:]))
 
 
-def shortened(vector: np.ndarray, length: float) -> np.ndarray:
+def no_longer_than(vector: np.ndarray, length: float) -> np.ndarray:
     """`vector`, at most this long."""
     return vector * min(length / max(float(np.linalg.norm(vector)), 1e-9), 1.0)
 
@@ -1413,8 +1413,8 @@ class FrankaEnv(gym.Env):
         scale = np.array(self.config.action_scale)
         reference = self.state["reference"]
         lead = motion_between(self.target, reference)
-        lead[:3] = shortened(lead[:3], scale[:3].max() / 2)
-        lead[3:] = shortened(lead[3:], scale[3:].max(initial=0.0) / 2)
+        lead[:3] = no_longer_than(lead[:3], scale[:3].max() / 2)
+        lead[3:] = no_longer_than(lead[3:], scale[3:].max(initial=0.0) / 2)
         return moved(reference, lead)
 
     def inside_box(self, pose: np.ndarray) -> np.ndarray:

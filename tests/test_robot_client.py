@@ -1321,7 +1321,7 @@ def test_way_to_the_start_does_not_run_ahead_of_an_arm_that_is_slow(clock):
 
     def target(goal):
         leads.append(np.linalg.norm(goal[:3] - pose[:3]))
-        pose[:3] += rc.shortened(goal[:3] - pose[:3], 0.002)  # 4 cm/s
+        pose[:3] += rc.no_longer_than(goal[:3] - pose[:3], 0.002)  # 4 cm/s
         return {"reference": pose.tolist()}
 
     env.state["reference"] = pose.copy()
