@@ -1058,6 +1058,10 @@ class Evaluation:
         self.video(agent, self.args.video_episodes, run.dir / f"video_{run.step}.mp4")
         return stats
 
+    def close(self) -> None:
+        for env in self.envs:
+            env.close()
+
 
 def rating(stats: dict[str, float]) -> tuple[float, float]:
     """What makes an evaluation better than another: success, then return; unknown is worst."""
@@ -1222,7 +1226,8 @@ def learn_offline(args: Args) -> None:
     run = (Run if rank() == 0 else Follower)(args, args.env_name, __file__, device)
     run.keep(agent=agent)
     if args.eval_only:
-        return evaluate_only(args, run, agent, evaluation)
+        evaluate_only(args, run, agent, evaluation)
+        return evaluation.close()
     if run.state and run.state["finished"] and run.step >= args.offline_steps:
         fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {run.step}; give a larger number")
     run.unit = "the update"
@@ -1243,6 +1248,7 @@ def learn_offline(args: Args) -> None:
         if run.step < args.offline_steps:
             raise KeyboardInterrupt  # another process was asked to stop
         complete(args, run, agent, evaluation, logger)
+        evaluation.close()
 
 
 def main(args: Args) -> None:

@@ -83,7 +83,7 @@ STEPS["bc_flow_offline.py"] = "--offline-steps"
 @dataclass
 class Args:
     only: str | None = None
-    """one package, such as gym-hil; the lines of the others stay as they are"""
+    """a package, such as gym-hil, or a part of a task's name; the lines of the others stay as they are"""
 
 
 # --- Tasks ------------------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def check_training(run_dir: Path, steps: int) -> None:
     table = "offline_agent.csv" if (run_dir / "offline_agent.csv").exists() else "train.csv"
     row = last_row(run_dir / table)
     step = row.get("global_step", row.get("step"))
-    losses = {name: value for name, value in row.items() if "loss" in name}
+    losses = {name: value for name, value in row.items() if name.endswith(("actor_loss", "critic_loss"))}
     if step != steps or not losses or not all(map(math.isfinite, losses.values())):
         raise Failed(f"{table} ends at step {step:g} with {losses}")
 
@@ -308,10 +308,10 @@ def record(path: Path, line: dict[str, object]) -> None:
 
 
 def main(args: Args) -> None:
-    tasks = [task for task in TASKS if args.only in (None, *task.packages)]
+    tasks = [task for task in TASKS if (args.only or "") in " ".join([*task.packages, task.env_id])]
     if not tasks:
-        known = ", ".join(dict.fromkeys(package for task in TASKS for package in task.packages))
-        raise SystemExit(f"--only {args.only}: there is no such package; the packages are {known}")
+        known = ", ".join(task.env_id for task in TASKS)
+        raise SystemExit(f"--only {args.only}: there is no such package or task; the tasks are {known}")
     for task in tasks:
         with tempfile.TemporaryDirectory() as folder:
             for line in try_task(task, Path(folder)):

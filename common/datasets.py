@@ -839,8 +839,11 @@ def where_raised(error: Exception) -> str:
 def reference_scores(dataset) -> tuple[tuple[float, float], str]:
     """Returns that count as 0 and 100, and whose they are: the dataset's own, or those of D4RL's like robot."""
     about = dataset.storage.metadata
-    if about.get("ref_max_score") is not None and about.get("ref_min_score") is not None:
-        return (about["ref_min_score"], about["ref_max_score"]), about.get("reference", "Minari")
+    worst, best = about.get("ref_min_score"), about.get("ref_max_score")
+    if worst is not None and best is not None:
+        if worst == best:  # recorded by a policy that is no better than a random one
+            return (math.nan, math.nan), ""
+        return (worst, best), about.get("reference", "Minari")
     robot = dataset.env_spec.id.rpartition("-")[0] if dataset.env_spec else ""
     for family in FAMILIES.values():
         if robot and family.task and family.task.rpartition("-")[0] == robot:

@@ -39,6 +39,11 @@ def make(env_id: str, render: bool = False, option: str = "--env-id", **options)
     return Checked(time_limited(env, env_id), env_id)
 
 
+def made_again(task: str, **options) -> gym.Env:
+    """A recorded task whose entry point has no name of its own, by its id: `module:Env-v0`."""
+    return gym.make(task, **options).unwrapped
+
+
 def time_limited(env: gym.Env, name: str) -> gym.Env:
     """The task, with a long time limit if it has none: an evaluation would not end."""
     if env.spec is not None and env.spec.max_episode_steps is not None:

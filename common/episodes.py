@@ -230,6 +230,9 @@ def record(
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
     spec = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)  # the wrapper's limit
+    if callable(spec.entry_point) and not hasattr(spec.entry_point, "__name__"):  # a partial, as shimmy's
+        task = f"{spec.entry_point.func.__module__}:{spec.id}"
+        spec = dataclasses.replace(spec, entry_point="common.envs:made_again", kwargs=spec.kwargs | {"task": task})
     if callable(spec.entry_point):  # a class, where Minari wants its name
         spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
     both = {"observation_space": space, "action_space": env.action_space}

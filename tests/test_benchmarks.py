@@ -145,9 +145,9 @@ elif "--resume" in flags and RESUMES:
     sys.exit(f"sac_state_sim.py: {pathlib.Path.cwd()}/{folder}: is gone; start anew")
 else:
     steps = flags["--total-timesteps"]
-    (folder / "train.csv").write_text(f"global_step,losses/critic,time\\n1,nan,1\\n{steps},LOSS,\\n")
+    (folder / "train.csv").write_text(f"global_step,losses/critic_loss,losses/vice_loss\\n1,nan,\\n{steps},LOSS,\\n")
 """
-BAD_LOSS = "train.csv ends at step 300 with {'losses/critic': nan}"
+BAD_LOSS = "train.csv ends at step 300 with {'losses/critic_loss': nan}"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """common/episodes.py: kept, demonstrated, played again, stored."""
 
 import math
+from functools import partial
 
 import gymnasium as gym
 import h5py
@@ -96,10 +97,18 @@ def test_recorded_episodes_become_demonstrations(tmp_path, monkeypatch):
 gym.register("Limited-v0", "probe_envs:Endless", max_episode_steps=5)
 
 
-def test_a_recording_knows_the_time_limit(tmp_path, monkeypatch):
+def endless(render_mode: str | None = None) -> gym.Env:
+    return probe_envs.Endless()
+
+
+gym.register("Partial-v0", partial(endless), max_episode_steps=5)
+
+
+@pytest.mark.parametrize("task", ["Limited-v0", "Partial-v0"])  # dm_control's tasks are partials in shimmy
+def test_a_recording_knows_the_time_limit(tmp_path, monkeypatch, task):
     """R3: the task itself never ends an episode; evaluated from the recording it would not end."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    env = Recorder(envs.make("Limited-v0"))
+    env = Recorder(envs.make(task))
     env.reset(seed=0)
     while not env.step(np.zeros(1, np.float32))[3]:
         pass
