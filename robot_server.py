@@ -82,7 +82,6 @@ import ipaddress
 import json
 import logging
 import logging.handlers
-import marshal
 import math
 import multiprocessing
 import os
@@ -516,7 +515,7 @@ class Arm(ABC):
     Every method raises ArmError."""
 
     waits = True  # whether ticks follow the clock
-    task: bytes | None = None  # what `task` answers, by marshal; a simulated arm also has `reset_task`
+    task: str | None = None  # what `task` answers, as JSON; a simulated arm also has `reset_task`
 
     def __init__(self, args: Args):
         self.args = args
@@ -638,7 +637,7 @@ class SimArm(Arm):
             self.reflex = (f"cartesian_reflex: {force:.0f} N",)
             self.stop()
         if self.time - self.task_time >= 0.02:
-            self.task = marshal.dumps(self.look_at_task())
+            self.task = json.dumps(self.look_at_task())
             self.task_time = self.time
         mode = "reflex" if self.reflex else "move" if self.controlling or self.motion else "idle"
         return ArmState(self.time, sim.tcp_pose, sim.tcp_velocity, self.wrench.copy(), sim.q, sim.dq, mode, self.reflex)
@@ -2002,8 +2001,7 @@ class Control(threading.Thread):
 
     # What the front may know
     def publish(self) -> None:
-        """Tells the front how things are. `marshal`: both are the same Python, and the front, who might be taken over,
-        is not listened to in this way."""
+        """Tells the front how things are."""
         link = self.link
         if link is None:
             return
@@ -2032,7 +2030,7 @@ class Control(threading.Thread):
             "overdue": max(self.ticked + self.patience, self.may_block_until),
         }
         with contextlib.suppress(OSError):  # it does not read, or is gone
-            link.send(marshal.dumps(status))
+            link.send(json.dumps(status).encode())
 
     def report(self) -> dict[str, Any]:
         """What `state` answers."""
@@ -2197,7 +2195,7 @@ class Front:
         self.args = args
         self.link = link
         self.buffer = memoryview(bytearray(1 << 18))
-        self.newest = marshal.loads(link.recv(len(self.buffer)))
+        self.newest = json.loads(link.recv(len(self.buffer)))
         self.facts = facts  # what `hello` tells
         self.limiter = Limiter(args)
         self.alone = False  # the robot process has ended
@@ -2285,7 +2283,7 @@ class Front:
                 size = self.link.recv_into(self.buffer)
                 self.alone = size == 0
         if size:
-            self.newest = marshal.loads(self.buffer[:size])
+            self.newest = json.loads(bytes(self.buffer[:size]))
         return self.newest
 
     def send(self, op: str, arguments: dict[str, Any] | None = None, text: str = "", name: str = "") -> None:
@@ -2428,7 +2426,7 @@ class Front:
         task = self.newest["task"]
         if task is None:
             raise Refused("unavailable", "only the simulated robot has this")
-        return marshal.loads(task)
+        return json.loads(task)
 
     def op_acquire(self, name: str, token: str, ttl: float, takeover: bool) -> dict[str, Any]:
         holder = self.holder()
