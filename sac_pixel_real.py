@@ -177,8 +177,9 @@ class Args(RunArgs):
     """the policy's standard deviation: of the network by exp or softplus, one learned vector, or a constant"""
     actor_ema: float = 0.9995
     """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
-    bc_weight: float = 50.0
-    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
+    bc_weight: float = 2.0
+    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0); small beside
+    the simulated tasks' 50, for here values are at most 1: success ends an episode"""
     clone_updates: int = 0
     """updates that clone the demonstrations before the first transition: the robot then begins with that policy,
     instead of random motions (0: none)"""
