@@ -2,7 +2,6 @@
 
     python sac_pixel_real.py --demos hil/demos-v0                   # needs robot_server.py, a terminal, demonstrations
     python sac_pixel_real.py --demos hil/demos-v0 --reward classifier.pt --teleop spacemouse   # needs a robot
-    python sac_pixel_real.py --clone-updates 1000                   # needs all of it; begins as the demonstrations do
     python sac_pixel_real.py --resume RUN_DIR                       # needs robot_server.py; after Ctrl-C or a crash
     python sac_pixel_real.py --eval-only RUN_DIR                    # needs robot_server.py
     python sac_pixel_real.py --role learner --address 0.0.0.0:5588 --curve-keys keys    # needs an actor
@@ -116,7 +115,7 @@ class Args(RunArgs):
     total_timesteps: int = 30_000
     """transitions to learn from"""
     learning_starts: int = 100
-    """transitions before learning starts, collected with random motions, or by the policy of --clone-updates"""
+    """transitions before learning starts, collected with random motions"""
     buffer_size: int = 100_000
     """transitions kept; demonstrations and interventions are all kept"""
     frames_dir: str | None = None
@@ -180,9 +179,6 @@ class Args(RunArgs):
     bc_weight: float = 2.0
     """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0); small beside
     the simulated tasks' 50, for here values are at most 1: success ends an episode"""
-    clone_updates: int = 0
-    """updates that clone the demonstrations before the first transition: the robot then begins with that policy,
-    instead of random motions (0: none)"""
     lr: float = 3e-4
     """learning rate of actor, critics and temperature"""
     lr_warmup: int = 0
@@ -206,7 +202,7 @@ class Args(RunArgs):
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
-        may_be_zero = {"seed", "lr_warmup", "lr_decay", "help_until", "clone_updates"}
+        may_be_zero = {"seed", "lr_warmup", "lr_decay", "help_until"}
         setup.check_numbers(self, may_be_zero, {"gamma", "demo_ratio", "dropout", "actor_ema"})
         rc.task_named(self.task)
         if self.num_min_qs > self.num_qs:
@@ -1112,35 +1108,6 @@ class Agent:
             metrics |= self.update_once(*batch, frames, eps[i].transpose(0, 1), subsets[i], with_actor=with_actor)
         return metrics
 
-    def clone(self, demos: FrameBuffer) -> Tensor:
-        """An update of actor and encoder towards the demonstrations' motions by maximum likelihood; the loss.
-
-        The gripper's critic, whose actions are values, learns from rewards only.
-        """
-        batch, frames = demos.sample_frames(self.args.batch_size, self.generator)
-        batch = self.prepare(batch, frames)
-        images, states = self.critic.encode(batch.observations)
-        seen = torch.cat([images, self.actor.proprio(states)], -1)
-        mean, std = Actor.forward(self.actor, seen)  # (B, A); a PixelActor's gradients stop before the encoder
-        std = std.clamp(min=FIXED_STD)  # an expert without noise: below, its easiest actions outweigh all others
-        u = batch.actions[:, : self.arm_dim].clamp(-0.99, 0.99).atanh()  # (B, A), the actions before tanh
-        _, log_pi = squash(mean, std, (u - mean) / std)
-        loss = -log_pi.mean()
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        self.actor_optimizer.step()
-        self.critic_optimizer.step()  # the encoder; no critic has a gradient
-        with torch.no_grad():  # what learning begins with
-            torch._foreach_copy_(self.target_parameters, self.critic_parameters)
-            torch._foreach_copy_(self.mean_parameters, self.acting_parameters)
-        return loss.detach()
-
-    @property
-    def version(self) -> int:
-        """Updates of the policy that acts: 0 while it is random."""
-        return self.args.clone_updates + self.critic_updates
-
     def schedule_lr(self) -> None:
         """Linear warm-up and cosine decay of actor's and critics' learning rates, counted in critic updates."""
         warmup, decay = self.args.lr_warmup, self.args.lr_decay
@@ -1343,8 +1310,6 @@ def learner(args: Args) -> None:
     run.keep(agent=agent, buffer=buffer, demos=demos, interventions=interventions, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)
-    if not run.state:
-        clone_demonstrations(args, run, agent, demos)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     published, published_at = -math.inf, -math.inf
 
@@ -1372,9 +1337,9 @@ def learner(args: Args) -> None:
                 fail(f"the critics' loss is {loss} after {agent.critic_updates} updates; {run.dir} has what was before")
         # Publish: also for an actor that has just come.
         idle = not (updates or received) and time.monotonic() - published_at > 2
-        if agent.version >= max(published + PUBLISH_EVERY, 1) or (idle and agent.version):
+        if agent.critic_updates >= max(published + PUBLISH_EVERY, 1) or (idle and agent.critic_updates):
             publish(actors, agent, run.step, buffer, demos)
-            published, published_at = agent.version, time.monotonic()
+            published, published_at = agent.critic_updates, time.monotonic()
         # Log.
         if run.due(500):
             sizes = {"charts/replay": len(buffer), "charts/demonstrations": len(demos)}
@@ -1390,22 +1355,12 @@ def learner(args: Args) -> None:
     run.close()
 
 
-def clone_demonstrations(args: Args, run: Run, agent: Agent, demos: FrameBuffer) -> None:
-    """--clone-updates. Actors wait meanwhile, for the policy that comes of it."""
-    for number in range(1, args.clone_updates + 1):
-        if run.signals:
-            raise KeyboardInterrupt  # it begins again: half of it is no policy to go on with
-        loss = agent.clone(demos)
-        if number % 100 == 0 or number == args.clone_updates:
-            print(f"cloning {number}: minus log likelihood {float(loss):.2f}", flush=True)
-
-
 def publish(
     actors: link.Learner, agent: Agent, transitions: int, buffer: FrameBuffer, demos: FrameBuffer, done: bool = False
 ) -> None:
     """The policy, and how much it has learned from, to all actors; `done` ends them."""
     agent.counts.copy_(torch.tensor([transitions, len(buffer), len(demos)]))
-    actors.publish(agent.version, tensors.pack_tensors(agent.policy_tensors()), done)
+    actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done)
 
 
 def learner_beside(args: Args, run: Run) -> setup.Child:
@@ -1441,7 +1396,7 @@ class Log:
             "charts/success": won,
             "charts/success_without_help": self.rate(),
             "charts/intervention_rate": float(np.mean(self.helped or [math.nan])),
-            "charts/updates_per_transition": max(version - self.run.args.clone_updates, 0) / max(transitions, 1),
+            "charts/updates_per_transition": version / max(transitions, 1),
             "charts/disagreements": self.disagreements,
             "charts/replay": replay,
             "charts/demonstrations": demos,

@@ -3,7 +3,6 @@
     python benchmarks/hil_rehearsal.py --short                 # every step, in minutes, with too little of everything
     python benchmarks/hil_rehearsal.py --seeds 1 2 3           # peg in hole; the rows of results/hil_rehearsal.csv
     python benchmarks/hil_rehearsal.py --help-until 0          # the same without interventions
-    python benchmarks/hil_rehearsal.py --clone-updates 1000    # begins with cloned demonstrations, not random motions
     python benchmarks/hil_rehearsal.py --classifier            # the reward of a classifier that is trained first
 
 It starts robot_server.py with the peg, faster than real time if the machine can, and runs the commands of README's "A
@@ -57,8 +56,6 @@ class Args:
     """transitions to learn from"""
     help_until: int = 4_000
     """environment steps after which the scripted person no longer takes over (0: never does)"""
-    clone_updates: int = 0
-    """updates that clone the demonstrations before the first transition"""
     image_size: int = 48
     """pixels that the pictures are resized to, as sac_pixel_sim.py has it"""
     eval_episodes: int = 50
@@ -146,7 +143,7 @@ def work(args: Args, seed: int, folder: Path) -> dict[str, object]:
         step(folder, "record_demos.py", *flags, tries=5)
         reward = learn_reward(args, folder, server, seed)
         flags = ["--teleop", "scripted", "--help-until", args.help_until, "--reward", reward, "--gripper", "fixed"]
-        flags += ["--image-size", args.image_size, "--clone-updates", args.clone_updates]
+        flags += ["--image-size", args.image_size]
         flags += ["--total-timesteps", steps, "--seed", seed, *(SHORT.split() if args.short else ())]
         here = ("--run-dir", "run", "--address", f"127.0.0.1:{args.port + 10}", *server)
         step(folder, "sac_pixel_real.py", *flags, *here)

@@ -17,7 +17,7 @@ from conftest import free_port, one_line, popen_script, read_csv, run_script, wa
 
 import robot_client as rc
 import sac_pixel_real as real
-from common import envs, link, recording
+from common import envs, recording
 from common.episodes import Recorder
 from common.pixels import FrameFile, Views, pack_pixels
 from common.recording import Recording, dataset_folder
@@ -252,45 +252,6 @@ def test_demonstrations_that_teach_nothing_are_refused(tmp_path, monkeypatch, fl
     args = small_args(**flags)
     with pytest.raises(SystemExit, match=re.escape(message)):
         real.start_learner(args, new_run(tmp_path, args), CPU)
-
-
-def test_cloning_gives_a_policy_that_does_as_the_demonstrations(tmp_path, monkeypatch):
-    motion = np.array([0.5, -0.3, 0.0, 1.0, -0.8, 0.2])
-    record_demos(tmp_path, [True, True], monkeypatch, motion=motion)
-    args = small_args(clone_updates=300, lr=3e-3)
-    run = new_run(tmp_path, args)
-    agent, _, demos = real.start_learner(args, run, CPU)
-    obs = {name: value.numpy() for name, value in agent.probe.items()}
-    before = [parameter.clone() for parameter in agent.critic.encoder.parameters()]
-    real.clone_demonstrations(args, run, agent, demos)
-    assert agent.act(obs, deterministic=True)[:6] == pytest.approx(motion, abs=0.1)  # the average, too
-    tries = np.stack([agent.act(obs, deterministic=False)[:6] for _ in range(200)])
-    assert tries.mean(0) == pytest.approx(motion, abs=0.1)
-    assert tries.std(0)[[0, 1, 2, 5]].max() < 0.25  # near the demonstrations; before it is 0.6
-    moved = [not torch.equal(*pair) for pair in zip(before, agent.critic.encoder.parameters())]
-    assert any(moved)
-    for target, parameter in zip(agent.target_parameters, agent.critic_parameters, strict=True):
-        assert torch.equal(target, parameter)
-    assert agent.critic_updates == 0 and agent.version == 300
-
-
-def test_cloned_policy_is_published_before_the_first_transition(tmp_path, monkeypatch):
-    record_demos(tmp_path / "minari", [True], monkeypatch)
-    address = f"127.0.0.1:{free_port()}"
-    flags = ("--role", "learner", "--address", address, "--run-dir", "run", "--clone-updates", 5)
-    with popen_script("sac_pixel_real.py", *TINY.split(), *flags, cwd=tmp_path) as learner:
-        actor = link.Actor(address, None, {}, 1, tmp_path)
-        published = []
-
-        def came() -> bool:
-            newer = actor.weights()
-            published.extend([newer] if newer else [])
-            assert learner.poll() is None, learner.stderr_path.read_text()
-            return bool(published)
-
-        wait_until(came, 200)
-    assert published[0][0] == 5
-    assert "cloning 5: minus log likelihood" in learner.stdout_path.read_text()
 
 
 def test_gripper_that_never_closes_is_noticed(tmp_path, monkeypatch, capsys):
