@@ -2162,8 +2162,9 @@ class Doors:
                         self.connections[int(fd)] = Connection(int(fd), now)
                 elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                     connection = self.connections.get(int(fd))
-                    if connection and not connection.taken and self.failed:
-                        self.strangers[f"{connection.address} {self.failed.pop()}"] += 1
+                    address = connection.address if connection else "somebody who was gone at once"
+                    if self.failed and not (connection and connection.taken):
+                        self.strangers[f"{address}: {self.failed.pop()}"] += 1
                     self.forget(int(fd))
                 else:  # then comes the end of that connection
                     refused = event == zmq.EVENT_HANDSHAKE_FAILED_AUTH
