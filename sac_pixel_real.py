@@ -176,9 +176,8 @@ class Args(RunArgs):
     """the policy's standard deviation: of the network by exp or softplus, one learned vector, or a constant"""
     actor_ema: float = 0.9995
     """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
-    bc_weight: float = 2.0
-    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0); 50 with
-    the simulated tasks, whose values reach 33; here success ends an episode, so they are at most 1"""
+    bc_weight: float = 50.0
+    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
     lr: float = 3e-4
     """learning rate of actor, critics and temperature"""
     lr_warmup: int = 0
