@@ -526,7 +526,7 @@ def load_classifier(saved: dict | str, views: Views, args: Args, trunk: nn.Modul
             saved = saved.get("agent", saved)
         about = saved["classifier_about"]
         here = {"cameras": views.cameras, "image_size": views.size, "frame_stack": views.stack}
-        here["trunk"] = vision.fingerprint(trunk) if trunk else None
+        here["trunk"] = vision.trunk_hash(trunk) if trunk else None
         for name, value in here.items():
             if about[name] != value:
                 raise ValueError(f"was trained with {name} {about[name]}, here it is {value}")
@@ -1066,7 +1066,7 @@ class Agent:
         state["held"] = (self.held_steps.tolist(), self.held.tolist())
         state["goals"] = self.goals
         if self.classifier is not None:
-            trunk = None if self.trunk is None else vision.fingerprint(self.trunk)
+            trunk = None if self.trunk is None else vision.trunk_hash(self.trunk)
             state["classifier_about"] = self.classifier.about | {"trunk": trunk}
         return state
 

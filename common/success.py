@@ -134,7 +134,7 @@ class SuccessDetector:
             "kind": self.KIND,
             "arguments": self.classifier.arguments,
             "weights": {name: tensor.cpu() for name, tensor in self.classifier.state_dict().items()},
-            "trunk_hash": vision.fingerprint(self.classifier.trunks),
+            "trunk_hash": vision.trunk_hash(self.classifier.trunks),
             "fingerprint": self.fingerprint,
             "threshold": self.threshold,
             "hold": self.hold,
@@ -160,7 +160,7 @@ class SuccessDetector:
                 raise ValueError(f"it is of another kind: {saved['kind']}")
             classifier = SuccessClassifier(**saved["arguments"])
             classifier.load_state_dict(saved["weights"])
-            if vision.fingerprint(classifier.trunks) != saved["trunk_hash"]:
+            if vision.trunk_hash(classifier.trunks) != saved["trunk_hash"]:
                 raise ValueError("its trunk is not the one that it was trained on")
             detector = cls(classifier, saved["threshold"], saved["hold"], saved["fingerprint"], saved["about"])
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:

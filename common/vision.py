@@ -219,7 +219,7 @@ def map_shape(trunk: nn.Module, in_channels: int, size: int) -> tuple[int, int, 
         return (0, 0, 0)
 
 
-def fingerprint(trunk: nn.Module) -> str:
+def trunk_hash(trunk: nn.Module) -> str:
     """A hash of a trunk's parameters: the same for the same trunk, wherever its file was."""
     parameters = sorted(trunk.state_dict().items())
     data = [name.encode() + tensor.cpu().contiguous().numpy().tobytes() for name, tensor in parameters]

@@ -857,7 +857,7 @@ def test_classifier_on_another_frozen_trunk_is_refused(tmp_path, monkeypatch):
         torch.save(vision.ResNetTrunk(3).state_dict(), tmp_path / f"{name}.pt")
     options, views = {"encoder": "resnet10", "image_size": 40}, small_views(40)
     args = small_args(**options, pretrained=str(tmp_path / "one.pt"))
-    trunk = vision.fingerprint(Agent(views, box(2), args, CPU).trunk)
+    trunk = vision.trunk_hash(Agent(views, box(2), args, CPU).trunk)
     path = classifier_file(tmp_path / "c.pt", views, args, 1.0, trunk)
     obs = {"images": np.zeros((1, *views.frame_shape), np.uint8), "state": np.zeros((1, 4), np.float32)}
     assert Agent(views, box(2), dataclasses.replace(args, reward=str(path)), CPU).judge(obs, 0.0) == 1

@@ -34,13 +34,13 @@ from common.vision import (
     augment,
     blur,
     color_jitter,
-    fingerprint,
     load_trunk,
     make_pooling,
     make_trunk,
     map_shape,
     pad_same,
     random_crop,
+    trunk_hash,
 )
 
 
@@ -353,9 +353,9 @@ def test_images_that_are_too_small_have_no_maps():
 
 def test_fingerprint_is_of_the_parameters(tmp_path):
     one, other = ResNetTrunk(3, (8, 8, 8, 8)), ResNetTrunk(3, (8, 8, 8, 8))
-    assert fingerprint(one) != fingerprint(other)
+    assert trunk_hash(one) != trunk_hash(other)
     other.load_state_dict(one.state_dict())
-    assert fingerprint(one) == fingerprint(other.to(memory_format=torch.channels_last))
+    assert trunk_hash(one) == trunk_hash(other.to(memory_format=torch.channels_last))
     with torch.no_grad():
         other.norm_init.bias[3] += 1e-3
-    assert fingerprint(one) != fingerprint(other)
+    assert trunk_hash(one) != trunk_hash(other)
