@@ -154,8 +154,8 @@ class Args(RunArgs):
     # algorithm
     gamma: float = 0.97
     """discount factor per environment step"""
-    n_step: int = 1
-    """steps whose rewards a critic's target sums before it bootstraps (SAC: 1)"""
+    n_step: int = 3
+    """steps whose rewards a critic's target sums before it bootstraps (SAC: 1); success is one reward, at the end"""
     hidden_dims: tuple[int, ...] = (256, 256)
     """units of the hidden layers"""
     activation: Literal["relu", "tanh", "silu", "gelu"] = "relu"

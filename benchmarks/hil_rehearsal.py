@@ -52,9 +52,9 @@ class Args:
     """demonstrations by the scripted expert"""
     classifier: bool = False
     """record labelled frames and train a classifier, whose reward is learned from; else the simulated task's"""
-    total_timesteps: int = 12_000
+    total_timesteps: int = 24_000
     """transitions to learn from"""
-    help_until: int = 4_000
+    help_until: int = 8_000
     """environment steps after which the scripted person no longer takes over (0: never does)"""
     image_size: int = 48
     """pixels that the pictures are resized to, as sac_pixel_sim.py has it"""
@@ -191,7 +191,9 @@ def main(args: Args) -> None:
         if args.short:
             continue
         (RESULTS / "hil_rehearsal").mkdir(exist_ok=True)
-        shutil.copyfile(folder / "run" / "train.csv", RESULTS / "hil_rehearsal" / f"seed{seed}_train.csv")
+        for ours, theirs in (("train", "train"), ("evaluation", "evaluation_newest")):
+            copy = RESULTS / "hil_rehearsal" / f"seed{seed}_{ours}.csv"
+            shutil.copyfile(folder / "run" / f"{theirs}.csv", copy)
         path = RESULTS / "hil_rehearsal.csv"
         new = not path.exists()
         with path.open("a", newline="") as file:
