@@ -54,6 +54,7 @@ from robot_client import (
     ScriptedExpert,
     Teleop,
     Terminal,
+    keep_the_beat,
     open_teleop,
     task_named,
 )
@@ -545,6 +546,7 @@ def sum_up_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
+    keep_the_beat()
     env = make_env(args)
     about = {"mode": args.mode, "classes": args.classes}
     recording = Recording(dataset_folder(args.dataset, "--dataset"), args.dataset, env, about)

@@ -1529,12 +1529,12 @@ class Command(NamedTuple):
 
 
 # --- Robot thread -----------------------------------------------------------------------------------------------------
-def go_first() -> None:
+def go_first(priority: int = 10) -> None:
     """This thread before those of other programs, where that is allowed (root, rtprio). All threads of the robot
     process do so, because each has to wait for whoever holds the interpreter's lock. libfranka does it itself."""
-    if os.sched_getscheduler(0) == os.SCHED_OTHER:
+    if hasattr(os, "sched_setscheduler") and os.sched_getscheduler(0) == os.SCHED_OTHER:  # macOS has none
         with contextlib.suppress(PermissionError):
-            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(10))
+            os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
 
 
 @dataclass

@@ -1209,6 +1209,7 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
 
 def evaluate_policy(args: Args) -> None:
     """--eval-only: seeded start poses; a row of evaluation_POLICY.csv for each episode, a summary, a video."""
+    rc.keep_the_beat()
     env = wrap_robot(judged(make_env(args), args), args)
     agent = Agent(views_of(env), env.action_space, args, tensors.set_up_torch(args.threads, args.amp))
     folder = Path(args.eval_only)
@@ -1467,6 +1468,7 @@ class Newest:
 
 def actor(args: Args) -> None:
     """Acts at the robot's rate, heeds the person, sends each episode; with --role both beside its learner."""
+    rc.keep_the_beat()
     device = tensors.set_up_torch(1, args.amp)
     task = judged(make_env(args), args)
     person = Person(args, args.teleop)

@@ -108,6 +108,34 @@ def clock(monkeypatch):
     return clock
 
 
+def test_whoever_keeps_the_beat_goes_first_where_that_is_allowed():
+    """Before programs such as the learner; neither the threads that it starts nor other programs inherit it."""
+
+    def scheduler() -> int:
+        return os.sched_getscheduler(0) & ~os.SCHED_RESET_ON_FORK
+
+    def keep_the_beat():
+        rc.keep_the_beat()
+        seen.append(scheduler())
+        child = threading.Thread(target=lambda: seen.append(scheduler()))
+        child.start()
+        child.join()
+
+    def is_allowed():
+        try:
+            os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(5))
+        except PermissionError:
+            return
+        allowed.append(True)
+
+    seen, allowed = [], []
+    for work in (keep_the_beat, is_allowed):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert seen == [os.SCHED_FIFO if allowed else os.SCHED_OTHER, os.SCHED_OTHER]
+
+
 def test_pace_does_not_drift_and_tells_how_late_it_woke_up(clock):
     pace = rc.Pace(10, lambda: clock.now)
     for k in range(1, 101):
