@@ -515,7 +515,7 @@ def collect_demos(args: Args) -> str:
     def demonstrations() -> Iterator[tuple]:
         attempts = 10 * args.demos
         with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
-            for episode in expert_episodes(attempts, env, args.seed, noise=0.0):
+            for episode in expert_episodes(range(attempts), env, args.seed, noise=0.0):
                 if success(episode.info) != 0:
                     yield datasets.as_stored(episode)
                     bar.update()

@@ -3,16 +3,19 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
+from gymnasium import spaces
 
 from common.envs import Checked, episode_seed
 from common.evaluation import evaluate
 from common.recording import check_fingerprint, fingerprint, layout
 from common.setup import fail
+
+SPREAD = 5  # starts that are looked at for each demonstration
 
 
 class Episode(NamedTuple):
@@ -76,9 +79,31 @@ def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterat
     `noise` is the standard deviation on the expert's actions, relative to their range [-1, 1]. Exits with one line when
     the task has no expert, or the dataset is not of this task.
     """
-    if source.isdecimal():
-        return expert_episodes(int(source), env, seed, noise)
-    return minari_episodes(source, env)
+    if not source.isdecimal():
+        return minari_episodes(source, env)
+    expert_of(env, f"--demos {source}")
+    return expert_episodes(spread_starts(int(source), env, seed), env, seed, noise)
+
+
+def spread_starts(count: int, env: gym.Env, seed: int) -> list[int]:
+    """Numbers of `count` episodes that start far from each other, of SPREAD times as many: few of them cover the task.
+
+    Farthest first (Gonzalez 1985), by the first observations, whose entries count in their standard deviations.
+    """
+    starts = []
+    for number in range(SPREAD * count):
+        obs, _ = env.reset(seed=episode_seed(seed, 2, number))
+        flat = spaces.flatten(env.observation_space, obs)
+        starts.append(flat[:: 1 + flat.size // 1000].astype(float))  # of images a part
+    scaled = np.stack(starts) / (np.std(starts, 0) + 1e-3)
+    chosen = [0]
+    nearest = np.full(len(scaled), np.inf)
+    while len(chosen) < count:
+        to_last = np.linalg.norm(scaled - scaled[chosen[-1]], axis=1)
+        nearest = np.minimum(nearest, to_last)
+        nearest[chosen] = -1  # where all starts are the same
+        chosen.append(int(nearest.argmax()))
+    return chosen
 
 
 def expert_of(env: gym.Env, option: str) -> Callable[[], np.ndarray]:
@@ -102,18 +127,19 @@ def expert_of(env: gym.Env, option: str) -> Callable[[], np.ndarray]:
         layer = layer.env
 
 
-def expert_episodes(count: int, env: gym.Env, seed: int, noise: float) -> Iterator[Episode]:
-    expert = expert_of(env, f"--demos {count}")
+def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: float) -> Iterator[Episode]:
+    """The scripted expert's, of these numbers, with standard deviation `noise` on its actions."""
+    expert = expert_of(env, f"--demos {len(numbers)}")
     recorder, space = Recorder(env), env.action_space
     rng = np.random.default_rng(seed)
-    for number in range(count):
+    for number in numbers:
         recorder.reset(seed=episode_seed(seed, 2, number))
         done = False
         while not done:
             eps = noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
             action = np.asarray(expert(), float)
             if action.shape != space.shape or not np.isfinite(action).all():
-                fail(f"--demos {count}: expert_action() gives {action}, actions are {space}")
+                fail(f"--demos {len(numbers)}: expert_action() gives {action}, actions are {space}")
             action = np.clip(action + eps, space.low, space.high).astype(space.dtype)
             _, _, terminated, truncated, _ = recorder.step(action)
             done = terminated or truncated

@@ -12,7 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from common import envs
-from common.episodes import Recorder, check_new_dataset, demonstrations, record
+from common.episodes import Recorder, check_new_dataset, demonstrations, record, spread_starts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 
@@ -66,6 +66,35 @@ def test_experts_behind_wrappers():
             next(demonstrations("2", wrap(point()), seed=1, noise=0.0))
     with pytest.raises(SystemExit, match="--demos 5: Pendulum-v1 has no expert_action"):
         next(demonstrations("5", envs.make("Pendulum-v1"), seed=1, noise=0.0))
+
+
+def closest_pair(points: np.ndarray) -> float:
+    distances = np.linalg.norm(points[:, None] - points, axis=-1)
+    return distances[~np.eye(len(points), dtype=bool)].min()
+
+
+@pytest.mark.parametrize("task", ["Point", "PixelPoint"])
+def test_few_demonstrations_cover_the_task(task):
+    """Of states and of images: those chosen start further from each other than the first ones would."""
+    env = envs.make(f"probe_envs:{task}-v0")
+
+    def starts(numbers) -> np.ndarray:
+        points = []
+        for number in numbers:
+            env.reset(seed=envs.episode_seed(3, 2, number))
+            points.append([*env.unwrapped.point, *env.unwrapped.goal])
+        return np.array(points)
+
+    chosen = spread_starts(8, env, seed=3)
+    assert len(set(chosen)) == 8 and max(chosen) < 40
+    assert closest_pair(starts(chosen)) > 1.2 * closest_pair(starts(range(8)))
+    shown = [env.unwrapped.goal.copy() for _ in demonstrations("8", env, seed=3, noise=0.0)]
+    np.testing.assert_array_equal(shown, starts(chosen)[:, 2:])
+
+
+def test_starts_that_are_all_the_same_are_different_episodes(monkeypatch):
+    monkeypatch.setattr(probe_envs.Point, "observe", lambda self: {"point": np.zeros(2), "goal": np.ones(2)})
+    assert sorted(spread_starts(4, point(), seed=1)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("action", [np.zeros(2), 0.0, np.full(3, math.nan), None])
