@@ -350,7 +350,7 @@ class GaussianPolicy(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.mlp(features).chunk(2, -1)
-        return mean, log_std.clamp(-2, 2)  # smaller, the easiest actions outweigh all
+        return mean, log_std.clamp(-2, 2)  # smaller, a noiseless expert's easy actions outweigh all
 
 
 class ImpalaTrunk(nn.Module):

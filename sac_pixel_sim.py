@@ -132,10 +132,9 @@ class Args(RunArgs):
     latent_dim: int = 128
     """features per camera (SERL: 256)"""
     film: str | None = None
-    """a state of the observation, state or task say, that scales and shifts image channels"""
+    """a state of the observation, such as state or task, that scales and shifts image channels"""
     pretrained: str | None = None
-    """file of the encoder's parameters: SERL's resnet10_params.pkl, torchvision's for mobilenet, or
-    any state dict"""
+    """encoder's parameters: SERL's resnet10_params.pkl, torchvision's mobilenet, any state dict"""
     freeze: bool = True
     """leave pretrained parameters as they are"""
     activation_checkpointing: bool = False
