@@ -41,13 +41,13 @@ from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve others
 
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # now: later its default arguments would keep a process group, and that aborts at exit
+import torch.distributed.nn  # now: later its defaults would keep a process group: aborts at exit
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from gymnasium import spaces
@@ -75,7 +75,7 @@ from common.tensors import Graphed, RunningNormalizer, set_up_torch
 from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 try:
-    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
 except ImportError as error:  # its tasks are missing then, others run
     print(error, file=sys.stderr)
 
@@ -96,8 +96,9 @@ class Args(RunArgs):
     """runs are written to SAVE_DIR/robot-learning/RUN_GROUP/ENV_NAME/sdSEED_TIME"""
     # data and environment
     env_name: str = "FrankaPickCube-v0"  # TASK: your task or dataset
-    """D4RL name, Minari id (namespace/name-v0), robomimic (lift-mh-low_dim), OGBench (...-singletask-v0), or gymnasium
-    id of a task with a scripted expert, whose demonstrations are collected; RECIPES has other defaults for some"""
+    """D4RL name, Minari id (namespace/name-v0), robomimic (lift-mh-low_dim), OGBench
+    (...-singletask-v0), or gymnasium id of a task with a scripted expert, whose demonstrations are
+    collected; RECIPES has other defaults for some"""
     dataset_path: str | None = None
     """HDF5 file of D4RL's or robomimic's layout to read; with a name of your own it is your data"""
     dataset_proportion: float = 1.0
@@ -117,7 +118,7 @@ class Args(RunArgs):
     frame_stack: int = 1
     """observations of this many steps are stacked"""
     data_loading: Literal["auto", "memory", "workers"] = "auto"
-    """keep images in memory, which is faster, or let workers read them from disk; auto: by the memory that is free"""
+    """images in memory, which is faster, or read from disk by workers; auto: by the free memory"""
     num_workers: int = 2
     """worker processes that read images"""
     # training
@@ -148,7 +149,7 @@ class Args(RunArgs):
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay (0: Adam)"""
     ema: float = 0.0
-    """the policy that is evaluated averages the learned one with this decay per update (0: no averaging)"""
+    """the average of learned policies is evaluated: its decay per update (0: no averaging)"""
     # algorithm
     policy: Literal["flow", "gaussian"] = "flow"
     """flow matching, or SERL's tanh-Gaussian by maximum likelihood, which acts with its mode"""
@@ -175,9 +176,9 @@ class Args(RunArgs):
     checkpoint_activations: bool = False
     """compute the encoders' activations twice instead of keeping them: less memory, more time"""
 
-    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads offline_steps eval_episodes eval_envs "
-    MAY_CHANGE += "video_episodes video_frame_skip save_interval num_workers data_loading dataset_path save_dir "
-    MAY_CHANGE += "execution_horizon flow_steps flow_solver"
+    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads offline_steps "
+    MAY_CHANGE += "eval_episodes eval_envs video_episodes video_frame_skip save_interval num_workers "
+    MAY_CHANGE += "data_loading dataset_path save_dir execution_horizon flow_steps flow_solver"
     MAY_BE_ZERO = ("seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers")
 
     @classmethod
@@ -238,8 +239,8 @@ def rank() -> int:
 
 # --- Environment ------------------------------------------------------------------------------------------------------
 def arrange(space: spaces.Space, observations):
-    """Observations with a leading time axis as the policy takes them: states (T, O) float32, everything flat, in the
-    order of sorted names; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose entries here."""
+    """Observations with a leading time axis as the policy takes them: states (T, O) float32, flat, by
+    sorted names; with images {"state": (T, S), NAME: (T, H, W, C) uint8}. TASK: choose entries."""
     states = []
     images = {}
     for path, box, x in datasets.entries(space, observations):
@@ -284,16 +285,14 @@ class PolicyInput(gym.Wrapper):
 
 
 def make_env(dataset: "Dataset", args: Args, render: bool = False) -> gym.Env | None:
-    """The task that the data is of, as the policy sees it; None, with a line, where there is none to run."""
+    """The data's task, as the policy sees it; None, with a line, where there is none to run."""
     env = datasets.make_task(dataset.source, render)
     return None if env is None else PolicyInput(env, dataset.box, args.frame_stack)
 
 
 def success(info: dict) -> float:
     """Whether the episode whose last info this is was a success, NaN where the task does not say.
-
-    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
-    """
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env."""
     return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
@@ -351,7 +350,7 @@ class GaussianPolicy(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         mean, log_std = self.mlp(features).chunk(2, -1)
-        return mean, log_std.clamp(-2, 2)  # an expert without noise: smaller, the easiest actions outweigh all others
+        return mean, log_std.clamp(-2, 2)  # smaller, a noiseless expert's easy actions outweigh all
 
 
 class ImpalaTrunk(nn.Module):
@@ -407,7 +406,8 @@ class ObservationEncoder(nn.Module):
         if args.encoder and not cameras:
             fail(f"--encoder {args.encoder}: the observations are states, without images; leave it out")
         self.images = nn.ModuleDict({name: ImageEncoder(shapes[name], args) for name in cameras})
-        self.normalizer = RunningNormalizer(state_dim) if args.normalize_observations and state_dim else nn.Identity()
+        normalize = args.normalize_observations and state_dim
+        self.normalizer = RunningNormalizer(state_dim) if normalize else nn.Identity()
         self.dim = state_dim + 512 * len(cameras)
         self.checkpointing = args.checkpoint_activations
 
@@ -435,8 +435,8 @@ class Policy(nn.Module):
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
 class Dataset(dict):
-    """Rows in the layout of Q-chunking: observations, actions, rewards, terminals (1 where an episode ends), masks
-    (0 where it terminated), and next_observations where observations are not images; all (N, ...)."""
+    """Rows in Q-chunking's layout: observations, actions, rewards, terminals (1 where an episode
+    ends), masks (0 where it terminated), next_observations unless they are images; all (N, ...)."""
 
     source = None  # the Minari dataset that it was read from
     box = None  # the actions of that dataset that are -1 and 1 here
@@ -468,12 +468,13 @@ class Dataset(dict):
     def sample(self, batch_size: int, idxs: np.ndarray | None = None) -> dict:
         """A batch of rows, uniformly with replacement; qc utils/datasets.py:66."""
         if idxs is None:
-            idxs = np.random.randint(self.size, size=batch_size)  # noqa: NPY002  seeded by main, as the original
-        batch = {key: each(lambda x: x[idxs], value) for key, value in self.items() if key != "observations"}
+            idxs = np.random.randint(self.size, size=batch_size)  # noqa: NPY002  seeded by main
+        others = {key: value for key, value in self.items() if key != "observations"}
+        batch = {key: each(lambda x: x[idxs], value) for key, value in others.items()}
         batch["observations"] = self.stacked(idxs)
         if "next_observations" in batch:
             following = batch["next_observations"]
-            kept = batch["observations"][..., following.shape[-1] :]  # of a stack, all but the oldest
+            kept = batch["observations"][..., following.shape[-1] :]  # all but the oldest
             batch["next_observations"] = np.concatenate([kept, following], -1)
         return batch
 
@@ -503,7 +504,7 @@ class Dataset(dict):
 
 
 def collect_demos(args: Args) -> str:
-    """Demonstrations of the task's scripted expert, successes only, as a local Minari dataset; its id."""
+    """Successful demonstrations of the scripted expert as a local Minari dataset; its id."""
     settings = f"{args.env_name}, {args.demos} successes, noise 0.0, seed {args.seed}"
     dataset_id = datasets.id_for("scripted", args.env_name, settings)
     if datasets.is_here(dataset_id):
@@ -536,7 +537,7 @@ def dataset_ids(args: Args) -> tuple[str, str | None]:
 
 
 def choose_episodes(dataset, returns: dict[int, float], held_out_too: bool, args: Args) -> tuple[list[int], list[int]]:
-    """Numbers of the episodes to learn from, and of those `held_out_too` for validation_fraction."""
+    """Numbers of episodes to learn from, and of those `held_out_too` for validation_fraction."""
     held_out = []
     if args.validation_fraction and held_out_too:
         order = np.random.default_rng(args.seed).permutation(list(returns)).tolist()
@@ -550,7 +551,7 @@ def choose_episodes(dataset, returns: dict[int, float], held_out_too: bool, args
 
 
 def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args: Args) -> Dataset:
-    """Episodes of a Minari dataset as rows, actions in [-1, 1]. Exits when they break the bounds."""
+    """Episodes of a Minari dataset as rows, actions in [-1, 1]. Exits if they break the bounds."""
     lengths = {number: len(rewards[number]) for number in numbers}
     box = datasets.action_box(dataset, own_bounds=args.action_bounds == "data")
     on_disk = datasets.images_stay_on_disk(dataset, args.data_loading)
@@ -587,8 +588,8 @@ def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
 
 
 def make_env_and_datasets(env_name: str, args: Args | None = None):
-    """(env, eval_env, train_dataset, val_dataset) of a name; environments are None where the data's task cannot run
-    here, val_dataset where there is none. eval_env can render. qc envs/env_utils.py:91."""
+    """(env, eval_env, train_dataset, val_dataset) of a name; environments are None where the task
+    cannot run here, val_dataset where there is none. eval_env can render. qc envs/env_utils.py:91."""
     args = dataclasses.replace(args or Args(), env_name=env_name)
     train_dataset, val_dataset = load_datasets(args)
     env = make_env(train_dataset, args)
@@ -672,9 +673,9 @@ class Batches(torch.utils.data.Dataset):
         self.loader = None
 
     def take(self, step: int, count: int, device: torch.device) -> tuple:
-        """Samples of `count` updates from `step` on: observations (K, B, ...), chunks (K, B, hA), valid (K, B, h)."""
+        """Of `count` updates from `step`: observations (K, B, ...), chunks (K, B, hA), valid (K, B, h)."""
         if self.on_disk:
-            parts = zip(*(next(self.loader) for _ in range(count)))  # observations, chunks, valid of each update
+            parts = zip(*(next(self.loader) for _ in range(count)))  # of each update
 
             def moved(*xs: Tensor) -> Tensor:  # from pinned memory, so before they are stacked
                 return torch.stack([x.to(device, non_blocking=True) for x in xs])
@@ -709,14 +710,15 @@ class BCAgent:
         self.actor = Policy(observation_shape, self.horizon * action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False) if args.ema else self.actor
         self.parameters = list(self.actor.parameters())
-        self.lr = torch.tensor(args.lr, device=device)  # tensors, so that a CUDA graph follows the schedule
+        self.lr = torch.tensor(args.lr, device=device)  # tensors: a CUDA graph follows them
         self.updates = torch.zeros((), device=device)  # float32 counts exactly up to 16 million
         options = {"weight_decay": args.weight_decay, "fused": True, "capturable": device.type == "cuda"}
         self.actor_optimizer = torch.optim.AdamW(self.parameters, self.lr, **options)
         self.parts = args.grad_accum_steps
         self.pool = None
         threads = max(1, args.threads // world_size())
-        if threads > 1 and device.type == "cpu":  # parts of a batch side by side beat threads inside each product
+        # Parts of a batch side by side beat threads inside each product.
+        if threads > 1 and device.type == "cpu":
             self.pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
             self.parts *= threads
         self.learn_launch = self.learn_eagerly
@@ -745,7 +747,8 @@ class BCAgent:
             mean, log_std = self.actor.head(features)  # (B, h * A)
             u = x_1.clamp(ACTION_CLIP_EPS - 1, 1 - ACTION_CLIP_EPS).atanh()
             log_pi = -0.5 * ((u - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
-            error = 2 * (math.log(2) - u - F.softplus(-2 * u)) - log_pi  # -log pi(x_1), arXiv:1812.05905 appendix C
+            # -log pi(x_1), arXiv:1812.05905 appendix C.
+            error = 2 * (math.log(2) - u - F.softplus(-2 * u)) - log_pi
         else:
             x_t = (1 - t) * x_0 + t * x_1
             error = (self.actor.head(features, x_t, t) - (x_1 - x_0)).square()  # arXiv:2210.02747 eq. 23
@@ -773,14 +776,14 @@ class BCAgent:
             self.lr.copy_(self.args.lr * 0.5 * (1 + torch.cos(math.pi * done)))
         self.actor_optimizer.step()
         self.updates += 1
-        if self.args.ema:  # a plain mean at first, so that the random policy it began with does not stay in it
+        if self.args.ema:  # a plain mean at first, in which the random first policy does not stay
             weight = (1 / self.updates).clamp(min=1 - self.args.ema)
             for mean, parameter in zip(self.mean_actor.parameters(), self.parameters, strict=True):
                 mean.lerp_(parameter.detach(), weight)
         return loss
 
     def gradient(self, *inputs) -> tuple[Tensor, list[Tensor]]:
-        """Loss and gradient of a batch, computed in parts: one after the other, or side by side on a CPU's threads."""
+        """Loss and gradient of a batch, in parts: one by one, or side by side on CPU threads."""
         size = len(inputs[1])
         count = min(self.parts, size)
 
@@ -805,10 +808,11 @@ class BCAgent:
         return loss[0]
 
     def learn(self, samples: tuple) -> dict[str, Tensor]:
-        """K updates from `Batches.take`; their mean loss, and the size of the last gradient, as detached tensors."""
+        """K updates from `Batches.take`; their mean loss and the last gradient's size, detached."""
         observations, chunks, valid = samples
         whole = len(chunks) == UPDATES_PER_LAUNCH
-        return (self.learn_launch if whole else self.learn_eagerly)(*datasets.arrays(observations), chunks, valid)
+        learn = self.learn_launch if whole else self.learn_eagerly
+        return learn(*datasets.arrays(observations), chunks, valid)
 
     def learn_eagerly(self, *tensors: Tensor) -> dict[str, Tensor]:
         """`tensors`: observations (K, B, ...), by name where they are several; chunks (K, B, hA); valid (K, B, h)."""
@@ -830,7 +834,7 @@ class BCAgent:
         }
 
     def update(self, batch: dict) -> dict[str, float]:
-        """One update, in place, from a batch (B, ...) of Dataset.sample, or with chunks of Dataset.sample_sequence."""
+        """One update, in place, from a batch (B, ...) of Dataset.sample, or of .sample_sequence."""
         actions = torch.as_tensor(np.asarray(batch["actions"]), dtype=torch.float32, device=self.device)
         valid = torch.ones(len(actions), 1, device=self.device)
         if self.args.action_chunking:
@@ -855,7 +859,7 @@ class BCAgent:
 
     @torch.inference_mode()
     def sample_actions(self, observations, rng: torch.Generator | None = None, noise=None) -> np.ndarray:
-        """Chunks (..., h * A) in [-1, 1] for one observation or a batch. A flow starts at `noise`, drawn if None."""
+        """Chunks (..., h * A) in [-1, 1] of one observation or a batch, from `noise`, drawn if None."""
         x = self.tensors(observations)
         single = len(datasets.arrays(x)[0].shape) == len(datasets.arrays(self.shape)[0])
         if single:
@@ -877,9 +881,10 @@ class BCAgent:
         velocity_at = self.mean_actor.head
         for i in range(self.args.flow_steps):
             velocity = velocity_at(features, x, torch.full_like(x[:, :1], i * dt))
-            # The last step is Euler's, as the field is not smooth at t = 1; arXiv:2206.00364 algorithm 1.
+            # The last step is Euler's: the field is not smooth at t = 1; arXiv:2206.00364 algorithm 1.
             if self.args.flow_solver == "heun" and i + 1 < self.args.flow_steps:
-                ahead = velocity_at(features, x + dt * velocity, torch.full_like(x[:, :1], (i + 1) * dt))
+                t_next = torch.full_like(x[:, :1], (i + 1) * dt)
+                ahead = velocity_at(features, x + dt * velocity, t_next)
                 velocity = (velocity + ahead) / 2
             x = x + dt * velocity
         return x
@@ -925,7 +930,8 @@ class BCAgent:
             if theirs != ours:
                 raise ValueError(f"was saved with {flag(name)} {theirs}, not {ours}")
         self.actor.load_state_dict(state["actor"])
-        if state["mean_actor"] and self.mean_actor is self.actor:  # a config without ema: what is evaluated is averaged
+        # A config without ema: what is evaluated is averaged.
+        if state["mean_actor"] and self.mean_actor is self.actor:
             self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
             self.args = dataclasses.replace(self.args, ema=state["config"]["ema"])
         self.mean_actor.load_state_dict(state["mean_actor"] or state["actor"])
@@ -937,7 +943,7 @@ class BCAgent:
         self.updates.fill_(state["step"])
         if state["generator"].shape == self.generator.get_state().shape:
             self.generator.set_state(state["generator"].cpu())
-        else:  # written on a GPU and read on a CPU, or the other way: the run goes on, with other random numbers
+        else:  # from a GPU to a CPU, or back: the run goes on, with other random numbers
             self.generator.manual_seed(self.args.seed + state["step"])
 
     def save(self, path: str | Path) -> None:
@@ -975,15 +981,16 @@ def evaluate(
 ) -> tuple[dict[str, float], list[dict], list[np.ndarray]]:
     """Means over seeded episodes, their trajectories, and frames (T, H, W, 3) of video episodes beside them.
 
-    With several environments the episodes run side by side; the policy is asked only for those whose queue of actions
-    is used up, for all of them in one batch. The outcome of an episode does not depend on the others.
+    With several environments episodes run side by side; the policy is asked only for those whose
+    queue of actions is used up, in one batch. No episode's outcome depends on the others.
     """
     environments = env if isinstance(env, list) else [env]
     if action_dim != agent.action_dim:
         raise ValueError(f"action_dim is {action_dim}, the agent's actions have {agent.action_dim} numbers")
     watched = [Watched(env) for env in environments]
     rollouts = roll_out(agent.act, watched, num_eval_episodes, seed)
-    trajectories = [rollout.env.trajectories.pop(0) for rollout in rollouts]  # each environment's are in their order
+    # Each environment's are in their order.
+    trajectories = [rollout.env.trajectories.pop(0) for rollout in rollouts]
     renders = []
     if num_video_episodes:
         if environments[0].render_mode != "rgb_array":
@@ -993,7 +1000,7 @@ def evaluate(
 
 
 class Evaluation:
-    """A run's evaluations. The environments are made when first needed; where they fail, learning goes on without."""
+    """A run's evaluations. Environments are made when needed; learning goes on if they fail."""
 
     def __init__(self, args: Args, dataset: Dataset, env: gym.Env | None, validation: tuple | None):
         self.args = args
@@ -1003,7 +1010,7 @@ class Evaluation:
         (self.worst, self.best), self.reference = datasets.reference_scores(dataset.source)
 
     def scores(self, agent: BCAgent, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
-        """Means over eval_episodes by name, unless the task cannot run here or `stop` gives it up; validation_loss."""
+        """Means over eval_episodes, unless it cannot run or `stop` gives it up; validation_loss."""
         started = time.perf_counter()
         count = min(self.args.eval_envs, self.args.eval_episodes)
         if self.envs and self.envs[0].metadata.get("alone"):
@@ -1042,7 +1049,7 @@ class Evaluation:
                     wandb.log({"eval/video": get_wandb_video(renders, fps, path)})
                 else:
                     write_grid(renders, path, fps)
-        except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained all the same
+        except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; training goes on
             say_no_video(error, args.run_dir)
 
     def log(self, agent: BCAgent, run: Run, logger: LoggingHelper) -> dict[str, float]:
@@ -1052,7 +1059,8 @@ class Evaluation:
             return stats
         if rating(stats) >= rating(run.best):
             run.best = stats
-        known = [key for key in ("success_rate", "episodic_return") if math.isfinite(stats.get(key, math.nan))]
+        wanted = ("success_rate", "episodic_return")
+        known = [key for key in wanted if math.isfinite(stats.get(key, math.nan))]
         run.bar.set_postfix({key: f"{stats[key]:.3g}" for key in known})
         logger.log(stats, "eval", run.step)
         self.video(agent, self.args.video_episodes, run.dir / f"video_{run.step}.mp4")
@@ -1079,7 +1087,7 @@ def summarize(name: str, stats: dict[str, float]) -> None:
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 class Follower(Run):
-    """The run as the processes beside the first see it: they read its checkpoint and write nothing."""
+    """The run as processes beside the first see it: they read its checkpoint and write nothing."""
 
     def create(self) -> None:
         pass
@@ -1127,7 +1135,9 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
     states = observations.get("state") if isinstance(observations, dict) else observations
     if args.normalize_observations and states is not None:
         agent.observe(torch.from_numpy(states))
-    validation = Batches(val_dataset, args, device).fixed(10, device) if val_dataset is not None else None
+    validation = None
+    if val_dataset is not None:
+        validation = Batches(val_dataset, args, device).fixed(10, device)
     return agent, batches, Evaluation(args, train_dataset, eval_env, validation)
 
 
@@ -1147,8 +1157,9 @@ def stopped(run: Run, device: torch.device) -> bool:
 
 
 def get_exp_name(seed: int) -> str:
-    """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; with milliseconds, so that no two runs share it."""
-    job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
+    """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; milliseconds, so that no two runs share it."""
+    names = [name for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ]
+    job = "".join(f"s_{os.environ[name]}." for name in names)
     return f"sd{seed:03d}{job}{datetime.now():%Y%m%d_%H%M%S_%f}"[:-3]
 
 
@@ -1196,7 +1207,8 @@ def complete(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation, logge
     """The last evaluation, final_model.pt, curve, video, token.tk."""
     last = evaluation.log(agent, run, logger)
     agent.save(run.dir / "final_model.pt")
-    tables = {"eval": ("success_rate", "episodic_return", "validation_loss"), "offline_agent": ("actor/actor_loss",)}
+    tables = {"eval": ("success_rate", "episodic_return", "validation_loss")}
+    tables["offline_agent"] = ("actor/actor_loss",)
     plot_curves(run.dir, tables, "updates", run.elapsed())
     evaluation.video(agent, (args.video_episodes or 4) * args.capture_video, run.dir / "video.mp4")
     for csv_logger in logger.csv_loggers.values():

@@ -1,7 +1,7 @@
-"""A Franka arm in MuJoCo with Cartesian impedance control, and two gymnasium tasks: pick up a cube, insert a peg.
+"""A Franka in MuJoCo with Cartesian impedance control; two tasks: pick up a cube, insert a peg.
 
-    python franka_sim.py                          # the scripted expert, in a window where there is a display
-    python franka_sim.py --video pick.mp4         # without a display
+    python franka_sim.py                    # the scripted expert, in a window if there is a display
+    python franka_sim.py --video pick.mp4   # without a display
     python franka_sim.py --env-id FrankaPegInsert-v0 --episodes 3
 
 Expect: median steps_per_second >= 3000 (one core) [benchmarks/results/franka_sim_speed.csv contender=pick_states]
@@ -9,11 +9,11 @@ Expect: median ms_per_step < 20 (software OpenGL) [benchmarks/results/franka_sim
 Expect: success_rate >= 0.99 [benchmarks/results/franka_sim_expert.csv env_id=FrankaPickCube-v0]
 Expect: success_rate >= 0.9 [benchmarks/results/franka_sim_expert.csv env_id=FrankaPegInsert-v0]
 
-FrankaPickCube-v0 is SERL's PandaPickCube (arXiv:2401.16013, serl/franka_sim, commit cd5f7e7): the same action,
-observation, reward, workspace and rates. Differs: another home, 0.3 m over the table, and a parallel gripper; impedance
-control without inverse dynamics; the gripper observation is measured, not commanded; the seed is obeyed.
+FrankaPickCube-v0 is SERL's PandaPickCube (arXiv:2401.16013, serl/franka_sim, commit cd5f7e7), its
+action, observation, reward, workspace, rates. Differs: home is 0.3 m over the table; a parallel
+gripper, measured, not commanded; impedance without inverse dynamics; the seed is obeyed.
 FrankaPegInsert-v0 follows SERL's real peg task: gains, action scale, 10 Hz, sparse reward.
-New task: subclass FrankaTask as the two below do; `grep -n TASK: franka_sim.py` lists the places to edit.
+New task: subclass FrankaTask as the two below do; `grep -n TASK: franka_sim.py` lists what to edit.
 """
 
 import ctypes.util
@@ -39,7 +39,7 @@ OPENGL_HELP = (
 )
 try:
     import mujoco
-except (AttributeError, OSError, RuntimeError) as error:  # MUJOCO_GL names what is not installed, or nothing known
+except (AttributeError, OSError, RuntimeError) as error:  # MUJOCO_GL: not installed, or unknown
     raise ImportError(f"MUJOCO_GL={os.environ.get('MUJOCO_GL')} does not load. {OPENGL_HELP}") from error
 
 
@@ -57,8 +57,8 @@ class Args:
 
 
 # --- Robot ------------------------------------------------------------------------------------------------------------
-# By joint, frankarobotics.github.io/docs/robot_specifications.html: modified (Craig) DH parameters (Panda and FR3) and
-# the Panda's limits of position, velocity and torque. The hand is turned by -45 degrees on the flange.
+# By joint, frankarobotics.github.io/docs/robot_specifications.html: modified (Craig) DH parameters
+# (Panda, FR3), the Panda's limits of position, velocity, torque. The hand is turned by -45 degrees.
 DH_A = (0.0, 0.0, 0.0, 0.0825, -0.0825, 0.0, 0.088)  # m
 DH_D = (0.333, 0.0, 0.316, 0.0, 0.384, 0.0, 0.0)  # m
 DH_ALPHA = (0.0, -np.pi / 2, np.pi / 2, np.pi / 2, -np.pi / 2, np.pi / 2, np.pi / 2)  # rad
@@ -67,10 +67,11 @@ MIN_JOINT_POSITION = (-2.8973, -1.7628, -2.8973, -3.0718, -2.8973, -0.0175, -2.8
 MAX_JOINT_POSITION = (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973)  # rad
 MAX_JOINT_VELOCITY = (2.175, 2.175, 2.175, 2.175, 2.61, 2.61, 2.61)  # rad/s
 MAX_JOINT_TORQUE = (87, 87, 87, 87, 12, 12, 12)  # Nm, without gravity, as for libfranka's commands
-# MuJoCo has no limit of velocity. A drag that grows with the cube of speed stands in: at the limit it takes half the
-# torque of the large motors and all of the wrist's, at half the limit 1/16 and 1/8. Nm s3/rad3
+# MuJoCo has no limit of velocity. A drag that grows with speed cubed (Nm s3/rad3) stands in: at the
+# limit it takes half the torque of the large motors, all of the wrist's; at half 1/16 and 1/8.
 DRAG = [t / v**3 / (2 if t > 12 else 1) for t, v in zip(MAX_JOINT_TORQUE, MAX_JOINT_VELOCITY)]
-MAX_WIDTH, MAX_GRIP_FORCE = 0.08, 70.0  # m, N (continuous); Franka Hand product manual
+MAX_WIDTH = 0.08  # m; Franka Hand product manual
+MAX_GRIP_FORCE = 70.0  # N (continuous); the same
 # mass (kg), centre of mass (m), inertia xx yy zz xy xz yz (kg m2) of link 1 to 7: identified by Gaz et al. 2019,
 # doi:10.1109/LRA.2019.2931248, as in frankarobotics/franka_description robots/fer/inertials.yaml, hand and fingers too
 INERTIAL = (
@@ -125,13 +126,14 @@ def shapes_mjcf(part: str) -> str:
         name, material, shape, *place = look.split()
         if name == part:
             kind = "seen" if material[-1] != "+" else "pad" if material == "pad+" else "solid"
+            looks = f'class="{kind}" material="{material.rstrip("+")}"'
             place = f'{"pos" if shape == "box" else "fromto"}="{" ".join(place)}"'
-            mjcf += f'<geom class="{kind}" material="{material.rstrip("+")}" type="{shape}" {place} size="{size}"/>'
+            mjcf += f'<geom {looks} type="{shape}" {place} size="{size}"/>'
     return mjcf
 
 
 def robot_mjcf() -> str:
-    """The arm and the hand as one nested MJCF body, from the tables above; base at the origin, x forward."""
+    """Arm and hand as one nested MJCF body, from these tables; base at the origin, x forward."""
     mjcf = f"""
         <body name="hand" pos="0 0 {FLANGE}" euler="0 0 {-np.pi / 4}" gravcomp="1">
           <inertial mass="0.73" pos="-0.01 0 0.03" diaginertia="0.001 0.0025 0.0017"/>
@@ -161,10 +163,11 @@ def robot_mjcf() -> str:
 
 
 def scene_mjcf(scene: str, dt: float, shadows: bool) -> str:
-    """The complete MJCF text: options, looks, table, robot, the task's own bodies and the actuators."""
+    """The whole MJCF text: options, looks, table, robot, the task's own bodies, the actuators."""
     springs = dampers = ""
     for i, target in enumerate(["target"] * 3 + ["target_rotation"] * 3):
-        axis = f'site="tcp" gear="{" ".join("1" if i == k else "0" for k in range(6))}" biastype="affine" gainprm="0"'
+        gear = " ".join("1" if i == k else "0" for k in range(6))
+        axis = f'site="tcp" gear="{gear}" biastype="affine" gainprm="0"'
         springs += f'<general {axis} refsite="{target}" forcerange="-1 1"/>'
         dampers += f"<general {axis}/>"
     return f"""
@@ -234,24 +237,25 @@ class Impedance:
     rotational_clip: Sequence[float] = (0.05, 0.05, 0.05)
     """the same for the rotation error, per target axis, rad"""
     nullspace_stiffness: float = 10.0
-    """Nm/rad of joint 3 towards its place at home, which holds the elbow; its damping is 2 sqrt(stiffness)"""
+    """Nm/rad of joint 3 towards its place at home: holds the elbow; damping is 2 sqrt(stiffness)"""
 
 
 class FrankaSim:
     """Physics and control of the arm and its gripper, without any task.
 
-    The controller is the real arm's (serl_franka_controllers src/cartesian_impedance_controller.cpp:154-190), run by
-    MuJoCo itself in every physics step: joint torque = J^T (-K clip(error) - D velocity) + posture + gravity, within
-    the joint's limit. Six actuators pull the site `tcp` to the target (affine bias -K error, force range K x clip), six
-    damp it. The target is two mocap bodies, one never turned, so that position errors are clipped by base axes.
-    Differs from the real arm: the rotation error is a rotation vector (as franky's), not half of it (as SERL's); the
-    posture is not projected into the nullspace, instead a spring pulls joint 3 to its place at home. The other six
-    suffice for any pose, so that at rest the spring is slack and shifts nothing; in motion it disturbs a little.
+    The controller is the real arm's (serl_franka_controllers
+    src/cartesian_impedance_controller.cpp:154-190), run by MuJoCo itself in every physics step:
+    joint torque = J^T (-K clip(error) - D velocity) + posture + gravity, within the joint's limit.
+    Six actuators pull the site `tcp` to the target (affine bias -K error, force range K x clip),
+    six damp it. The target is two mocap bodies, one never turned: position errors are clipped by
+    base axes. Differs from the real arm: the rotation error is a rotation vector (as franky's), not
+    half of it (as SERL's); the posture is not projected into the nullspace, a spring pulls joint 3
+    home. The other six suffice for any pose: at rest it is slack and shifts nothing, in motion some.
     All poses are in the base frame, in metres; quaternions are x, y, z, w as in scipy and SERL.
     """
 
     def __init__(self, scene: str = "", dt: float = 0.002, impedance: Impedance | None = None, shadows: bool = False):
-        """`scene`: MJCF bodies of a task, placed in the world; `dt`: physics step, s; `shadows`: in images."""
+        """`scene`: MJCF bodies of a task; `dt`: physics step, s; `shadows`: in images."""
         self.model = mujoco.MjModel.from_xml_string(scene_mjcf(scene, dt, shadows))
         self.data = mujoco.MjData(self.model)
         self.tcp = self.model.site("tcp").id
@@ -265,15 +269,17 @@ class FrankaSim:
         self.reset_joints(HOME)
 
     def set_impedance(self, **changes: float | Sequence[float]) -> None:
-        """Change any fields of `Impedance`, from the next physics step on. Raises ValueError for an unknown field."""
+        """Change fields of `Impedance` for the next step. Raises ValueError for an unknown one."""
         for name, value in changes.items():
             if name not in Impedance.__dataclass_fields__:
                 raise ValueError(f"set_impedance: unknown {name!r}, there are {[*Impedance.__dataclass_fields__]}")
             setattr(self.impedance, name, value)
-        gains, model = self.impedance, self.model
+        gains = self.impedance
+        model = self.model
         stiffness = np.repeat([gains.stiffness, gains.rotational_stiffness], 3)  # (6,)
         max_force = stiffness * np.concatenate([gains.clip, gains.rotational_clip])  # (6,)
-        model.actuator_biasprm[:6, 1], model.actuator_forcerange[:6] = -stiffness, np.stack([-max_force, max_force], 1)
+        model.actuator_biasprm[:6, 1] = -stiffness
+        model.actuator_forcerange[:6] = np.stack([-max_force, max_force], 1)
         model.actuator_biasprm[6:12, 2] = -np.repeat([gains.damping, gains.rotational_damping], 3)
         model.jnt_stiffness[2] = gains.nullspace_stiffness
         model.dof_damping[2] = 2 * np.sqrt(gains.nullspace_stiffness)
@@ -285,18 +291,18 @@ class FrankaSim:
             self.data.mocap_quat[1] = np.take(quaternion, (3, 0, 1, 2))
 
     def set_gripper(self, width: float, force: float | None = None, speed: float | None = None) -> None:
-        """Command the distance between the fingers, 0 to 0.08 m; change the force (N, <= 70) or speed (m/s) for it."""
+        """Command the fingers' distance, 0 to 0.08 m; change force (N, <= 70) or speed (m/s)."""
         self.data.ctrl[12] = width
         if force is not None or speed is not None:
             self.grip_force = self.grip_force if force is None else min(force, MAX_GRIP_FORCE)
             self.grip_speed = self.grip_speed if speed is None else speed
             self.model.actuator_forcerange[12] = -self.grip_force, self.grip_force
-            self.model.actuator_gainprm[12, 0] = self.grip_force / 0.01  # full force from 10 mm of error on
+            self.model.actuator_gainprm[12, 0] = self.grip_force / 0.01  # full from 10 mm off
             self.model.actuator_biasprm[12, 1] = -self.grip_force / 0.01
             self.model.dof_damping[7:9] = 2 * self.grip_force / self.grip_speed
 
     def step(self, nstep: int = 1) -> None:
-        """Advance `nstep` physics steps of `dt`, then bring the kinematics up to date with the new joint positions."""
+        """Advance `nstep` physics steps of `dt`, then bring the kinematics up to date."""
         mujoco.mj_step(self.model, self.data, nstep)
         self._refresh()
 
@@ -306,7 +312,7 @@ class FrankaSim:
         mujoco.mj_comVel(self.model, self.data)
 
     def reset_joints(self, q: Sequence[float], width: float = MAX_WIDTH) -> None:
-        """Put the arm at `q` (7, rad) and the gripper at `width` (m), at rest, with the target at the tcp."""
+        """Put the arm at `q` (7, rad), gripper at `width` (m), at rest, the target at the tcp."""
         self.data.qpos[:7] = q
         self.data.qpos[7:9] = width / 2
         self.data.qvel[:9] = 0
@@ -316,18 +322,23 @@ class FrankaSim:
         self.set_target_pose(self.tcp_position, self.tcp_pose[3:])
 
     def reset_pose(self, position: Sequence[float], quaternion: Sequence[float], width: float = MAX_WIDTH) -> None:
-        """`reset_joints` to this pose of the tcp, with joint 3 as at home. Raises ValueError if it is out of reach."""
-        wanted, actual, error = np.take(quaternion, (3, 0, 1, 2)), np.empty(4), np.empty(6)
-        free, jacobian = [0, 1, 3, 4, 5, 6], np.empty((6, self.model.nv))
+        """`reset_joints` to this tcp pose, joint 3 as at home. ValueError if it is out of reach."""
+        wanted = np.take(quaternion, (3, 0, 1, 2))
+        actual = np.empty(4)
+        error = np.empty(6)
+        jacobian = np.empty((6, self.model.nv))
+        free = [0, 1, 3, 4, 5, 6]  # all joints but joint 3
         self.data.qpos[:7] = HOME
         for _ in range(20):  # Newton's method
             self._refresh()
             mujoco.mju_mat2Quat(actual, self._tcp_matrix)
             mujoco.mju_subQuat(error[3:], wanted, actual)
-            error[:3], error[3:] = position - self.tcp_position, self._tcp_matrix.reshape(3, 3) @ error[3:]
+            error[:3] = position - self.tcp_position
+            error[3:] = self._tcp_matrix.reshape(3, 3) @ error[3:]
             mujoco.mj_jacSite(self.model, self.data, jacobian[:3], jacobian[3:], self.tcp)
             self.data.qpos[free] += np.linalg.solve(jacobian[:, free], error)
-        if np.abs(error).max() > 1e-6 or np.any(self.q < MIN_JOINT_POSITION) or np.any(self.q > MAX_JOINT_POSITION):
+        beyond = np.any(self.q < MIN_JOINT_POSITION) or np.any(self.q > MAX_JOINT_POSITION)
+        if np.abs(error).max() > 1e-6 or beyond:
             raise ValueError(f"reset_pose: the arm cannot reach {np.round(position, 3)} with {np.round(quaternion, 3)}")
         self.reset_joints(self.q, width)
 
@@ -362,12 +373,13 @@ class FrankaSim:
 
     @property
     def tcp_wrench(self) -> np.ndarray:
-        """(6,) force (N) and torque (Nm) of the surroundings on the tcp, base frame, in the last physics step.
-        As libfranka's O_F_ext_hat_K: the joint torques that neither motors nor gravity explain (from contacts anywhere,
-        a load in the grip, applied forces), mapped to the tcp by the pseudo-inverse of the transposed Jacobian."""
-        data, jacobian = self.data, np.empty((6, self.model.nv))
-        external = data.qfrc_smooth + data.qfrc_constraint - (data.qfrc_actuator + data.qfrc_passive - data.qfrc_bias)
-        mujoco.mj_jacSite(self.model, data, jacobian[:3], jacobian[3:], self.tcp)
+        """(6,) force (N), torque (Nm) of the surroundings on the tcp, base frame, last step.
+        As libfranka's O_F_ext_hat_K: joint torques that neither motors nor gravity explain (from
+        contacts anywhere, a load in the grip, forces), by pinv of the transposed Jacobian."""
+        explained = self.data.qfrc_actuator + self.data.qfrc_passive - self.data.qfrc_bias
+        external = self.data.qfrc_smooth + self.data.qfrc_constraint - explained
+        jacobian = np.empty((6, self.model.nv))
+        mujoco.mj_jacSite(self.model, self.data, jacobian[:3], jacobian[3:], self.tcp)
         return np.linalg.pinv(jacobian[:, :7].T, rcond=1e-3) @ external[:7]
 
     @property
@@ -386,11 +398,11 @@ class FrankaSim:
         """Everything that the next step depends on, as arrays."""
         physics = np.empty(mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_INTEGRATION))
         mujoco.mj_getState(self.model, self.data, physics, mujoco.mjtState.mjSTATE_INTEGRATION)
-        gains = {name: np.array(value) for name, value in asdict(self.impedance).items()}
-        return {"physics": physics, "gripper": np.array([self.grip_force, self.grip_speed]), **gains}
+        state = {"physics": physics, "gripper": np.array([self.grip_force, self.grip_speed])}
+        return state | {name: np.array(value) for name, value in asdict(self.impedance).items()}
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
-        """Go on exactly where `get_state` was called; `tcp_wrench` is right again after the next step."""
+        """Go on where `get_state` was called; `tcp_wrench` is right again after the next step."""
         self.set_impedance(**{name: state[name].tolist() for name in Impedance.__dataclass_fields__})
         self.set_gripper(0.0, *state["gripper"].tolist())
         mujoco.mj_setState(self.model, self.data, state["physics"], mujoco.mjtState.mjSTATE_INTEGRATION)
@@ -411,10 +423,12 @@ class FrankaSim:
 
 
 def new_renderer(model: mujoco.MjModel, height: int, width: int) -> "mujoco.Renderer":
-    """Load OpenGL, through EGL or OSMesa where MUJOCO_GL is unset and there is no display, and start a renderer."""
-    if sys.platform == "linux" and not any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY"))):
+    """Start a renderer, on EGL or OSMesa where neither MUJOCO_GL nor a display is set."""
+    chosen = any(map(os.environ.get, ("MUJOCO_GL", "DISPLAY", "WAYLAND_DISPLAY")))
+    if sys.platform == "linux" and not chosen:
         os.environ["MUJOCO_GL"] = "egl" if ctypes.util.find_library("EGL") else "osmesa"
-    try:  # gl_context looked at MUJOCO_GL when mujoco was imported; where that failed, mujoco 3.8 has no Renderer
+    # gl_context read MUJOCO_GL when mujoco was imported; where that failed, 3.8 has no Renderer.
+    try:
         importlib.reload(importlib.import_module("mujoco.rendering.classic.gl_context"))
         return importlib.import_module("mujoco.rendering.classic.renderer").Renderer(model, height, width)
     except (AttributeError, ImportError, OSError, RuntimeError, mujoco.FatalError) as error:
@@ -433,7 +447,8 @@ class FrankaTask(gym.Env):
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 50}
     scene: str  # MJCF bodies
     impedance: Impedance
-    workspace: tuple[tuple[float, float], ...]  # range of the target's x, y, z (m) and maybe roll, pitch, yaw (rad)
+    # Range of the target's x, y, z (m) and maybe roll, pitch, yaw (rad).
+    workspace: tuple[tuple[float, float], ...]
     action_scale: tuple[float, ...]  # what an action of 1 adds to each of them
     task_space: dict[str, spaces.Box]  # observations beside the robot's own, only without images
     saved = ("target", "closure", "elapsed_steps")  # attributes that change during an episode
@@ -450,22 +465,30 @@ class FrankaTask(gym.Env):
         shadows: bool = False,
         render_mode: Literal["rgb_array", "human"] | None = None,
     ) -> None:
-        """Keyword options of `gym.make`. `reward_type`: "dense", or "sparse" for 1 at success and 0 otherwise;
-        `control_hz`: actions per second; `gripper_action`: only where the task offers it; `image_obs`: observe {state,
-        one image per camera} of `image_size` x `image_size` pixels instead of the task's state; `shadows`: and
-        antialiasing, for pictures, many times slower. Raises ValueError for what makes no sense."""
+        """Keyword options of `gym.make`. `reward_type`: "dense", or "sparse", 1 at success, else 0;
+        `control_hz`: actions per second; `gripper_action`: only where offered; `image_obs`: observe
+        {state, one image per camera} of `image_size` x `image_size` pixels, not the task's state;
+        `shadows`: and antialiasing, for pictures, many times slower. ValueError for nonsense."""
         if reward_type not in ("dense", "sparse"):
             raise ValueError(f"reward_type must be 'dense' or 'sparse', not {reward_type!r}")
-        self.reward_type, self.terminate_on_success, self.render_mode = reward_type, terminate_on_success, render_mode
-        self.image_obs, self.image_size, self.cameras = image_obs, image_size, tuple(cameras)
+        self.reward_type = reward_type
+        self.terminate_on_success = terminate_on_success
+        self.image_obs = image_obs
+        self.image_size = image_size
+        self.cameras = tuple(cameras)
+        self.render_mode = render_mode
+        self.viewer = None
         self.sim = sim = FrankaSim(self.scene, impedance=self.impedance, shadows=shadows)
         self.nstep = round(1 / (control_hz * sim.model.opt.timestep))
         if self.nstep < 1:
             raise ValueError(f"control_hz={control_hz} is faster than the physics, {1 / sim.model.opt.timestep:.0f} Hz")
-        if not set(self.cameras) <= (known := {sim.model.camera(i).name for i in range(sim.model.ncam)}):
+        known = {sim.model.camera(i).name for i in range(sim.model.ncam)}
+        if not set(self.cameras) <= known:
             raise ValueError(f"cameras={self.cameras}: there are {sorted(known)}")
         self.metadata = self.metadata | {"render_fps": round(control_hz)}
-        self.target, self.closure, self.elapsed_steps, self.viewer = [0.0] * len(self.workspace), 0.0, 0, None
+        self.target = [0.0] * len(self.workspace)
+        self.closure = 0.0
+        self.elapsed_steps = 0
         self.action_space = box(len(self.workspace) + gripper_action, low=-1, high=1)
         robot_space = {name: box(value.size) for name, value in self.robot_observation().items()}
         self.observation_space = spaces.Dict(robot_space | self.task_space)
@@ -485,11 +508,13 @@ class FrankaTask(gym.Env):
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         values = self.checked(action)
-        for i, (low, high) in enumerate(self.workspace):  # the target moves on from itself, not from the measured pose
+        # The target moves on from itself, not from the measured pose.
+        for i, (low, high) in enumerate(self.workspace):
             self.target[i] = min(max(self.target[i] + self.action_scale[i] * values[i], low), high)
         if len(values) > len(self.workspace):
             self.closure = min(max(self.closure + values[-1], 0.0), 1.0)
-        self.sim.set_target_pose(self.target[:3], downwards(*self.target[3:]) if len(self.target) > 3 else None)
+        turned = downwards(*self.target[3:]) if len(self.target) > 3 else None
+        self.sim.set_target_pose(self.target[:3], turned)
         self.sim.set_gripper((1 - self.closure) * MAX_WIDTH)
         self.sim.step(self.nstep)
         self.elapsed_steps += 1
@@ -498,10 +523,11 @@ class FrankaTask(gym.Env):
             reward = float(success)
         if self.render_mode == "human":
             self.render()
-        return self.observe(), reward, success and self.terminate_on_success, False, {"success": success}
+        terminated = success and self.terminate_on_success
+        return self.observe(), reward, terminated, False, {"success": success}
 
     def checked(self, action: np.ndarray) -> list[float]:
-        """The action as floats within -1..1; raises ValueError for another shape, NaN or infinity."""
+        """The action as floats within -1..1. Raises ValueError for another shape, NaN, infinity."""
         values = np.asarray(action, dtype=np.float64)
         if values.shape != self.action_space.shape:
             raise ValueError(f"the action has shape {values.shape}, not {self.action_space.shape}")
@@ -513,30 +539,33 @@ class FrankaTask(gym.Env):
         robot = self.robot_observation()
         if not self.image_obs:
             return robot | self.task_observation()
-        images = {camera: self.sim.render(camera, self.image_size, self.image_size) for camera in self.cameras}
+        size = self.image_size
+        images = {camera: self.sim.render(camera, size, size) for camera in self.cameras}
         return {"state": np.concatenate([*robot.values()])} | images
 
     def robot_observation(self) -> dict[str, np.ndarray]:
-        """What the robot itself measures; names in alphabetical order, which is their order in `state` too."""
+        """What the robot itself measures, in alphabetical order, as it stands in `state` too."""
         return {
-            "gripper": np.array([1 - self.sim.gripper_width / MAX_WIDTH], np.float32),  # 0 open, 1 closed
+            "gripper": np.array([1 - self.sim.gripper_width / MAX_WIDTH], np.float32),  # 1: closed
             "tcp_pos": self.sim.tcp_position.astype(np.float32),
             "tcp_vel": self.sim.tcp_velocity[:3].astype(np.float32),
         }
 
     def render(self) -> np.ndarray | None:
-        """One (480, 480, 3) uint8 frame of the front camera, or with `render_mode="human"` the window's next frame."""
+        """One (480, 480, 3) uint8 frame of the front camera; for "human" the window's next."""
         if self.render_mode == "rgb_array":
             return self.sim.render("front", 480, 480)
         if self.render_mode == "human":
             if self.viewer is None:
                 import mujoco.viewer  # needs a display
 
-                others, self.shown = threading.enumerate(), time.monotonic()
+                others = threading.enumerate()
+                self.shown = time.monotonic()
                 self.viewer = mujoco.viewer.launch_passive(self.sim.model, self.sim.data)
                 self.viewer_threads = set(threading.enumerate()) - set(others)
             self.viewer.sync()
-            time.sleep(max(self.shown + self.nstep * self.sim.model.opt.timestep - time.monotonic(), 0.0))
+            due = self.shown + self.nstep * self.sim.model.opt.timestep
+            time.sleep(max(due - time.monotonic(), 0.0))
             self.shown = time.monotonic()
         return None
 
@@ -549,9 +578,10 @@ class FrankaTask(gym.Env):
 
     def get_state(self) -> dict[str, Any]:
         """Everything that `step` and the observations depend on, as a flat dict of arrays and text.
-        gymnasium's TimeLimit wrapper counts for itself: give it `elapsed_steps` back on resuming."""
+        gymnasium's TimeLimit counts for itself: give it `elapsed_steps` back on resuming."""
         task = {name: np.array(getattr(self, name)) for name in self.saved}
-        return {**self.sim.get_state(), **task, "np_random": json.dumps(self.np_random.bit_generator.state)}
+        random_state = json.dumps(self.np_random.bit_generator.state)
+        return {**self.sim.get_state(), **task, "np_random": random_state}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on exactly where `get_state` was called, also in another process."""
@@ -562,7 +592,7 @@ class FrankaTask(gym.Env):
 
 
 def downwards(roll: float = 0.0, pitch: float = 0.0, yaw: float = 0.0) -> np.ndarray:
-    """(4,) quaternion x, y, z, w of a tcp that points down, turned by these angles (rad) about the base's x, y, z."""
+    """(4,) quaternion x, y, z, w: tcp down, turned by these angles (rad) about base x, y, z."""
     wxyz = np.empty(4)
     mujoco.mju_euler2Quat(wxyz, [roll + np.pi, pitch, yaw], "XYZ")
     return wxyz[[1, 2, 3, 0]]
@@ -577,10 +607,10 @@ class FrankaPickCube(FrankaTask):
           <geom class="object" type="box" size="0.02 0.02 0.02" mass="0.1" condim="4" friction="1 0.01 0.0001"
             rgba="0.85 0.22 0.18 1"/>
         </body>"""
-    # TASK: gains. The wide clip lets the tcp run after targets that jump by 0.1 m: at most 140 N, and, with the joints'
-    # drag, about 0.7 m/s along an axis. A real arm should start with SERL's.
+    # TASK: gains. The wide clip lets the tcp run after targets that jump by 0.1 m: at most 140 N,
+    # and, with the joints' drag, about 0.7 m/s along an axis. A real arm should start with SERL's.
     impedance = Impedance(2000.0, 120.0, 300.0, 20.0, clip=(0.07, 0.07, 0.07), rotational_clip=(0.2, 0.2, 0.2))
-    workspace = ((0.2, 0.6), (-0.3, 0.3), (0.012, 0.5))  # SERL's, except that the finger tips stay off the table
+    workspace = ((0.2, 0.6), (-0.3, 0.3), (0.012, 0.5))  # SERL's, but the tips stay off the table
     action_scale = (0.1, 0.1, 0.1)
     task_space = {"cube_pos": box(3)}
     saved = (*FrankaTask.saved, "start_height")
@@ -588,15 +618,18 @@ class FrankaPickCube(FrankaTask):
 
     def __init__(self, reward_type: str = "dense", control_hz: float = 50, **options: Any) -> None:
         super().__init__(reward_type, control_hz, gripper_action=True, **options)
-        self.cube, self.start_height = self.sim.data.body("cube"), 0.0
+        self.cube = self.sim.data.body("cube")
+        self.start_height = 0.0
 
     def place(self) -> None:
         self.sim.data.qpos[9:11] = self.np_random.uniform(*self.cube_range)
         self.sim.reset_joints(HOME)
-        self.target, self.closure, self.start_height = self.sim.tcp_position.tolist(), 0.0, self.cube.xpos.item(2)
+        self.target = self.sim.tcp_position.tolist()
+        self.closure = 0.0
+        self.start_height = self.cube.xpos.item(2)
 
     def evaluate(self) -> tuple[bool, float]:
-        """Success (lifted by more than 0.1 m and held) and SERL's reward (panda_pick_gym_env.py:280)."""
+        """Success (lifted by over 0.1 m and held) and SERL's reward (panda_pick_gym_env.py:280)."""
         lift = self.cube.xpos.item(2) - self.start_height
         distance = float(np.linalg.norm(self.cube.xpos - self.sim.tcp_position))
         reward = 0.3 * float(np.exp(-20 * distance)) + 0.7 * min(max(lift / 0.2, 0.0), 1.0)
@@ -606,26 +639,29 @@ class FrankaPickCube(FrankaTask):
         return {"cube_pos": self.cube.xpos.astype(np.float32)}
 
     def expert_action(self) -> np.ndarray:
-        """(4,) action of a scripted expert for the current state: above the cube, down, close, up."""
-        tcp, goal = self.sim.tcp_position, self.cube.xpos.copy()
-        off, above = float(np.hypot(*(goal - tcp)[:2])), float(tcp[2] - goal[2])  # m
+        """(4,) action of a scripted expert: above the cube, down, close, up."""
+        tcp = self.sim.tcp_position
+        goal = self.cube.xpos.copy()
+        off = float(np.hypot(*(goal - tcp)[:2]))  # m
+        above = float(tcp[2] - goal[2])  # m
         held = self.sim.holds(self.cube.id)
         close = held or (off < 0.01 and abs(above) < 0.012)
         if held:
             goal[:] = self.target[0], self.target[1], self.start_height + 0.22
         elif not close:
-            goal[2] += min(max(4 * (off - 0.01), 0.0), 0.08)  # a funnel: come down only over the cube
+            goal[2] += min(max(4 * (off - 0.01), 0.0), 0.08)  # a funnel: down only over the cube
         move = (tcp + np.clip(goal - tcp, -0.1, 0.1) - self.target) / self.action_scale
         return np.clip([*move, 1.0 if close else -1.0], -1, 1).astype(np.float32)
 
 
 class FrankaPegInsert(FrankaTask):
-    """Insert a square 20 mm peg, held by friction between the fingers (it can slip and tilt), 30 mm deep into a 21 mm
-    hole. Stiffness, damping and action scale are SERL's (serl_robot_infra/franka_env/envs/peg_env/config.py). Start:
-    tcp within 5 cm and 30 degrees of the workspace's middle, the hole within 4 cm and 10 degrees."""
+    """Insert a square 20 mm peg, held by friction between the fingers (it can slip and tilt), 30 mm
+    deep into a 21 mm hole. Stiffness, damping and action scale are SERL's (serl_robot_infra/
+    franka_env/envs/peg_env/config.py). Start: tcp within 5 cm and 30 degrees of the workspace's
+    middle, the hole within 4 cm and 10 degrees."""
 
     metadata = {"render_modes": ["rgb_array", "human"], "render_fps": 10}
-    # TASK: bodies that `place` moves but physics does not are mocap bodies; the first two are the arm's target.
+    # TASK: bodies moved by `place`, not physics, are mocap bodies; the first two: the arm's target.
     scene = """
         <body name="hole" mocap="true">
           <geom class="fixed" type="box" size="0.02 0.05 0.02" pos="0.0305 0 0.02" rgba="0.3 0.5 0.7 1"/>
@@ -637,27 +673,34 @@ class FrankaPegInsert(FrankaTask):
           <freejoint/>
           <geom class="object" type="box" size="0.01 0.01 0.035" mass="0.08" friction="0.3" rgba="0.95 0.72 0.2 1"/>
         </body>"""
-    impedance = Impedance(clip=(0.005, 0.005, 0.01), rotational_clip=(0.05, 0.05, 0.05))  # SERL: 3, 3, 10 mm, 0.02 rad
+    # SERL clips at 3, 3, 10 mm and 0.02 rad.
+    impedance = Impedance(clip=(0.005, 0.005, 0.01), rotational_clip=(0.05, 0.05, 0.05))
     workspace = ((0.4, 0.6), (-0.1, 0.1), (0.05, 0.2), (-0.1, 0.1), (-0.1, 0.1), (-0.8, 0.8))
     action_scale = (0.02, 0.02, 0.02, 0.1, 0.1, 0.1)
     task_space = {"hole_pose": box(4)}  # x, y, z of its upper edge (m), yaw (rad)
-    top, depth = 0.04, 0.03  # m: height of the hole's upper edge, how far in the peg must be
+    top = 0.04  # m, height of the hole's upper edge
+    depth = 0.03  # m, how far in the peg must be
 
     def __init__(
         self, reward_type: str = "sparse", control_hz: float = 10, gripper_action: bool = False, **options: Any
     ):
-        """`gripper_action`: a seventh action opens and closes the gripper, which otherwise stays closed."""
+        """`gripper_action`: a seventh action opens and closes the gripper, else it stays closed."""
         super().__init__(reward_type, control_hz, gripper_action, **options)
         self.peg, self.hole = self.sim.data.body("peg"), self.sim.data.body("hole")
 
     def place(self) -> None:
         data = self.sim.data
         x, y, yaw = self.np_random.uniform((0.46, -0.04, -0.17), (0.54, 0.04, 0.17))
-        data.mocap_pos[2], data.mocap_quat[2] = (x, y, 0), (np.cos(yaw / 2), 0, 0, np.sin(yaw / 2))
-        x, y, z, yaw = self.np_random.uniform((0.45, -0.05, 0.12, -np.pi / 6), (0.55, 0.05, 0.16, np.pi / 6)).tolist()
-        self.target, self.closure = [x, y, z, 0.0, 0.0, yaw], 1.0
+        data.mocap_pos[2] = (x, y, 0)
+        data.mocap_quat[2] = (np.cos(yaw / 2), 0, 0, np.sin(yaw / 2))
+        low = (0.45, -0.05, 0.12, -np.pi / 6)
+        high = (0.55, 0.05, 0.16, np.pi / 6)
+        x, y, z, yaw = self.np_random.uniform(low, high).tolist()
+        self.target = [x, y, z, 0.0, 0.0, yaw]
+        self.closure = 1.0
         self.sim.reset_pose((x, y, z), downwards(yaw=yaw), width=0.02)
-        data.qpos[9:16] = x, y, z - 0.02, np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)  # the peg's middle, 2 cm below the tcp
+        data.qpos[9:12] = x, y, z - 0.02  # the peg's middle, 2 cm below the tcp
+        data.qpos[12:16] = np.cos(yaw / 2), 0, 0, np.sin(yaw / 2)
         self.sim.set_gripper(0.0, force=60.0)
         self.sim.step(50)  # the fingers close on the peg
 
@@ -667,7 +710,7 @@ class FrankaPegInsert(FrankaTask):
         return self.hole.xmat.reshape(3, 3).T @ (tip - self.hole.xpos) - (0, 0, self.top)
 
     def evaluate(self) -> tuple[bool, float]:
-        """Success (in by `depth`) and a dense reward in the manner of the cube's: near the axis, then deep."""
+        """Success (in by `depth`) and a dense reward like the cube's: near the axis, then deep."""
         tip = self.tip_in_hole()
         off = float(np.hypot(tip[0], tip[1]))  # m
         inserted = min(max(-float(tip[2]) / self.depth, 0.0), 1.0) if off < 0.005 else 0.0
@@ -685,11 +728,14 @@ class FrankaPegInsert(FrankaTask):
 
     def task_observation(self) -> dict[str, np.ndarray]:
         x, y, _ = self.hole.xpos
-        return {"hole_pose": np.array([x, y, self.top, np.arctan2(self.hole.xmat[3], self.hole.xmat[0])], np.float32)}
+        yaw = np.arctan2(self.hole.xmat[3], self.hole.xmat[0])
+        return {"hole_pose": np.array([x, y, self.top, yaw], np.float32)}
 
     def expert_action(self) -> np.ndarray:
-        """(6,) or (7,) action of a scripted expert for the current state: over the hole, turn, wait for rest, down."""
-        tcp, tip, peg, hole = self.sim.tcp_pose, self.tip_in_hole(), self.peg.xmat, self.hole.xmat
+        """(6,) or (7,) action of a scripted expert: over the hole, turn, wait for rest, down."""
+        tcp = self.sim.tcp_pose
+        tip = self.tip_in_hole()
+        peg, hole = self.peg.xmat, self.hole.xmat
         off = float(np.hypot(tip[0], tip[1]))  # m
         turn = float(np.arctan2(hole[3], hole[0]) - np.arctan2(peg[3], peg[0]))  # rad
         goal = np.zeros(6)
@@ -725,11 +771,15 @@ def main(args: Args) -> None:
     try:
         for episode in range(args.episodes):
             _, info = env.reset(seed=args.seed + episode)
-            episodic_return, first_success, done = 0.0, None, False
+            episodic_return = 0.0
+            first_success = None
+            done = False
             while not done:
                 _, reward, terminated, truncated, info = env.step(env.unwrapped.expert_action())
-                episodic_return, done = episodic_return + reward, terminated or truncated
-                first_success = first_success or (env.unwrapped.elapsed_steps if info["success"] else None)
+                done = terminated or truncated
+                episodic_return += reward
+                if info["success"] and first_success is None:
+                    first_success = env.unwrapped.elapsed_steps
                 if writer:
                     writer.append_data(env.render())
             outcome = f"success, first at step {first_success}" if info["success"] else "failure"

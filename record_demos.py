@@ -59,7 +59,7 @@ from robot_client import (
     task_named,
 )
 
-NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, for each frame with it
+NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, per frame with it
 NEAR_MISSES = 0.5  # and how many of them shortly before or after a success
 NEAR_S = 2.0  # what "shortly" is
 ENDINGS = ("success", "failure", "discard")
@@ -70,7 +70,7 @@ ENDINGS = ("success", "failure", "discard")
 class Args:
     # recording
     dataset: str | None = None
-    """local Minari dataset that is begun or goes on (default: hil/demos-v0; in mode classifier hil/frames-v0)"""
+    """local Minari dataset to begin or go on with (default: hil/demos-v0; classifier: hil/frames-v0)"""
     mode: Literal["demos", "classifier"] = "demos"
     """demonstrations, or frames with labels for reward_classifier.py"""
     episodes: int = 20
@@ -108,7 +108,8 @@ class Args:
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
-        self.dataset = self.dataset or {"demos": "hil/demos-v0", "classifier": "hil/frames-v0"}[self.mode]
+        datasets = {"demos": "hil/demos-v0", "classifier": "hil/frames-v0"}
+        self.dataset = self.dataset or datasets[self.mode]
         for name, least in (("episodes", 1), ("frames", 1), ("classes", 2), ("margin", 0), ("seed", 0)):
             if getattr(self, name) < least:
                 fail(f"{flag(name)} {getattr(self, name)}: give at least {least}")
@@ -130,13 +131,14 @@ def make_env(args: Args) -> gym.Env:
             args.task,  # TASK: yours
             server=args.server,
             keys=args.keys,
-            reward="task" if args.teleop == "expert" else "none",  # otherwise a person says what success is
+            reward="task" if args.teleop == "expert" else "none",  # or a person says
             terminate_on_success=args.mode == "demos",
         )
         if args.max_episode_steps:
             config.max_episode_steps = args.max_episode_steps
         return envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
-    options = {"image_obs": True} if args.env_id.startswith("Franka") else {}  # TASK: keyword options of your task
+    # TASK: keyword options of your task
+    options = {"image_obs": True} if args.env_id.startswith("Franka") else {}
     return envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
 
 
@@ -152,9 +154,7 @@ def check_server(args: Args) -> None:
 
 def success(info: dict) -> float:
     """Whether the episode whose last info this is was a success, NaN where the task does not say.
-
-    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
-    """
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env."""
     return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
@@ -185,7 +185,7 @@ class Rover(ScriptedExpert):
 
 
 def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
-    """Who steers, and where keys are typed: nowhere, if the expert steers and there is no terminal."""
+    """Who steers, and where keys are typed: nowhere, if the expert steers without a terminal."""
     terminal = Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
     if terminal:
         print(KEYS)
@@ -201,7 +201,7 @@ def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
 
 # --- Labels -----------------------------------------------------------------------------------------------------------
 def near_misses(labels: np.ndarray, steps: int) -> np.ndarray:
-    """(T,) whether a frame shows no success, but was taken at most so many steps before or after one."""
+    """(T,) whether a frame shows no success, but is at most so many steps before or after one."""
     near = np.zeros(len(labels), bool)
     for t in np.flatnonzero(labels == 1):
         near[max(t - steps, 0) : t + steps + 1] = True
@@ -254,7 +254,7 @@ class Session:
             self.recording.check_disk(self.env)
             try:
                 self.episode()
-            except RobotError as error:  # server away, a reflex while the arm stood still, the stop button
+            except RobotError as error:  # server away, reflex at rest, stop button
                 if self.quits():
                     say(str(error))
                     return
@@ -276,7 +276,8 @@ class Session:
     def missing(self) -> str:
         """What is still to be recorded; nothing when there is enough."""
         if self.args.mode == "demos":
-            left = self.args.episodes - sum(bool(episode["success"]) for episode in self.recording.episodes)
+            successes = sum(bool(episode["success"]) for episode in self.recording.episodes)
+            left = self.args.episodes - successes
             return f"{left} successes" if left > 0 else ""
         wanted = {f"label {label}": self.args.frames for label in range(self.args.classes)}
         wanted["label 0"] = round(NEGATIVES * self.args.frames)
@@ -408,7 +409,9 @@ class Session:
         if verdict or self.args.mode == "classifier":
             return verdict or ("none" if ended else "")
         if self.person:
-            return self.wait("it has ended: y success, n failure, x discard", None, *ENDINGS)[0] if ended else ""
+            if not ended:
+                return ""
+            return self.wait("it has ended: y success, n failure, x discard", None, *ENDINGS)[0]
         if ended and math.isnan(success(info)):
             fail(f"--env-id {self.args.env_id}: does not say what success is; say it in success()")
         return "success" if success(info) == 1 else "failure" if ended else ""
@@ -497,7 +500,8 @@ def sum_up(recording: Recording, env: gym.Env) -> None:
     lengths = np.array([int(episode["total_steps"]) for episode in recording.episodes])
     print(f"{recording.name}: {len(lengths)} episodes, {lengths.sum():,} steps, {lengths.sum() / hz:.0f} s")
     if recording.metadata["mode"] == "demos":
-        sum_up_demos(lengths, np.array([bool(episode["success"]) for episode in recording.episodes]))
+        won = [bool(episode["success"]) for episode in recording.episodes]
+        sum_up_demos(lengths, np.array(won))
     else:
         sum_up_labels(recording, hz)
     if any("suggested" in episode for episode in recording.episodes):

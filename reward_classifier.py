@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve others
 
 import gymnasium as gym
 import numpy as np
@@ -43,7 +43,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
 import robot_client as rc
 from common import envs, recording, vision
 from common.episodes import expert_of
@@ -56,7 +56,7 @@ from common.tensors import check_memory, set_up_torch
 SIMULATED = "FrankaPegInsert-v0"
 MARGIN = 2  # frames before and after a change of label that are left out
 BEFORE_SUCCESS = 5  # frames before a demonstration's last one that are left out
-HELD_OUT = 0.3  # share of the episodes that are not learned from; they end the training and set the threshold
+HELD_OUT = 0.3  # share of episodes not learned from; they end the training and set the threshold
 BATCH_SIZE = 96  # frames, of each class as many
 LEARNING_RATE = 3e-4
 LOOK_EVERY = 20  # updates between two looks at the held-out loss
@@ -198,7 +198,8 @@ class Lights(gym.Wrapper):
         return result
 
 
-KINDS = ("success", "beside", "stops", "success", "out again", "stops", "success", "beside", "wanders", "success")
+KINDS = ("success", "beside", "stops", "success", "out again")
+KINDS += ("stops", "success", "beside", "wanders", "success")
 
 
 class Script:
@@ -222,7 +223,8 @@ class Script:
         """(6,) the next action, after a step that was a success or not."""
         self.successes += success
         tip = self.task.tip_in_hole()[2]  # m above the hole
-        noise = (0.02 if tip < 0.01 else 0.3) * self.rng.standard_normal(6)  # more, and it would not find the hole
+        # With more it would not find the hole.
+        noise = (0.02 if tip < 0.01 else 0.3) * self.rng.standard_normal(6)
         action = self.task.expert_action() + noise
         if self.kind == "beside":
             action += self.beside
@@ -241,7 +243,8 @@ def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, coun
     from tqdm import tqdm
 
     name = "in another light" if env.elsewhere else "simulated peg"
-    for number in tqdm(range(count), name, unit="episode", mininterval=0.2 if sys.stderr.isatty() else 10.0):
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    for number in tqdm(range(count), name, unit="episode", mininterval=interval):
         rng = np.random.default_rng([args.seed, env.elsewhere, number])
         kind = KINDS[number % len(KINDS)]
         obs, info = env.reset(seed=envs.episode_seed(args.seed, 2 + env.elsewhere, number))
@@ -284,7 +287,7 @@ def frame_labels(infos: dict, frames: int, classes: int) -> np.ndarray:
     """
     if "label" in infos:
         labels = np.full(frames, -1)
-        labels[-len(infos["label"]) :] = infos["label"]  # those of steps belong to the observations after them
+        labels[-len(infos["label"]) :] = infos["label"]  # steps' are of the observations after
         if not -1 <= labels.min() <= labels.max() < classes:
             raise ValueError(f"has the labels {np.unique(labels).tolist()}; --classes names {classes}")
         return labels
@@ -363,7 +366,8 @@ class Frames(NamedTuple):
         picks = []
         for label in range(classes):
             there = (self.labels == label).nonzero().squeeze(1)
-            draws = torch.randint(len(there), (batch_size // classes,), generator=generator, device=there.device)
+            shape = (batch_size // classes,)
+            draws = torch.randint(len(there), shape, generator=generator, device=there.device)
             picks.append(there[draws])
         picks = torch.cat(picks)
         return self.images[picks], self.labels[picks]
@@ -470,7 +474,8 @@ def score(classifier: SuccessClassifier, clips: list[Clip]) -> list[list[Scored]
     heads: list[list[Scored]] = [[] for _ in range(len(classifier.cameras) + 1)]
     last = len(classifier.classes) - 1
     for clip in clips:
-        odds = log_odds(answers(classifier, torch.from_numpy(clip.images))).double().cpu().numpy()  # (T, K + 1)
+        logits = answers(classifier, torch.from_numpy(clip.images))
+        odds = log_odds(logits).double().cpu().numpy()  # (T, K + 1)
         success = clip.labels == last
         failure = (clip.labels >= 0) & ~success
         for head, column in zip(heads, odds.T, strict=True):
@@ -568,14 +573,16 @@ def draw_errors(path: Path, clips: list[Clip], scored: list[Scored], threshold: 
     shown = [item for item in worst[:count] if np.isfinite(item[0])]
     columns = 4
     rows = math.ceil(len(shown) / columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.4 * rows), squeeze=False, layout="constrained")
+    size = (3.6 * columns, 2.4 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, (wrongness, clip, head, t) in zip(axes.flat, shown, strict=False):
         axis.imshow(np.concatenate(list(clip.images[t]), 1))
         label = "success" if head.success[t] else "failure"
         said = f"p {1 / (1 + math.exp(-head.odds[t])):.4f}, is {label}"
-        axis.set_title(f"{said}\n{clip.name}, frame {t}", fontsize=8, color="crimson" if wrongness > 0 else "black")
+        color = "crimson" if wrongness > 0 else "black"
+        axis.set_title(f"{said}\n{clip.name}, frame {t}", fontsize=8, color=color)
     limit = 1 / (1 + math.exp(-threshold))
     figure.suptitle(
         f"the worst frames, at most two of an episode; wrong ones in red, threshold {limit:.4f}", fontsize=9
@@ -661,14 +668,15 @@ def gather(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]
             clips += recorded_clips("--data", source, classifier, fingerprint)
         for source in args.add:
             clips += recorded_clips("--add", source, classifier, fingerprint)
-        clips = list({clip.name: clip for clip in clips}.values())  # an added one may be in the data, too
+        clips = list({clip.name: clip for clip in clips}.values())  # an added one may be in both
         return classifier, fingerprint, clips, []
     options = {"image_obs": True, "image_size": args.image_size}
     if args.cameras:
         options["cameras"] = args.cameras
     env = envs.make(SIMULATED, **options)
     classifier = make_classifier(args, env.observation_space, SIMULATED)
-    here, elsewhere = Lights(env, args.seed, False), Lights(env, args.seed, True)
+    here = Lights(env, args.seed, False)
+    elsewhere = Lights(env, args.seed, True)
     clips = list(simulated_clips(args, classifier, here, args.simulated_episodes))
     tests = list(simulated_clips(args, classifier, elsewhere, args.test_episodes))
     return classifier, recording.fingerprint(env), clips, tests
@@ -713,7 +721,9 @@ def grade(run: Run, classifier: SuccessClassifier, parts: dict[str, list[Clip]])
     write_atomically(run.dir / "scores.json", json.dumps(scores, indent=2).encode())
     alone = {f"eval/{camera}_frames_right": rows[camera]["frames_right"] for camera in classifier.cameras}
     run.log("eval", {f"eval/{key}": value for key, value in rows["together"].items()} | alone)
-    shown = [(clip, head) for name in parts for clip, head in zip(parts[name], scored[name][-1], strict=True)]
+    shown = []
+    for name in parts:
+        shown += zip(parts[name], scored[name][-1], strict=True)
     draw_errors(run.dir / "errors.png", *map(list, zip(*shown, strict=True)), thresholds[-1])
     run.plot("updates", "train", ("losses/learned", "losses/held_out"))
     return thresholds[-1], scores

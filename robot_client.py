@@ -350,7 +350,7 @@ class RobotClient:
         try:
             return self.call("target", pose=pose, closure=closure, seq=self.seq)
         except RefusedError as refusal:
-            if refusal.code == "stale" and self.attempts > 1:  # the first try had arrived, its answer was lost
+            if refusal.code == "stale" and self.attempts > 1:  # the first try's answer was lost
                 return refusal.reply
             raise
 
@@ -612,7 +612,8 @@ class RealSense(Camera):
         if not arrived:
             raise CameraError(f"no picture for {self.config.timeout_s} s; cable, USB port, or another program?")
         frame = frames.get_color_frame()
-        return np.array(frame.get_data()), frame.get_frame_number()  # a copy: held frames starve the camera's pool
+        image = np.array(frame.get_data())  # a copy: held frames starve the camera's pool
+        return image, frame.get_frame_number()
 
     def shut(self) -> None:
         if pipeline := getattr(self, "pipeline", None):
@@ -632,7 +633,7 @@ class Scene:
 
     def __init__(self, env_id: str):
         try:
-            import franka_sim  # noqa: F401  # registers the tasks  # TASK: import the module that registers yours
+            import franka_sim  # noqa: F401  # registers the tasks  # TASK: import what registers yours
 
             self.sim = gym.make(env_id).unwrapped.sim
         except (ImportError, gym.error.Error) as error:
@@ -692,7 +693,7 @@ def make_camera(config: CameraConfig, size: int, scene: Scene | None) -> Camera:
 
 
 # --- Teleoperation ----------------------------------------------------------------------------------------------------
-HOLD_S = 0.75  # a key that was typed counts for this long: the longest usual wait before the terminal repeats it
+HOLD_S = 0.75  # how long a typed key counts: the longest usual wait until the terminal repeats it
 REPEAT_S = 0.15  # a key that repeats counts for this long after its last repetition
 COMMANDS = {
     "y": "success", "n": "failure", "x": "discard", "z": "undo", "t": "label", "p": "pause", "\n": "go on", "q": "quit",
@@ -810,7 +811,7 @@ class Teleop:
         size = env.action_space.shape[0]
         turn = getattr(env.unwrapped, "base_to_action", None)  # into the relative frame, where there is one
         action = (turn(motion) if turn else motion)[: 6 if size >= 6 else 3]
-        if size in (4, 7):  # as HIL-SERL: near 1, not at it, where a tanh policy would need an infinite mean
+        if size in (4, 7):  # HIL-SERL: near 1, where a tanh policy needs no infinite mean
             action = np.append(action, gripper * self.rng.uniform(0.9, 1.0))
         return np.clip(action, -1, 1).astype(np.float32)
 
@@ -907,7 +908,8 @@ class SpaceMouse(Teleop):
                     self._device = self._open()
                     self.fault = ""
                 state, before = self._device.read(), None
-                while state.t != before:  # one report per read: without draining them the arm lags behind the hand
+                # One report per read: without draining them the arm lags behind the hand.
+                while state.t != before:
                     before, state = state.t, self._device.read()
             except (HIDException, RobotError) as error:
                 self._device = None
@@ -1020,7 +1022,7 @@ class TaskConfig:
     env_id: str | None = None  # the task that a simulated server must serve (None: any)
     server: str = SERVER
     keys: str | None = None  # folder with CURVE keys
-    hz: float = 10.0  # steps per second; below 4 the server's watchdog would hold the arm between two steps
+    hz: float = 10.0  # steps per second; below 4 the server's watchdog holds the arm between two
     max_episode_steps: int = 100  # then the episode is truncated
 
     # where an episode starts
@@ -1287,7 +1289,8 @@ class FrankaEnv(gym.Env):
         lifted = client.state()["reference"]
         lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
         self.go_to(lifted)
-        if config.reset_joints_every and self.episodes % config.reset_joints_every == config.reset_joints_every - 1:
+        every = config.reset_joints_every
+        if every and self.episodes % every == every - 1:
             client.stop()
             client.move_joints(config.reset_joints)
             client.start(**asdict(config.precision))
@@ -1301,7 +1304,8 @@ class FrankaEnv(gym.Env):
         start = self.client.state()["reference"]
         motion = motion_between(pose, start)
         speed = self.config.reset_speed  # and 5 rad for each m
-        seconds = max(np.linalg.norm(motion[:3]) / speed, np.linalg.norm(motion[3:]) / (5 * speed), 0.05)
+        turn_s = np.linalg.norm(motion[3:]) / (5 * speed)
+        seconds = max(np.linalg.norm(motion[:3]) / speed, turn_s, 0.05)
         steps = math.ceil(RESET_HZ * seconds)
         pace = self.client.pace(RESET_HZ)
         step = 1
@@ -1493,7 +1497,8 @@ class FrankaEnv(gym.Env):
             "tcp_torque": wrench[3:],
             "tcp_vel": self.base_to_action(state["tcp_vel"])[: self.axes],
         }
-        obs = {"state": np.concatenate([values[name] for name in self.config.proprio]).astype(np.float32)}
+        proprio = np.concatenate([values[name] for name in self.config.proprio])
+        obs = {"state": proprio.astype(np.float32)}
         for camera in self.cameras:
             try:
                 frame = camera.read(self.config.max_image_age_s)
@@ -1634,7 +1639,8 @@ class Doctor:
         devices = realsense_devices(rs)
         self.say(True, "realsense", f"pyrealsense2 {rs.__version__}, {len(devices)} plugged in")
         for serial, device in devices.items():
-            name, usb = (device.get_info(key) for key in (rs.camera_info.name, rs.camera_info.usb_type_descriptor))
+            name = device.get_info(rs.camera_info.name)
+            usb = device.get_info(rs.camera_info.usb_type_descriptor)
             self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
 
@@ -1696,7 +1702,8 @@ def drive(args: Args, teleop: Teleop, end: float) -> None:
     """Let a person move the arm slowly, within 10 cm of where it stands, to feel gains and directions."""
     with contextlib.closing(RobotClient(args.server, args.keys)) as client:
         limits, pose = client.hello()["limits"], client.state()["tcp_pose"]
-    box = np.clip([pose[:3] - 0.1, pose[:3] + 0.1], limits["workspace_low"], limits["workspace_high"]).T
+    around = [pose[:3] - 0.1, pose[:3] + 0.1]
+    box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
     config = TaskConfig(
         server=args.server,
         keys=args.keys,

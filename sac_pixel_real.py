@@ -41,7 +41,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve others
 
 import gymnasium as gym
 import numpy as np
@@ -66,7 +66,7 @@ STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
 FIXED_STD = 0.1  # of --std-parameterization fixed
 PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
 ALPHA_INIT = 0.01  # temperature at the start
-TARGET_ENTROPY = -0.5  # per dimension of the action, to which the temperature is adjusted; SERL, RLPD
+TARGET_ENTROPY = -0.5  # that the temperature seeks, per dimension of the action; SERL, RLPD
 PROPRIO_DIM = 64  # features of the robot's state; SERL
 CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels of 128
 SAVE_EVERY = 1_000  # transitions between two checkpoints of the learner
@@ -83,7 +83,7 @@ WRONG_KEY_PROB = 0.0005  # scripted person: of pressing a wrong key at a step
 @dataclass
 class Args(RunArgs):
     policy: Literal["newest", "best"] = "newest"
-    """eval_only: the policy to evaluate: the learner's newest, or the one with the most success without help so far"""
+    """eval_only: the policy to evaluate: the learner's newest, or the most successful without help"""
     final_eval_episodes: int = 50
     """eval_only: episodes"""
     # robot
@@ -94,9 +94,9 @@ class Args(RunArgs):
     server_keys: str | None = None
     """directory with the CURVE keys of robot_server.py --keygen"""
     teleop: Literal["keyboard", "spacemouse", "scripted", "none"] = "keyboard"
-    """who may intervene; scripted: the simulated task's expert, often at first and ever less, for rehearsals"""
+    """who may intervene; scripted: the simulated task's expert, ever less, for rehearsals"""
     help_until: int = 4_000
-    """teleop scripted: environment steps over which it intervenes in ever fewer episodes, down to none"""
+    """teleop scripted: steps over which it intervenes in ever fewer episodes, down to none"""
     reward: str = "task"
     """what success is: task: what the simulated robot's task says; pose: the tcp at the configuration's goal_pose;
     person: verdicts only; or the file of a classifier"""
@@ -119,7 +119,7 @@ class Args(RunArgs):
     buffer_size: int = 100_000
     """transitions kept; demonstrations and interventions are all kept"""
     frames_dir: str | None = None
-    """directory for the frames' files (default: the run's), such as a disk of this machine when that is far away"""
+    """directory for the frames' files (default: the run's), e.g. on a disk of this machine"""
     batch_size: int = 64
     """transitions per critic update, demonstrations included"""
     utd_ratio: int = 2
@@ -127,22 +127,22 @@ class Args(RunArgs):
     policy_delay: int = 1
     """critic updates per update of actor and temperature"""
     demos: str = "hil/demos-v0"
-    """the Minari dataset with demonstrations, as record_demos.py writes it; only successful ones are used"""
+    """Minari dataset of demonstrations, as record_demos.py writes it; only successes are used"""
     demo_ratio: float = 0.5
     """fraction of each batch that is drawn from demonstrations and interventions (RLPD: 0.5)"""
     # images
     encoder: Literal["small", "resnet10", "mobilenet"] = "small"
     """convolutions: a few (SERL's small encoder), ResNet-10 with GroupNorm, or MobileNetV3-small"""
     small_channels: tuple[int, ...] = (16, 32, 64)
-    """encoder small: channels of its convolutions, each of which halves the image (SERL: 32 64 128 256)"""
+    """encoder small: channels of its convolutions; each halves the image (SERL: 32 64 128 256)"""
     pooling: Literal["embeddings", "softmax", "average"] = "embeddings"
     """spatial learned embeddings, spatial softmax, or the mean over all places"""
     latent_dim: int = 128
     """features per camera (SERL: 256)"""
     film: str | None = None
-    """name of a state in the observation, such as state or task, that scales and shifts the images' channels"""
+    """a state of the observation, such as state or task, that scales and shifts image channels"""
     pretrained: str | None = None
-    """file with the encoder's parameters: SERL's resnet10_params.pkl, torchvision's for mobilenet, or any state dict"""
+    """encoder's parameters: SERL's resnet10_params.pkl, torchvision's mobilenet, any state dict"""
     freeze: bool = True
     """leave pretrained parameters as they are"""
     activation_checkpointing: bool = False
@@ -173,11 +173,11 @@ class Args(RunArgs):
     backup_entropy: bool = False
     """add the policy's entropy to the target (SAC: yes, SERL: no)"""
     std_parameterization: Literal["exp", "softplus", "uniform", "fixed"] = "exp"
-    """the policy's standard deviation: of the network by exp or softplus, one learned vector, or a constant"""
+    """the policy's standard deviation: a network's by exp or softplus, learned vector, constant"""
     actor_ema: float = 0.9995
-    """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
+    """the average of learned actors is evaluated: its decay per actor update (0: no averaging)"""
     bc_weight: float = 50.0
-    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
+    """weight of the squared distance to demonstrations in the actor's loss (SERL, RLPD: 0)"""
     lr: float = 3e-4
     """learning rate of actor, critics and temperature"""
     lr_warmup: int = 0
@@ -192,12 +192,12 @@ class Args(RunArgs):
     address: str = "127.0.0.1:5588"
     """HOST:PORT of the learner; its policy is published on the next port"""
     curve_keys: str | None = None
-    """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
+    """directory with CURVE keys, the same on all machines, beyond loop-back; a learner can make it"""
 
-    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads total_timesteps final_eval_episodes "
-    MAY_CHANGE += "policy server server_keys teleop help_until role address curve_keys frames_dir"
-    SHAPING = "task image_size cameras encoder small_channels pooling latent_dim film frame_stack gripper hidden_dims "
-    SHAPING += "activation layer_norm normalize_observations std_parameterization"
+    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads total_timesteps "
+    MAY_CHANGE += "final_eval_episodes policy server server_keys teleop help_until role address curve_keys frames_dir"
+    SHAPING = "task image_size cameras encoder small_channels pooling latent_dim film frame_stack "
+    SHAPING += "gripper hidden_dims activation layer_norm normalize_observations std_parameterization"
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
@@ -240,7 +240,8 @@ def make_env(args: Args) -> gym.Env:
         reward=args.reward if args.reward in ("task", "pose") else "none",
         gripper_penalty=args.gripper_penalty,
     )
-    # --total-timesteps are this environment's steps: TimeLimit would end an episode at the same step as the task.
+    # --total-timesteps are this environment's steps: TimeLimit would end an episode where the task
+    # does.
     return envs.make("robot_client:FrankaReal-v0", config=config, max_episode_steps=10**9)
 
 
@@ -262,9 +263,7 @@ def judged(env: gym.Env, args: Args) -> gym.Env:
 
 def success(info: dict) -> float:
     """Whether the episode whose last info this is was a success, NaN where the task does not say.
-
-    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
-    """
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env."""
     return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
@@ -344,7 +343,7 @@ class Person:
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 class EnsembleLinear(nn.Module):
-    """E linear layers in one batched product: (E, B, in) -> (E, B, out); weights as in flax, (E, in, out)."""
+    """E linear layers in one product, (E, B, in) -> (E, B, out); flax's weights, (E, in, out)."""
 
     def __init__(self, num: int, in_dim: int, out_dim: int):
         super().__init__()
@@ -369,21 +368,23 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """E trunks [linear, dropout, LayerNorm, activation] * len(hidden_dims): (E, B, in) -> (E, B, H)."""
+    """E trunks [linear, dropout, LayerNorm, activation] * depth: (E, B, in) -> (E, B, H)."""
 
     def __init__(self, num: int, in_dim: int, hidden_dims: tuple[int, ...], activation: str, norm: bool, dropout=0.0):
         super().__init__()
         dims = (in_dim, *hidden_dims)
-        self.linears = nn.ModuleList(EnsembleLinear(num, *pair) for pair in zip(dims[:-1], dims[1:], strict=True))
-        self.norms = nn.ModuleList(EnsembleLayerNorm(num, dim) if norm else nn.Identity() for dim in hidden_dims)
-        self.activation = getattr(torch, activation) if hasattr(torch, activation) else getattr(F, activation)
+        self.linears = nn.ModuleList(EnsembleLinear(num, *pair) for pair in zip(dims, hidden_dims))
+        norms = (EnsembleLayerNorm(num, dim) if norm else nn.Identity() for dim in hidden_dims)
+        self.norms = nn.ModuleList(norms)
+        self.activation = getattr(torch if hasattr(torch, activation) else F, activation)
         self.dropout = dropout
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         for linear, norm in zip(self.linears, self.norms, strict=True):
             x = linear(x)
             if self.dropout and generator is not None:  # only in the critics' training pass
-                x = x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout) / (1 - self.dropout)
+                kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
+                x = x * kept / (1 - self.dropout)
             x = self.activation(norm(x))
         return x
 
@@ -423,8 +424,8 @@ def squash(mean: Tensor, std: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """Actions tanh(mean + std * eps) and their log density, summed over the last dimension."""
     u = mean + std * eps
     log_pi = -0.5 * eps.square() - std.log() - 0.5 * math.log(2 * math.pi)
-    log_pi = log_pi - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log |d tanh/du|, stable: arXiv:1812.05905 appendix C
-    return u.tanh(), log_pi.sum(-1)
+    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # of tanh; arXiv:1812.05905 appendix C
+    return u.tanh(), (log_pi - log_slope).sum(-1)
 
 
 class Critic(nn.Module):
@@ -441,7 +442,7 @@ class Critic(nn.Module):
         """Values (E, B) of observations (B, O) and actions (B, A)."""
         x = torch.cat([obs, actions], -1).expand(self.num, -1, -1)
         features = self.trunk(x, generator)  # (E, B, H)
-        return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
+        return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # matmul is slower
 
 
 class Observation(NamedTuple):
@@ -467,7 +468,7 @@ class Bottleneck(nn.Sequential):
 
 
 def encoder_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
-    """The convolutions of --encoder: images (N, H, W, in_channels) -> maps (N, C, h, w). TASK: add yours here."""
+    """Convolutions of --encoder: images (N, H, W, in) -> maps (N, C, h, w). TASK: add yours."""
     try:
         return vision.make_trunk(args.encoder, in_channels, args.pretrained, load, args.small_channels)
     except ValueError as error:
@@ -476,10 +477,9 @@ def encoder_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
 
 class Encoder(nn.Module):
     """Images of all cameras -> features (B, K * latent_dim); SERL common/encoding.py.
-
-    Each camera has a trunk of its own, that sees a stack of frames as channels. Pretrained trunks see one frame at a
-    time; a frozen one is the same for all cameras and encoders: the agent's, and this encoder begins with its maps.
-    """
+    Each camera has a trunk of its own, that sees a stack of frames as channels. Pretrained trunks
+    see one frame at a time; a frozen one is the same for all cameras and encoders: the agent's, and
+    this encoder begins with its maps."""
 
     def __init__(self, views: Views, args: Args, load: bool = True):
         super().__init__()
@@ -593,27 +593,30 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, A)
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
-    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
+    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `ReplayBuffer.follow_up`
 
 
 class ReplayBuffer:
-    """Uniform ring buffer of transitions; lives on the device, so that sampling is one gather per field."""
+    """Uniform ring buffer of transitions on the device: sampling is one gather per field."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, n_step=1, gamma=1.0):
         """Batches are of `n_step` steps, whose rewards are discounted by `gamma`."""
-        self.capacity, self.device, self.n_step, self.gamma = capacity, device, n_step, gamma
+        self.capacity = capacity
+        self.device = device
+        self.n_step = n_step
+        self.gamma = gamma
         shapes = Batch((obs_dim,), (action_dim,), (), (obs_dim,), ())
         self.rows = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
         self.continues = torch.empty(capacity, dtype=torch.bool, device=device)  # the episode of the slot before
         self.total = 0  # transitions ever added
         self.newest: dict[str, Tensor] = {}  # each actor's newest observation (O,)
-        self.open_episode: str | None = None  # whose episode the newest transition belongs to, until it ends
+        self.open_episode: str | None = None  # the newest transition's actor, until an episode ends
 
     def __len__(self) -> int:
         return min(self.total, self.capacity)
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
+        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
         obs = torch.tensor(step["observation"], device=self.device)
         before = self.newest.get(actor)
         self.newest[actor] = obs
@@ -636,11 +639,9 @@ class ReplayBuffer:
         return self.follow_up(slots)
 
     def follow_up(self, slots: Tensor) -> Batch:
-        """The transitions in `slots` (...), each n_step steps long.
-
-        Rewards are summed with their discounts; `terminations` becomes the part of the next observation's value that
-        the target loses. They are shorter where the episode or the buffer ends, or another actor's steps come between.
-        """
+        """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
+        `terminations` becomes the part of the next observation's value that the target loses.
+        Shorter where the episode or the buffer ends, or another actor's steps come between."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -653,7 +654,8 @@ class ReplayBuffer:
                 next_observations=self.rows.next_observations[after],
                 terminations=1 - discounts * (1 - self.rows.terminations[after]),
             )
-            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in zip(longer, batch)))
+            pairs = zip(longer, batch)
+            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
         return batch
 
@@ -691,11 +693,10 @@ def fill(column: Tensor, saved: Tensor) -> Tensor:
 
 
 class FrameBuffer(ReplayBuffer):
-    """Ring buffer of transitions with images, each frame of which stands once in a FrameFile, as bytes.
-
-    `observations` are the states; beside them stand the slots of a transition's frames: a stack of them for the
-    observation, one for the next. Successive steps of an actor share frames, whatever other actors add in between.
-    """
+    """Ring buffer of transitions with images, whose frames stand once in a FrameFile, as bytes.
+    `observations` are the states; beside them stand the slots of a transition's frames: a stack of
+    them for the observation, one for the next. Successive steps of an actor share frames, whatever
+    other actors add in between."""
 
     def __init__(self, capacity: int, views: Views, action_dim: int, frames: FrameFile, n_step=1, gamma=1.0):
         super().__init__(capacity, views.state_dim, action_dim, frames.device, n_step, gamma)
@@ -705,13 +706,13 @@ class FrameBuffer(ReplayBuffer):
         self.newest_windows: dict[str, list[int]] = {}  # of each actor's newest observation
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
+        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
         before = self.newest_windows.get(actor, [])
         window = [] if step["first"] else list(before)
         for i, frame in enumerate(step["frames"]):
             repeated = step["first"] and i > 0 and np.array_equal(frame, step["frames"][i - 1])
             window.append(window[-1] if repeated else self.frames.put(frame))
-        older = [window[0]] * (self.stack - len(window))  # a stack at a reset repeats the first frame
+        older = [window[0]] * (self.stack - len(window))  # a reset's stack repeats the first one
         window = (older + window)[-self.stack :]
         self.frames.keep(window)
         slot = self.total % self.capacity
@@ -726,7 +727,7 @@ class FrameBuffer(ReplayBuffer):
         return count
 
     def ends(self, slots: Tensor) -> Tensor:
-        """The slots of the last of the n_step steps that begin in `slots` (...), as `follow_up` takes them."""
+        """Slots of the last of n_step steps that begin in `slots` (...), as in `follow_up`."""
         newest = (self.total - 1) % self.capacity
         for _ in range(1, self.n_step):
             after = (slots + 1) % self.capacity
@@ -734,7 +735,7 @@ class FrameBuffer(ReplayBuffer):
         return slots
 
     def sample_frames(self, count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """Transitions (count, ...) of n_step steps and their frames (count, 2 * T, K, H, W, 3), uniformly."""
+        """Uniformly: transitions (count, ...) of n_step steps, frames (count, 2 * T, K, H, W, 3)."""
         slots = torch.randint(len(self), (count,), generator=generator, device=self.device)
         windows = torch.cat([self.windows[slots, 0], self.windows[self.ends(slots), 1]], 1)
         return self.follow_up(slots), self.frames.get(windows)
@@ -767,7 +768,8 @@ class Interventions:
     def __init__(self, demos: FrameBuffer, step_type: np.dtype):
         self.demos = demos
         self.step_type = step_type
-        self.recent: dict[str, list[np.ndarray]] = {}  # each actor's steps that the newest observation's stack is of
+        # Each actor's steps that the newest observation's stack is of.
+        self.recent: dict[str, list[np.ndarray]] = {}
 
     def add(self, step: np.ndarray, actor: str) -> int:
         """Takes in an actor's next step; the number of transitions that were added, 0 or 1."""
@@ -775,9 +777,10 @@ class Interventions:
         self.recent[actor] = [*recent, step][-self.demos.stack :]
         if not recent or not step["intervened"]:
             return 0
-        if not recent[-1]["intervened"]:  # the person takes over: a segment begins, with frames of its own
+        if not recent[-1]["intervened"]:  # the person takes over: a segment with its own frames begins
             frames = np.concatenate([old["frames"] for old in recent])
-            self.demos.add({"first": True, "observation": recent[-1]["observation"], "frames": frames}, actor)
+            reset = {"first": True, "observation": recent[-1]["observation"], "frames": frames}
+            self.demos.add(reset, actor)
         return self.demos.add(step, actor)
 
     def state_dict(self) -> dict:
@@ -794,7 +797,7 @@ class Interventions:
 
 
 def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
-    """The successful demonstrations, as live steps would have stored them. Exits with one line when there are none."""
+    """Successful demonstrations, stored as live steps. Exits with one line when there are none."""
     task = make_env(args)
     config = task.unwrapped.config
     closure = {"open": 0.0, "close": 1.0}.get(config.gripper_at_reset)  # None: as it is
@@ -803,10 +806,11 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     for episode in demonstrations(args.demos, task, args.seed, 0.0):
         if success(episode.info) != 1:
             continue
-        penalties = grasp_penalties(episode.actions, closure, args.gripper_penalty * (config.gripper == "binary"))
+        penalty = args.gripper_penalty * (config.gripper == "binary")
+        penalties = grasp_penalties(episode.actions, closure, penalty)
         replayed = replay(episode, task, partial(wrap_robot, args=args))
-        for (action, obs, reward, terminated), penalty in zip(replayed, [0.0, *penalties]):
-            steps.append(pack_pixels(agent.step_type, action, obs, reward + penalty, terminated))
+        for (action, obs, reward, terminated), extra in zip(replayed, [0.0, *penalties]):
+            steps.append(pack_pixels(agent.step_type, action, obs, reward + extra, terminated))
         episodes.append(episode._replace(observations=[]))
     if not episodes:
         fail(f"--demos {args.demos}: none of its episodes is a success; record some with record_demos.py")
@@ -839,15 +843,16 @@ def grasp_penalties(actions: np.ndarray, closure: float | None, penalty: float) 
 class Agent:
     """SAC from images for the arm and double DQN for the gripper, with the options of DrQ, RLPD and SERL."""
 
-    PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic", "trunk", "grasp_critic")
-    PARTS += ("target_grasp_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
-    METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
+    PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic")
+    PARTS += ("trunk", "grasp_critic", "target_grasp_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    METRICS = ("losses/critic_loss", "losses/q_values")
+    METRICS += ("losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/grasp_loss",)
 
     def __init__(
         self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved: dict | None = None
     ):
-        """`saved` is the state that will be loaded, if there is one: no other files are read then."""
+        """`saved`: the state that will be loaded, if there is one: no other files are read then."""
         load = saved is None
         self.args = args
         self.device = device
@@ -859,7 +864,8 @@ class Agent:
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
         normalize = args.normalize_observations and views.state_dim
-        self.normalizer = (RunningNormalizer(views.state_dim) if normalize else nn.Identity()).to(device)
+        normalizer = RunningNormalizer(views.state_dim) if normalize else nn.Identity()
+        self.normalizer = normalizer.to(device)
         self.actor = PixelActor(views, self.arm_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = PixelCritic(views, self.arm_dim, args, load).to(device)
@@ -899,11 +905,10 @@ class Agent:
             self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
-        """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes on brings it.
-
-        Exits with one line when there is no room.
-        """
-        small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
+        """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
+        on brings it. Exits with one line when there is no room."""
+        numbers = 2 * self.views.state_dim + self.action_dim + 2
+        small = 4 * capacity * numbers + 16 * capacity * self.views.stack
         tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
         if self.args.frames_dir:
@@ -917,15 +922,16 @@ class Agent:
         return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
-        lr = torch.tensor(self.args.lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
-        capturable = self.device.type == "cuda"
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable)
+        lr = torch.tensor(self.args.lr, device=self.device)  # a tensor: a CUDA graph follows it
+        options = {"fused": True, "capturable": self.device.type == "cuda"}
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, **options)
 
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_robot`; the gripper's is the grasp critic's best."""
         seen = self.one_observation(obs)
-        actor, encoder = (self.mean_actor, self.mean_encoder) if deterministic else (self.actor, self.critic.encoder)
+        actor = self.mean_actor if deterministic else self.actor
+        encoder = self.mean_encoder if deterministic else self.critic.encoder
         features = Features(encoder(seen), seen.states)
         mean, std = actor(features)
         if not deterministic:
@@ -954,7 +960,8 @@ class Agent:
 
     def one_observation(self, obs: dict) -> Observation:
         """As networks see it, in a batch of one."""
-        images, states = (torch.as_tensor(obs[name], device=self.device)[None] for name in ("images", "state"))
+        images = torch.as_tensor(obs["images"], device=self.device)[None]
+        states = torch.as_tensor(obs["state"], device=self.device)[None]
         return self.see(images, self.normalizer(states.flatten(1)))
 
     def observe(self, observations: Tensor) -> None:
@@ -970,7 +977,7 @@ class Agent:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
 
     def see(self, images: Tensor, states: Tensor | None) -> Observation:
-        """Images (B, T, K, H, W, 3) and normalised states as encoders take them, with the maps of a frozen trunk."""
+        """What encoders take: images (B, T, K, H, W, 3), normalised states, a frozen trunk's maps."""
         maps = None
         if self.trunk is not None:
             with torch.no_grad(), self.autocast():
@@ -984,7 +991,7 @@ class Agent:
         return images.unflatten(1, frames.shape[1:3])
 
     def prepare(self, batch: Batch, frames: Tensor) -> Batch:
-        """The batch with its frames (B, 2 * T, K, H, W, 3), augmented, and normalised states as Observations."""
+        """The batch with augmented frames (B, 2 * T, K, H, W, 3), normalised states: Observations."""
         images, next_images = self.augmented(frames).chunk(2, 1)
         return batch._replace(
             observations=self.see(images, self.normalizer(batch.observations)),
@@ -996,7 +1003,8 @@ class Agent:
         """Soft Bellman target (B,) with noise eps (B, A) and target critics `subset` (M,)."""
         generator = self.generator if self.args.dropout else None
         # arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
-        next_actions, next_log_pi = self.actor.sample(self.critic.encode(batch.next_observations), eps)  # (B, A), (B,)
+        next_features = self.critic.encode(batch.next_observations)
+        next_actions, next_log_pi = self.actor.sample(next_features, eps)  # (B, A), (B,)
         next_features = self.target_critic.encode(batch.next_observations)
         next_q_values = self.target_critic(next_features, next_actions, generator)  # (E, B)
         next_q = next_q_values[subset].amin(0)  # (B,)
@@ -1008,11 +1016,11 @@ class Agent:
         """Squared soft Bellman error."""
         generator = self.generator if self.args.dropout else None
         q_values = self.critic(seen, actions, generator)  # (E, B)
-        loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
+        loss = (q_values - target_q).square().mean()  # over E, B; SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
     def actor_loss(self, seen: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft policy improvement, and imitation of the demonstrations, which are the batch's last rows."""
+        """Soft policy improvement, and imitation of demonstrations, the batch's last rows."""
         mean, std = self.actor(seen)  # (B, A)
         new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
         q = self.critic(seen, new_actions).mean(0)  # (B,)
@@ -1026,7 +1034,8 @@ class Agent:
     def grasp_loss(self, batch: Batch, seen: Features) -> Tensor:
         """Double DQN, arXiv:1509.06461 eq. 4: this critic chooses the next motion, its target values it."""
         with torch.no_grad():
-            best = self.grasp_critic(self.critic.encode(batch.next_observations)).argmax(-1, keepdim=True)  # (B, 1)
+            next_features = self.critic.encode(batch.next_observations)
+            best = self.grasp_critic(next_features).argmax(-1, keepdim=True)  # (B, 1)
             next_features = self.target_critic.encode(batch.next_observations)
             next_q = self.target_grasp_critic(next_features).gather(1, best).squeeze(1)  # (B,)
             target_q = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_q
@@ -1050,7 +1059,8 @@ class Agent:
     def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
         with self.autocast():
             loss, metrics = self.actor_loss(seen, actions, eps)
-        (loss / self.args.grad_accum_steps).backward(inputs=self.actor_parameters)  # spares the critics' gradients
+        # Spares the critics' weight gradients.
+        (loss / self.args.grad_accum_steps).backward(inputs=self.actor_parameters)
         alpha_loss = self.alpha * (metrics["losses/entropy"] - self.target_entropy)
         (alpha_loss / self.args.grad_accum_steps).backward()
         return metrics | {"losses/alpha": self.alpha.detach()}
@@ -1069,14 +1079,13 @@ class Agent:
 
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
         """One critic step on a batch and, `with_actor`, one step of actor and temperature.
-
-        `inputs`: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A),
-        critics for the target (M,). Both gradients are of the same parameters, SERL agents/continuous/sac.py:276.
-        """
+        `inputs`: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two
+        steps (B, 2, A), critics for the target (M,). Both gradients are of the same parameters, SERL
+        agents/continuous/sac.py:276."""
         *parts, subset = inputs
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations at its end
+        for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations last
             *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
             batch = self.prepare(Batch(*fields), frames)
             seen, metrics = self.critic_gradient(batch, eps[:, 0], subset)
@@ -1088,8 +1097,9 @@ class Agent:
         return metrics
 
     def update(self, buffer: FrameBuffer, demos: FrameBuffer, count: int) -> dict[str, Tensor]:
-        """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
-        eps = torch.randn(count, 2, self.args.batch_size, self.arm_dim, generator=self.generator, device=self.device)
+        """`count` critic updates and the actor updates then due; the newest metrics, detached."""
+        shape = (count, 2, self.args.batch_size, self.arm_dim)
+        eps = torch.randn(shape, generator=self.generator, device=self.device)
         draws = torch.rand(count, self.args.num_qs, generator=self.generator, device=self.device)
         subsets = draws.topk(self.args.num_min_qs).indices  # (count, M), distinct
         metrics = {}
@@ -1101,18 +1111,20 @@ class Agent:
                 frames = torch.cat([frames, demo_frames])
             self.critic_updates += 1
             self.schedule_lr()
-            # A plain mean of all actors at first, so that the random one it began with does not stay in it.
+            # A plain mean of all actors at first, so that the random first one does not stay in it.
             self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
             with_actor = self.critic_updates % self.args.policy_delay == 0
-            metrics |= self.update_once(*batch, frames, eps[i].transpose(0, 1), subsets[i], with_actor=with_actor)
+            noise = eps[i].transpose(0, 1)  # (B, 2, A)
+            metrics |= self.update_once(*batch, frames, noise, subsets[i], with_actor=with_actor)
         return metrics
 
     def schedule_lr(self) -> None:
-        """Linear warm-up and cosine decay of actor's and critics' learning rates, counted in critic updates."""
+        """Linear warm-up and cosine decay of the two learning rates, counted in critic updates."""
         warmup, decay = self.args.lr_warmup, self.args.lr_decay
         if warmup or decay:
             factor = min(1.0, (self.critic_updates - 1) / warmup) if warmup else 1.0
-            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay))) if decay else 1.0
+            if decay:
+                factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay)))
             self.actor_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
             self.critic_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
 
@@ -1137,7 +1149,8 @@ class Agent:
         return [*detached, *self.normalizer.state_dict().values(), self.counts]
 
     def state_dict(self) -> dict:
-        state = {name: getattr(self, name).state_dict() for name in self.PARTS if getattr(self, name) is not None}
+        parts = [name for name in self.PARTS if getattr(self, name) is not None]
+        state = {name: getattr(self, name).state_dict() for name in parts}
         state["raw_alpha"] = self.raw_alpha.detach()
         state["critic_updates"] = self.critic_updates
         state["generator"] = self.generator.get_state()
@@ -1306,7 +1319,8 @@ def learner(args: Args) -> None:
     run = Run(args, args.task, __file__, device)
     agent, buffer, demos = start_learner(args, run, device)
     interventions = Interventions(demos, agent.step_type)
-    actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
+    size = agent.step_type.itemsize
+    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, agent.check_steps)
     run.keep(agent=agent, buffer=buffer, demos=demos, interventions=interventions, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)
@@ -1562,7 +1576,7 @@ def stop_asked(run: Run, person: Person) -> bool:
 
 
 def catch_up(run: Run, sender: link.Actor, person: Person, child: setup.Child | None) -> None:
-    """Waits until the learner has heard of all that was sent: it is behind by the newest episode at most."""
+    """Waits until the learner has heard of all that was sent: it is one episode behind at most."""
     asked = time.monotonic()
     while not (stop_asked(run, person) or sender.done):
         sender.exchange(100)

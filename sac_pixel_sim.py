@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve others
 
 import gymnasium as gym
 import numpy as np
@@ -54,7 +54,7 @@ from common.success import is_detector, rewarded
 from common.tensors import RunningNormalizer
 
 try:
-    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
 except ImportError as error:  # its tasks are missing then, others run
     print(error, file=sys.stderr)
 
@@ -65,8 +65,8 @@ EXPLORE_STEPS = 20  # how long --explore-prob holds a value
 PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
 ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it waits
 ALPHA_INIT = 0.01  # temperature at the start
-TARGET_ENTROPY = -0.5  # per dimension of the action, to which the temperature is adjusted; SERL, RLPD
-DEMO_NOISE = 0.1  # standard deviation on the scripted expert's actions, in [-1, 1]: shows how to recover
+TARGET_ENTROPY = -0.5  # that the temperature seeks, per dimension of the action; SERL, RLPD
+DEMO_NOISE = 0.1  # standard deviation on the expert's actions, in [-1, 1]: shows how to recover
 PROPRIO_DIM = 64  # features of the robot's state; SERL
 CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels of 128
 LABEL_SMOOTHING = 0.2  # VICE: how far labels are moved from 0 and 1 towards 0.5, relative; SERL
@@ -80,21 +80,21 @@ class Args(RunArgs):
     """store the last evaluation's episodes as this local Minari dataset, e.g. franka/pick-v0"""
     # environment
     env_id: str = "FrankaPickCube-v0"  # TASK: your task
-    """gymnasium id, also module:Env-v0 or module:namespace/Env-v0, with images as a Box or anywhere in a Dict, and
-    bounded Box actions"""
+    """gymnasium id, also module:Env-v0 or module:namespace/Env-v0, with images as a Box or anywhere
+    in a Dict, and bounded Box actions"""
     image_size: int = 48
     """height and width that all images are rendered at, or resized to (pixels)"""
     cameras: tuple[str, ...] = ()
-    """names of the images to learn from (default: all); render: the rendered picture of a task without images"""
+    """names of the images to learn from (default: all); render: the rendered picture of the task"""
     reward: str = "env"
-    """env: the task's; vice: of a classifier that learns along from the demonstrations' last images; or a file with a
-    trained classifier: of reward_classifier.py, or checkpoint.pt of a run with --reward vice"""
+    """env: the task's; vice: of a classifier that learns along from the demonstrations' last images;
+    or a file with a trained one: of reward_classifier.py, or checkpoint.pt of a run with vice"""
     frame_stack: int = 1
     """observations of this many steps are seen at once"""
     action_chunk: int = 1
     """actions chosen at once and executed one after the other; rewards are summed"""
     gripper_penalty: float = 0.0
-    """subtracted from the reward when the gripper (last action) switches between opening and closing (SERL: 0.1)"""
+    """subtracted from the reward when the gripper (last action) reverses its motion (SERL: 0.1)"""
     # training
     total_timesteps: int = 12_000
     """environment steps"""
@@ -103,7 +103,7 @@ class Args(RunArgs):
     buffer_size: int = 100_000
     """transitions kept"""
     frames_dir: str | None = None
-    """directory for the frames' files (default: the run's), such as a disk of this machine when that is far away"""
+    """directory for the frames' files (default: the run's), e.g. on a disk of this machine"""
     batch_size: int = 64
     """transitions per critic update, demonstrations included"""
     grad_accum_steps: int = 1
@@ -113,11 +113,11 @@ class Args(RunArgs):
     policy_delay: int = 1
     """critic updates per update of actor and temperature"""
     demos: str = "20"
-    """demonstrations to collect from the task's scripted expert (0: none), or the Minari dataset that has them"""
+    """demonstrations to collect from the scripted expert (0: none), or a Minari dataset of them"""
     demo_ratio: float = 0.5
     """fraction of each batch that is drawn from the demonstrations (RLPD: 0.5)"""
     eval_every: int = 1_000
-    """environment steps between evaluations; twice as often a row of train.csv, half as often a checkpoint"""
+    """steps between evaluations; twice as often a row of train.csv, half as often a checkpoint"""
     eval_episodes: int = 10
     """episodes per evaluation during training"""
     final_eval_episodes: int = 50
@@ -126,15 +126,15 @@ class Args(RunArgs):
     encoder: Literal["small", "resnet10", "mobilenet"] = "small"
     """convolutions: a few (SERL's small encoder), ResNet-10 with GroupNorm, or MobileNetV3-small"""
     small_channels: tuple[int, ...] = (16, 32, 64)
-    """encoder small: channels of its convolutions, each of which halves the image (SERL: 32 64 128 256)"""
+    """encoder small: channels of its convolutions; each halves the image (SERL: 32 64 128 256)"""
     pooling: Literal["embeddings", "softmax", "average"] = "embeddings"
     """spatial learned embeddings, spatial softmax, or the mean over all places"""
     latent_dim: int = 128
     """features per camera (SERL: 256)"""
     film: str | None = None
-    """name of a state in the observation, such as state or task, that scales and shifts the images' channels"""
+    """a state of the observation, such as state or task, that scales and shifts image channels"""
     pretrained: str | None = None
-    """file with the encoder's parameters: SERL's resnet10_params.pkl, torchvision's for mobilenet, or any state dict"""
+    """encoder's parameters: SERL's resnet10_params.pkl, torchvision's mobilenet, any state dict"""
     freeze: bool = True
     """leave pretrained parameters as they are"""
     activation_checkpointing: bool = False
@@ -163,13 +163,13 @@ class Args(RunArgs):
     backup_entropy: bool = False
     """add the policy's entropy to the target (SAC: yes, SERL: no)"""
     std_parameterization: Literal["exp", "softplus", "uniform", "fixed"] = "exp"
-    """the policy's standard deviation: of the network by exp or softplus, one learned vector, or a constant"""
+    """the policy's standard deviation: a network's by exp or softplus, learned vector, constant"""
     explore_prob: float = 0.0
     """probability per step, for each dimension of the action, to hold a random value for a while"""
     actor_ema: float = 0.9995
-    """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
+    """the average of learned actors is evaluated: its decay per actor update (0: no averaging)"""
     bc_weight: float = 50.0
-    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
+    """weight of the squared distance to demonstrations in the actor's loss (SERL, RLPD: 0)"""
     lr: float = 3e-4
     """learning rate of actor, critics and temperature"""
     lr_warmup: int = 0
@@ -184,12 +184,14 @@ class Args(RunArgs):
     address: str = "127.0.0.1:5588"
     """HOST:PORT of the learner; its policy is published on the next port"""
     curve_keys: str | None = None
-    """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
+    """directory with CURVE keys, the same on all machines, beyond loop-back; a learner can make it"""
 
-    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads total_timesteps "
-    MAY_CHANGE += "eval_episodes final_eval_episodes role address curve_keys frames_dir"
-    SHAPING = "env_id image_size cameras encoder small_channels pooling latent_dim film frame_stack action_chunk "
-    SHAPING += "gripper_penalty hidden_dims activation layer_norm normalize_observations std_parameterization"
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads "
+    MAY_CHANGE += "total_timesteps eval_episodes final_eval_episodes role address curve_keys "
+    MAY_CHANGE += "frames_dir"
+    SHAPING = "env_id image_size cameras encoder small_channels pooling latent_dim film "
+    SHAPING += "frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm "
+    SHAPING += "normalize_observations std_parameterization"
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
@@ -218,10 +220,11 @@ class Args(RunArgs):
         return round(self.demo_ratio * self.batch_size) if self.demos != "0" else 0
 
     def shared(self) -> dict[str, object]:
-        """What shapes task and policy, and so must be the same in actor and learner; of a file its contents."""
+        """What shapes task and policy and must be equal in actor and learner; of a file its hash."""
         flags = {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
-        known = self.reward in ("env", "vice")
-        flags["--reward"] = self.reward if known else hashlib.sha256(Path(self.reward).read_bytes()).hexdigest()
+        flags["--reward"] = self.reward
+        if self.reward not in ("env", "vice"):
+            flags["--reward"] = hashlib.sha256(Path(self.reward).read_bytes()).hexdigest()
         return json.loads(json.dumps(flags))
 
 
@@ -229,7 +232,7 @@ class Args(RunArgs):
 def make_env(args: Args, render: bool = False) -> gym.Env:
     """The task, as it is demonstrated and recorded."""
     options = {}
-    if args.env_id.startswith("Franka") and args.cameras != ("render",):  # TASK: keyword options of your task
+    if args.env_id.startswith("Franka") and args.cameras != ("render",):  # TASK: options of your task
         options = {"image_obs": True, "image_size": args.image_size}
     with pixels.one_line_without_opengl(args.env_id):
         env = envs.make(args.env_id, render or args.cameras == ("render",), **options)
@@ -240,10 +243,8 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
 
 
 def wrap_images(env: gym.Env, args: Args) -> gym.Env:
-    """The task with observations {"images": (T, K, H, W, 3) uint8, "state": (T, S)} and actions (A,) in [-1, 1].
-
-    T is --frame-stack. Exits when this script cannot learn it.
-    """
+    """The task with observations {"images": (T, K, H, W, 3) uint8, "state": (T, S)}, where T is
+    --frame-stack, and actions (A,) in [-1, 1]. Exits when this script cannot learn it."""
     envs.check_actions(env, args.env_id)
     if not isinstance(env, envs.Checked):  # wrappers of your own
         env = envs.Checked(env, args.env_id)
@@ -261,15 +262,13 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
 
 def success(info: dict) -> float:
     """Whether the episode whose last info this is was a success, NaN where the task does not say.
-
-    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
-    """
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env."""
     return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 class EnsembleLinear(nn.Module):
-    """E linear layers in one batched product: (E, B, in) -> (E, B, out); weights as in flax, (E, in, out)."""
+    """E linear layers in one product, (E, B, in) -> (E, B, out); flax's weights, (E, in, out)."""
 
     def __init__(self, num: int, in_dim: int, out_dim: int):
         super().__init__()
@@ -294,21 +293,23 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """E trunks [linear, dropout, LayerNorm, activation] * len(hidden_dims): (E, B, in) -> (E, B, H)."""
+    """E trunks [linear, dropout, LayerNorm, activation] * depth: (E, B, in) -> (E, B, H)."""
 
     def __init__(self, num: int, in_dim: int, hidden_dims: tuple[int, ...], activation: str, norm: bool, dropout=0.0):
         super().__init__()
         dims = (in_dim, *hidden_dims)
-        self.linears = nn.ModuleList(EnsembleLinear(num, *pair) for pair in zip(dims[:-1], dims[1:], strict=True))
-        self.norms = nn.ModuleList(EnsembleLayerNorm(num, dim) if norm else nn.Identity() for dim in hidden_dims)
-        self.activation = getattr(torch, activation) if hasattr(torch, activation) else getattr(F, activation)
+        self.linears = nn.ModuleList(EnsembleLinear(num, *pair) for pair in zip(dims, hidden_dims))
+        norms = (EnsembleLayerNorm(num, dim) if norm else nn.Identity() for dim in hidden_dims)
+        self.norms = nn.ModuleList(norms)
+        self.activation = getattr(torch if hasattr(torch, activation) else F, activation)
         self.dropout = dropout
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         for linear, norm in zip(self.linears, self.norms, strict=True):
             x = linear(x)
             if self.dropout and generator is not None:  # only in the critics' training pass
-                x = x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout) / (1 - self.dropout)
+                kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
+                x = x * kept / (1 - self.dropout)
             x = self.activation(norm(x))
         return x
 
@@ -348,8 +349,8 @@ def squash(mean: Tensor, std: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """Actions tanh(mean + std * eps) and their log density, summed over the last dimension."""
     u = mean + std * eps
     log_pi = -0.5 * eps.square() - std.log() - 0.5 * math.log(2 * math.pi)
-    log_pi = log_pi - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log |d tanh/du|, stable: arXiv:1812.05905 appendix C
-    return u.tanh(), log_pi.sum(-1)
+    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # of tanh; arXiv:1812.05905 appendix C
+    return u.tanh(), (log_pi - log_slope).sum(-1)
 
 
 class Critic(nn.Module):
@@ -366,7 +367,7 @@ class Critic(nn.Module):
         """Values (E, B) of observations (B, O) and actions (B, A)."""
         x = torch.cat([obs, actions], -1).expand(self.num, -1, -1)
         features = self.trunk(x, generator)  # (E, B, H)
-        return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
+        return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # matmul is slower
 
 
 class Observation(NamedTuple):
@@ -392,7 +393,7 @@ class Bottleneck(nn.Sequential):
 
 
 def encoder_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
-    """The convolutions of --encoder: images (N, H, W, in_channels) -> maps (N, C, h, w). TASK: add yours here."""
+    """Convolutions of --encoder: images (N, H, W, in) -> maps (N, C, h, w). TASK: add yours."""
     try:
         return vision.make_trunk(args.encoder, in_channels, args.pretrained, load, args.small_channels)
     except ValueError as error:
@@ -401,10 +402,9 @@ def encoder_trunk(args: Args, in_channels: int, load: bool = True) -> nn.Module:
 
 class Encoder(nn.Module):
     """Images of all cameras -> features (B, K * latent_dim); SERL common/encoding.py.
-
-    Each camera has a trunk of its own, that sees a stack of frames as channels. Pretrained trunks see one frame at a
-    time; a frozen one is the same for all cameras and encoders: the agent's, and this encoder begins with its maps.
-    """
+    Each camera has a trunk of its own, that sees a stack of frames as channels. Pretrained trunks
+    see one frame at a time; a frozen one is the same for all cameras and encoders: the agent's, and
+    this encoder begins with its maps."""
 
     def __init__(self, views: Views, args: Args, load: bool = True):
         super().__init__()
@@ -516,10 +516,9 @@ class Classifier(nn.Module):
 
 
 def load_classifier(saved: dict | str, views: Views, args: Args, trunk: nn.Module | None) -> Classifier:
-    """A success classifier of a file or a run's checkpoint: `classifier`, and what it is, `classifier_about`.
-
-    Exits with one line when it was trained on other images, or on the maps of another frozen trunk than `trunk`.
-    """
+    """A success classifier of a file or a run's checkpoint: `classifier`, and what it is,
+    `classifier_about`. Exits with one line when it was trained on other images, or on the maps of
+    another frozen trunk than `trunk`."""
     try:
         if isinstance(saved, str):
             saved = torch.load(saved, map_location="cpu", weights_only=True)
@@ -544,27 +543,30 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, A)
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
-    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
+    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `ReplayBuffer.follow_up`
 
 
 class ReplayBuffer:
-    """Uniform ring buffer of transitions; lives on the device, so that sampling is one gather per field."""
+    """Uniform ring buffer of transitions on the device: sampling is one gather per field."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, n_step=1, gamma=1.0):
         """Batches are of `n_step` steps, whose rewards are discounted by `gamma`."""
-        self.capacity, self.device, self.n_step, self.gamma = capacity, device, n_step, gamma
+        self.capacity = capacity
+        self.device = device
+        self.n_step = n_step
+        self.gamma = gamma
         shapes = Batch((obs_dim,), (action_dim,), (), (obs_dim,), ())
         self.rows = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
         self.continues = torch.empty(capacity, dtype=torch.bool, device=device)  # the episode of the slot before
         self.total = 0  # transitions ever added
         self.newest: dict[str, Tensor] = {}  # each actor's newest observation (O,)
-        self.open_episode: str | None = None  # whose episode the newest transition belongs to, until it ends
+        self.open_episode: str | None = None  # the newest transition's actor, until an episode ends
 
     def __len__(self) -> int:
         return min(self.total, self.capacity)
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
+        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
         obs = torch.tensor(step["observation"], device=self.device)
         before = self.newest.get(actor)
         self.newest[actor] = obs
@@ -587,11 +589,9 @@ class ReplayBuffer:
         return self.follow_up(slots)
 
     def follow_up(self, slots: Tensor) -> Batch:
-        """The transitions in `slots` (...), each n_step steps long.
-
-        Rewards are summed with their discounts; `terminations` becomes the part of the next observation's value that
-        the target loses. They are shorter where the episode or the buffer ends, or another actor's steps come between.
-        """
+        """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
+        `terminations` becomes the part of the next observation's value that the target loses.
+        Shorter where the episode or the buffer ends, or another actor's steps come between."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -604,7 +604,8 @@ class ReplayBuffer:
                 next_observations=self.rows.next_observations[after],
                 terminations=1 - discounts * (1 - self.rows.terminations[after]),
             )
-            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in zip(longer, batch)))
+            pairs = zip(longer, batch)
+            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
         return batch
 
@@ -642,11 +643,10 @@ def fill(column: Tensor, saved: Tensor) -> Tensor:
 
 
 class FrameBuffer(ReplayBuffer):
-    """Ring buffer of transitions with images, each frame of which stands once in a FrameFile, as bytes.
-
-    `observations` are the states; beside them stand the slots of a transition's frames: a stack of them for the
-    observation, one for the next. Successive steps of an actor share frames, whatever other actors add in between.
-    """
+    """Ring buffer of transitions with images, whose frames stand once in a FrameFile, as bytes.
+    `observations` are the states; beside them stand the slots of a transition's frames: a stack of
+    them for the observation, one for the next. Successive steps of an actor share frames, whatever
+    other actors add in between."""
 
     def __init__(self, capacity: int, views: Views, action_dim: int, frames: FrameFile, n_step=1, gamma=1.0):
         super().__init__(capacity, views.state_dim, action_dim, frames.device, n_step, gamma)
@@ -656,13 +656,13 @@ class FrameBuffer(ReplayBuffer):
         self.newest_windows: dict[str, list[int]] = {}  # of each actor's newest observation
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
+        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
         before = self.newest_windows.get(actor, [])
         window = [] if step["first"] else list(before)
         for i, frame in enumerate(step["frames"]):
             repeated = step["first"] and i > 0 and np.array_equal(frame, step["frames"][i - 1])
             window.append(window[-1] if repeated else self.frames.put(frame))
-        older = [window[0]] * (self.stack - len(window))  # a stack at a reset repeats the first frame
+        older = [window[0]] * (self.stack - len(window))  # a reset's stack repeats the first one
         window = (older + window)[-self.stack :]
         self.frames.keep(window)
         slot = self.total % self.capacity
@@ -677,7 +677,7 @@ class FrameBuffer(ReplayBuffer):
         return count
 
     def ends(self, slots: Tensor) -> Tensor:
-        """The slots of the last of the n_step steps that begin in `slots` (...), as `follow_up` takes them."""
+        """Slots of the last of n_step steps that begin in `slots` (...), as in `follow_up`."""
         newest = (self.total - 1) % self.capacity
         for _ in range(1, self.n_step):
             after = (slots + 1) % self.capacity
@@ -685,7 +685,7 @@ class FrameBuffer(ReplayBuffer):
         return slots
 
     def sample_frames(self, count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """Transitions (count, ...) of n_step steps and their frames (count, 2 * T, K, H, W, 3), uniformly."""
+        """Uniformly: transitions (count, ...) of n_step steps, frames (count, 2 * T, K, H, W, 3)."""
         slots = torch.randint(len(self), (count,), generator=generator, device=self.device)
         windows = torch.cat([self.windows[slots, 0], self.windows[self.ends(slots), 1]], 1)
         return self.follow_up(slots), self.frames.get(windows)
@@ -707,7 +707,7 @@ class FrameBuffer(ReplayBuffer):
 def load_pixel_demos(
     args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env], run: Run
 ) -> FrameBuffer:
-    """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
+    """Demonstrations, stored as live steps; their observations are the agent's first statistics."""
     steps, episodes, goals = [], [], []
     for episode in demonstrations(args.demos, task, args.seed, DEMO_NOISE):
         for action, obs, reward, terminated in replay(episode, task, wrap, args.action_chunk):
@@ -735,26 +735,29 @@ def load_pixel_demos(
 class Agent:
     """SAC from images with the options of DrQ, RLPD, VICE and SERL."""
 
-    PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic", "trunk", "classifier")
+    PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic")
+    PARTS += ("trunk", "classifier")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer", "classifier_optimizer")
-    METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
+    METRICS = ("losses/critic_loss", "losses/q_values")
+    METRICS += ("losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/vice_loss", "losses/vice_reward")
 
     def __init__(
         self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved: dict | None = None
     ):
-        """`saved` is the state that will be loaded, if there is one: no other files are read then."""
+        """`saved`: the state that will be loaded, if there is one: no other files are read then."""
         load = saved is None
         self.args = args
         self.device = device
         self.views = views
         self.action_dim = action_space.shape[0]
-        self.new_frames = 1 if args.action_chunk == 1 else views.stack  # of an observation's stack, in each step
+        self.new_frames = 1 if args.action_chunk == 1 else views.stack  # of a stack, in each step
         self.step_type = pixels.pixel_step_type(views, self.action_dim, self.new_frames)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
         normalize = args.normalize_observations and views.state_dim
-        self.normalizer = (RunningNormalizer(views.state_dim) if normalize else nn.Identity()).to(device)
+        normalizer = RunningNormalizer(views.state_dim) if normalize else nn.Identity()
+        self.normalizer = normalizer.to(device)
         self.actor = PixelActor(views, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = PixelCritic(views, self.action_dim, args, load).to(device)
@@ -776,7 +779,8 @@ class Agent:
         self.target_parameters = list(self.target_critic.parameters())
         self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
         self.classifier = self.classifier_optimizer = None
-        self.goals = torch.empty(0, *views.frame_shape, dtype=torch.uint8, device=device)  # (G, T, K, H, W, 3)
+        # Goal images (G, T, K, H, W, 3).
+        self.goals = torch.empty(0, *views.frame_shape, dtype=torch.uint8, device=device)
         if args.reward == "vice":
             self.classifier = Classifier(views, args, load).to(device)
             self.classifier_optimizer = self.make_optimizer(self.classifier.parameters(), 0.0)
@@ -797,11 +801,10 @@ class Agent:
             self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
-        """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes on brings it.
-
-        Exits with one line when there is no room.
-        """
-        small = 4 * capacity * (2 * self.views.state_dim + self.action_dim + 2) + 16 * capacity * self.views.stack
+        """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
+        on brings it. Exits with one line when there is no room."""
+        numbers = 2 * self.views.state_dim + self.action_dim + 2
+        small = 4 * capacity * numbers + 16 * capacity * self.views.stack
         tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
         if self.args.frames_dir:
@@ -815,15 +818,16 @@ class Agent:
         return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
-        lr = torch.tensor(self.args.lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
-        capturable = self.device.type == "cuda"
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable)
+        lr = torch.tensor(self.args.lr, device=self.device)  # a tensor: a CUDA graph follows it
+        options = {"fused": True, "capturable": self.device.type == "cuda"}
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, **options)
 
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_images`."""
         seen = self.one_observation(obs)
-        actor, encoder = (self.mean_actor, self.mean_encoder) if deterministic else (self.actor, self.critic.encoder)
+        actor = self.mean_actor if deterministic else self.actor
+        encoder = self.mean_encoder if deterministic else self.critic.encoder
         mean, std = actor(Features(encoder(seen), seen.states))
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
@@ -834,12 +838,14 @@ class Agent:
 
     def one_observation(self, obs: dict) -> Observation:
         """As networks see it, in a batch of one."""
-        images, states = (torch.as_tensor(obs[name], device=self.device)[None] for name in ("images", "state"))
+        images = torch.as_tensor(obs["images"], device=self.device)[None]
+        states = torch.as_tensor(obs["state"], device=self.device)[None]
         return self.see(images, self.normalizer(states.flatten(1)))
 
     def explore(self, action: np.ndarray) -> None:
-        """Now and then a dimension is held at a random value for a while, each on its own; after arXiv:2006.01782."""
-        start, value = torch.rand(2, len(self.held), generator=self.generator, device=self.device).cpu().numpy()
+        """Now and then holds a single dimension at a random value; after arXiv:2006.01782."""
+        draws = torch.rand(2, len(self.held), generator=self.generator, device=self.device)
+        start, value = draws.cpu().numpy()
         starts = (self.held_steps == 0) & (start < self.args.explore_prob)
         self.held_steps[starts] = EXPLORE_STEPS
         self.held[starts] = 2 * value[starts] - 1
@@ -849,7 +855,8 @@ class Agent:
 
     def random_action(self) -> np.ndarray:
         """Action (A,) uniform in [-1, 1]."""
-        return (torch.rand(self.action_dim, generator=self.generator, device=self.device) * 2 - 1).cpu().numpy()
+        uniform = torch.rand(self.action_dim, generator=self.generator, device=self.device)
+        return (uniform * 2 - 1).cpu().numpy()
 
     def policy(self, observations: list, rngs: list) -> np.ndarray:
         """The deterministic actions (N, A) that are evaluated."""
@@ -862,7 +869,7 @@ class Agent:
 
     @torch.inference_mode()
     def judge(self, obs: dict, reward: float) -> float:
-        """The reward of a step that led to `obs`: the task's, or 1 where a trained classifier sees success, else 0."""
+        """The reward of a step to `obs`: the task's, or 1 where a trained classifier sees success."""
         if self.args.reward == "vice" or self.classifier is None:
             return reward
         return float(self.classifier(self.one_observation(obs)) > 0)
@@ -875,7 +882,7 @@ class Agent:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
 
     def see(self, images: Tensor, states: Tensor | None) -> Observation:
-        """Images (B, T, K, H, W, 3) and normalised states as encoders take them, with the maps of a frozen trunk."""
+        """What encoders take: images (B, T, K, H, W, 3), normalised states, a frozen trunk's maps."""
         maps = None
         if self.trunk is not None:
             with torch.no_grad(), self.autocast():
@@ -889,7 +896,7 @@ class Agent:
         return images.unflatten(1, frames.shape[1:3])
 
     def prepare(self, batch: Batch, frames: Tensor) -> Batch:
-        """The batch with its frames (B, 2 * T, K, H, W, 3), augmented, and normalised states as Observations."""
+        """The batch with augmented frames (B, 2 * T, K, H, W, 3), normalised states: Observations."""
         images, next_images = self.augmented(frames).chunk(2, 1)
         return batch._replace(
             observations=self.see(images, self.normalizer(batch.observations)),
@@ -901,7 +908,8 @@ class Agent:
         """Soft Bellman target (B,) with noise eps (B, A) and target critics `subset` (M,)."""
         generator = self.generator if self.args.dropout else None
         # arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
-        next_actions, next_log_pi = self.actor.sample(self.critic.encode(batch.next_observations), eps)  # (B, A), (B,)
+        next_features = self.critic.encode(batch.next_observations)
+        next_actions, next_log_pi = self.actor.sample(next_features, eps)  # (B, A), (B,)
         next_features = self.target_critic.encode(batch.next_observations)
         next_q_values = self.target_critic(next_features, next_actions, generator)  # (E, B)
         next_q = next_q_values[subset].amin(0)  # (B,)
@@ -913,11 +921,11 @@ class Agent:
         """Squared soft Bellman error."""
         generator = self.generator if self.args.dropout else None
         q_values = self.critic(seen, actions, generator)  # (E, B)
-        loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
+        loss = (q_values - target_q).square().mean()  # over E, B; SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
     def actor_loss(self, seen: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft policy improvement, and imitation of the demonstrations, which are the batch's last rows."""
+        """Soft policy improvement, and imitation of demonstrations, the batch's last rows."""
         mean, std = self.actor(seen)  # (B, A)
         new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
         q = self.critic(seen, new_actions).mean(0)  # (B,)
@@ -940,23 +948,23 @@ class Agent:
     def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
         with self.autocast():
             loss, metrics = self.actor_loss(seen, actions, eps)
-        (loss / self.args.grad_accum_steps).backward(inputs=self.actor_parameters)  # spares the critics' gradients
+        # Spares the critics' weight gradients.
+        (loss / self.args.grad_accum_steps).backward(inputs=self.actor_parameters)
         alpha_loss = self.alpha * (metrics["losses/entropy"] - self.target_entropy)
         (alpha_loss / self.args.grad_accum_steps).backward()
         return metrics | {"losses/alpha": self.alpha.detach()}
 
     def classifier_gradient(self, replay: Tensor) -> dict[str, Tensor]:
-        """VICE, arXiv:1904.07854: tells goal images from those of the replay buffer (B, T, K, H, W, 3).
-
-        With label smoothing, mixup and a gradient penalty, as SERL agents/continuous/vice.py:347.
-        """
+        """VICE, arXiv:1904.07854: tells goal images from those in replay, (B, T, K, H, W, 3).
+        Label smoothing, mixup and a gradient penalty: as SERL agents/continuous/vice.py:347."""
         count = len(replay)
         draw = partial(torch.rand, generator=self.generator, device=self.device)
         picks = torch.randint(len(self.goals), (count,), generator=self.generator, device=self.device)
         seen = self.see(torch.cat([self.augmented(self.goals[picks]), replay]), None)
         with self.autocast():
             features = self.classifier.encoder(seen).float()  # (2 * B, F)
-        labels = torch.cat([torch.ones(count, device=self.device), torch.zeros(count, device=self.device)])
+        ones = torch.ones(count, device=self.device)
+        labels = torch.cat([ones, torch.zeros_like(ones)])
         labels = labels * (1 - LABEL_SMOOTHING) + 0.5 * LABEL_SMOOTHING
         pairs = draw(2 * count).argsort()
         weight = draw(1)  # SERL's beta(1, 1) distribution is uniform
@@ -964,8 +972,10 @@ class Agent:
         labels = weight * labels + (1 - weight) * labels[pairs]  # the same as mixing the losses
         loss = F.binary_cross_entropy_with_logits(self.classifier.logit(features), labels)
         weight = draw(count, 1)
-        between = (weight * features[:count] + (1 - weight) * features[count:]).detach().requires_grad_()
-        (slope,) = torch.autograd.grad(self.classifier.logit(between).sum(), between, create_graph=True)
+        between = weight * features[:count] + (1 - weight) * features[count:]
+        between = between.detach().requires_grad_()
+        total = self.classifier.logit(between).sum()
+        (slope,) = torch.autograd.grad(total, between, create_graph=True)
         penalty = (slope.square().sum(1) + 1e-6).sqrt().sub(1).square().mean()
         ((loss + GRADIENT_PENALTY * penalty) / self.args.grad_accum_steps).backward()
         return {"losses/vice_loss": loss.detach()}
@@ -983,21 +993,21 @@ class Agent:
                 mean.lerp_(parameter, self.mean_weight)
 
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """One critic step on a batch and, `with_actor`, one step of actor and temperature, and of VICE's classifier.
-
-        `inputs`: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A),
-        critics for the target (M,). Both gradients are of the same parameters, SERL agents/continuous/sac.py:276.
-        """
+        """One critic step on a batch and, `with_actor`, one of actor, temperature and classifier.
+        `inputs`: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two
+        steps (B, 2, A), critics for the target (M,). Both gradients are of the same parameters, SERL
+        agents/continuous/sac.py:276."""
         *parts, subset = inputs
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations at its end
+        for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations last
             *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
             batch = self.prepare(Batch(*fields), frames)
             metrics = {}
             if self.args.reward == "vice":
                 with torch.no_grad():
-                    batch = batch._replace(rewards=self.classifier(batch.next_observations).float().sigmoid())
+                    rewards = self.classifier(batch.next_observations).float().sigmoid()
+                batch = batch._replace(rewards=rewards)
                 metrics["losses/vice_reward"] = batch.rewards.mean()
             seen, losses = self.critic_gradient(batch, eps[:, 0], subset)
             metrics |= losses
@@ -1014,8 +1024,9 @@ class Agent:
         return metrics
 
     def update(self, buffer: FrameBuffer, demos: FrameBuffer | None, count: int) -> dict[str, Tensor]:
-        """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
-        eps = torch.randn(count, 2, self.args.batch_size, self.action_dim, generator=self.generator, device=self.device)
+        """`count` critic updates and the actor updates then due; the newest metrics, detached."""
+        shape = (count, 2, self.args.batch_size, self.action_dim)
+        eps = torch.randn(shape, generator=self.generator, device=self.device)
         draws = torch.rand(count, self.args.num_qs, generator=self.generator, device=self.device)
         subsets = draws.topk(self.args.num_min_qs).indices  # (count, M), distinct
         metrics = {}
@@ -1027,18 +1038,20 @@ class Agent:
                 frames = torch.cat([frames, demo_frames])
             self.critic_updates += 1
             self.schedule_lr()
-            # A plain mean of all actors at first, so that the random one it began with does not stay in it.
+            # A plain mean of all actors at first, so that the random first one does not stay in it.
             self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
             with_actor = self.critic_updates % self.args.policy_delay == 0
-            metrics |= self.update_once(*batch, frames, eps[i].transpose(0, 1), subsets[i], with_actor=with_actor)
+            noise = eps[i].transpose(0, 1)  # (B, 2, A)
+            metrics |= self.update_once(*batch, frames, noise, subsets[i], with_actor=with_actor)
         return metrics
 
     def schedule_lr(self) -> None:
-        """Linear warm-up and cosine decay of actor's and critics' learning rates, counted in critic updates."""
+        """Linear warm-up and cosine decay of the two learning rates, counted in critic updates."""
         warmup, decay = self.args.lr_warmup, self.args.lr_decay
         if warmup or decay:
             factor = min(1.0, (self.critic_updates - 1) / warmup) if warmup else 1.0
-            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay))) if decay else 1.0
+            if decay:
+                factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay)))
             self.actor_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
             self.critic_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
 
@@ -1054,12 +1067,13 @@ class Agent:
                 raise ValueError(f"{name}: numbers are not finite")
 
     def policy_tensors(self) -> list[Tensor]:
-        """What acting needs: the parameters of actor and encoder, and the normalizer's statistics."""
+        """What acting needs: parameters of actor and encoder, and the normalizer's statistics."""
         parameters = [parameter.detach() for parameter in self.acting_parameters]
         return [*parameters, *self.normalizer.state_dict().values()]
 
     def state_dict(self) -> dict:
-        state = {name: getattr(self, name).state_dict() for name in self.PARTS if getattr(self, name) is not None}
+        parts = [name for name in self.PARTS if getattr(self, name) is not None]
+        state = {name: getattr(self, name).state_dict() for name in parts}
         state["raw_alpha"] = self.raw_alpha.detach()
         state["critic_updates"] = self.critic_updates
         state["generator"] = self.generator.get_state()
@@ -1112,16 +1126,16 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
 def start_pixels(
     args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, FrameBuffer, FrameBuffer | None]:
-    """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
+    """Parts of a new run, with demonstrations, or of one that goes on: then `Run.keep` loads them."""
     device = tensors.set_up_torch(args.threads, args.amp)
     run = Run(args, args.env_id, __file__, device) if args.resume or args.eval_only else None
     saved = run.state["agent"] if run and run.state else None
     env = wrap(task)
     agent = Agent(views_of(env), env.action_space, args, device, saved)
-    run = run or Run(args, args.env_id, __file__, device)  # a new one when it is known to be possible
+    run = run or Run(args, args.env_id, __file__, device)  # a new one once all is checked
     capacity = min(args.buffer_size, args.total_timesteps)
     slots = capacity * agent.new_frames + capacity // 64 + args.frame_stack
-    if capacity < args.total_timesteps:  # what the newest two checkpoints refer to is not written over
+    if capacity < args.total_timesteps:  # what two checkpoints refer to is kept
         slots += 4 * args.eval_every * agent.new_frames
     buffer = agent.make_buffer("replay", capacity, run, slots)
     demos = None
@@ -1166,7 +1180,7 @@ def train(args: Args) -> None:
         buffer.add(pack_pixels(agent.step_type, action, obs, reward, terminated))
         agent.observe(buffer.newest_observations(1))
         run.advance()
-        # Reset: each episode has a seed of its own, so that a run goes on from here as if it had not ended.
+        # Reset: each episode has its own seed, so that a run goes on here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
         if episode_over:
             run.end_episode(info, success(info))
@@ -1202,7 +1216,8 @@ def learner(args: Args) -> None:
     eval_env = wrap(task)
     if args.eval_every >= args.total_timesteps:
         task.close()
-    actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
+    size = agent.step_type.itemsize
+    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, agent.check_steps)
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)
@@ -1210,7 +1225,7 @@ def learner(args: Args) -> None:
     published = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: a paced learner first does what the steps that it has ask for; another never waits.
+        # Receive: a paced learner first does what its steps ask for; another never waits.
         count = 0
         with run.phase("env"):
             wait_ms = 100 if args.utd_ratio else 0

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
 
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve each other on few cores
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: spinning threads starve others
 
 import gymnasium as gym
 import numpy as np
@@ -50,7 +50,7 @@ from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
 from common.tensors import RunningNormalizer
 
 try:
-    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import the module that registers yours
+    import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
 except ImportError as error:  # its tasks are missing then, others run
     print(error, file=sys.stderr)
 
@@ -71,12 +71,12 @@ class Args(RunArgs):
     """store the last evaluation's episodes as this local Minari dataset, e.g. franka/pick-v0"""
     # environment
     env_id: str = "FrankaPickCube-v0"  # TASK: your task
-    """gymnasium id, also module:Env-v0 or module:namespace/Env-v0, with Box or flattenable Dict observations and
-    bounded Box actions"""
+    """gymnasium id, also module:Env-v0 or module:namespace/Env-v0, with Box or flattenable Dict
+    observations and bounded Box actions"""
     action_chunk: int = 1
     """actions chosen at once and executed one after the other; rewards are summed"""
     gripper_penalty: float = 0.0
-    """subtracted from the reward when the gripper (last action) switches between opening and closing (SERL: 0.1)"""
+    """subtracted from the reward when the gripper (last action) reverses its motion (SERL: 0.1)"""
     # training
     total_timesteps: int = 6_000
     """environment steps"""
@@ -91,13 +91,13 @@ class Args(RunArgs):
     policy_delay: int = 2
     """critic updates per update of actor and temperature"""
     demos: str = "20"
-    """demonstrations to collect from the task's scripted expert (0: none), or the Minari dataset that has them"""
+    """demonstrations to collect from the scripted expert (0: none), or a Minari dataset of them"""
     demo_ratio: float = 0.5
     """fraction of each batch that is drawn from the demonstrations (RLPD: 0.5)"""
     demo_noise: float = 0.1
-    """standard deviation of noise on the scripted expert's actions, in [-1, 1]: shows how to recover"""
+    """standard deviation of noise on the expert's actions, in [-1, 1]: shows how to recover"""
     eval_every: int = 1_000
-    """environment steps between evaluations; twice as often a row of train.csv, half as often a checkpoint"""
+    """steps between evaluations; twice as often a row of train.csv, half as often a checkpoint"""
     eval_episodes: int = 10
     """episodes per evaluation during training"""
     final_eval_episodes: int = 50
@@ -124,17 +124,17 @@ class Args(RunArgs):
     backup_entropy: bool = False
     """add the policy's entropy to the target (SAC: yes, SERL: no)"""
     std_parameterization: Literal["exp", "softplus", "uniform", "fixed"] = "exp"
-    """the policy's standard deviation: of the network by exp or softplus, one learned vector, or a constant"""
+    """the policy's standard deviation: a network's by exp or softplus, learned vector, constant"""
     explore_prob: float = 0.0
     """probability per step, for each dimension of the action, to hold a random value for a while"""
     actor_ema: float = 0.9995
-    """the actor that is evaluated averages the learned one, with this decay per actor update (0: no averaging)"""
+    """the average of learned actors is evaluated: its decay per actor update (0: no averaging)"""
     alpha_init: float = 0.01
     """temperature at the start"""
     target_entropy_per_dim: float = -0.5
-    """the temperature is adjusted to this entropy, times the action's dimensions (SERL, RLPD: -0.5; SAC: -1)"""
+    """entropy per dimension of the action that the temperature seeks (SERL, RLPD: -0.5; SAC: -1)"""
     bc_weight: float = 50.0
-    """weight of the squared distance between policy and demonstrations in the actor's loss (SERL, RLPD: 0)"""
+    """weight of the squared distance to demonstrations in the actor's loss (SERL, RLPD: 0)"""
     lr: float = 3e-4
     """learning rate of actor, critics and temperature"""
     lr_warmup: int = 0
@@ -149,12 +149,12 @@ class Args(RunArgs):
     address: str = "127.0.0.1:5588"
     """HOST:PORT of the learner; its policy is published on the next port"""
     curve_keys: str | None = None
-    """directory with CURVE keys, the same on all machines, for other than loop-back; made when a learner finds none"""
+    """directory with CURVE keys, the same on all machines, beyond loop-back; a learner can make it"""
 
-    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads amp total_timesteps "
-    MAY_CHANGE += "eval_every eval_episodes final_eval_episodes address curve_keys"
-    SHAPING = "env_id action_chunk gripper_penalty hidden_dims activation layer_norm normalize_observations "
-    SHAPING += "std_parameterization"
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads amp "
+    MAY_CHANGE += "total_timesteps eval_every eval_episodes final_eval_episodes address curve_keys"
+    SHAPING = "env_id action_chunk gripper_penalty hidden_dims activation layer_norm "
+    SHAPING += "normalize_observations std_parameterization"
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
@@ -183,7 +183,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
 
 
 def wrap_states(env: gym.Env, args: Args) -> gym.Env:
-    """The task with flat observations (O,) and actions (A,) in [-1, 1]. Exits when this script cannot learn it."""
+    """The task: flat observations (O,), actions (A,) in [-1, 1]. Exits if it cannot be learned."""
     space = env.observation_space
     for box in envs.leaves(space):
         if envs.looks_like_image(box):
@@ -206,15 +206,13 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
 
 def success(info: dict) -> float:
     """Whether the episode whose last info this is was a success, NaN where the task does not say.
-
-    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env.
-    """
+    Where any step's success counts: `envs.AnySuccess(env, success)` in make_env."""
     return envs.truth(info, "success", "is_success", "succeed")  # TASK: yours
 
 
 # --- Networks ---------------------------------------------------------------------------------------------------------
 class EnsembleLinear(nn.Module):
-    """E linear layers in one batched product: (E, B, in) -> (E, B, out); weights as in flax, (E, in, out)."""
+    """E linear layers in one product, (E, B, in) -> (E, B, out); flax's weights, (E, in, out)."""
 
     def __init__(self, num: int, in_dim: int, out_dim: int):
         super().__init__()
@@ -239,21 +237,23 @@ class EnsembleLayerNorm(nn.Module):
 
 
 class MLP(nn.Module):
-    """E trunks [linear, dropout, LayerNorm, activation] * len(hidden_dims): (E, B, in) -> (E, B, H)."""
+    """E trunks [linear, dropout, LayerNorm, activation] * depth: (E, B, in) -> (E, B, H)."""
 
     def __init__(self, num: int, in_dim: int, hidden_dims: tuple[int, ...], activation: str, norm: bool, dropout=0.0):
         super().__init__()
         dims = (in_dim, *hidden_dims)
-        self.linears = nn.ModuleList(EnsembleLinear(num, *pair) for pair in zip(dims[:-1], dims[1:], strict=True))
-        self.norms = nn.ModuleList(EnsembleLayerNorm(num, dim) if norm else nn.Identity() for dim in hidden_dims)
-        self.activation = getattr(torch, activation) if hasattr(torch, activation) else getattr(F, activation)
+        self.linears = nn.ModuleList(EnsembleLinear(num, *pair) for pair in zip(dims, hidden_dims))
+        norms = (EnsembleLayerNorm(num, dim) if norm else nn.Identity() for dim in hidden_dims)
+        self.norms = nn.ModuleList(norms)
+        self.activation = getattr(torch if hasattr(torch, activation) else F, activation)
         self.dropout = dropout
 
     def forward(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         for linear, norm in zip(self.linears, self.norms, strict=True):
             x = linear(x)
             if self.dropout and generator is not None:  # only in the critics' training pass
-                x = x * (torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout) / (1 - self.dropout)
+                kept = torch.rand(x.shape, generator=generator, device=x.device) >= self.dropout
+                x = x * kept / (1 - self.dropout)
             x = self.activation(norm(x))
         return x
 
@@ -293,8 +293,8 @@ def squash(mean: Tensor, std: Tensor, eps: Tensor) -> tuple[Tensor, Tensor]:
     """Actions tanh(mean + std * eps) and their log density, summed over the last dimension."""
     u = mean + std * eps
     log_pi = -0.5 * eps.square() - std.log() - 0.5 * math.log(2 * math.pi)
-    log_pi = log_pi - 2 * (math.log(2) - u - F.softplus(-2 * u))  # log |d tanh/du|, stable: arXiv:1812.05905 appendix C
-    return u.tanh(), log_pi.sum(-1)
+    log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # of tanh; arXiv:1812.05905 appendix C
+    return u.tanh(), (log_pi - log_slope).sum(-1)
 
 
 class Critic(nn.Module):
@@ -311,7 +311,7 @@ class Critic(nn.Module):
         """Values (E, B) of observations (B, O) and actions (B, A)."""
         x = torch.cat([obs, actions], -1).expand(self.num, -1, -1)
         features = self.trunk(x, generator)  # (E, B, H)
-        return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # a product with one column is slow
+        return (features * self.q.weight.mT).sum(-1) + self.q.bias.squeeze(-1)  # matmul is slower
 
 
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
@@ -320,13 +320,13 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, A)
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
-    terminations: Tensor  # (B,) 1 where the episode terminated (not: was truncated); see `ReplayBuffer.follow_up`
+    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `ReplayBuffer.follow_up`
 
 
 def step_type(obs_dim: int, action_dim: int) -> np.dtype:
-    """One step as it is journalled and sent: an action and what followed; `first`: a reset, without an action."""
-    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
-    return np.dtype([*fields, ("observation", "f4", (obs_dim,))])
+    """One step as journalled and sent: an action and what followed; `first`: a reset, no action."""
+    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?")]
+    return np.dtype([*fields, ("first", "?"), ("observation", "f4", (obs_dim,))])
 
 
 def pack_step(dtype: np.dtype, action: np.ndarray | None, obs: np.ndarray, reward=0.0, terminated=False) -> np.ndarray:
@@ -342,23 +342,26 @@ def pack_step(dtype: np.dtype, action: np.ndarray | None, obs: np.ndarray, rewar
 
 
 class ReplayBuffer:
-    """Uniform ring buffer of transitions; lives on the device, so that sampling is one gather per field."""
+    """Uniform ring buffer of transitions on the device: sampling is one gather per field."""
 
     def __init__(self, capacity: int, obs_dim: int, action_dim: int, device: torch.device, n_step=1, gamma=1.0):
         """Batches are of `n_step` steps, whose rewards are discounted by `gamma`."""
-        self.capacity, self.device, self.n_step, self.gamma = capacity, device, n_step, gamma
+        self.capacity = capacity
+        self.device = device
+        self.n_step = n_step
+        self.gamma = gamma
         shapes = Batch((obs_dim,), (action_dim,), (), (obs_dim,), ())
         self.rows = Batch(*(torch.empty(capacity, *shape, device=device) for shape in shapes))
         self.continues = torch.empty(capacity, dtype=torch.bool, device=device)  # the episode of the slot before
         self.total = 0  # transitions ever added
         self.newest: dict[str, Tensor] = {}  # each actor's newest observation (O,)
-        self.open_episode: str | None = None  # whose episode the newest transition belongs to, until it ends
+        self.open_episode: str | None = None  # the newest transition's actor, until an episode ends
 
     def __len__(self) -> int:
         return min(self.total, self.capacity)
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes an actor's next step in; the number of transitions that it makes: 0 for a reset, or 1."""
+        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
         obs = torch.tensor(step["observation"], device=self.device)
         before = self.newest.get(actor)
         self.newest[actor] = obs
@@ -381,11 +384,9 @@ class ReplayBuffer:
         return self.follow_up(slots)
 
     def follow_up(self, slots: Tensor) -> Batch:
-        """The transitions in `slots` (...), each n_step steps long.
-
-        Rewards are summed with their discounts; `terminations` becomes the part of the next observation's value that
-        the target loses. They are shorter where the episode or the buffer ends, or another actor's steps come between.
-        """
+        """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
+        `terminations` becomes the part of the next observation's value that the target loses.
+        Shorter where the episode or the buffer ends, or another actor's steps come between."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -398,7 +399,8 @@ class ReplayBuffer:
                 next_observations=self.rows.next_observations[after],
                 terminations=1 - discounts * (1 - self.rows.terminations[after]),
             )
-            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in zip(longer, batch)))
+            pairs = zip(longer, batch)
+            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
         return batch
 
@@ -436,7 +438,7 @@ def fill(column: Tensor, saved: Tensor) -> Tensor:
 
 
 def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
-    """The demonstrations, as live steps would have stored them; their observations are the agent's first statistics."""
+    """Demonstrations, stored as live steps; their observations are the agent's first statistics."""
     episodes = list(demonstrations(args.demos, task, args.seed, args.demo_noise))
     steps = []
     for episode in episodes:
@@ -468,7 +470,8 @@ class Agent:
         self.step_type = step_type(self.obs_dim, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
-        self.normalizer = (RunningNormalizer(self.obs_dim) if args.normalize_observations else nn.Identity()).to(device)
+        normalizer = RunningNormalizer(self.obs_dim) if args.normalize_observations else nn.Identity()
+        self.normalizer = normalizer.to(device)
         self.actor = Actor(self.obs_dim, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(self.obs_dim, self.action_dim, args).to(device)
@@ -483,7 +486,7 @@ class Agent:
         self.mean_parameters = list(self.mean_actor.parameters())
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
-        self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos != "0" else 0  # per batch
+        self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos != "0" else 0
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
         # Of `explore`: steps to go and value of each dimension.
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
@@ -498,21 +501,22 @@ class Agent:
             self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, capacity: int) -> ReplayBuffer:
-        """A buffer of this agent's transitions. Exits with one line when the memory is not there."""
+        """A buffer of this agent's transitions. Exits with one line where memory is too small."""
         needed = 4 * capacity * (2 * self.obs_dim + self.action_dim + 2)
         tensors.check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
         return ReplayBuffer(capacity, self.obs_dim, self.action_dim, self.device, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
-        lr = torch.tensor(self.args.lr, device=self.device)  # a tensor, so that a CUDA graph follows the schedule
-        capturable = self.device.type == "cuda"
-        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, fused=True, capturable=capturable)
+        lr = torch.tensor(self.args.lr, device=self.device)  # a tensor: a CUDA graph follows it
+        options = {"fused": True, "capturable": self.device.type == "cuda"}
+        return torch.optim.AdamW(parameters, lr, weight_decay=weight_decay, **options)
 
     @torch.inference_mode()
     def act(self, obs: np.ndarray, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation (O,)."""
         actor = self.mean_actor if deterministic else self.actor
-        mean, std = actor(self.normalizer(torch.as_tensor(obs, dtype=torch.float32, device=self.device)[None]))
+        observations = torch.as_tensor(obs, dtype=torch.float32, device=self.device)[None]  # (1, O)
+        mean, std = actor(self.normalizer(observations))
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         action = mean.tanh()[0].cpu().numpy()
@@ -523,8 +527,9 @@ class Agent:
         return action
 
     def explore(self, action: np.ndarray) -> None:
-        """Now and then a dimension is held at a random value for a while, each on its own; after arXiv:2006.01782."""
-        start, value = torch.rand(2, len(self.held), generator=self.generator, device=self.device).cpu().numpy()
+        """Now and then holds a single dimension at a random value; after arXiv:2006.01782."""
+        draws = torch.rand(2, len(self.held), generator=self.generator, device=self.device)
+        start, value = draws.cpu().numpy()
         starts = (self.held_steps == 0) & (start < self.args.explore_prob)
         self.held_steps[starts] = EXPLORE_STEPS
         self.held[starts] = 2 * value[starts] - 1
@@ -534,7 +539,8 @@ class Agent:
 
     def random_action(self) -> np.ndarray:
         """Action (A,) uniform in [-1, 1]."""
-        return (torch.rand(self.action_dim, generator=self.generator, device=self.device) * 2 - 1).cpu().numpy()
+        uniform = torch.rand(self.action_dim, generator=self.generator, device=self.device)
+        return (uniform * 2 - 1).cpu().numpy()
 
     def policy(self, observations: list, rngs: list) -> np.ndarray:
         """The deterministic actions (N, A) that are evaluated."""
@@ -552,7 +558,7 @@ class Agent:
     def critic_loss(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared soft Bellman error with noise eps (B, A) and target critics `subset` (M,)."""
         generator = self.generator if self.args.dropout else None
-        with torch.no_grad():  # soft Bellman target, arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
+        with torch.no_grad():  # target, arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
             next_actions, next_log_pi = self.actor.sample(batch.next_observations, eps)  # (B, A), (B,)
             next_q_values = self.target_critic(batch.next_observations, next_actions, generator)  # (E, B)
             next_q = next_q_values[subset].amin(0)  # (B,)
@@ -560,11 +566,11 @@ class Agent:
                 next_q = next_q - self.alpha * next_log_pi
             target_q = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_q  # (B,)
         q_values = self.critic(batch.observations, batch.actions, generator)  # (E, B)
-        loss = (q_values - target_q).square().mean()  # mean over E and B, SERL agents/continuous/sac.py:183
+        loss = (q_values - target_q).square().mean()  # over E, B; SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
     def actor_loss(self, batch: Batch, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft policy improvement, and imitation of the demonstrations, which are the batch's last rows."""
+        """Soft policy improvement, and imitation of demonstrations, the batch's last rows."""
         mean, std = self.actor(batch.observations)  # (B, A)
         actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
         q = self.critic(batch.observations, actions).mean(0)  # (B,)
@@ -604,11 +610,9 @@ class Agent:
 
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
         """One critic step on a batch and, `with_actor`, one step of actor and temperature.
-
-        `inputs`: the batch's fields (B, ...), noise for the two steps (2, B, A), critics for the target (M,).
-        Both gradients are of the same parameters, as SERL takes them (agents/continuous/sac.py:276), so that two
-        threads share the work.
-        """
+        `inputs`: the batch's fields (B, ...), noise for the two steps (2, B, A), critics for the
+        target (M,). Both gradients are of the same parameters, as SERL takes them
+        (agents/continuous/sac.py:276), so that two threads share the work."""
         *fields, eps, subset = inputs
         batch = Batch(*fields)
         batch = batch._replace(
@@ -626,19 +630,20 @@ class Agent:
         return metrics
 
     def update(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, count: int) -> dict[str, Tensor]:
-        """`count` critic updates and the actor updates that fall due; the newest metrics, as detached tensors."""
+        """`count` critic updates and the actor updates then due; the newest metrics, detached."""
         batches = buffer.sample((count, self.args.batch_size - self.num_demos), self.generator)
         if self.num_demos:
             demo_batches = demos.sample((count, self.num_demos), self.generator)
             batches = Batch(*(torch.cat(pair, 1) for pair in zip(batches, demo_batches)))  # (count, B, ...)
-        eps = torch.randn(count, 2, self.args.batch_size, self.action_dim, generator=self.generator, device=self.device)
+        shape = (count, 2, self.args.batch_size, self.action_dim)
+        eps = torch.randn(shape, generator=self.generator, device=self.device)
         draws = torch.rand(count, self.args.num_qs, generator=self.generator, device=self.device)
         subsets = draws.topk(self.args.num_min_qs).indices  # (count, M), distinct
         metrics = {}
         for i in range(count):
             self.critic_updates += 1
             self.schedule_lr()
-            # A plain mean of all actors at first, so that the random one it began with does not stay in it.
+            # A plain mean of all actors at first, so that the random first one does not stay in it.
             self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
             with_actor = self.critic_updates % self.args.policy_delay == 0
             batch = [field[i] for field in batches]
@@ -646,11 +651,12 @@ class Agent:
         return metrics
 
     def schedule_lr(self) -> None:
-        """Linear warm-up and cosine decay of actor's and critics' learning rates, counted in critic updates."""
+        """Linear warm-up and cosine decay of the two learning rates, counted in critic updates."""
         warmup, decay = self.args.lr_warmup, self.args.lr_decay
         if warmup or decay:
             factor = min(1.0, (self.critic_updates - 1) / warmup) if warmup else 1.0
-            factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay))) if decay else 1.0
+            if decay:
+                factor *= 0.5 * (1 + math.cos(math.pi * min(1.0, self.critic_updates / decay)))
             self.actor_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
             self.critic_optimizer.param_groups[0]["lr"].fill_(self.args.lr * factor)
 
@@ -672,7 +678,8 @@ class Agent:
 
     def state_dict(self) -> dict:
         """Exits with one line, so that it is not saved, when training has diverged."""
-        if not all(torch.isfinite(parameter).all() for parameter in (*self.critic_parameters, *self.actor_parameters)):
+        parameters = [*self.critic_parameters, *self.actor_parameters]
+        if not all(torch.isfinite(parameter).all() for parameter in parameters):
             fail("the networks' weights are not finite: training has diverged; give a smaller --lr or smaller rewards")
         state = {name: getattr(self, name).state_dict() for name in self.PARTS}
         state["raw_alpha"] = self.raw_alpha.detach()
@@ -721,7 +728,7 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
 def start(
     args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
 ) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
-    """The parts of a new run, demonstrations included, or of the one to go on with; `Run.keep` then loads them."""
+    """Parts of a new run, with demonstrations, or of one that goes on: then `Run.keep` loads them."""
     device = tensors.set_up_torch(args.threads, args.amp)
     env = wrap(task)
     agent = Agent(env.observation_space, env.action_space, args, device)
@@ -766,7 +773,7 @@ def train(args: Args) -> None:
         buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
         agent.observe(buffer.newest_observations(1))
         run.advance()
-        # Reset: each episode has a seed of its own, so that a run goes on from here as if it had not ended.
+        # Reset: each episode has its own seed, so that a run goes on here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
         if episode_over:
             run.end_episode(info, success(info))
@@ -802,7 +809,8 @@ def learner(args: Args) -> None:
     eval_env = wrap(task)
     if args.eval_every >= args.total_timesteps:
         task.close()
-    actors = link.Learner(args.address, args.curve_keys, args.shared(), agent.step_type.itemsize, agent.check_steps)
+    size = agent.step_type.itemsize
+    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, agent.check_steps)
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)
@@ -810,7 +818,7 @@ def learner(args: Args) -> None:
     published = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: a paced learner first does what the steps that it has ask for; another never waits.
+        # Receive: a paced learner first does what its steps ask for; another never waits.
         count = 0
         with run.phase("env"):
             wait_ms = 100 if args.utd_ratio else 0
