@@ -250,7 +250,7 @@ class FrankaSim:
     six damp it. The target is two mocap bodies, one never turned: position errors are clipped by
     base axes. Differs from the real arm: the rotation error is a rotation vector (as franky's), not
     half of it (as SERL's); the posture is not projected into the nullspace, a spring pulls joint 3
-    home. The other six suffice for any pose: at rest it is slack and shifts nothing, in motion some.
+    home. The other six suffice for any pose: at rest it shifts nothing, in motion it disturbs a little.
     All poses are in the base frame, in metres; quaternions are x, y, z, w as in scipy and SERL.
     """
 
