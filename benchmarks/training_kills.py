@@ -3,9 +3,9 @@
     python benchmarks/training_kills.py           # ten times each; some minutes
 
 On the simulated peg with a scripted person and small networks. training_kills.csv, a line for each kill: what was
-killed, when it came (s after an episode had ended), and how long it took until another episode had ended. When all is
-over the run is finished; each line then says how many transitions the actor had made in all, how many of them the
-learner does not have (`lost`), and how many it has twice (`doubled`).
+killed (`contender`), when it came (s after an episode had ended), and how long it took until another one had ended.
+When all is over the run is finished; each line then says how many transitions the actor had made in all, how many of
+them the learner does not have (`lost`), and how many it has twice (`doubled`).
 """
 
 import contextlib
@@ -180,7 +180,7 @@ def kill_in_turn(day: Day, args: Args) -> list[dict[str, object]]:
         day.kill(which)
         day.wait(lambda done=done: day.episodes() > done, f"an episode after the {which} was killed")
         seconds = time.monotonic() - start
-        lines.append({"kill": number, "killed": which, "after_s": round(after_s, 3), "goes_on_s": round(seconds, 1)})
+        lines.append({"kill": number, "contender": which, "after_s": round(after_s, 3), "goes_on_s": round(seconds, 1)})
         print(lines[-1], flush=True)
     return lines
 
