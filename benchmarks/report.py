@@ -34,7 +34,9 @@ NEWCOMERS = (  # the rows of README's table, ten at most; benchmarks/README.md h
     "bc_halfcheetah_chunks",
 )
 # Columns of comparisons that are shown.
-MEASURED = re.compile(r"[\w.]+(_per_second|_ms|_mb|_of_a_core|_ticks)|(hold|stop|goes_on)_s|restarts|errors|lost|doubled")
+MEASURED = re.compile(
+    r"[\w.]+(_per_second|_ms|_mb|_of_a_core|_ticks)|(hold|stop|goes_on)_s|restarts|errors|lost|doubled"
+)
 BETWEEN = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.S)
 RUN_LINE = re.compile(r"^(\| `(\w+)` \| [^|\n]+ \|).*$", re.M)  # of exploration.md: the name and settings of a run
 
