@@ -222,18 +222,18 @@ def run_ours(job: Job, referee: Referee) -> None:
     flags += ["--seed", str(job.seed), "--run-dir", f"{job.folder}/run", "--threads", str(job.threads)]
     flags += ["--eval-every", str(EVERY), "--final-eval-episodes", str(EPISODES), "--no-capture-video"]
     sys.argv = ["sac_state_sim.py", *flags]
-    args = parse(sac_state_sim.Args, sac_state_sim.__doc__, sac_state_sim.Args.MAY_CHANGE)
+    own = parse(sac_state_sim.Args, sac_state_sim.__doc__, sac_state_sim.Args.MAY_CHANGE)
     steps = count(EVERY, EVERY)
 
     def evaluate(policy, *_) -> dict[str, float]:
-        step = min(next(steps), args.total_timesteps)
+        step = min(next(steps), own.total_timesteps)
         scores = referee.evaluate(lambda obs: policy([obs], [None])[0], step)
         if referee.wall_s() > job.budget_s:
             raise TimeUpError
         return {"eval/success_rate": scores["success"], "eval/episodic_return": scores["return"]}
 
     sac_state_sim.evaluate = evaluate
-    sac_state_sim.main(args)
+    sac_state_sim.main(own)
 
 
 def run_sb3(job: Job, referee: Referee) -> None:
