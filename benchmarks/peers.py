@@ -24,9 +24,9 @@ cleanrl: sac_continuous_action.py as it is, with its own task's defaults.
 
 The peers are not part of this project. Give checkouts of SERL (https://github.com/rail-berkeley/serl) and CleanRL
 (https://github.com/vwxyzjn/cleanrl), and interpreters that can import what each needs, and mujoco, gymnasium and tyro
-for the task; SERL's needs agentlace too, and an old JAX (0.4.30 works); CleanRL's needs gymnasium 0.29. Run it on a quiet
-machine: `others_cores` in the file says how many cores other processes used since the run began. A run that is killed
-keeps its lines; one that is begun again, with the same contender, task and seed, replaces them.
+for the task; SERL's needs agentlace too, and an old JAX (0.4.30 works); CleanRL's needs gymnasium 0.29. Run it on a
+quiet machine: `others_cores` in the file says how many cores other processes used since the run began. A run that is
+killed keeps its lines; one that is begun again, with the same contender, task and seed, replaces them.
 """
 
 import contextlib
