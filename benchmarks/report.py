@@ -5,7 +5,7 @@
 
 results/ROW.csv holds one line per seed (see run.py). A file with the column contender is a comparison, one line per
 repetition, shown as the medians of each contender; ecosystem.csv says what scripts do with tasks of others (see
-ecosystem.py). Files of other forms are left alone.
+ecosystem.py), peers.csv how others learn ours (see peers.py). Files of other forms are left alone.
 
 exploration.csv holds the evaluations of the runs in exploration.md. Whoever adds a run writes `| `name` | settings |`
 there; the other cells of the line are filled in.
@@ -33,6 +33,25 @@ NEWCOMERS = (  # the rows of README's table, ten at most; benchmarks/README.md h
     "bc_pick_default",
     "bc_halfcheetah_chunks",
 )
+PEERS = {  # the contenders of peers.py, whose header says more about their settings
+    "ours_demos": "`sac_state_sim.py`, the task's row in `run.py`, 20 demonstrations",
+    "ours": "`sac_state_sim.py`, the row `sac_pick_scratch`",
+    "serl_demos": "SERL's SAC agent (JAX), its settings for states, half of each batch from the same 20 demonstrations",
+    "serl": "SERL's SAC agent (JAX), its settings for states",
+    "sb3": "Stable-Baselines3's SAC, rl-zoo's settings for MuJoCo",
+    "sbx": "SBX's SAC (JAX), rl-zoo's settings for MuJoCo",
+    "cleanrl": "CleanRL's `sac_continuous_action.py`, its defaults",
+}
+PEERS_INTRO = """
+## Beside others
+
+`python benchmarks/peers.py` lets others learn the same task, on the same cores, within the same time; its header tells
+their settings and what was changed to run them. The clock stands still during evaluations: 10 episodes, every 1,000
+steps. Success is the mean of two evaluations in a row, where it is reached and at the end. Cells have a value for each
+seed.
+
+![Success over wall-clock, ours beside others](../assets/peers.png)
+"""
 # Columns of comparisons that are shown.
 MEASURED = re.compile(
     r"[\w.]+(_per_second|_ms|_mb|_of_a_core|_ticks)|(hold|stop|goes_on)_s|restarts|errors|lost|doubled"
@@ -72,12 +91,20 @@ def unique(rows: list[dict[str, str]], column: str) -> str:
     return "; ".join(dict.fromkeys(row[column] for row in rows if row.get(column)))
 
 
+def grouped(rows: list[dict[str, str]], column: str) -> dict[str, list[dict[str, str]]]:
+    """The rows by their value there, in the order of the file."""
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        groups.setdefault(row[column], []).append(row)
+    return groups
+
+
 def results_in(folder: Path) -> tuple[dict[str, list[dict[str, str]]], dict[str, list[dict[str, str]]]]:
     """The files of rows, in the order of ROWS, and of speed comparisons, by name."""
     files = {path.stem: read(path) for path in sorted(folder.glob("*.csv"))}
     rank = {name: i for i, name in enumerate(ROWS)}
     rows = {name: lines for name, lines in files.items() if lines and {"seed", "metric", "value"} <= set(lines[0])}
-    speeds = {name: lines for name, lines in files.items() if lines and "contender" in lines[0]}
+    speeds = {name: lines for name, lines in files.items() if lines and "contender" in lines[0] and name != "peers"}
     return dict(sorted(rows.items(), key=lambda item: rank.get(item[0], len(rank)))), speeds
 
 
@@ -107,9 +134,7 @@ def rows_table(rows: dict[str, list[dict[str, str]]]) -> str:
 def speed_table(lines: list[dict[str, str]]) -> str:
     """One line per contender, the best by the first column first."""
     columns = [column for column in lines[0] if MEASURED.fullmatch(column)]
-    groups: dict[str, list[dict[str, str]]] = {}
-    for line in lines:
-        groups.setdefault(line["contender"], []).append(line)
+    groups = grouped(lines, "contender")
     medians = {name: [median_of(group, column) for column in columns] for name, group in groups.items()}
     ranked = sorted(groups, key=lambda name: medians[name][0], reverse=columns[0].endswith("_per_second"))
     return table(
@@ -185,6 +210,54 @@ def rehearsal_report(folder: Path) -> str:
     return text + table(head, cells)
 
 
+def reached(evaluations: list[dict[str, str]], success: float = 0.95) -> dict[str, str] | None:
+    """The first evaluation that, together with the one before it, has this mean success; None if there is none."""
+    for before, line in zip(evaluations, evaluations[1:], strict=False):
+        if float(before["success"]) + float(line["success"]) >= 2 * success - 1e-9:
+            return line
+    return None
+
+
+def peer_cells(contender: str, lines: list[dict[str, str]]) -> list[str]:
+    """A contender's line of the table: a value for each seed in every cell."""
+    seeds = grouped(lines, "seed")
+    first = [reached(evaluations) for evaluations in seeds.values()]
+    last = [evaluations[-1] for evaluations in seeds.values()]
+    ends = [[float(line["success"]) for line in evaluations[-2:]] for evaluations in seeds.values()]
+    base, _, steps = contender.rpartition("_")
+    what = f"{PEERS[base]}, an update every {steps} steps" if steps.isdecimal() else PEERS[contender]
+    cells = [
+        list(seeds),
+        [f"{float(line['wall_s']) / 60:.1f}" if line else "never" for line in first],
+        [f"{int(line['step']):,}" if line else "never" for line in first],
+        [f"**{shown(statistics.mean(end))}**" for end in ends],
+        [f"{float(line['return']):.0f}" for line in last],
+        [f"{float(line['wall_s']) / 60:.1f}" for line in last],
+        [f"{int(line['step']):,}" for line in last],
+    ]
+    return [f"`{contender}`", what, *("; ".join(values) for values in cells)]
+
+
+def peers_report(folder: Path) -> str:
+    """The section about other projects on our tasks: a table for each task, and with what and when it was measured."""
+    path = folder / "peers.csv"
+    lines = read(path) if path.exists() else []
+    if not lines:
+        return ""
+    text = PEERS_INTRO
+    head = ["contender", "what", "seeds", "min to 0.95", "steps to 0.95"]
+    head += ["success at the end", "return", "min in all", "steps in all"]
+    for task, of_task in grouped(lines, "env_id").items():
+        cells = [peer_cells(name, own) for name, own in grouped(of_task, "contender").items()]
+        text += f"\n### {task}\n\n" + table(head, cells)
+    facts = ["contender", "version", "budget_s", "date", "commit", "hardware"]
+    cells = []
+    for own in grouped(lines, "contender").values():
+        others = max(float(line["others_cores"]) for line in own)
+        cells.append([*(unique(own, fact) for fact in facts), f"{others:.2f}"])
+    return text + "\n" + table([*facts, "cores of other processes, most"], cells)
+
+
 def hardware_line(lines: list[dict[str, str]]) -> str:
     return f"Hardware: {unique(lines, 'hardware')}.\n" if unique(lines, "hardware") else ""
 
@@ -231,7 +304,7 @@ def full_report(folder: Path) -> str:
     )
     text += "are those of the whole process. [exploration.md](exploration.md) tells how the defaults were found.\n\n"
     text += "## Results\n\n" + results_tables(folder)
-    text += ecosystem_report(folder) + rehearsal_report(folder)
+    text += peers_report(folder) + ecosystem_report(folder) + rehearsal_report(folder)
     text += "\n## Rows\n\nEach command also gets `--seed N`.\n"
     for name, row in ROWS.items():
         text += f"\n**{name}**: {row.what}\n\n```bash\npython {row.command}\n```\n\n"

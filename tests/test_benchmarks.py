@@ -1,20 +1,31 @@
 """benchmarks/run.py measures what it says, benchmarks/report.py shows what the files hold."""
 
+import contextlib
 import csv
+import dataclasses
 import importlib.metadata
 import json
 import re
 import shlex
 import subprocess
 import sys
+import time
+from functools import partial
 
+import numpy as np
 import pytest
+import torch
+import tyro
 from conftest import REPO, free_port, run_script
 from test_repo import Command, args_of, command_faults
+
+import sac_state_sim
+from common.evaluation import evaluate
 
 sys.path.insert(0, str(REPO / "benchmarks"))
 import ecosystem
 import hil_rehearsal
+import peers
 import report
 import run
 import speed
@@ -332,3 +343,242 @@ def test_table_of_rehearsed_days(tmp_path):
     settings = "`--help-until 0 --reward task`"
     told = f"| 2 | {settings} | 8000 | 15.0 min | **0.96** (0.86 to 0.99) | 50 | 2% | 2.5 s (3.1 s) | 1.2 ms |"
     assert table[2:] == [f"{told} {wall} | day | abc | cores |" for wall in ("30.0 min", "stopped early")]
+
+
+# --- Beside others ----------------------------------------------------------------------------------------------------
+FAKE_CONTENDER = """
+import sys
+print("learning", "{", '{"loss": 1}', "wall_s", flush=True)
+print('{"step": 1000, "wall_s": 10.5, "success": 0.5, "return": 20.25, "cpu_s": 0.01}', flush=True)
+print('{"step": 2000, "wall_s": 20.0, "success": 1.0, "return": 61.0, "cpu_s": 0.02}', flush=True)
+if "RESULT":
+    sys.exit("RESULT")
+"""
+FAKE_CLEANRL = """
+import numpy as np, torch, tyro
+import gymnasium as gym
+from cleanrl_utils.buffers import ReplayBuffer
+from dataclasses import dataclass
+
+@dataclass
+class Args:
+    env_id: str = "Hopper-v4"
+    seed: int = 1
+    total_timesteps: int = 5
+
+class Actor:
+    def get_action(self, x):
+        assert x.shape == (1, *env.observation_space.shape) and x.dtype == torch.float32
+        return None, None, torch.tensor([[0.0, 0.0, -1.0, 1.0]])  # down
+
+if __name__ == "__main__":
+    args = tyro.cli(Args)
+    env = gym.make(args.env_id)
+    actor, device = Actor(), torch.device("cpu")
+    env.reset(seed=args.seed)
+    for step in range(args.total_timesteps):
+        env.step(env.action_space.sample())
+"""
+
+
+def a_job(tmp_path, contender="ours", **changes) -> peers.Job:
+    job = peers.Job(contender, "FrankaPickCube-v0", 3, 600.0, time.time(), str(tmp_path))
+    return dataclasses.replace(job, **changes)
+
+
+def child_lines(job: peers.Job, before: str = "") -> list[dict[str, float]]:
+    """What the referee says in a contender's process; `before` is run in it first."""
+    code = peers.CHILD.replace("peers.compete", f"{before}; peers.compete")
+    command = [sys.executable, "-c", code, str(REPO / "benchmarks"), json.dumps(dataclasses.asdict(job))]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=job.folder, check=False)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return [line for line in map(peers.evaluation, finished.stdout.splitlines()) if line]
+
+
+@pytest.mark.parametrize(("contender", "env_id"), peers.OURS)
+def test_commands_beside_others_parse(contender, env_id):
+    script, *flags = shlex.split(peers.OURS[contender, env_id])
+    assert command_faults(Command(script, tuple(flags), ""), args_of(script)) == []
+    args = tyro.cli(sac_state_sim.Args, args=flags)
+    assert args.env_id == env_id
+    if contender == "ours_demos":
+        assert (args.demos, args.demo_noise) == (peers.DEMOS, peers.DEMO_NOISE)
+    else:
+        assert args.demos == "0"
+
+
+def test_all_are_evaluated_as_the_script_does(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "EPISODES", 2)
+    job = a_job(tmp_path)
+    referee = peers.Referee(job)
+    down = np.float32([0.3, -0.2, -1.0, 0.5])
+    before = referee.wall_s()
+    scores = referee.evaluate(lambda _: down, 7000)
+    assert referee.wall_s() - before < 0.5 * referee.paused_s  # the clock stood still
+    env = sac_state_sim.wrap_states(sac_state_sim.make_env(sac_state_sim.Args()), sac_state_sim.Args())
+    theirs = evaluate(lambda observations, _: down[None], [env], 2, job.seed, sac_state_sim.success)
+    assert scores == {"success": theirs["eval/success_rate"], "return": theirs["eval/episodic_return"]}
+    line = peers.evaluation(capsys.readouterr().out.splitlines()[-1])
+    assert line["step"] == 7000 and line["return"] == scores["return"] and line["success"] == scores["success"]
+
+
+def test_a_peers_task_interrupts_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(peers, "EPISODES", 1)
+    monkeypatch.setattr(peers, "EVERY", 3)
+    job = a_job(tmp_path)
+    task = peers.Training(job, peers.Referee(job))
+    task.policy = lambda obs: np.zeros(4, np.float32)
+    task.reset(seed=1)
+    for _ in range(7):
+        task.step(task.action_space.sample())
+    task.budget_s = 0.0
+    with pytest.raises(peers.TimeUpError):
+        task.step(task.action_space.sample())
+    lines = list(filter(None, map(peers.evaluation, capsys.readouterr().out.splitlines())))
+    assert [line["step"] for line in lines] == [3, 6, 8]
+
+
+def test_half_of_each_minibatch_is_of_the_demonstrations():
+    class Buffer:
+        def __init__(self, value):
+            self.value = value
+
+        def sample(self, batch_size):
+            rows = np.full((batch_size, 3), self.value) + np.arange(batch_size)[:, None] / 1000
+            return {"observations": rows, "rewards": rows[:, 0]}
+
+    batch = peers.mixed([Buffer(0), Buffer(1)], batch_size=6, utd_ratio=2)
+    expected = [0, 0.001, 0.002, 1, 1.001, 1.002, 0.003, 0.004, 0.005, 1.003, 1.004, 1.005]
+    assert batch["rewards"].tolist() == pytest.approx(expected)
+    assert batch["observations"].tolist() == pytest.approx(np.repeat(expected, 3).reshape(12, 3))
+    assert peers.mixed([Buffer(2)], 4, 2)["rewards"].tolist() == pytest.approx([2 + i / 1000 for i in range(8)])
+
+
+def test_peers_get_the_scripts_demonstrations(tmp_path, monkeypatch):
+    monkeypatch.setattr(peers, "DEMOS", "2")
+    peers.write_demos(tmp_path / "demos.npz", "FrankaPickCube-v0", 5)
+    demos = np.load(tmp_path / "demos.npz")
+    args = sac_state_sim.Args(seed=5, demos="2")
+    task = sac_state_sim.make_env(args)
+    wrap = partial(sac_state_sim.wrap_states, args=args)
+    env = wrap(task)
+    agent = sac_state_sim.Agent(env.observation_space, env.action_space, args, torch.device("cpu"))
+    rows = sac_state_sim.load_demos(args, agent, task, wrap).rows
+    for name in ("observations", "actions", "rewards", "next_observations"):
+        np.testing.assert_array_equal(np.float32(demos[name]), getattr(rows, name).numpy(), err_msg=name)
+    np.testing.assert_array_equal(demos["masks"], 1 - rows.terminations.numpy())
+    assert np.flatnonzero(demos["dones"]).tolist() == [99, 199]
+
+
+def test_ours_runs_with_its_own_evaluations_replaced(tmp_path):
+    tiny = "sac_state_sim.py --demos 0 --hidden-dims 8 8 --batch-size 8 --utd-ratio 1 --learning-starts 40"
+    before = "peers.EVERY = 50; peers.EPISODES = 1; "
+    before += f"peers.OURS['ours', 'FrankaPickCube-v0'] = '{tiny} --total-timesteps 120'"
+    lines = child_lines(a_job(tmp_path, threads=1), before)
+    assert [line["step"] for line in lines] == [50, 100, 120]
+    with (tmp_path / "run" / "eval.csv").open(newline="") as file:
+        own = list(csv.DictReader(file))
+    assert [float(line["eval/episodic_return"]) for line in own] == pytest.approx([line["return"] for line in lines])
+    (tmp_path / "short").mkdir()
+    short = a_job(tmp_path, folder=str(tmp_path / "short"), threads=1, budget_s=0.0)
+    assert [line["step"] for line in child_lines(short, before)] == [50]
+
+
+def test_cleanrls_script_runs_as_it_is(tmp_path, monkeypatch):
+    script = tmp_path / "cleanrl" / "sac_continuous_action.py"
+    buffers = tmp_path / "cleanrl_utils" / "buffers.py"
+    for path, text in ((script, FAKE_CLEANRL), (buffers, "ReplayBuffer = None\n")):
+        path.parent.mkdir()
+        path.write_text(text)
+    job = a_job(tmp_path, "cleanrl", path=str(tmp_path), budget_s=0.0)
+    (line,) = child_lines(job, "peers.EPISODES = 1")
+    monkeypatch.setattr(peers, "EPISODES", 1)
+    expected = peers.Referee(job).evaluate(lambda _: np.float32([0, 0, -1, 1]), 1)
+    assert line["step"] == 1 and line["return"] == expected["return"]
+
+
+@pytest.mark.parametrize("result", ["", "the peer fell"])
+def test_a_runs_lines_are_kept(tmp_path, monkeypatch, result):
+    monkeypatch.setattr(peers, "CHILD", FAKE_CONTENDER.replace("RESULT", result))
+    monkeypatch.setattr(peers, "commit", lambda: "abc1234")
+    monkeypatch.setattr(peers, "hardware", lambda: "a CPU")
+    args = peers.Args(output=tmp_path / "new" / "peers.csv")
+    for seed in (1, 2, 1):
+        failure = pytest.raises(SystemExit, match=result) if result else contextlib.nullcontext()
+        with failure:
+            peers.run_contender("sb3", sys.executable, "", "x 1.0", seed, args)
+    lines = peers.read(args.output)
+    assert list(lines[0]) == peers.COLUMNS
+    assert [(line["seed"], line["step"]) for line in lines] == [
+        ("2", "1000"),
+        ("2", "2000"),
+        ("1", "1000"),
+        ("1", "2000"),
+    ]
+    line = lines[-1]
+    facts = ("contender", "env_id", "wall_s", "success", "return", "budget_s", "version", "commit", "hardware")
+    values = ["sb3", "FrankaPickCube-v0", "20.0", "1.0", "61.0", "1800.0", "x 1.0", "abc1234", "a CPU"]
+    assert [line[fact] for fact in facts] == values
+    assert float(line["others_cores"]) >= 0
+
+
+def test_contenders_that_are_given(tmp_path):
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+    subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
+    args = peers.Args(cleanrl_path=tmp_path)
+    found = peers.contenders(args)
+    assert list(found) == ["ours_demos", "ours", "cleanrl"]
+    assert found["ours"] == (sys.executable, "", speed.versions(sys.executable, "torch", "gymnasium", "mujoco"))
+    assert re.fullmatch(r"commit [0-9a-f]{7,}, torch .*", found["cleanrl"][2])
+    assert list(peers.contenders(dataclasses.replace(args, contenders=("cleanrl", "ours")))) == ["cleanrl", "ours"]
+    with pytest.raises(SystemExit, match="--contenders sb3: not among those that are given paths: ours_demos, ours"):
+        peers.contenders(peers.Args(contenders=("sb3",)))
+
+
+def peer_lines(contender: str, seed: int, evaluations: list[tuple], env_id: str = "FrankaPickCube-v0") -> list[dict]:
+    line = {"contender": contender, "env_id": env_id, "seed": seed, "others_cores": 0.02, "budget_s": 1800.0}
+    line |= {"version": "x 1.0", "date": "day", "commit": "abc", "hardware": "cores", "return": 31.4}
+    columns = ("step", "wall_s", "success")
+    return [line | dict(zip(columns, values, strict=True)) for values in evaluations]
+
+
+def test_table_and_picture_beside_others(tmp_path):
+    assert report.peers_report(tmp_path) == ""
+    lines = peer_lines("ours_demos", 1, [(1000, 60, 0.4), (2000, 90, 0.9), (3000, 120, 1.0), (4000, 150, 0.9)])
+    lines += peer_lines("ours_demos", 2, [(1000, 66, 0.9), (2000, 96, 0.9), (3000, 126, 0.9)])
+    lines += peer_lines("serl_8", 1, [(1000, 600, 0.0), (1500, 1800, 0.1)])
+    lines += peer_lines("sb3", 1, [(1000, 30, 1.0), (12345, 1800, 0.9)], "FrankaPegInsert-v0")
+    with (tmp_path / "peers.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, peers.COLUMNS)
+        writer.writeheader()
+        writer.writerows(lines)
+    page = report.peers_report(tmp_path)
+    assert page in report.full_report(tmp_path)
+    assert "peers.csv" not in report.results_tables(tmp_path)  # no speeds
+    pick, peg, facts = [part.splitlines() for part in page.split("\n\n") if part.startswith("| ")]
+    ours = report.PEERS["ours_demos"]
+    serl = f"{report.PEERS['serl']}, an update every 8 steps"
+    ends = "**0.95**; **0.9** | 31; 31 | 2.5; 2.1 | 4,000; 3,000"
+    assert pick[2:] == [
+        f"| `ours_demos` | {ours} | 1; 2 | 2.0; never | 3,000; never | {ends} |",
+        f"| `serl_8` | {serl} | 1 | never | never | **0.05** | 31 | 30.0 | 1,500 |",
+    ]
+    assert "| `sb3` |" in peg[2] and "| 1 | 30.0 | 12,345 | **0.95** |" in peg[2]
+    assert facts[2] == "| ours_demos | x 1.0 | 1800.0 | day | abc | cores | 0.02 |"
+    peers.draw(peers.read(tmp_path / "peers.csv"), tmp_path / "new" / "peers.png")
+    assert (tmp_path / "new" / "peers.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_points_of_the_picture():
+    lines = peer_lines("ours", 1, [(1000, 60, 0.4), (2000, 200, 1.0)]) + peer_lines("ours", 2, [(1000, 72, 0.8)])
+    minutes, success = peers.curve(lines, np.array([50.0, 100.0, 150.0, 300.0]))
+    assert minutes == pytest.approx([1.1, 200 / 60])
+    assert success == pytest.approx([0.6, 1.0])
+
+
+def test_results_beside_others():
+    for line in peers.read(run.RESULTS / "peers.csv"):
+        name, _, steps = line["contender"].rpartition("_")
+        assert (name if steps.isdecimal() else line["contender"]) in report.PEERS
+        assert not line["commit"].endswith("-dirty")
