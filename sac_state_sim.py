@@ -7,7 +7,7 @@
     python sac_state_sim.py --role learner                          # needs an actor; SERL's two processes
     python sac_state_sim.py --role actor --address 127.0.0.1:5588   # needs a learner; as many as you like
 
-Expect: mean eval/success_rate >= 0.92, eval/success_rate >= 0.76 [benchmarks/results/sac_pick_default.csv]
+Expect: mean eval/success_rate >= 0.98, eval/success_rate >= 0.95 [benchmarks/results/sac_pick_default.csv]
 Expect: wall_s <= 215, peak_mb <= 1000 (2 CPU cores) [benchmarks/results/sac_pick_default.csv]
 Expect: eval/episodic_return >= 6000 [benchmarks/results/sac_halfcheetah_100k.csv]
 
