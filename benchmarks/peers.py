@@ -416,6 +416,7 @@ def outcomes(command: list[str], folder: Path, args: Args) -> Iterator[dict[str,
                 line = evaluation(text)
                 if line:
                     others = busy_seconds() - busy_before - line.pop("cpu_s")
+                    others = max(others, 0)  # both clocks tick
                     yield line | {"others_cores": round(others / (time.time() - start), 2)}
         finally:
             process.kill()  # where nobody listens any more; else it has ended

@@ -467,6 +467,13 @@ def test_ruff(command):
 # --- Requirements -----------------------------------------------------------------------------------------------------
 NOT_IMPORTED = {"pytest-xdist", "ruff", "pytest-timeout", "imageio-ffmpeg", "pyserial"}  # tools; what others import
 OPTIONAL = {"ogbench", "robosuite"}  # imported where used, behind a line that names the pip command
+PEERS = {
+    "gym",
+    "jax",
+    "sbx",
+    "serl_launcher",
+    "stable_baselines3",
+}  # of benchmarks/peers.py, in interpreters of their own
 
 
 def imported(source: str) -> set[str]:
@@ -487,7 +494,7 @@ def test_requirements_are_what_is_imported():
     pinned = {pin[1].lower() for pin in pins}
     files = [*map(REPO.joinpath, OWN_PYTHON), *REPO.glob("tests/*.py")]
     local = {path.stem for path in files} | {"common"} | set(sys.stdlib_module_names)
-    third_party = set.union(*(imported(path.read_text()) for path in files)) - local - OPTIONAL
+    third_party = set.union(*(imported(path.read_text()) for path in files)) - local - OPTIONAL - PEERS
     distributions = importlib.metadata.packages_distributions()
     providers = {name: {d.lower() for d in distributions.get(name, [name])} for name in third_party}
     missing = {name for name in third_party if not providers[name] & pinned}

@@ -23,6 +23,7 @@ from torch import distributions
 
 import sac_state_sim
 from common import envs
+from common.episodes import spread_starts
 from sac_state_sim import (
     MLP,
     TAU,
@@ -790,8 +791,9 @@ def test_demonstrations_are_the_transitions_that_live_steps_would_store(changes)
     env, chunk = wrapped(args), args.action_chunk
     dtype, count = step_type(4, 3 * chunk), 3 * math.ceil(20 / chunk)
     expected = ReplayBuffer(count, 4, 3 * chunk, CPU)
-    for i, episode in enumerate(actions):
-        obs, _ = env.reset(seed=envs.episode_seed(args.seed, 2, i))
+    numbers = spread_starts(3, make_env(args), args.seed)
+    for number, episode in zip(numbers, actions, strict=True):
+        obs, _ = env.reset(seed=envs.episode_seed(args.seed, 2, number))
         expected.add(pack_step(dtype, None, obs))
         for first in range(0, 20, chunk):
             action = np.concatenate([episode, np.repeat(episode[-1:], chunk, 0)])[first : first + chunk].ravel()
