@@ -74,7 +74,8 @@ class Playback(gym.Env):
 
 # --- Demonstrations ---------------------------------------------------------------------------------------------------
 def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterator[Episode]:
-    """Episodes for the task `env`: `source` of them by its scripted expert, or those of the Minari dataset `source`.
+    """Episodes for the task `env`: `source` of them by its scripted expert, from starts far from each other, or those
+    of the Minari dataset `source`.
 
     `noise` is the standard deviation on the expert's actions, relative to their range [-1, 1]. Exits with one line when
     the task has no expert, or the dataset is not of this task.
