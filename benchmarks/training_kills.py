@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -69,6 +70,7 @@ class Day:
         self.step_type = real.robot_step_type(real.views_of(env), env.action_space.shape[0])
         self.journal: dict[str, bytes] = {}  # contents of its files, of which the actor drops old ones
         self.actor: subprocess.Popen | None = None
+        threading.Thread(target=self.keep_journal, daemon=True).start()
         self.start_robot()
 
     def start(self, name: str, *flags: object) -> subprocess.Popen:
@@ -108,6 +110,12 @@ class Day:
             with contextlib.suppress(FileNotFoundError):
                 self.journal[path.name] = path.read_bytes()
 
+    def keep_journal(self) -> None:
+        """Before the actor drops a file, which it does once the learner has saved what is in it."""
+        while True:
+            self.copy_journal()
+            time.sleep(0.1)
+
     def sent(self) -> np.ndarray:
         """All transitions that the actor has sent, as records."""
         data = b"".join(self.journal[name] for name in sorted(self.journal))
@@ -122,7 +130,6 @@ class Day:
                 raise SystemExit(f"training_kills.py: waited {AT_MOST_S} s for {what}; see {self.folder}")
             if self.actor.poll() is not None:
                 raise SystemExit(f"training_kills.py: the actor ended with {self.actor.poll()}; see {self.folder}")
-            self.copy_journal()
             time.sleep(0.2)
         return time.monotonic() - start
 
@@ -174,7 +181,6 @@ def kill_in_turn(day: Day, args: Args) -> list[dict[str, object]]:
         day.wait(lambda before=before: day.episodes() > before, "an episode")
         after_s = float(rng.uniform(0, args.within_s))
         time.sleep(after_s)
-        day.copy_journal()
         done = day.episodes()
         start = time.monotonic()
         day.kill(which)
