@@ -32,6 +32,7 @@ import gymnasium as gym
 import numpy as np
 import tyro
 from run import REPO, RESULTS, commit, hardware
+from speed import write_anew
 
 COLUMNS = ["ecosystem", "version", "task", "script", "trains", "evaluates", "resumes", "seconds", "date", "commit"]
 COLUMNS += ["hardware", "command"]
@@ -299,12 +300,7 @@ def record(path: Path, line: dict[str, object]) -> None:
     lines = [old for old in lines if (old["task"], old["script"]) != key] + [line]
     tasks = [task.env_id for task in TASKS]
     lines.sort(key=lambda line: (tasks.index(line["task"]), list(SHORT).index(line["script"])))
-    new = path.with_suffix(".tmp")
-    with new.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    new.replace(path)
+    write_anew(path, lines, COLUMNS)
 
 
 def main(args: Args) -> None:

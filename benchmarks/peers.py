@@ -48,7 +48,7 @@ import gymnasium as gym
 import numpy as np
 import tyro
 from run import REPO, RESULTS, ROWS, commit, hardware
-from speed import bind, busy_seconds, interpreter, versions
+from speed import bind, busy_seconds, interpreter, versions, write_anew
 
 EVERY = 1_000  # steps between evaluations
 EPISODES = 10  # of an evaluation
@@ -394,12 +394,7 @@ def begin(path: Path, contender: str, env_id: str, seed: int) -> None:
     run = (contender, env_id, str(seed))
     lines = [line for line in read(path) if (line["contender"], line["env_id"], line["seed"]) != run]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
-    temporary.replace(path)
+    write_anew(path, lines, COLUMNS)
 
 
 def outcomes(command: list[str], folder: Path, args: Args) -> Iterator[dict[str, float]]:

@@ -146,11 +146,11 @@ def record(path: Path, line: dict[str, object]) -> None:
         writer.writerow(line)
 
 
-def write_anew(path: Path, lines: list[dict[str, object]]) -> None:
-    """Replace the file: old numbers of another version say nothing beside new ones."""
+def write_anew(path: Path, lines: list[dict[str, object]], columns: list[str] | None = None) -> None:
+    """Replace the file, whole or not at all, by these lines; `columns` where there may be none."""
     temporary = path.with_suffix(".tmp")
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns or list(lines[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(lines)
     temporary.replace(path)
