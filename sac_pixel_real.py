@@ -154,6 +154,8 @@ class Args(RunArgs):
     # algorithm
     gamma: float = 0.97
     """discount factor per environment step"""
+    reward_scale: float = 33.0
+    """learned rewards are so much larger: 1 / (1 - gamma), what a success would earn that lasted (HIL-SERL: 1)"""
     n_step: int = 3
     """steps whose rewards a critic's target sums before it bootstraps (SAC: 1); success is one reward, at the end"""
     hidden_dims: tuple[int, ...] = (256, 256)
@@ -996,6 +998,7 @@ class Agent:
         return batch._replace(
             observations=self.see(images, self.normalizer(batch.observations)),
             next_observations=self.see(next_images, self.normalizer(batch.next_observations)),
+            rewards=self.args.reward_scale * batch.rewards,
         )
 
     @torch.no_grad()

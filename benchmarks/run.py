@@ -140,6 +140,21 @@ ROWS = {
         "at least 0.98; 5 min",
     ),
 }
+# The default at half its steps, and one flag changed: what each is worth.
+SAC_FLAGS = {
+    "default": ("the default", ""),
+    "no_imitation": ("no imitation in the actor's loss", " --bc-weight 0"),
+    "few_demos": ("a tenth of each batch from demonstrations, not half", " --demo-ratio 0.1"),
+    "clean_demos": ("no noise on the demonstrations' actions", " --demo-noise 0"),
+    "no_layer_norm": ("no LayerNorm", " --no-layer-norm"),
+    "no_ema": ("no average of the actor", " --actor-ema 0"),
+    "unnormalized": ("observations as they are", " --no-normalize-observations"),
+    "utd_2": ("two updates per step, not six", " --utd-ratio 2"),
+    "utd_12": ("twelve updates per step, not six", " --utd-ratio 12"),
+}
+for name, (what, flags) in SAC_FLAGS.items():
+    command = f"sac_state_sim.py --total-timesteps 3000 --no-capture-video{flags}"
+    ROWS[f"sac_pick_3k_{name}"] = Row(f"3,000 steps: {what}", command, "eval/success_rate", "")
 # Half of the default's demonstrations, and one flag changed: what each is worth.
 BC_FLAGS = {
     "half": ("half the demonstrations", ""),

@@ -61,6 +61,18 @@ def test_grasp_target_is_double_dqn():
     assert loss.item() == pytest.approx(((4 - targets[0]) ** 2 + (2 - targets[1]) ** 2) / 2)
 
 
+def test_learned_rewards_are_scaled_and_penalties_with_them():
+    agent = small_agent(reward_scale=5.0)
+    states = torch.zeros(3, agent.views.state_dim)
+    rewards = torch.tensor([0.0, 1.0, 1 - 0.02])
+    batch = real.Batch(states, torch.zeros(3, 7), rewards, states, torch.tensor([0.0, 1.0, 1.0]))
+    frames = torch.zeros(3, 2, *agent.views.frame_shape, dtype=torch.uint8)
+    prepared = agent.prepare(batch, frames)
+    assert prepared.rewards.tolist() == pytest.approx([0.0, 5.0, 4.9])
+    eps, subset = torch.zeros(3, 6), torch.arange(2)
+    assert agent.target_q(prepared, eps, subset)[1:].tolist() == pytest.approx([5.0, 4.9])  # nothing comes after an end
+
+
 def test_gripper_is_told_the_same_by_critic_and_environment():
     env = real.make_env(small_args()).unwrapped
     for value in (-1.0, -0.5, -0.4999, 0.0, 0.4999, 0.5, 1.0):
