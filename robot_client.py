@@ -1107,7 +1107,10 @@ RESET_HZ = 20  # targets per second on the way to the start pose
 LEASE_S = 3.0  # outlives a front of the server that is started anew; without targets the arm holds long before
 GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
 # TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
-PEG = TaskConfig(env_id="FrankaPegInsert-v0")
+PEG = TaskConfig(
+    env_id="FrankaPegInsert-v0",
+    cameras=(CameraConfig("front", crop=(0.46, 0.58, 0.74, 0.86)), CameraConfig("wrist", crop=(0.2, 0.4, 0.8, 1.0))),
+)
 PICK = TaskConfig(
     name="pick",
     env_id="FrankaPickCube-v0",

@@ -68,6 +68,7 @@ PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
 ALPHA_INIT = 0.01  # temperature at the start
 TARGET_ENTROPY = -0.5  # that the temperature seeks, per dimension of the action; SERL, RLPD
 PROPRIO_DIM = 64  # features of the robot's state; SERL
+ENCODER_IMITATION = 10.0  # weight of imitation beside the critics' loss in what trains the encoder
 CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels of 128
 SAVE_EVERY = 1_000  # transitions between two checkpoints of the learner
 RECENT = 20  # episodes that the status line's success and interventions are of
@@ -545,14 +546,14 @@ def proprioception(views: Views) -> nn.Module:
 
 
 class PixelActor(Actor):
-    """The policy on an encoder's features and the states; its gradients stop at the features."""
+    """The policy on an encoder's features and the states."""
 
     def __init__(self, views: Views, action_dim: int, args: Args):
         super().__init__(feature_dim(views, args), action_dim, args)
         self.proprio = proprioception(views)
 
     def forward(self, seen: Features) -> tuple[Tensor, Tensor]:
-        return super().forward(torch.cat([seen.images.detach(), self.proprio(seen.states)], -1))
+        return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1))
 
 
 class PixelCritic(Critic):
@@ -1022,16 +1023,22 @@ class Agent:
         loss = (q_values - target_q).square().mean()  # over E, B; SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
+    def imitation_loss(self, mean: Tensor, actions: Tensor) -> Tensor:
+        """Squared distance of the policy (B, A) to demonstrations, the batch's last rows; 0 without.
+        arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3"""
+        num_demos = self.num_demos // self.args.grad_accum_steps
+        if not num_demos or not self.args.bc_weight:
+            return mean.new_zeros(())
+        error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
+        return error.square().sum(-1).mean()
+
     def actor_loss(self, seen: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft policy improvement, and imitation of demonstrations, the batch's last rows."""
+        """Soft policy improvement, and imitation of demonstrations."""
         mean, std = self.actor(seen)  # (B, A)
         new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
         q = self.critic(seen, new_actions).mean(0)  # (B,)
         loss = (self.alpha.detach() * log_pi - q).mean()
-        if self.num_demos and self.args.bc_weight:  # arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3
-            num_demos = self.num_demos // self.args.grad_accum_steps
-            error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
-            loss = loss + self.args.bc_weight * error.square().sum(-1).mean()
+        loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
     def grasp_loss(self, batch: Batch, seen: Features) -> Tensor:
@@ -1047,16 +1054,19 @@ class Agent:
         return (q - target_q).square().mean()
 
     def critic_gradient(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Features, dict[str, Tensor]]:
-        """Also the batch's features, for the actor."""
+        """Of the critics and, by imitation too, of the encoder. Also the batch's features, for the actor."""
         with self.autocast():
             target_q = self.target_q(batch, eps, subset)
             seen = self.critic.encode(batch.observations)
             loss, metrics = self.critic_loss(seen, batch.actions[:, : self.arm_dim], target_q)
+            mean, _ = self.actor(seen)
+            imitation = self.imitation_loss(mean, batch.actions[:, : self.arm_dim])
+            loss = loss + ENCODER_IMITATION * imitation
             if self.grasp_critic is not None:
                 grasp_loss = self.grasp_loss(batch, seen)
                 metrics["losses/grasp_loss"] = grasp_loss.detach()
                 loss = loss + grasp_loss
-        (loss / self.args.grad_accum_steps).backward()
+        (loss / self.args.grad_accum_steps).backward(inputs=self.critic_parameters)
         return Features(seen.images.detach(), seen.states), metrics
 
     def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ VICE arXiv:1805.11686, arXiv:1904.07854; FiLM arXiv:1709.07871; spatial softmax 
 arXiv:1905.02244.
 Differs from SERL (serl_launcher, commit cd5f7e7), beside what sac_state_sim.py says: every frame has a crop of its own;
 actor and critics each have a layer of their own for the robot's state; each critic has a last layer of its own; no
-dropout; actor and critics see the same augmented images; VICE's reward is the classifier's probability, and mixup and
-gradient penalty act on the encoder's output.
+dropout; actor and critics see the same augmented images; imitation trains the encoder, too; VICE's reward is the
+classifier's probability, and mixup and gradient penalty act on the encoder's output.
 New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit. common/ holds what is not learning.
 """
 
@@ -68,6 +68,7 @@ ALPHA_INIT = 0.01  # temperature at the start
 TARGET_ENTROPY = -0.5  # that the temperature seeks, per dimension of the action; SERL, RLPD
 DEMO_NOISE = 0.1  # standard deviation on the expert's actions, in [-1, 1]: shows how to recover
 PROPRIO_DIM = 64  # features of the robot's state; SERL
+ENCODER_IMITATION = 10.0  # weight of imitation beside the critics' loss in what trains the encoder
 CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels of 128
 LABEL_SMOOTHING = 0.2  # VICE: how far labels are moved from 0 and 1 towards 0.5, relative; SERL
 GRADIENT_PENALTY = 10.0  # VICE: weight of (gradient norm - 1)^2 between pairs of features; SERL
@@ -468,14 +469,14 @@ def proprioception(views: Views) -> nn.Module:
 
 
 class PixelActor(Actor):
-    """The policy on an encoder's features and the states; its gradients stop at the features."""
+    """The policy on an encoder's features and the states."""
 
     def __init__(self, views: Views, action_dim: int, args: Args):
         super().__init__(feature_dim(views, args), action_dim, args)
         self.proprio = proprioception(views)
 
     def forward(self, seen: Features) -> tuple[Tensor, Tensor]:
-        return super().forward(torch.cat([seen.images.detach(), self.proprio(seen.states)], -1))
+        return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1))
 
 
 class PixelCritic(Critic):
@@ -924,25 +925,34 @@ class Agent:
         loss = (q_values - target_q).square().mean()  # over E, B; SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
+    def imitation_loss(self, mean: Tensor, actions: Tensor) -> Tensor:
+        """Squared distance of the policy (B, A) to demonstrations, the batch's last rows; 0 without.
+        arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3"""
+        num_demos = self.num_demos // self.args.grad_accum_steps
+        if not num_demos or not self.args.bc_weight:
+            return mean.new_zeros(())
+        error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
+        return error.square().sum(-1).mean()
+
     def actor_loss(self, seen: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Soft policy improvement, and imitation of demonstrations, the batch's last rows."""
+        """Soft policy improvement, and imitation of demonstrations."""
         mean, std = self.actor(seen)  # (B, A)
         new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
         q = self.critic(seen, new_actions).mean(0)  # (B,)
         loss = (self.alpha.detach() * log_pi - q).mean()
-        if self.num_demos and self.args.bc_weight:  # arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3
-            num_demos = self.num_demos // self.args.grad_accum_steps
-            error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
-            loss = loss + self.args.bc_weight * error.square().sum(-1).mean()
+        loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
     def critic_gradient(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Features, dict[str, Tensor]]:
-        """Also the batch's features, for the actor."""
+        """Of the critics and, by imitation too, of the encoder. Also the batch's features, for the actor."""
         with self.autocast():
             target_q = self.target_q(batch, eps, subset)
             seen = self.critic.encode(batch.observations)
             loss, metrics = self.critic_loss(seen, batch.actions, target_q)
-        (loss / self.args.grad_accum_steps).backward()
+            mean, _ = self.actor(seen)
+            imitation = self.imitation_loss(mean, batch.actions)
+            loss = loss + ENCODER_IMITATION * imitation
+        (loss / self.args.grad_accum_steps).backward(inputs=self.critic_parameters)
         return Features(seen.images.detach(), seen.states), metrics
 
     def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:

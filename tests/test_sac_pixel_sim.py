@@ -173,7 +173,7 @@ def test_serl_pixel_actor_and_critic(encoders, monkeypatch, tmp_path):
     frames = np.stack([encoders["drq/in/front"], encoders["drq/in/wrist"]], 2)  # (B, 1, K, H, W, 3)
     states, actions = (torch.from_numpy(encoders[f"drq/in/{name}"]) for name in ("state", "actions"))
     obs = agent.critic.encode(agent.see(torch.from_numpy(frames), states[:, 0]))
-    mean, std = agent.actor(obs)
+    mean, std = agent.actor(sac_pixel_sim.Features(obs.images.detach(), obs.states))
     assert_close(mean, encoders["drq/out/mean"])
     assert_close(std, encoders["drq/out/std"])
     assert_close(agent.critic(obs, actions), encoders["drq/out/q"])
@@ -670,6 +670,25 @@ def test_actor_gradients_stop_at_the_features():
     actor = copies(agent.actor)
     agent.update_once(*inputs, with_actor=True)
     assert moved(before, agent.critic) == set() and moved(actor, agent.actor) == actor.keys()
+
+
+def test_imitation_trains_the_encoder_beside_the_critics():
+    """The critics' own layers learn from their loss alone, the actor's from its own."""
+    options = {"demos": "1", "augment": ()}
+    agent, without = (Agent(small_views(), box(2), small_args(**options, bc_weight=w), CPU) for w in (1.0, 0.0))
+    inputs = random_inputs(agent)
+    batch = prepared(agent, inputs)
+    mean, _ = agent.actor(agent.critic.encode(batch.observations))
+    count = agent.num_demos
+    distance = (mean[-count:].tanh() - batch.actions[-count:]).square().sum(1).mean()
+    named = dict(agent.critic.encoder.named_parameters(prefix="critic.encoder"))
+    added = dict(zip(named, torch.autograd.grad(distance, named.values()), strict=True))
+    with_it, critics = gradients(agent, inputs), gradients(without, inputs)
+    assert any(gradient.abs().max() > 1e-4 for gradient in added.values())
+    for name, gradient in critics.items():
+        if name.startswith("critic."):
+            expected = gradient + sac_pixel_sim.ENCODER_IMITATION * added.get(name, 0)
+            assert_close(with_it[name], expected, 1e-5)
 
 
 def test_the_target_is_made_by_the_target_critics_encoder():
