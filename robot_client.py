@@ -1079,8 +1079,7 @@ class TaskConfig:
         """Raises ValueError when settings contradict each other."""
         axes = len(self.action_scale)
         if axes not in (3, 6) or len(self.workspace) != axes or min(self.action_scale) <= 0:
-            what = "action_scale and workspace have 3 entries each, or 6 with rotation, all above 0"
-            raise ValueError(f"TaskConfig: {what}")
+            raise ValueError("TaskConfig: action_scale and workspace have 3 entries, or 6 with rotation, all above 0")
         if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):
             raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
 

@@ -896,6 +896,7 @@ class Agent:
         self.alpha_optimizer = self.make_optimizer([self.raw_alpha], 0.0)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
         self.num_demos = args.num_demos()
+        self.imitates = self.num_demos > 0 and args.bc_weight > 0
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
         self.critic_updates = 0
         self.counts = torch.zeros(3, device=device)  # transitions learned from, in the replay buffer, in the other
@@ -1024,11 +1025,9 @@ class Agent:
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
     def imitation_loss(self, mean: Tensor, actions: Tensor) -> Tensor:
-        """Squared distance of the policy (B, A) to demonstrations, the batch's last rows; 0 without.
+        """Squared distance of the policy (B, A) to demonstrations, the batch's last rows.
         arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3"""
         num_demos = self.num_demos // self.args.grad_accum_steps
-        if not num_demos or not self.args.bc_weight:
-            return mean.new_zeros(())
         error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
         return error.square().sum(-1).mean()
 
@@ -1038,7 +1037,8 @@ class Agent:
         new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
         q = self.critic(seen, new_actions).mean(0)  # (B,)
         loss = (self.alpha.detach() * log_pi - q).mean()
-        loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
+        if self.imitates:
+            loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
     def grasp_loss(self, batch: Batch, seen: Features) -> Tensor:
@@ -1059,9 +1059,9 @@ class Agent:
             target_q = self.target_q(batch, eps, subset)
             seen = self.critic.encode(batch.observations)
             loss, metrics = self.critic_loss(seen, batch.actions[:, : self.arm_dim], target_q)
-            mean, _ = self.actor(seen)
-            imitation = self.imitation_loss(mean, batch.actions[:, : self.arm_dim])
-            loss = loss + ENCODER_IMITATION * imitation
+            if self.imitates:
+                mean, _ = self.actor(seen)
+                loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, batch.actions[:, : self.arm_dim])
             if self.grasp_critic is not None:
                 grasp_loss = self.grasp_loss(batch, seen)
                 metrics["losses/grasp_loss"] = grasp_loss.detach()

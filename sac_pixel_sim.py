@@ -790,6 +790,7 @@ class Agent:
             self.classifier = load_classifier(saved or args.reward, views, args, self.trunk).to(device)
             self.classifier.requires_grad_(False)
         self.num_demos = args.num_demos()
+        self.imitates = self.num_demos > 0 and args.bc_weight > 0
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
         # Of `explore`: steps to go and value of each dimension.
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
@@ -926,11 +927,9 @@ class Agent:
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
     def imitation_loss(self, mean: Tensor, actions: Tensor) -> Tensor:
-        """Squared distance of the policy (B, A) to demonstrations, the batch's last rows; 0 without.
+        """Squared distance of the policy (B, A) to demonstrations, the batch's last rows.
         arXiv:1709.10089 eq. 2, arXiv:2106.06860 eq. 3"""
         num_demos = self.num_demos // self.args.grad_accum_steps
-        if not num_demos or not self.args.bc_weight:
-            return mean.new_zeros(())
         error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
         return error.square().sum(-1).mean()
 
@@ -940,7 +939,8 @@ class Agent:
         new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
         q = self.critic(seen, new_actions).mean(0)  # (B,)
         loss = (self.alpha.detach() * log_pi - q).mean()
-        loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
+        if self.imitates:
+            loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
     def critic_gradient(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Features, dict[str, Tensor]]:
@@ -949,9 +949,9 @@ class Agent:
             target_q = self.target_q(batch, eps, subset)
             seen = self.critic.encode(batch.observations)
             loss, metrics = self.critic_loss(seen, batch.actions, target_q)
-            mean, _ = self.actor(seen)
-            imitation = self.imitation_loss(mean, batch.actions)
-            loss = loss + ENCODER_IMITATION * imitation
+            if self.imitates:
+                mean, _ = self.actor(seen)
+                loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, batch.actions)
         (loss / self.args.grad_accum_steps).backward(inputs=self.critic_parameters)
         return Features(seen.images.detach(), seen.states), metrics
 

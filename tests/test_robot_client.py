@@ -1117,8 +1117,8 @@ def test_spaces_are_those_of_the_simulated_pixel_tasks(env_id, config, options):
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"action_scale": (0.1, 0.1)}, "3 entries each, or 6"),
-        ({"action_scale": (0.1, 0.1, 0.1)}, "3 entries each, or 6"),
+        ({"action_scale": (0.1, 0.1)}, "3 entries, or 6"),
+        ({"action_scale": (0.1, 0.1, 0.1)}, "3 entries, or 6"),
         ({"action_scale": (0.1, 0.1, 0.1, 0.1, 0.0, 0.1)}, "all above 0"),
         ({"hz": 2.0}, "hz is at least 4"),
         ({"proprio": ("tcp_pose", "heat")}, "proprio names some of"),
