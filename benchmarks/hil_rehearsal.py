@@ -5,10 +5,10 @@
     python benchmarks/hil_rehearsal.py --help-until 0          # the same without interventions
     python benchmarks/hil_rehearsal.py --classifier            # the reward of a classifier that is trained first
 
-It starts robot_server.py with the peg, faster than real time if the machine can, and runs the commands of README's "A
-day with the robot" one after the other: record_demos.py with the scripted expert, reward_classifier.py on labelled
-frames, sac_pixel_real.py with a scripted person who takes over often at first, then ever less, and now and then presses
-a wrong key, and its evaluation without help. Each is printed before it runs, as one would type it.
+It starts robot_server.py with the peg, and runs the commands of README's "A day with the robot" one after the other:
+record_demos.py with the scripted expert, reward_classifier.py on labelled frames, sac_pixel_real.py with a scripted
+person who takes over often at first, then ever less, and now and then presses a wrong key, and its evaluation without
+help. Each is printed before it runs, as one would type it.
 """
 
 import contextlib
@@ -52,16 +52,16 @@ class Args:
     """demonstrations by the scripted expert"""
     classifier: bool = False
     """record labelled frames and train a classifier, whose reward is learned from; else the simulated task's"""
-    total_timesteps: int = 24_000
+    total_timesteps: int = 12_000
     """transitions to learn from"""
-    help_until: int = 8_000
+    help_until: int = 6_000
     """environment steps after which the scripted person no longer takes over (0: never does)"""
     image_size: int = 48
     """pixels that the pictures are resized to, as sac_pixel_sim.py has it"""
     eval_episodes: int = 50
     """episodes of the evaluation"""
-    sim_speed: float = 4.0
-    """simulated time per real time (0: as fast as it can)"""
+    sim_speed: float = 1.0
+    """simulated time per real time; the faster it goes, the older is what the policy sees when it acts"""
     port: int = 5640
     """of the robot's server; the learner takes the tenth port after it"""
     folder: str = "runs/rehearsal"
