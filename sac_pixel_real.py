@@ -1542,7 +1542,6 @@ def collect(
     sender, agent = policy.sender, policy.agent
     seed = args.seed + sender.number
     agent.generator.manual_seed(envs.episode_seed(seed, 0, sender.journal.written))
-    run.episode = max(run.episode, sender.journal.written)  # so no two episodes have the same seed
     obs = None
     while True:
         catch_up(run, sender, person, child)
@@ -1554,7 +1553,8 @@ def collect(
             return
         # Reset.
         with run.phase("env"):
-            episode_seed = envs.episode_seed(seed, 0, run.episode)
+            number = sender.journal.written + run.episode  # grows with every episode, also after a crash
+            episode_seed = envs.episode_seed(seed, 0, number)
             obs = reset_robot(env, episode_seed, person, partial(stop_asked, run, person))
         person.begin(run.step)
         if obs is not None:
