@@ -22,7 +22,8 @@ Sources: everything that sac_pixel_sim.py names; HIL-SERL arXiv:2410.21845 (comm
 serl_launcher/agents/continuous/sac_hybrid_single.py).
 Differs from HIL-SERL, beside what sac_pixel_sim.py says: the gripper's critic shares the encoder, and the penalty on
 its motions is part of the reward of all critics; demonstrations are never evicted; a person keeps control between two
-nudges; nothing is saved or sent in a way that an action waits for; evaluation is deterministic and without help.
+nudges; a success is worth what it would earn if it lasted (--reward-scale); nothing is saved or sent in a way that an
+action waits for; evaluation is deterministic and without help.
 New task: copy an entry of TASKS in robot_client.py; `grep -n TASK: sac_pixel_real.py` shows the other places.
 """
 
