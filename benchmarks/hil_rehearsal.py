@@ -13,7 +13,6 @@ help. Each is printed before it runs, as one would type it.
 
 import contextlib
 import csv
-import json
 import os
 import shlex
 import shutil
@@ -163,7 +162,7 @@ def read_day(run_dir: Path) -> dict[str, object]:
     low, high = wilson(int(won.sum()), len(won))
     cycle_s = evaluated["cycle_s"][won].mean() if won.any() else np.nan
     return {
-        "transitions": json.loads((run_dir / "args.json").read_text())["total_timesteps"],
+        "transitions": int(trained["global_step"][-1]),
         "robot_s": round(trained["time/cycle_s"].sum()),  # of the episodes, without resets
         "success": won.mean(),
         "episodes": len(won),
