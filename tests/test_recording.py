@@ -265,7 +265,8 @@ def test_fingerprint_of_the_robot_names_what_differs():
     with pytest.raises(SystemExit) as refused:
         recording.check_fingerprint("--demos x", ours, other)
     assert str(refused.value).endswith(
-        "--demos x: is of another set-up: cameras.front.crop is null there, [0.1, 0.0, 0.9, 1.0] here; "
+        "--demos x: is of another set-up: "
+        "cameras.front.crop is [0.46, 0.58, 0.74, 0.86] there, [0.1, 0.0, 0.9, 1.0] here; "
         "cameras.side is only here; cameras.wrist is only there; hz is 10.0 there, 20.0 here"
     )
 
