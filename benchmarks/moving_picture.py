@@ -24,17 +24,19 @@ class Args:
     """height of the picture (pixels)"""
     fps: float = 12.5
     """frames per second, of real time"""
-    colors: int = 128
+    seconds: float = 8.0
+    """length; of a longer video only the beginning is shown"""
+    colors: int = 255
     """in the GIF's palette"""
 
 
 # --- Frames -----------------------------------------------------------------------------------------------------------
-def read_frames(path: Path, fps: float, size: int) -> list[np.ndarray]:
-    """The video's frames (H, W, 3), at this rate and height."""
+def read_frames(path: Path, fps: float, seconds: float, size: int) -> list[np.ndarray]:
+    """The video's first seconds (H, W, 3), at this rate and height."""
     with imageio.get_reader(path) as video:
         stride = video.get_meta_data()["fps"] / fps
         frames = list(video.iter_data())
-    kept = [frames[int(i)] for i in np.arange(0, len(frames), stride)]
+    kept = [frames[int(i)] for i in np.arange(0, len(frames), stride)][: round(seconds * fps)]
     width = round(size * kept[0].shape[1] / kept[0].shape[0])
     return [np.asarray(Image.fromarray(frame).resize((width, size), Image.Resampling.LANCZOS)) for frame in kept]
 
@@ -47,9 +49,9 @@ def side_by_side(videos: list[list[np.ndarray]]) -> list[np.ndarray]:
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
-    frames = side_by_side([read_frames(path, args.fps, args.size) for path in args.videos])
+    frames = side_by_side([read_frames(path, args.fps, args.seconds, args.size) for path in args.videos])
     # One palette for all frames: where nothing moves the bytes are equal, and the file stays small.
-    palette = Image.fromarray(np.concatenate(frames[:: len(frames) // 5])).quantize(args.colors)
+    palette = Image.fromarray(np.concatenate(frames[:: len(frames) // 5])).quantize(args.colors, Image.Quantize.MAXCOVERAGE)
     pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     pictures[0].save(args.output, save_all=True, append_images=pictures[1:], duration=1000 / args.fps, loop=0)
     print(f"wrote {args.output}: {len(frames)} frames, {args.output.stat().st_size / 1e6:.2f} MB")
