@@ -140,8 +140,8 @@ def test_sdk_arm_let_go(tmp_path, sdk):
         for gains in ({}, {"stiffness": 3000.0, "damping": 60.0, "clip": [limits["max_clip"]] * 3}):
             reply = wire.call("gains", **gains)
             assert reply["ok"] or reply["error"]["code"] == "bad_argument"
-            robot.ask("push", wrench=[0.0, 30.0, 0.0, 0.0, 0.0, 0.0], seconds=0.7)
-            follow(wire, lambda t: start, 0.6)
+            robot.ask("push", wrench=[0.0, 30.0, 0.0, 0.0, 0.0, 0.0], seconds=0.4)
+            follow(wire, lambda t: start, 0.35)
             away = math.dist(wire.state()["tcp_pose"][:3], start[:3])
             time.sleep(0.12)
             robot.ask("forget")
