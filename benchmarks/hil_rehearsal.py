@@ -66,6 +66,15 @@ class Args:
     folder: str = "runs/rehearsal"
     """where runs and datasets go"""
 
+    def row(self) -> str:
+        """The name of this kind of day in results/."""
+        name = "hil_rehearsal"
+        if not self.help_until:
+            name += "_without_help"
+        if self.classifier:
+            name += "_classifier"
+        return name
+
 
 # --- The day ----------------------------------------------------------------------------------------------------------
 @contextlib.contextmanager
@@ -148,7 +157,7 @@ def work(args: Args, seed: int, folder: Path) -> dict[str, object]:
         step(folder, "sac_pixel_real.py", *flags, *here)
         flags_of_evaluation = ("--final-eval-episodes", episodes, *server)
         step(folder, "sac_pixel_real.py", "--eval-only", "run", *flags_of_evaluation)
-    line = {"row": "hil_rehearsal", "seed": seed, "demo_cycle_s": demonstrated_s(folder)}
+    line = {"row": args.row(), "seed": seed, "demo_cycle_s": demonstrated_s(folder)}
     line |= read_day(folder / "run")
     line |= {"wall_s": round(time.monotonic() - start), "date": datetime.now(UTC).date().isoformat()}
     line |= {"commit": at_commit, "hardware": hardware()}
@@ -189,10 +198,10 @@ def main(args: Args) -> None:
         print("\n" + "\n".join(f"{name:18} {value}" for name, value in line.items()))
         if args.short:
             continue
-        (RESULTS / "hil_rehearsal").mkdir(exist_ok=True)
+        copies = RESULTS / args.row()
+        copies.mkdir(exist_ok=True)
         for ours, theirs in (("train", "train"), ("evaluation", "evaluation_newest")):
-            copy = RESULTS / "hil_rehearsal" / f"seed{seed}_{ours}.csv"
-            shutil.copyfile(folder / "run" / f"{theirs}.csv", copy)
+            shutil.copyfile(folder / "run" / f"{theirs}.csv", copies / f"seed{seed}_{ours}.csv")
         path = RESULTS / "hil_rehearsal.csv"
         new = not path.exists()
         with path.open("a", newline="") as file:

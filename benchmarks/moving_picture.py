@@ -51,7 +51,8 @@ def side_by_side(videos: list[list[np.ndarray]]) -> list[np.ndarray]:
 def main(args: Args) -> None:
     frames = side_by_side([read_frames(path, args.fps, args.seconds, args.size) for path in args.videos])
     # One palette for all frames: where nothing moves the bytes are equal, and the file stays small.
-    palette = Image.fromarray(np.concatenate(frames[:: len(frames) // 5])).quantize(args.colors, Image.Quantize.MAXCOVERAGE)
+    some = Image.fromarray(np.concatenate(frames[:: len(frames) // 5]))
+    palette = some.quantize(args.colors, Image.Quantize.MAXCOVERAGE)  # small coloured things keep their colour
     pictures = [Image.fromarray(frame).quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     pictures[0].save(args.output, save_all=True, append_images=pictures[1:], duration=1000 / args.fps, loop=0)
     print(f"wrote {args.output}: {len(frames)} frames, {args.output.stat().st_size / 1e6:.2f} MB")

@@ -201,12 +201,9 @@ def rehearsal_report(folder: Path) -> str:
         "commit",
         "hardware",
     ]
-    text = (
-        "\n## A day with the robot, rehearsed\n\n`python benchmarks/hil_rehearsal.py` records, trains with a scripted"
-    )
-    text += (
-        " person and evaluates on the\nsimulated robot server; `results/hil_rehearsal/` has what each episode said.\n\n"
-    )
+    text = "\n## A day with the robot, rehearsed\n\n"
+    text += "`python benchmarks/hil_rehearsal.py` records, trains with a scripted person and evaluates on the\n"
+    text += "simulated robot server; `results/hil_rehearsal*/` have what each episode said.\n\n"
     return text + table(head, cells)
 
 
