@@ -25,7 +25,8 @@ cleanrl: sac_continuous_action.py as it is, with its own task's defaults.
 The peers are not part of this project. Give checkouts of SERL (https://github.com/rail-berkeley/serl) and CleanRL
 (https://github.com/vwxyzjn/cleanrl), and interpreters that can import what each needs, and mujoco, gymnasium and tyro
 for the task; SERL's needs agentlace too, and an old JAX (0.4.30 works); CleanRL's needs gymnasium 0.29. Run it on a
-quiet machine: `others_cores` in the file says how many cores other processes used since the run began. A run that is
+quiet machine: `others_cores` in the file says how many cores other processes used since the run began. Two rows of
+contenders may go side by side, `taskset -c 0` and `taskset -c 1`, with --threads 1 and an --output each. A run that is
 killed keeps its lines; one that is begun again, with the same contender, task and seed, replaces them.
 """
 
@@ -54,8 +55,8 @@ EVERY = 1_000  # steps between evaluations
 EPISODES = 10  # of an evaluation
 DEMOS = "20"
 DEMO_NOISE = 0.1  # sac_state_sim.py's default
-COLUMNS = ["contender", "env_id", "seed", "step", "wall_s", "success", "return", "others_cores", "budget_s", "version"]
-COLUMNS += ["date", "commit", "hardware"]
+COLUMNS = ["contender", "env_id", "seed", "step", "wall_s", "success", "return", "cores", "others_cores", "budget_s"]
+COLUMNS += ["version", "date", "commit", "hardware"]
 OURS = {
     ("ours_demos", "FrankaPickCube-v0"): ROWS["sac_pick_default"].command,
     ("ours_demos", "FrankaPegInsert-v0"): ROWS["sac_peg_default"].command,
@@ -424,6 +425,7 @@ def outcomes(command: list[str], folder: Path, args: Args) -> Iterator[dict[str,
 def run_contender(contender: str, python: str, path: str, version: str, seed: int, args: Args) -> None:
     """One run: a line of the file for each evaluation, at once."""
     facts = {"contender": contender, "env_id": args.env_id, "seed": seed, "budget_s": args.budget_s}
+    facts["cores"] = len(os.sched_getaffinity(0))
     facts |= {"version": version, "date": datetime.now(UTC).date().isoformat()}
     facts |= {"commit": commit(), "hardware": hardware()}
     begin(args.output, contender, args.env_id, seed)

@@ -247,7 +247,7 @@ def peers_report(folder: Path) -> str:
     for task, of_task in grouped(lines, "env_id").items():
         cells = [peer_cells(name, own) for name, own in grouped(of_task, "contender").items()]
         text += f"\n### {task}\n\n" + table(head, cells)
-    facts = ["contender", "version", "budget_s", "date", "commit", "hardware"]
+    facts = ["contender", "version", "budget_s", "cores", "date", "commit", "hardware"]
     cells = []
     for own in grouped(lines, "contender").values():
         others = max(float(line["others_cores"]) for line in own)

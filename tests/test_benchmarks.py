@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import importlib.metadata
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -519,7 +520,7 @@ def test_a_runs_lines_are_kept(tmp_path, monkeypatch, result):
     facts = ("contender", "env_id", "wall_s", "success", "return", "budget_s", "version", "commit", "hardware")
     values = ["sb3", "FrankaPickCube-v0", "20.0", "1.0", "61.0", "1800.0", "x 1.0", "abc1234", "a CPU"]
     assert [line[fact] for fact in facts] == values
-    assert float(line["others_cores"]) >= 0
+    assert float(line["others_cores"]) >= 0 and int(line["cores"]) == len(os.sched_getaffinity(0))
 
 
 def test_contenders_that_are_given(tmp_path):
@@ -538,7 +539,7 @@ def test_contenders_that_are_given(tmp_path):
 
 def peer_lines(contender: str, seed: int, evaluations: list[tuple], env_id: str = "FrankaPickCube-v0") -> list[dict]:
     line = {"contender": contender, "env_id": env_id, "seed": seed, "others_cores": 0.02, "budget_s": 1800.0}
-    line |= {"version": "x 1.0", "date": "day", "commit": "abc", "hardware": "cores", "return": 31.4}
+    line |= {"cores": 2, "version": "x 1.0", "date": "day", "commit": "abc", "hardware": "cores", "return": 31.4}
     columns = ("step", "wall_s", "success")
     return [line | dict(zip(columns, values, strict=True)) for values in evaluations]
 
@@ -565,7 +566,7 @@ def test_table_and_picture_beside_others(tmp_path):
         f"| `serl_8` | {serl} | 1 | never | never | **0.05** | 31 | 30.0 | 1,500 |",
     ]
     assert "| `sb3` |" in peg[2] and "| 1 | 30.0 | 12,345 | **0.95** |" in peg[2]
-    assert facts[2] == "| ours_demos | x 1.0 | 1800.0 | day | abc | cores | 0.02 |"
+    assert facts[2] == "| ours_demos | x 1.0 | 1800.0 | 2 | day | abc | cores | 0.02 |"
     peers.draw(peers.read(tmp_path / "peers.csv"), tmp_path / "new" / "peers.png")
     assert (tmp_path / "new" / "peers.png").read_bytes().startswith(b"\x89PNG")
 
