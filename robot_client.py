@@ -60,8 +60,9 @@ import zmq
 import zmq.auth
 from gymnasium import spaces
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
-from robot_server import PROTOCOL_VERSION, Gains, fail, go_first, quat_from_rotvec, quat_multiply, rotation_between
+from robot_server import PROTOCOL_VERSION, Gains, fail, go_first
 
 SERVER = "tcp://127.0.0.1:5600"
 KEYS = __doc__[__doc__.index("Keys of the keyboard") : __doc__.index("Expect:")].strip()
@@ -84,57 +85,40 @@ class Args:
     """write one PNG of every camera into this folder"""
 
 
-# --- Rotations --------------------------------------------------------------------------------------------------------
-# Quaternions are x, y, z, w; Euler angles are roll, pitch, yaw about the fixed axes x, y, z: scipy's "xyz". (SERL's own
-# euler_2_quat turns the pitch around, serl_robot_infra/franka_env/utils/rotations.py:11.)
-def quat_inverse(quaternion: np.ndarray) -> np.ndarray:
-    return quaternion * np.array([-1.0, -1.0, -1.0, 1.0])
-
-
-def rotate(quaternion: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """(..., 3) vectors, each turned."""
-    return vectors + 2 * np.cross(quaternion[:3], np.cross(quaternion[:3], vectors) + quaternion[3] * vectors)
-
-
-def quat_from_euler(euler: Sequence[float]) -> np.ndarray:
-    roll, pitch, yaw = (quat_from_rotvec(angle * axis) for angle, axis in zip(euler, np.eye(3)))
-    return quat_multiply(yaw, quat_multiply(pitch, roll))
+# --- Poses ------------------------------------------------------------------------------------------------------------
+# A pose (7,) is a position, m, and a quaternion x, y, z, w. Euler angles are roll, pitch, yaw about the fixed axes
+# x, y, z: "xyz". (SERL's own euler_2_quat turns the pitch around, serl_robot_infra/franka_env/utils/rotations.py:11.)
+def rotation(pose: np.ndarray) -> Rotation:
+    return Rotation.from_quat(pose[3:])
 
 
 def pose_from_euler(pose: Sequence[float]) -> np.ndarray:
-    """(7,) position and quaternion of x, y, z, roll, pitch, yaw."""
-    return np.append(pose[:3], quat_from_euler(pose[3:]))
-
-
-def euler_from_quat(quaternion: np.ndarray) -> np.ndarray:
-    """(3,) roll, pitch, yaw; yaw is 0 where the pitch is +-pi/2 and only the difference of the two others counts."""
-    x, y, z = rotate(quaternion, np.eye(3))  # the columns of the rotation matrix
-    pitch = np.arcsin(np.clip(-x[2], -1, 1))
-    if abs(x[2]) > 1 - 1e-9:
-        return np.array([np.arctan2(-z[1], y[1]), pitch, 0.0])
-    return np.array([np.arctan2(y[2], z[2]), pitch, np.arctan2(x[1], x[0])])
+    """(7,) of x, y, z, roll, pitch, yaw."""
+    return np.append(pose[:3], Rotation.from_euler("xyz", pose[3:]).as_quat())
 
 
 def moved(pose: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """(7,) `pose` after a motion (6,): translation and rotation vector, both in base axes."""
-    return np.append(pose[:3] + motion[:3], quat_multiply(quat_from_rotvec(motion[3:]), pose[3:]))
+    turned = Rotation.from_rotvec(motion[3:]) * rotation(pose)
+    return np.append(pose[:3] + motion[:3], turned.as_quat())
 
 
 def motion_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(6,) translation and rotation vector that lead from pose b to pose a."""
-    return np.append(a[:3] - b[:3], rotation_between(a[3:], b[3:]))
+    turn = rotation(a) * rotation(b).inv()
+    return np.append(a[:3] - b[:3], turn.as_rotvec())
+
+
+def relative_pose(pose: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """(7,) `pose` seen from the frame `origin`, with w >= 0."""
+    position = rotation(origin).apply(pose[:3] - origin[:3], inverse=True)
+    turned = rotation(origin).inv() * rotation(pose)
+    return np.append(position, turned.as_quat(canonical=True))
 
 
 def no_longer_than(vector: np.ndarray, length: float) -> np.ndarray:
     """`vector`, at most this long."""
     return vector * min(length / max(float(np.linalg.norm(vector)), 1e-9), 1.0)
-
-
-def relative_pose(pose: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """(7,) `pose` seen from the frame `origin`, with w >= 0."""
-    quaternion = quat_multiply(quat_inverse(origin[3:]), pose[3:])
-    position = rotate(quat_inverse(origin[3:]), pose[:3] - origin[:3])
-    return np.append(position, quaternion if quaternion[3] >= 0 else -quaternion)
 
 
 class Pace:
@@ -1431,12 +1415,12 @@ class FrankaEnv(gym.Env):
     def inside_box(self, pose: np.ndarray) -> np.ndarray:
         """(7,) the nearest pose in the workspace; its angles count from the reset pose."""
         position = np.clip(pose[:3], self.low[:3], self.high[:3])
-        quaternion = pose[3:]
+        turn = rotation(pose)
         if self.axes == 6:
-            euler = euler_from_quat(quat_multiply(quaternion, quat_inverse(self.reset_pose[3:])))
-            inside = quat_from_euler(np.clip(euler, self.low[3:], self.high[3:]))
-            quaternion = quat_multiply(inside, self.reset_pose[3:])
-        return np.append(position, quaternion / np.linalg.norm(quaternion))
+            reset = rotation(self.reset_pose)
+            euler = (turn * reset.inv()).as_euler("xyz")
+            turn = Rotation.from_euler("xyz", np.clip(euler, self.low[3:], self.high[3:])) * reset
+        return np.append(position, turn.as_quat())
 
     def closure_after(self, value: float) -> float:
         """The gripper's closure that this action asks for."""
@@ -1517,14 +1501,15 @@ class FrankaEnv(gym.Env):
     def action_to_base(self, motion: np.ndarray) -> np.ndarray:
         """(6,) translation and rotation vector from the action's frame to the base's: both are turned, and no more.
         SERL's adjoint (franka_env/utils/transformations.py:19) also adds a rotation to each translation."""
-        return rotate(self.frame(), motion.reshape(2, 3)).ravel()
+        return self.frame().apply(motion.reshape(2, 3)).ravel()
 
     def base_to_action(self, motion: np.ndarray) -> np.ndarray:
         """(6,) the other way round, for what a person does in the base frame."""
-        return rotate(quat_inverse(self.frame()), motion.reshape(2, 3)).ravel()
+        return self.frame().apply(motion.reshape(2, 3), inverse=True).ravel()
 
-    def frame(self) -> np.ndarray:
-        return self.state["tcp_pose"][3:] if self.config.relative_frame else np.array([0.0, 0.0, 0.0, 1.0])
+    def frame(self) -> Rotation:
+        """Of actions, seen from the base."""
+        return rotation(self.state["tcp_pose"]) if self.config.relative_frame else Rotation.identity()
 
     def is_success(self, obs: dict[str, np.ndarray]) -> bool:
         """TASK: what success is, unless a classifier says so."""
@@ -1684,7 +1669,8 @@ def show_live(client: RobotClient | None, cameras: Sequence[Camera], teleop: Tel
     if client:
         state = client.state()
         pose = state["tcp_pose"]
-        numbers = [*pose[:3], *np.degrees(euler_from_quat(pose[3:])), *state["tcp_force"]]
+        degrees = rotation(pose).as_euler("xyz", degrees=True)
+        numbers = [*pose[:3], *degrees, *state["tcp_force"]]
         parts.append("{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers))
         parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
         parts.append(" ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]))
@@ -1709,7 +1695,7 @@ def drive(args: Args, teleop: Teleop, end: float) -> None:
     config = TaskConfig(
         server=args.server,
         keys=args.keys,
-        reset_pose=(*pose[:3], *euler_from_quat(pose[3:])),
+        reset_pose=(*pose[:3], *rotation(pose).as_euler("xyz")),
         random_reset=(0, 0, 0),
         reset_joints_every=0,
         recover_at_reset=False,

@@ -38,20 +38,9 @@ def test_nothing_heavy_is_imported():
     assert run_python(code).stdout.strip() == ""
 
 
-# --- Rotations --------------------------------------------------------------------------------------------------------
+# --- Poses ------------------------------------------------------------------------------------------------------------
 def quaternions(count: int = 50) -> np.ndarray:
     return Rotation.random(count, random_state=1).as_quat()
-
-
-def test_quaternions_agree_with_scipy():
-    for a, b in zip(quaternions(), quaternions()[::-1], strict=True):
-        vectors = RNG.normal(size=(4, 3))
-        same_rotation(rc.quat_multiply(a, b), Rotation.from_quat(a) * Rotation.from_quat(b))
-        same_rotation(rc.quat_inverse(a), Rotation.from_quat(a).inv())
-        np.testing.assert_allclose(rc.rotate(a, vectors), Rotation.from_quat(a).apply(vectors), atol=1e-12)
-        np.testing.assert_allclose(rc.rotate(a, vectors[0]), Rotation.from_quat(a).apply(vectors[0]), atol=1e-12)
-        turned = Rotation.from_rotvec(rc.rotation_between(a, b)) * Rotation.from_quat(b)
-        same_rotation(a, turned)
 
 
 def same_rotation(quaternion: np.ndarray, rotation: Rotation) -> None:
@@ -59,26 +48,26 @@ def same_rotation(quaternion: np.ndarray, rotation: Rotation) -> None:
     assert np.linalg.norm(quaternion) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("angle", [0.0, 1e-13, 1e-6, 1.0, np.pi - 1e-6, np.pi])
-def test_rotation_vectors_of_all_sizes(angle):
-    rotvec = angle * np.array([0.36, 0.48, 0.8])
-    quaternion = rc.quat_from_rotvec(rotvec)
-    np.testing.assert_allclose(quaternion, Rotation.from_rotvec(rotvec).as_quat(), atol=1e-15)
-    for sign in (1, -1):
-        found = rc.rotation_between(sign * quaternion, np.array([0, 0, 0, 1.0]))
-        np.testing.assert_allclose(found, rotvec if angle < np.pi or sign > 0 else found, atol=1e-12)
+def test_motion_leads_from_one_pose_to_the_other():
+    """Both parts in the axes of the base; a quarter turn about z leaves the translation along x alone."""
+    down = np.array([0.5, 0, 0.2, 1, 0, 0, 0])
+    turned = rc.moved(down, np.array([0.1, 0, 0, 0, 0, np.pi / 2]))
+    np.testing.assert_allclose(turned, [0.6, 0, 0.2, 0.5**0.5, 0.5**0.5, 0, 0], atol=1e-12)
+    for a, b in zip(quaternions(), quaternions()[::-1]):
+        a, b = np.append(RNG.normal(size=3), a), np.append(RNG.normal(size=3), b)
+        motion = rc.motion_between(a, b)
+        assert np.linalg.norm(motion[3:]) <= np.pi
+        np.testing.assert_allclose(rc.moved(b, motion)[:3], a[:3], atol=1e-12)
+        same_rotation(rc.moved(b, motion)[3:], Rotation.from_quat(a[3:]))
 
 
-@pytest.mark.parametrize("pitch", [-np.pi / 2, -1.5, 0.0, 0.05, 1.2, np.pi / 2])
-def test_euler_angles_agree_with_scipy(pitch):
-    """Also where SERL's own do not: with a pitch."""
-    for roll, yaw in RNG.uniform(-np.pi, np.pi, (20, 2)):
-        quaternion = rc.quat_from_euler((roll, pitch, yaw))
-        same_rotation(quaternion, Rotation.from_euler("xyz", (roll, pitch, yaw)))
-        euler = rc.euler_from_quat(quaternion)
-        same_rotation(quaternion, Rotation.from_euler("xyz", euler))
-        if abs(pitch) < 1.55:
-            np.testing.assert_allclose(euler, (roll, pitch, yaw), atol=1e-9)
+def test_euler_angles_are_about_the_fixed_axes_in_turn():
+    """Roll first, then pitch, which SERL's own turns around, then yaw."""
+    for roll, pitch, yaw in RNG.uniform(-1.5, 1.5, (20, 3)):
+        pose = rc.pose_from_euler((1, 2, 3, roll, pitch, yaw))
+        in_turn = [Rotation.from_rotvec(angle * axis) for angle, axis in zip((roll, pitch, yaw), np.eye(3))]
+        assert pose[:3].tolist() == [1, 2, 3]
+        same_rotation(pose[3:], in_turn[2] * in_turn[1] * in_turn[0])
 
 
 def test_relative_pose_agrees_with_homogeneous_matrices():
