@@ -181,6 +181,8 @@ class RefusedError(RobotError):
     """The server is alive and said no. `code` is one of the protocol's, or "failed" for a job that went wrong."""
 
 
+RECOVER = "look at the robot, then call client.job('recover')"
+ACTIVATE = "then call client.job('gripper', action='activate')"
 SOCKET_OPTIONS = {
     zmq.REQ_RELAXED: 1,
     zmq.REQ_CORRELATE: 1,
@@ -210,7 +212,8 @@ def load_keys(folder: str | Path) -> tuple[bytes, bytes, bytes]:
 
 
 class RobotClient:
-    """One call per operation of robot_server.py (its header describes them), each with a deadline.
+    """Any operation of robot_server.py, whose header describes them: `call("hold")`; by `job`, with an end to wait for,
+    those that take long: `job("gripper", action="open")`. The other methods are those that take more than that.
 
     A request without an answer is sent again, `tries` times in all ("Lazy Pirate"; REQ_CORRELATE drops answers that
     come late). That is safe for every operation: reading has no effect, a target carries a sequence number, and what
@@ -312,14 +315,20 @@ class RobotClient:
             state[key] = np.array(state[key])
         return state
 
-    def acquire(self, ttl_s: float = 1.0, takeover: bool = False) -> None:
-        """Become the one commander, or stay it. Any later call renews; `ttl_s` without one ends it, the arm holds."""
+    def acquire(self, ttl_s: float = 1.0, takeover: bool = False, wait_s: float = 0.0) -> None:
+        """Become the one commander, or stay it. Any later call renews; `ttl_s` without one ends it, the arm holds.
+        Waits up to `wait_s` for another's lease to end: a dead one's does so by itself."""
         self.token = self.token or uuid.uuid4().hex
-        try:
-            self.call("acquire", name=self.name, token=self.token, ttl=ttl_s, takeover=takeover)
-        except RefusedError:
-            self.token = None
-            raise
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                self.call("acquire", name=self.name, token=self.token, ttl=ttl_s, takeover=takeover)
+                return
+            except RefusedError as refusal:
+                if refusal.code != "lease_taken" or time.monotonic() > end:
+                    self.token = None
+                    raise
+                time.sleep(0.1)
 
     def release(self) -> None:
         if self.token:
@@ -338,17 +347,6 @@ class RobotClient:
                 return refusal.reply
             raise
 
-    def start(self, **gains: float | Sequence[float]) -> None:
-        """Start streaming at the measured pose, with these fields of `Gains`."""
-        self.job("start", **gains)
-
-    def set_gains(self, **gains: float | Sequence[float]) -> dict:
-        return self.call("gains", **gains)["result"]
-
-    def hold(self) -> None:
-        """Freeze the arm where it is, whoever commands it."""
-        self.call("hold")
-
     def stop(self, timeout_s: float = 2.0) -> None:
         """Stop the controller softly, whoever commands it, and wait until it is idle (or a fault is latched)."""
         deadline = time.monotonic() + timeout_s
@@ -358,48 +356,18 @@ class RobotClient:
                 raise RobotError(f"stop: the robot is still in mode {mode!r} after {timeout_s} s; use the stop button")
             time.sleep(0.02)
 
-    def move_joints(self, q: Sequence[float], speed: float = 0.2) -> None:
-        """Move to joint positions (7,), rad; `speed` is a fraction of the largest."""
-        self.job("move_joints", q=list(q), speed=speed)
-
-    def reset(self) -> None:
-        """Move to the server's own reset joint positions."""
-        self.job("reset")
-
-    def recover(self) -> None:
-        """Clear a latched fault or reflex; look at the robot first."""
-        self.job("recover")
-
-    def gripper(self, action: Literal["open", "close", "move", "activate", "stop"], wait=True, **options: float) -> str:
-        """Options: `width` in m for "move"; `speed`, `force` as fractions of the largest. Returns the job's handle."""
-        return self.job("gripper", wait=wait, action=action, **options)
-
-    def reset_task(self, seed: int | None = None) -> None:
-        """Simulated robot: arrange the scene anew."""
-        self.job("reset_task", seed=seed)
-
-    def task(self) -> dict:
-        """Simulated robot: "success", "observation", "expert" and "scene" of the task."""
-        return self.call("task")["result"]
-
-    def job(self, op: str, timeout_s: float = 60.0, wait: bool = True, **args: Any) -> str:
-        """Start what takes long, under a handle of our own, and wait for its end. Returns the handle."""
+    def job(self, op: str, timeout_s: float = 60.0, **args: Any) -> None:
+        """Start what takes long, under a handle of our own, and wait for its end. Raises RefusedError if it fails."""
         handle = uuid.uuid4().hex
-        self.call(op, handle=handle, **args)
         deadline = time.monotonic() + timeout_s
-        while wait and self.job_running(handle):
+        self.call(op, handle=handle, **args)
+        while (job := self.call("job", handle=handle)["result"])["status"] != "done":
+            if job["status"] == "failed":
+                raise RefusedError(f"{op}: {job['error']}", "failed")
             if time.monotonic() > deadline:
-                self.hold()
+                self.call("hold")
                 raise RefusedError(f"{op} took longer than {timeout_s} s; the arm holds", "failed")
             time.sleep(0.02)
-        return handle
-
-    def job_running(self, handle: str) -> bool:
-        """Whether a job goes on. Raises RefusedError if it failed."""
-        job = self.call("job", handle=handle)["result"]
-        if job["status"] == "failed":
-            raise RefusedError(f"{job['op']}: {job['error']}", "failed")
-        return job["status"] != "done"
 
     def close(self) -> None:
         with contextlib.suppress(RobotError):
@@ -1017,7 +985,7 @@ class TaskConfig:
     reset_speed: float = 0.1  # m/s on the way there
     reset_joints_every: int = 200  # episodes between two moves to reset_joints, which bring the elbow back (0: never)
     reset_joints: tuple[float, ...] = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad
-    recover_at_reset: bool = True  # else reset() raises after a fault, and a person calls `client.recover()`
+    recover_at_reset: bool = True  # else reset() raises after a fault, and a person calls `client.job("recover")`
     wait_s: float = 60.0  # how long reset() waits for a server or a camera that is away
 
     # what an action of 1 adds to the target: m, and rad (three entries: a task without rotation)
@@ -1224,7 +1192,7 @@ class FrankaEnv(gym.Env):
             self.cameras = [make_camera(camera, config.image_size, self.scene) for camera in config.cameras]
         for camera in self.cameras:
             camera.start(config.wait_s)
-        self.acquire()
+        self.client.acquire(LEASE_S, wait_s=LEASE_S + 1)
 
     def misfit(self) -> str:
         """What the server cannot do that the task asks for, if there is something."""
@@ -1244,44 +1212,33 @@ class FrankaEnv(gym.Env):
             return "without a gripper it must be 'fixed'"
         return ""
 
-    def acquire(self) -> None:
-        """Become the robot's commander. A dead one's lease ends by itself. Raises RefusedError for a live one."""
-        end = time.monotonic() + LEASE_S + 1
-        while True:
-            try:
-                return self.client.acquire(LEASE_S)
-            except RefusedError as refusal:
-                if refusal.code != "lease_taken" or time.monotonic() > end:
-                    raise
-                time.sleep(0.1)
-
     def prepare(self, start_pose: np.ndarray, scene_seed: int | None) -> None:
         """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
         state = client.state()
         if fault := state["fault"]:
             if not config.recover_at_reset:
-                raise RefusedError(f"{fault['message']}; look at the robot, then call client.recover()", "fault")
-            client.recover()
+                raise RefusedError(f"{fault['message']}; {RECOVER}", "fault")
+            client.job("recover")
         if client.state()["mode"] != "idle":
             client.stop()
         if state["gripper_fault"] and config.gripper != "fixed":
-            raise RobotError(f"{state['gripper_fault']}; then call client.gripper('activate')")
+            raise RobotError(f"{state['gripper_fault']}; {ACTIVATE}")
         if self.hello["robot"]["task"] and scene_seed is not None:
-            client.reset_task(scene_seed)
+            client.job("reset_task", seed=scene_seed)
         if config.gripper_at_reset != "keep":
-            client.gripper(config.gripper_at_reset)
-        client.start(**asdict(config.precision))
+            client.job("gripper", action=config.gripper_at_reset)
+        client.job("start", **asdict(config.precision))
         lifted = client.state()["reference"]
         lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
         self.go_to(lifted)
         every = config.reset_joints_every
         if every and self.episodes % every == every - 1:
             client.stop()
-            client.move_joints(config.reset_joints)
-            client.start(**asdict(config.precision))
+            client.job("move_joints", q=config.reset_joints)
+            client.job("start", **asdict(config.precision))
         self.go_to(start_pose)
-        client.set_gains(**asdict(config.compliance))
+        client.call("gains", **asdict(config.compliance))
         self.come_to_rest(start_pose, config.reset_still_s)
 
     def go_to(self, pose: np.ndarray) -> None:
@@ -1331,7 +1288,7 @@ class FrankaEnv(gym.Env):
         reply = self.client.target(pose)
         pace.wait()
         if self.give_up():
-            self.client.hold()
+            self.client.call("hold")
             raise RobotError("the reset was given up, the arm holds")
         return reply
 
@@ -1460,7 +1417,7 @@ class FrankaEnv(gym.Env):
             raise RobotError(f"the robot's newest state is {age:.2f} s old: does its SDK or its computer hang?")
         self.task: dict[str, Any] = {}
         if self.scene or self.config.reward == "task":
-            self.task = self.client.task()
+            self.task = self.client.call("task")["result"]
         if self.scene:
             self.scene.put(self.task["scene"])
 
@@ -1523,7 +1480,7 @@ class FrankaEnv(gym.Env):
 
     def expert_action(self) -> np.ndarray:
         """(A,) action of the simulated task's scripted expert. Raises RefusedError on a real robot, which has none."""
-        expert = (self.task or self.client.task())["expert"]
+        expert = (self.task or self.client.call("task")["result"])["expert"]
         motion = self.base_to_action(motion_between(np.array(expert["pose"]), self.last_target()))
         action = np.append(motion[: self.axes] / self.config.action_scale, 2 * expert["close"] - 1)
         return np.clip(action, -1, 1)[: self.action_space.shape[0]].astype(np.float32)
@@ -1610,10 +1567,9 @@ class Doctor:
         facts = [robot[name] for name in ("kind", "sdk", "firmware", "task") if robot[name]]
         self.say(True, "robot", f"{', '.join(map(str, facts))}, mode {state['mode']}")
         self.say(slow < 20, "round trip", f"{median:.2f} ms, 99 % below {slow:.2f} ms", "a cable, no WLAN?", "warn")
-        remedy = "look at the robot, then call client.recover()"
-        self.say(not fault, "fault", fault["message"] if fault else "none", remedy)
+        self.say(not fault, "fault", fault["message"] if fault else "none", RECOVER)
         text = state["gripper_fault"] or f"{gripper['kind']}, {1000 * state['gripper_width']:.0f} mm open"
-        self.say(not state["gripper_fault"], "gripper", text, "power, cable, then client.gripper('activate')")
+        self.say(not state["gripper_fault"], "gripper", text, f"power, cable; {ACTIVATE}")
         arriving = state["success_rate"]
         self.say(arriving >= 0.95, "control", f"{arriving:.0%} of the packets arrive", "robot_server.py --doctor")
         if robot["task"]:
@@ -1639,7 +1595,7 @@ class Doctor:
     def look(self) -> None:
         """Put the simulated cameras where the simulated robot is."""
         if self.scene:
-            self.scene.put(self.client.task()["scene"])
+            self.scene.put(self.client.call("task")["result"]["scene"])
 
     def save_pictures(self, folder: Path) -> None:
         """One of each camera."""

@@ -354,7 +354,7 @@ def test_job_keeps_its_handle_over_retries_and_reports_failure(fake, client):
 
     fake.answer = answer
     with pytest.raises(rc.RefusedError, match="failed: move_joints: joint limit"):
-        client.move_joints(range(7))
+        client.job("move_joints", q=list(range(7)))
     assert len({request["args"]["handle"] for request in fake.requests}) == 1
     assert [request["op"] for request in fake.requests] == ["move_joints", "move_joints", "job", "job", "job"]
 
@@ -1399,7 +1399,7 @@ def test_reflex_ends_the_episode_and_is_counted(refused):
     assert terminated and not truncated and reward == 0.0
     assert "cartesian collision" in info["fault"] and info["reflexes"] == 1
     assert env.step(np.zeros(7))[-1]["reflexes"] == 2
-    assert not env.client.recover.called and not env.client.acquire.called  # never inside a step
+    assert not env.client.job.called and not env.client.acquire.called  # never inside a step
 
 
 @pytest.mark.parametrize(
@@ -1555,12 +1555,13 @@ def test_time_limit_truncates_and_nothing_creeps(peg):
 def test_reset_goes_where_it_should_and_starts_are_seeded(peg):
     starts = []
     with environment(peg, random_reset=(0.05, 0.05, 0.5), relative_frame=False, reset_joints_every=2) as env:
-        joints = mock.Mock(wraps=rc.RobotClient.move_joints)
-        with mock.patch.object(rc.RobotClient, "move_joints", lambda self, q: joints(self, q)):
+        jobs = mock.Mock(wraps=rc.RobotClient.job)
+        with mock.patch.object(rc.RobotClient, "job", lambda self, op, **args: jobs(self, op, **args)):
             for seed in (5, 6, 5):
                 obs, _ = env.reset(seed=seed)
                 starts.append(obs["state"][4:11])
-        assert joints.call_count == 1  # before the second episode
+        asked = [call.args[1] for call in jobs.call_args_list]
+        assert asked.count("move_joints") == 1  # before the second episode
         x, y, yaw = np.random.Generator(np.random.PCG64(5)).uniform(size=3)
     np.testing.assert_allclose(starts[0], starts[2], atol=0.005)
     assert np.abs(starts[0] - starts[1])[:2].max() > 0.01
@@ -1613,7 +1614,7 @@ def test_two_commanders_hold_and_takeover(peg):
         with pytest.raises(rc.RefusedError, match="lease_taken"):
             anna.acquire()
         assert anna.state()["mode"] == "streaming"  # anyone may look,
-        anna.hold()  # and anyone may stop it
+        anna.call("hold")  # and anyone may stop it
         wait_until(lambda: anna.state()["mode"] == "hold", 1.0)
         _, _, terminated, truncated, info = env.step(ZERO)
         assert truncated and not terminated and info["fault"].startswith("held")
@@ -1728,7 +1729,7 @@ def test_reflex_of_the_simulated_arm_latches_until_reset(tmp_path):
         contextlib.closing(RobotClient(address)) as observer,
     ):
         env.reset(seed=0)
-        cube = np.array(observer.task()["observation"]["cube_pos"])
+        cube = np.array(observer.call("task")["result"]["observation"]["cube_pos"])
         for _ in range(100):
             goal = cube[:2] - env.unwrapped.state["tcp_pose"][:2]
             down = -0.5 if np.abs(goal).max() < 0.01 else 0.0
@@ -1741,7 +1742,7 @@ def test_reflex_of_the_simulated_arm_latches_until_reset(tmp_path):
         assert observer.state()["fault"]["code"] == "reflex"
         assert env.step(np.zeros(4, np.float32))[-1]["reflexes"] == 2  # still latched
         env.unwrapped.config.recover_at_reset = False
-        with pytest.raises(rc.RefusedError, match=r"look at the robot, then call client\.recover"):
+        with pytest.raises(rc.RefusedError, match=r"look at the robot, then call client\.job\('recover'\)"):
             env.reset()
         env.unwrapped.config.recover_at_reset = True
         env.reset(seed=1)
