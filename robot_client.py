@@ -59,7 +59,7 @@ import tyro
 import zmq
 import zmq.auth
 from gymnasium import spaces
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.spatial.transform import Rotation
 
 from robot_server import PROTOCOL_VERSION, Gains, fail, go_first
@@ -426,12 +426,8 @@ class Camera:
         """Wait for a frame: (H, W, 3) uint8 RGB, and its number. Raises CameraError after `timeout_s`."""
         raise NotImplementedError
 
-    def shut(self) -> None:
-        """Stop the device."""
-
-    def reset_hardware(self) -> None:
-        """What helps when starting anew did not."""
-        self.shut()
+    def shut(self, hard: bool = False) -> None:
+        """Stop the device; `hard`: by what helps when starting it anew did not."""
 
     def start(self, timeout_s: float = 10.0) -> Self:
         """Start the thread, or see that it still delivers. Raises CameraError without a fresh frame in `timeout_s`."""
@@ -480,7 +476,7 @@ class Camera:
                 failures += 1
                 self.restarts += 1
             with contextlib.suppress(RuntimeError, OSError):
-                self.reset_hardware() if failures >= 2 else self.shut()
+                self.shut(hard=failures >= 2)
             self._stop.wait(min(0.1 * failures, 1.0))
 
     def _keep(self, frame: Frame) -> None:
@@ -491,16 +487,12 @@ class Camera:
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         """(size, size, 3): cropped and averaged over the pixels that fall together."""
-        height, width, _ = image.shape
-        if self.config.crop:
-            box = tuple(np.array(self.config.crop) * (width, height, width, height))
-        else:
-            side = min(height, width)
-            box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+        picture = Image.fromarray(image)
         size = (self.size, self.size)
-        if image.shape[:2] == size and box == (0, 0, *size):
-            return image.copy()
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX, box=box))
+        if self.config.crop is None:
+            return np.asarray(ImageOps.fit(picture, size, Image.Resampling.BOX))
+        box = np.array(self.config.crop) * (picture.size * 2)
+        return np.asarray(picture.resize(size, Image.Resampling.BOX, tuple(box)))
 
 
 def import_realsense() -> Any:
@@ -523,6 +515,9 @@ def realsense_devices(rs: Any) -> dict[str, Any]:
 
 class RealSense(Camera):
     """Colour pictures of an Intel RealSense, with fixed exposure."""
+
+    rs: Any = None  # the module, once it is there
+    pipeline: Any = None
 
     def open(self) -> None:
         self.rs = import_realsense()
@@ -567,14 +562,12 @@ class RealSense(Camera):
         image = np.array(frame.get_data())  # a copy: held frames starve the camera's pool
         return image, frame.get_frame_number()
 
-    def shut(self) -> None:
-        if pipeline := getattr(self, "pipeline", None):
-            self.pipeline = None
-            pipeline.stop()
-
-    def reset_hardware(self) -> None:
-        self.pipeline = None  # stop() and then a reset can deadlock, librealsense issue 7252
-        if device := realsense_devices(self.rs).get(self.config.serial):
+    def shut(self, hard: bool = False) -> None:
+        pipeline, self.pipeline = self.pipeline, None
+        if pipeline and not hard:
+            pipeline.stop()  # and then a reset can deadlock, librealsense issue 7252
+        devices = realsense_devices(self.rs) if self.rs and hard else {}
+        if device := devices.get(self.config.serial):
             device.hardware_reset()
             self._stop.wait(5.0)
 
@@ -1239,58 +1232,42 @@ class FrankaEnv(gym.Env):
             client.job("start", **asdict(config.precision))
         self.go_to(start_pose)
         client.call("gains", **asdict(config.compliance))
-        self.come_to_rest(start_pose, config.reset_still_s)
+        self.go_to(start_pose, config.reset_still_s)
 
-    def go_to(self, pose: np.ndarray) -> None:
-        """Stream targets along a straight line to `pose`, no faster than the arm follows, and wait until it is there.
-        Raises RefusedError if it is not."""
+    def go_to(self, pose: np.ndarray, still_s: float = 0.0) -> None:
+        """Stream targets along a straight line to `pose`, no faster than the arm follows, until it has stood still
+        there for this long. Raises RefusedError if it does not, RobotError when the reset is given up."""
+        near, aligned = self.config.reset_tolerance
         start = self.client.state()["reference"]
         motion = motion_between(pose, start)
-        speed = self.config.reset_speed  # and 5 rad for each m
-        turn_s = np.linalg.norm(motion[3:]) / (5 * speed)
-        seconds = max(np.linalg.norm(motion[:3]) / speed, turn_s, 0.05)
-        steps = math.ceil(RESET_HZ * seconds)
+        way = max(np.linalg.norm(motion[:3]), np.linalg.norm(motion[3:]) / 5)  # 5 rad for each m
+        steps = max(math.ceil(RESET_HZ * way / self.config.reset_speed), 1)
         pace = self.client.pace(RESET_HZ)
         step = 1
-        for _ in range(3 * steps + 60):
-            target = moved(start, motion * step / steps)
-            reference = self.stream(target, pace)["reference"]
-            lag = motion_between(target, np.array(reference))
+        still = 0  # beats
+        for _ in range(3 * steps + 120):
+            target = moved(start, motion * min(step / steps, 1))
+            self.client.target(target)
+            pace.wait()
+            if self.give_up():
+                self.client.call("hold")
+                raise RobotError("the reset was given up, the arm holds")
+            state = self.client.state()
+            lag = motion_between(target, state["reference"])
             if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
                 step += 1
-            if step > steps:
-                break
-        self.come_to_rest(pose, 0.0)
-
-    def come_to_rest(self, pose: np.ndarray, still_s: float) -> None:
-        """Wait until the arm has stood still at `pose` for this long. Raises RefusedError if it does not."""
-        near, aligned = self.config.reset_tolerance
-        pace = self.client.pace(RESET_HZ)
-        still = 0  # beats
-        for _ in range(3 * RESET_HZ):
-            self.stream(pose, pace)
-            state = self.client.state()
             off = motion_between(state["tcp_pose"], pose)
+            turn = np.linalg.norm(off[3:])
             speed = np.abs(state["tcp_vel"])
-            there = np.abs(off[:3]).max() < near and np.linalg.norm(off[3:]) < aligned
+            there = step > steps and np.abs(off[:3]).max() < near and turn < aligned
             still = still + 1 if there and speed[:3].max() < 0.01 and speed[3:].max() < 0.05 else 0
             if still > RESET_HZ * still_s:
                 return
         raise RefusedError(
-            f"reset: the tcp stands {np.round(off[:3], 3)} m and {np.linalg.norm(off[3:]):.2f} rad off, "
+            f"reset: the tcp stands {np.round(off[:3], 3)} m and {turn:.2f} rad off, "
             f"or moves at {speed[:3].max():.3f} m/s; is something in its way?",
             "failed",
         )
-
-    def stream(self, pose: np.ndarray, pace: Pace) -> dict:
-        """A target on the way to the start, and a beat. Returns the server's reply.
-        Raises RobotError when the reset is given up."""
-        reply = self.client.target(pose)
-        pace.wait()
-        if self.give_up():
-            self.client.call("hold")
-            raise RobotError("the reset was given up, the arm holds")
-        return reply
 
     # Step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
