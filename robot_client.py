@@ -628,12 +628,12 @@ CAMERAS = {"realsense": RealSense}  # TASK: add a kind of camera of your own, a 
 
 
 def make_camera(config: CameraConfig, size: int, scene: Scene | None) -> Camera:
-    if config.kind == "sim":
-        if scene is None:
-            raise CameraError(f"camera {config.name} is simulated, the robot is not; kinds: {', '.join(CAMERAS)}")
+    """Raises CameraError for an unknown kind, and for a simulated camera without a simulated robot."""
+    if config.kind == "sim" and scene:
         return SimCamera(config, size, scene)
     if config.kind not in CAMERAS:
-        raise CameraError(f"camera {config.name}: unknown kind {config.kind!r}; there are: sim, {', '.join(CAMERAS)}")
+        kinds = ", ".join([*CAMERAS, "sim of a simulated robot"])
+        raise CameraError(f"camera {config.name}: there is no kind {config.kind!r} here, but {kinds}")
     return CAMERAS[config.kind](config, size)
 
 
@@ -661,7 +661,7 @@ class Terminal:
             raise RobotError("keyboard: standard input is no terminal; start the script in one, without a pipe")
         self.fault = ""
         self._typed: dict[str, float] = {}  # key -> when it came last, monotonic s
-        self._repeats: set[str] = set()  # keys that are held down
+        self._repeats: dict[str, bool] = {}  # whether a key is held down
         self._commands: collections.deque[str] = collections.deque()
         settings = termios.tcgetattr(self.fd)
 
@@ -689,12 +689,9 @@ class Terminal:
             self.fault = f"keyboard: {error}"
 
     def _note(self, key: str, now: float) -> None:
-        gap = now - self._typed.get(key, -math.inf)
+        gap = now - self.pressed_at(key)
         self._typed[key] = now
-        if gap < REPEAT_S:
-            self._repeats.add(key)
-        else:
-            self._repeats.discard(key)
+        self._repeats[key] = gap < REPEAT_S
         if key in COMMANDS and gap > HOLD_S:  # a key that is held is one command
             self._commands.append(COMMANDS[key])
 
@@ -709,7 +706,7 @@ class Terminal:
     def strength(self, key: str) -> float:
         """1 while the key is held down, 0.25 after it was typed, as long as it may be held down, 0 otherwise."""
         since = time.monotonic() - self.pressed_at(key)
-        if key in self._repeats:
+        if self._repeats.get(key):
             return float(since < REPEAT_S)
         return 0.25 if since < HOLD_S else 0.0
 
@@ -724,7 +721,7 @@ class Terminal:
         self._typed.clear()
         self._repeats.clear()
         pauses = [command for command in typed if command in ("pause", "go on")]
-        kept = ["pause"] if pauses and pauses[-1] == "pause" else []
+        kept = ["pause"] if pauses[-1:] == ["pause"] else []
         if "quit" in typed:
             kept.append("quit")
         self._commands.extend(kept)
@@ -822,9 +819,8 @@ class SpaceMouse(Teleop):
     """3Dconnexion SpaceMouse: the cap moves the arm; the left button closes, the right one opens the gripper, both
     together keep control while the cap is let go."""
 
-    def __init__(self, gain: float = 1.0):
+    def __init__(self):
         """Raises RobotError if there is none."""
-        self.gain = gain
         self._state = np.zeros(6), 0.0
         self._device = self._open()
         self._stop = threading.Event()
@@ -866,7 +862,7 @@ class SpaceMouse(Teleop):
             motion = np.array([state.x, state.y, state.z, state.roll, state.pitch, state.yaw])
             left, right = [*state.buttons, 0, 0][:2]
             self.held = bool(left and right)
-            self._state = np.clip(self.gain * motion, -1, 1), float(left) - float(right)
+            self._state = np.clip(motion, -1, 1), float(left) - float(right)
 
     def motion(self) -> tuple[np.ndarray, float]:
         return self._state
@@ -943,11 +939,11 @@ class Intervention(gym.Wrapper):
         elif self.left:
             self.left -= 1
             human = np.zeros(self.action_space.shape, self.action_space.dtype)
-        *step, info = self.env.step(action if human is None else human)
+        asked = action if human is None else human
+        *step, info = self.env.step(asked)
         if "executed_action" not in info:  # a task that does not tell
-            low, high = self.action_space.low, self.action_space.high
-            asked = action if human is None else human
-            info["executed_action"] = np.clip(asked, low, high).astype(self.action_space.dtype)
+            space = self.action_space
+            info["executed_action"] = np.clip(asked, space.low, space.high).astype(space.dtype)
         info |= {"intervened": human is not None, "policy_action": action, "teleop_fault": self.teleop.fault}
         if human is not None:
             info["intervene_action"] = info["executed_action"]
@@ -1096,19 +1092,12 @@ class FrankaEnv(gym.Env):
     # alone: a second environment on the same robot would take it away from this one
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10, "alone": True}
 
-    def __init__(
-        self,
-        config: TaskConfig | dict | None = None,
-        success: Callable[[dict], bool] | None = None,
-        render_mode: str | None = None,
-    ) -> None:
-        """`success`: of an observation, instead of `config.reward`, for example a classifier. Raises ValueError for
-        settings that contradict each other."""
+    def __init__(self, config: TaskConfig | dict | None = None, render_mode: str | None = None) -> None:
+        """Raises ValueError for settings that contradict each other."""
         if isinstance(config, dict):
             config = TaskConfig.from_dict(config)
         self.config = config or TaskConfig()
         self.config.check()
-        self.success = success
         self.render_mode = render_mode
         self.metadata = self.metadata | {"render_fps": self.config.hz}
         self.axes = len(self.config.action_scale)
@@ -1272,14 +1261,9 @@ class FrankaEnv(gym.Env):
     # Step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         asked = self.checked(action)
-        info: dict[str, Any] = {
-            "asked_action": asked.astype(np.float32),
-            "executed_action": np.zeros(asked.shape, np.float32),
-            "limited": [],
-            "grasp_penalty": 0.0,
-            "period_s": 0.0,
-            "late_s": 0.0,
-        }
+        info: dict[str, Any] = {"limited": [], "grasp_penalty": 0.0, "period_s": 0.0, "late_s": 0.0}
+        info["asked_action"] = asked.astype(np.float32)
+        info["executed_action"] = np.zeros(asked.shape, np.float32)
         code = ""
         try:
             info["executed_action"] = self.command(asked, info).astype(np.float32)
@@ -1298,7 +1282,7 @@ class FrankaEnv(gym.Env):
         self.elapsed_steps += 1
         obs, camera_fault = self.observe()
         fault = fault or camera_fault
-        success = not fault and self.is_success(obs)
+        success = not fault and self.is_success()
         terminated = reflex or (success and self.config.terminate_on_success)
         truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
         info["success"] = success
@@ -1322,11 +1306,10 @@ class FrankaEnv(gym.Env):
         motion[: self.axes] = values[: self.axes] * scale
         start = self.last_target()
         self.target = self.inside_box(moved(start, self.action_to_base(motion)))
-        change = 0.0
-        if self.config.gripper != "fixed":
-            change = abs(self.closure_after(values[-1]) - self.closure)
+        closure = self.closure_after(values[-1])
+        change = abs(closure - self.closure)
         if change:
-            self.closure = self.ordered = self.closure_after(values[-1])
+            self.closure = self.ordered = closure
         info["grasp_penalty"] = -self.config.gripper_penalty * change
         told = self.client.target(self.target, self.ordered)["result"]  # None: it was, in an answer that was lost
         info["limited"] = told["limited"] if told else []
@@ -1357,7 +1340,9 @@ class FrankaEnv(gym.Env):
         return np.append(position, turn.as_quat())
 
     def closure_after(self, value: float) -> float:
-        """The gripper's closure that this action asks for."""
+        """The gripper's closure that the last number of an action asks for."""
+        if self.config.gripper == "fixed":
+            return self.closure
         if self.config.gripper == "continuous":
             return float(np.clip(self.closure + value, 0, 1))
         return float(value > 0) if abs(value) >= GRIPPER_THRESHOLD else self.closure
@@ -1445,10 +1430,8 @@ class FrankaEnv(gym.Env):
         """Of actions, seen from the base."""
         return rotation(self.state["tcp_pose"]) if self.config.relative_frame else Rotation.identity()
 
-    def is_success(self, obs: dict[str, np.ndarray]) -> bool:
-        """TASK: what success is, unless a classifier says so."""
-        if self.success:
-            return bool(self.success(obs))
+    def is_success(self) -> bool:
+        """TASK: what success is, where no classifier around this environment says so."""
         if self.config.reward == "task":
             return self.task["success"]
         near, aligned = self.config.tolerance
@@ -1495,33 +1478,32 @@ class Doctor:
         self.cameras: list[Camera] = []
         self.teleop: Teleop | None = None
 
-    def say(
-        self, fine: object, name: str, text: str, remedy: str = "", wrong: Literal["FAIL", "warn"] = "FAIL"
-    ) -> None:
-        """One line: ok, or what is wrong and what to do."""
+    def say(self, fine: bool | None, name: str, text: str, remedy: str = "") -> None:
+        """One line: ok, or what is wrong (None: what could be better) and what to do."""
         if fine:
             print(f"ok    {name}: {text}", flush=True)
         else:
-            print(f"{wrong}  {name}: {text}{remedy and '; '}{remedy}", flush=True)
-            self.failed += wrong == "FAIL"
+            level = "warn" if fine is None else "FAIL"
+            print(f"{level}  {name}: {text}{remedy and '; '}{remedy}", flush=True)
+            self.failed += fine is False
 
     def examine(self) -> None:
         names = ("numpy", "gymnasium", "pyzmq", "msgpack")
         packages = [f"{name} {importlib.metadata.version(name)}" for name in names]
         self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
         self.attempt("server", self.examine_server)
-        self.attempt("realsense", self.examine_realsense, wrong="warn")
+        self.attempt("realsense", self.examine_realsense, wrong=None)  # a simulated robot needs none
         for camera in list(self.cameras):
             if not self.attempt("cameras", camera.start):
                 self.cameras.remove(camera)
         self.attempt("teleop", self.open_teleop)
 
-    def attempt(self, name: str, check: Callable[[], object], wrong: Literal["FAIL", "warn"] = "FAIL") -> bool:
+    def attempt(self, name: str, check: Callable[[], object], wrong: bool | None = False) -> bool:
         """Whether a check ends well; else a line that says why not."""
         try:
             check()
         except RobotError as error:
-            self.say(False, name, str(error), wrong=wrong)
+            self.say(wrong, name, str(error))
             return False
         return True
 
@@ -1529,7 +1511,7 @@ class Doctor:
         """What the server says about itself."""
         if self.args.keys and (secret := Path(self.args.keys) / "client.key_secret").exists():
             private = not secret.stat().st_mode & 0o077
-            self.say(private, "keys", str(secret), f"others can read it: chmod 600 {secret}", wrong="warn")
+            self.say(private or None, "keys", str(secret), f"others can read it: chmod 600 {secret}")
         client = RobotClient(self.args.server, self.args.keys)
         hello = client.hello()
         self.client = client
@@ -1543,7 +1525,8 @@ class Doctor:
         self.say(True, "server", f"{client.server}, commanded by {hello['lease'] or 'nobody'}")
         facts = [robot[name] for name in ("kind", "sdk", "firmware", "task") if robot[name]]
         self.say(True, "robot", f"{', '.join(map(str, facts))}, mode {state['mode']}")
-        self.say(slow < 20, "round trip", f"{median:.2f} ms, 99 % below {slow:.2f} ms", "a cable, no WLAN?", "warn")
+        text = f"{median:.2f} ms, 99 % below {slow:.2f} ms"
+        self.say(slow < 20 or None, "round trip", text, "a cable, no WLAN?")
         self.say(not fault, "fault", fault["message"] if fault else "none", RECOVER)
         text = state["gripper_fault"] or f"{gripper['kind']}, {1000 * state['gripper_width']:.0f} mm open"
         self.say(not state["gripper_fault"], "gripper", text, f"power, cable; {ACTIVATE}")
@@ -1619,10 +1602,10 @@ def show_live(client: RobotClient | None, cameras: Sequence[Camera], teleop: Tel
     print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
 
 
-def drive(args: Args, teleop: Teleop, end: float) -> None:
+def drive(args: Args, client: RobotClient, teleop: Teleop, end: float) -> None:
     """Let a person move the arm slowly, within 10 cm of where it stands, to feel gains and directions."""
-    with contextlib.closing(RobotClient(args.server, args.keys)) as client:
-        limits, pose = client.hello()["limits"], client.state()["tcp_pose"]
+    limits = client.hello()["limits"]
+    pose = client.state()["tcp_pose"]
     around = [pose[:3] - 0.1, pose[:3] + 0.1]
     box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
     config = TaskConfig(
@@ -1661,7 +1644,7 @@ def main(args: Args) -> None:
             print(KEYS)
         end = time.monotonic() + (args.seconds or math.inf)
         if args.drive:
-            drive(args, doctor.teleop, end)
+            drive(args, doctor.client, doctor.teleop, end)
         elif doctor.client or doctor.cameras or doctor.teleop:
             doctor.watch(end)
     except (RobotError, OSError) as error:
