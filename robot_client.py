@@ -413,7 +413,9 @@ class Frame(NamedTuple):
 class Camera:
     """The newest frame of a camera, kept by a thread: a slow or dead one never blocks the loop.
 
-    One that fails or stands still is started anew; if that did not help, after a hardware reset.
+    A kind of camera has three methods: `open` starts the device; `grab` waits for the next frame,
+    (H, W, 3) uint8 RGB, and returns it and its number, or raises RobotError after `timeout_s`; `shut`
+    stops the device, `hard` by what helps when it failed again after it was started anew.
     """
 
     def __init__(self, config: CameraConfig, size: int = 128):
@@ -426,16 +428,8 @@ class Camera:
         self._arrived = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"camera-{config.name}", daemon=True)
 
-    def open(self) -> None:
-        """Start the device; raises RobotError or RuntimeError."""
-        raise NotImplementedError
-
-    def grab(self) -> tuple[np.ndarray, int]:
-        """The next frame, (H, W, 3) uint8 RGB, and its number; RobotError after `timeout_s`."""
-        raise NotImplementedError
-
     def shut(self, hard: bool = False) -> None:
-        """Stop the device; `hard`: by what helps when starting it anew did not."""
+        """Nothing to stop."""
 
     def start(self, timeout_s: float = 10.0) -> Self:
         """Start the thread, or see that it still delivers; RobotError without a new frame."""
