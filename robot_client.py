@@ -1122,6 +1122,7 @@ class FrankaEnv(gym.Env):
         self.action_space = spaces.Box(-1, 1, (numbers,), np.float32)
         self.reset_pose = pose_from_euler(self.config.reset_pose)
         self.goal_pose = pose_from_euler(self.config.goal_pose)
+        self.scale = np.array(self.config.action_scale)
         self.low, self.high = np.array(self.config.workspace).T
         self.client: RobotClient | None = None
         self.scene: Scene | None = None
@@ -1200,7 +1201,7 @@ class FrankaEnv(gym.Env):
         limits = self.hello["limits"]
         low, high = limits["workspace_low"], limits["workspace_high"]
         served = self.hello["robot"]["task"]
-        if np.linalg.norm(config.action_scale[:3]) > limits["max_jump"] / 2:
+        if np.linalg.norm(self.scale[:3]) > limits["max_jump"] / 2:
             return f"action_scale {config.action_scale[:3]} is too large for --max-jump"
         if np.any(self.low[:3] < low) or np.any(self.high[:3] > high):
             return f"the workspace reaches beyond {low}, {high}"
@@ -1296,9 +1297,10 @@ class FrankaEnv(gym.Env):
             latched = error.reply.get("fault")
             fault = str(error)
             code = error.code
-        reflex = bool(latched) and latched["code"] == "reflex"
-        user_stopped = bool(latched) and latched["code"] == "user_stopped"
-        self.stopped = fault if user_stopped or code == "held" else ""
+        if latched:
+            code = latched["code"]
+        reflex = code == "reflex"
+        self.stopped = fault if code in ("user_stopped", "held") else ""
         self.reflexes += reflex
         self.elapsed_steps += 1
         obs, camera_fault = self.observe()
@@ -1323,9 +1325,8 @@ class FrankaEnv(gym.Env):
 
     def command(self, values: np.ndarray, info: dict) -> np.ndarray:
         """Move target and gripper on. Returns the action as far as the box allows it."""
-        scale = np.array(self.config.action_scale)
         motion = np.zeros(6)
-        motion[: self.axes] = values[: self.axes] * scale
+        motion[: self.axes] = values[: self.axes] * self.scale
         start = self.last_target()
         self.target = self.inside_box(moved(start, self.action_to_base(motion)))
         closure = self.closure_after(values[-1])
@@ -1337,18 +1338,17 @@ class FrankaEnv(gym.Env):
         info["limited"] = told["limited"] if told else []  # nothing is told if an answer was lost
         if change and self.config.gripper_wait_s:
             self.wait_for_gripper()
-        executed = self.base_to_action(motion_between(self.target, start))[: self.axes] / scale
+        executed = self.base_to_action(motion_between(self.target, start))[: self.axes] / self.scale
         return np.clip(np.append(executed, values[self.axes :]), -1, 1)
 
     def last_target(self) -> np.ndarray:
         """(7,) what an action moves on from: the last target, at most half an action ahead of the
         server's reference. So single actions are carried out in full although the server takes its
         time, and where the arm is blocked or too slow, the target waits for it."""
-        scale = np.array(self.config.action_scale)
         reference = self.state["reference"]
         lead = motion_between(self.target, reference)
-        lead[:3] = no_longer_than(lead[:3], scale[:3].max() / 2)
-        lead[3:] = no_longer_than(lead[3:], scale[3:].max(initial=0.0) / 2)
+        lead[:3] = no_longer_than(lead[:3], self.scale[:3].max() / 2)
+        lead[3:] = no_longer_than(lead[3:], self.scale[3:].max(initial=0.0) / 2)
         return moved(reference, lead)
 
     def inside_box(self, pose: np.ndarray) -> np.ndarray:
@@ -1467,7 +1467,7 @@ class FrankaEnv(gym.Env):
         """(A,) action of the simulated task's scripted expert; RefusedError on a real robot."""
         expert = (self.task or self.client.call("task")["result"])["expert"]
         motion = self.base_to_action(motion_between(np.array(expert["pose"]), self.last_target()))
-        action = np.append(motion[: self.axes] / self.config.action_scale, 2 * expert["close"] - 1)
+        action = np.append(motion[: self.axes] / self.scale, 2 * expert["close"] - 1)
         return np.clip(action, -1, 1)[: self.action_space.shape[0]].astype(np.float32)
 
     def render(self) -> np.ndarray | None:
@@ -1599,68 +1599,66 @@ class Doctor:
         """Show live values until then."""
         while time.monotonic() < end:
             self.look()
-            show_live(self.client, self.cameras, self.teleop)
+            self.show(self.cameras)
             time.sleep(0.2)
+
+    def show(self, cameras: Sequence[Camera]) -> None:
+        """Print what is measured in one line, over the last one in a terminal."""
+        parts = []
+        if self.client:
+            state = self.client.state()
+            pose = state["tcp_pose"]
+            euler = rotation(pose).as_euler("xyz", degrees=True)
+            parts.append("{:.3f} {:.3f} {:.3f} m".format(*pose))
+            parts.append("{:.0f} {:.0f} {:.0f} deg".format(*euler))
+            parts.append("{:.1f} {:.1f} {:.1f} N".format(*state["tcp_force"]))
+            parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
+            parts.append(" ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]))
+        for camera in cameras:
+            try:
+                frame = camera.read(1.0)
+                age_ms = 1000 * (time.monotonic() - frame.time)
+                parts.append(f"{camera.config.name} {frame.number} {age_ms:.0f} ms")
+            except RobotError as error:
+                parts.append(str(error))
+        if self.teleop:
+            motion, gripper = self.teleop.motion()
+            parts.append(self.teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}")
+        print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
+
+    def drive(self, end: float) -> None:
+        """Let a person move the arm slowly, near where it stands, to feel gains and directions."""
+        limits = self.client.hello()["limits"]
+        pose = self.client.state()["tcp_pose"]
+        around = [pose[:3] - 0.1, pose[:3] + 0.1]
+        box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
+        config = TaskConfig(
+            server=self.args.server,
+            keys=self.args.keys,
+            reset_pose=(*pose[:3], *rotation(pose).as_euler("xyz")),
+            random_reset=(0, 0, 0),
+            reset_joints_every=0,
+            recover_at_reset=False,
+            workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3),
+            action_scale=(0.01,) * 3 + (0.05,) * 3,
+            relative_frame=False,
+            cameras=(),
+            reward="none",
+            max_episode_steps=sys.maxsize,
+        )
+        terminal = getattr(self.teleop, "terminal", None)
+        with contextlib.closing(Intervention(FrankaEnv(config), self.teleop)) as env:
+            env.reset(options={"keep_scene": True})
+            while time.monotonic() < end and not (terminal and terminal.quits()):
+                _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
+                self.show(cameras=())
+                if terminated or truncated:
+                    raise RobotError(info["fault"])
 
     def close(self) -> None:
         for closing in (*self.cameras, self.teleop, self.client):
             if closing:
                 closing.close()
-
-
-def show_live(client: RobotClient | None, cameras: Sequence[Camera], teleop: Teleop | None) -> None:
-    """Print what is measured in one line, over the last one in a terminal."""
-    parts = []
-    if client:
-        state = client.state()
-        pose = state["tcp_pose"]
-        euler = rotation(pose).as_euler("xyz", degrees=True)
-        parts.append("{:.3f} {:.3f} {:.3f} m".format(*pose))
-        parts.append("{:.0f} {:.0f} {:.0f} deg".format(*euler))
-        parts.append("{:.1f} {:.1f} {:.1f} N".format(*state["tcp_force"]))
-        parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
-        parts.append(" ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]))
-    for camera in cameras:
-        try:
-            frame = camera.read(1.0)
-            age_ms = 1000 * (time.monotonic() - frame.time)
-            parts.append(f"{camera.config.name} {frame.number} {age_ms:.0f} ms")
-        except RobotError as error:
-            parts.append(str(error))
-    if teleop:
-        motion, gripper = teleop.motion()
-        parts.append(teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}")
-    print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
-
-
-def drive(args: Args, client: RobotClient, teleop: Teleop, end: float) -> None:
-    """Let a person move the arm slowly, near where it stands, to feel gains and directions."""
-    limits = client.hello()["limits"]
-    pose = client.state()["tcp_pose"]
-    around = [pose[:3] - 0.1, pose[:3] + 0.1]
-    box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
-    config = TaskConfig(
-        server=args.server,
-        keys=args.keys,
-        reset_pose=(*pose[:3], *rotation(pose).as_euler("xyz")),
-        random_reset=(0, 0, 0),
-        reset_joints_every=0,
-        recover_at_reset=False,
-        workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3),
-        action_scale=(0.01,) * 3 + (0.05,) * 3,
-        relative_frame=False,
-        cameras=(),
-        reward="none",
-        max_episode_steps=sys.maxsize,
-    )
-    terminal = getattr(teleop, "terminal", None)
-    with contextlib.closing(Intervention(FrankaEnv(config), teleop)) as env:
-        env.reset(options={"keep_scene": True})
-        while time.monotonic() < end and not (terminal and terminal.quits()):
-            _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
-            show_live(env.unwrapped.client, (), teleop)
-            if terminated or truncated:
-                raise RobotError(info["fault"])
 
 
 def main(args: Args) -> None:
@@ -1675,7 +1673,7 @@ def main(args: Args) -> None:
             print(KEYS)
         end = time.monotonic() + (args.seconds or math.inf)
         if args.drive:
-            drive(args, doctor.client, doctor.teleop, end)
+            doctor.drive(end)
         elif doctor.client or doctor.cameras or doctor.teleop:
             doctor.watch(end)
     except (RobotError, OSError) as error:
