@@ -601,6 +601,9 @@ class Scene:
         self.sim.set_state({name: np.array(values) for name, values in scene.items()})
         self.seen += 1
 
+    def close(self) -> None:
+        self.sim.close()
+
 
 class SimCamera(Camera):
     """A camera of the simulated scene; it has no thread, `read` draws."""
@@ -1477,12 +1480,9 @@ class FrankaEnv(gym.Env):
 
     def close(self) -> None:
         """Stop the cameras and give the robot back: it holds, and is idle two seconds later."""
-        for camera in self.cameras:
-            camera.close()
-        if self.scene:
-            self.scene.sim.close()
-        if self.client:
-            self.client.close()
+        for closing in (*self.cameras, self.scene, self.client):
+            if closing:
+                closing.close()
         self.cameras, self.scene, self.client = [], None, None
 
 
@@ -1656,7 +1656,7 @@ class Doctor:
                     raise RobotError(info["fault"])
 
     def close(self) -> None:
-        for closing in (*self.cameras, self.teleop, self.client):
+        for closing in (*self.cameras, self.scene, self.teleop, self.client):
             if closing:
                 closing.close()
 

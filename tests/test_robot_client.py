@@ -575,7 +575,7 @@ def test_simulated_cameras_draw_the_state_that_they_are_given():
     with pytest.raises(rc.RobotError, match="no camera 'side'; there are: .*front.*wrist"):
         rc.make_camera(CameraConfig("side"), 64, scene).start()
     env.close()
-    scene.sim.close()
+    scene.close()
 
 
 def test_crop_and_resize():
@@ -1804,6 +1804,7 @@ def test_doctor_and_live_values(peg, tmp_path):
     assert " N | gripper " in run.stdout and " | front " in run.stdout
     assert {"front.png", "wrist.png"} <= {path.name for path in (tmp_path / "shots").iterdir()}
     assert run.stdout.splitlines()[-1] == "ready"
+    assert "Traceback" not in run.stderr  # such as OpenGL's, which was not let go
 
 
 def test_doctor_without_server_and_devices_says_what_to_do(tmp_path):
