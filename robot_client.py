@@ -399,7 +399,8 @@ class CameraConfig:
     exposure: float | None = 10_000.0  # us, fixed: always the same brightness (None: automatic)
     gain: float | None = None  # None: as it is
     white_balance: float | None = None  # K (None: automatic)
-    crop: tuple[float, float, float, float] | None = None  # left, upper, right, lower (None: square)
+    # left, upper, right, lower edge, from 0 to 1 (None: the square in the middle)
+    crop: tuple[float, float, float, float] | None = None
     warmup_frames: int = 30  # dropped after every start
     timeout_s: float = 0.5  # without a new frame for this long, the camera is started anew
 
@@ -891,7 +892,8 @@ class ScriptedExpert(Teleop):
     """Stands in for a person in tests and rehearsals: now and then it takes over for a while, with
     the actions of the task's scripted expert (`expert_action` of the unwrapped environment).
 
-    `probability`: per step, to take over for `steps`. `noise`: its standard deviation, in [-1, 1].
+    `probability`: per step, to take over for `steps`. `noise` on its actions: as a
+    standard deviation in [-1, 1].
     """
 
     def __init__(self, probability: float = 1.0, steps: int = 20, seed: int = 0, noise: float = 0.0):
@@ -984,8 +986,8 @@ class TaskConfig:
     reset_tolerance: tuple[float, float] = (0.01, 0.1)  # so near must it come (m per axis, rad),
     reset_still_s: float = 0.3  # and stand still there for this long
     reset_speed: float = 0.1  # m/s on the way there
-    reset_joints_every: int = 200  # episodes between moves to reset_joints (0: never)
-    reset_joints: tuple[float, ...] = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad, elbow back
+    reset_joints_every: int = 200  # episodes between two moves to reset_joints (0: never)
+    reset_joints: tuple[float, ...] = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad
     recover_at_reset: bool = True  # else reset() raises after a fault: see RECOVER
     wait_s: float = 60.0  # how long reset() waits for a server or a camera that is away
 
@@ -1003,7 +1005,7 @@ class TaskConfig:
     # gains on the way to its start: SERL's, damped, so that no speed is above 0.25 m/s and 1 rad/s
     precision: Gains = field(default_factory=lambda: Gains(3000.0, 120.0, 300.0, 15.0))
 
-    # no action; beyond +-0.5 it closes (+) or opens (-); the closure moves on by the action
+    # binary: its action closes (+) or opens (-) beyond +-0.5; continuous: it is added to the closure
     gripper: Literal["fixed", "binary", "continuous"] = "binary"
     gripper_at_reset: Literal["open", "close", "keep"] = "keep"
     gripper_penalty: float = 0.0  # per change of closure: info["grasp_penalty"] (HIL-SERL: 0.02)
@@ -1024,7 +1026,7 @@ class TaskConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """Of what `asdict` made, also by way of JSON: so a dataset knows its environment."""
+        """From what `asdict` made, also by way of JSON: so a dataset knows its environment."""
         parts = {name: Gains(**values[name]) for name in ("compliance", "precision")}
         parts["cameras"] = tuple(CameraConfig(**camera) for camera in values["cameras"])
         return cls(**(values | parts))
@@ -1319,7 +1321,7 @@ class FrankaEnv(gym.Env):
         return obs, float(success), terminated, truncated and not terminated, info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
-        """Within -1..1. ValueError for another shape, NaN, infinity: without a step the arm holds."""
+        """Within -1..1. ValueError for another shape, NaN, infinity: the arm then holds."""
         values = np.asarray(action, dtype=np.float64)
         if values.shape != self.action_space.shape or not np.isfinite(values).all():
             shape = self.action_space.shape
