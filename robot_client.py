@@ -1,10 +1,10 @@
-"""The robot as a gymnasium environment: client of robot_server.py, cameras, teleoperation; no ROS, no torch.
+"""The robot as a gymnasium environment: client of robot_server.py, cameras, teleoperation; no ROS.
 
-    python robot_client.py                                      # needs a server; checks everything, shows live values
-    python robot_client.py --teleop keyboard --drive            # needs a server; first motion, by hand
-    python robot_client.py --snapshots pictures                 # needs a server; one picture of every camera
+    python robot_client.py                             # needs a server; checks all, shows live values
+    python robot_client.py --teleop keyboard --drive   # needs a server; first motion, by hand
+    python robot_client.py --snapshots pictures        # needs a server; a picture of every camera
 
-The environment, in a script of your own (`FrankaEnv` tells what actions, observations and `info` are):
+The environment, in a script of your own (`FrankaEnv` tells what it takes and gives):
 
     import gymnasium
     from robot_client import PEG, Intervention, Keyboard
@@ -13,24 +13,26 @@ The environment, in a script of your own (`FrankaEnv` tells what actions, observ
     env = Intervention(env, Keyboard())    # a person may take over at any step
 
 Keys of the keyboard, typed into the terminal:
-    w s  forward, back     a d  left, right      r f  up, down        (in the axes of the robot's base)
+    w s  forward, back     a d  left, right      r f  up, down      (in the axes of the robot's base)
     j l  roll              i k  pitch            u o  yaw
     c v  close, open the gripper                 space  take over and stand still
     y success   n failure   x discard   z undo the last   t label   p pause   Enter go on   q quit
 
-A tap moves at a quarter of the speed for 0.75 s, as long as terminals wait before a held key repeats; a key that is
-held moves at full speed and stops 0.15 s after it was let go. The opposite key and space stop at once.
+A tap moves at a quarter of the speed for 0.75 s, as long as terminals wait before a held key
+repeats; a key that is held moves at full speed and stops 0.15 s after it was let go. The opposite
+key and space stop at once.
 
 Expect: mean_period_ms <= 100.1, late_p99_ms <= 3 [benchmarks/results/robot_period.csv contender=ours]
 
-Sources: SERL arXiv:2401.16013 (serl_robot_infra, commit cd5f7e7) and HIL-SERL arXiv:2410.21845 (commit 5d02aed):
-observation, action, gains, resets, interventions.
-Differs from them: the target moves on from the last reference, not from the measured pose, which sags under load; the
-relative frame turns vectors (their adjoint adds a rotation to every translation); an absolute schedule by the robot's
-clock, so that work between two steps does not add up, and no step waits for the gripper; time limits truncate; a reflex
-ends the episode and is counted instead of being cleared unseen before every command; a camera that stands still ends
-the episode instead of waiting for Enter; a person who pauses for a moment keeps control.
-New task: copy `PEG` or `PICK` into your script; `grep -n TASK: robot_client.py` lists the places to edit.
+Sources: SERL arXiv:2401.16013 (serl_robot_infra, commit cd5f7e7) and HIL-SERL arXiv:2410.21845
+(commit 5d02aed): observation, action, gains, resets, interventions.
+Differs from them: the target moves on from the last reference, not from the measured pose, which
+sags under load; the relative frame turns vectors (their adjoint adds a rotation to every
+translation); an absolute schedule by the robot's clock, so that work between two steps does not add
+up, and no step waits for the gripper; time limits truncate; a reflex ends the episode and is counted
+instead of being cleared unseen before every command; a camera that stands still ends the episode
+instead of waiting for Enter; a person who pauses for a moment keeps control.
+New task: copy `PEG` or `PICK` into your script; `grep -n TASK: robot_client.py` shows the other places.
 """
 
 import atexit
@@ -59,9 +61,10 @@ import tyro
 import zmq
 import zmq.auth
 from gymnasium import spaces
-from PIL import Image
+from PIL import Image, ImageOps
+from scipy.spatial.transform import Rotation
 
-from robot_server import PROTOCOL_VERSION, Gains, fail, go_first, quat_from_rotvec, quat_multiply, rotation_between
+from robot_server import PROTOCOL_VERSION, Gains, fail, go_first
 
 SERVER = "tcp://127.0.0.1:5600"
 KEYS = __doc__[__doc__.index("Keys of the keyboard") : __doc__.index("Expect:")].strip()
@@ -73,56 +76,47 @@ class Args:
     server: str = SERVER
     """address of robot_server.py; an IPv6 one stands in brackets"""
     keys: str | None = None
-    """folder with the CURVE keys that robot_server.py --keygen made (server.key, client.key_secret)"""
+    """folder with server.key and client.key_secret, as robot_server.py --keygen made them"""
     teleop: Literal["none", "keyboard", "spacemouse"] = "none"
     """device whose readings are shown"""
     drive: bool = False
-    """let this device move the arm, 1 cm and 0.05 rad per step at most, within 10 cm of where it stands"""
+    """let it move the arm, 1 cm and 0.05 rad per step at most, within 10 cm of where it stands"""
     seconds: float = 10.0
     """how long live values are shown (0: until Ctrl-C)"""
     snapshots: Path | None = None
     """write one PNG of every camera into this folder"""
 
 
-# --- Rotations --------------------------------------------------------------------------------------------------------
-# Quaternions are x, y, z, w; Euler angles are roll, pitch, yaw about the fixed axes x, y, z: scipy's "xyz". (SERL's own
-# euler_2_quat turns the pitch around, serl_robot_infra/franka_env/utils/rotations.py:11.)
-def quat_inverse(quaternion: np.ndarray) -> np.ndarray:
-    return quaternion * np.array([-1.0, -1.0, -1.0, 1.0])
-
-
-def rotate(quaternion: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-    """(..., 3) vectors, each turned."""
-    return vectors + 2 * np.cross(quaternion[:3], np.cross(quaternion[:3], vectors) + quaternion[3] * vectors)
-
-
-def quat_from_euler(euler: Sequence[float]) -> np.ndarray:
-    roll, pitch, yaw = (quat_from_rotvec(angle * axis) for angle, axis in zip(euler, np.eye(3)))
-    return quat_multiply(yaw, quat_multiply(pitch, roll))
+# --- Poses ------------------------------------------------------------------------------------------------------------
+# A pose (7,) is a position, m, and a quaternion x, y, z, w. Euler angles are roll, pitch, yaw about
+# the fixed axes x, y, z: "xyz". (SERL's own euler_2_quat turns the pitch around,
+# serl_robot_infra/franka_env/utils/rotations.py:11.)
+def rotation(pose: np.ndarray) -> Rotation:
+    return Rotation.from_quat(pose[3:])
 
 
 def pose_from_euler(pose: Sequence[float]) -> np.ndarray:
-    """(7,) position and quaternion of x, y, z, roll, pitch, yaw."""
-    return np.append(pose[:3], quat_from_euler(pose[3:]))
-
-
-def euler_from_quat(quaternion: np.ndarray) -> np.ndarray:
-    """(3,) roll, pitch, yaw; yaw is 0 where the pitch is +-pi/2 and only the difference of the two others counts."""
-    x, y, z = rotate(quaternion, np.eye(3))  # the columns of the rotation matrix
-    pitch = np.arcsin(np.clip(-x[2], -1, 1))
-    if abs(x[2]) > 1 - 1e-9:
-        return np.array([np.arctan2(-z[1], y[1]), pitch, 0.0])
-    return np.array([np.arctan2(y[2], z[2]), pitch, np.arctan2(x[1], x[0])])
+    """(7,) of x, y, z, roll, pitch, yaw."""
+    return np.append(pose[:3], Rotation.from_euler("xyz", pose[3:]).as_quat())
 
 
 def moved(pose: np.ndarray, motion: np.ndarray) -> np.ndarray:
     """(7,) `pose` after a motion (6,): translation and rotation vector, both in base axes."""
-    return np.append(pose[:3] + motion[:3], quat_multiply(quat_from_rotvec(motion[3:]), pose[3:]))
+    turned = Rotation.from_rotvec(motion[3:]) * rotation(pose)
+    return np.append(pose[:3] + motion[:3], turned.as_quat())
 
 
 def motion_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """(6,) translation and rotation vector that lead from pose b to pose a."""
-    return np.append(a[:3] - b[:3], rotation_between(a[3:], b[3:]))
+    turn = rotation(a) * rotation(b).inv()
+    return np.append(a[:3] - b[:3], turn.as_rotvec())
+
+
+def relative_pose(pose: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """(7,) `pose` seen from the frame `origin`, with w >= 0."""
+    position = rotation(origin).apply(pose[:3] - origin[:3], inverse=True)
+    turned = rotation(origin).inv() * rotation(pose)
+    return np.append(position, turned.as_quat(canonical=True))
 
 
 def no_longer_than(vector: np.ndarray, length: float) -> np.ndarray:
@@ -130,17 +124,10 @@ def no_longer_than(vector: np.ndarray, length: float) -> np.ndarray:
     return vector * min(length / max(float(np.linalg.norm(vector)), 1e-9), 1.0)
 
 
-def relative_pose(pose: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """(7,) `pose` seen from the frame `origin`, with w >= 0."""
-    quaternion = quat_multiply(quat_inverse(origin[3:]), pose[3:])
-    position = rotate(quat_inverse(origin[3:]), pose[:3] - origin[:3])
-    return np.append(position, quaternion if quaternion[3] >= 0 else -quaternion)
-
-
 class Pace:
-    """Beats at a fixed rate of a clock by an absolute schedule, so that neither work nor late wake-ups add up.
+    """Beats by an absolute schedule of a clock, so that neither work nor late wake-ups add up.
 
-    `speed`: by how much this clock is faster than ours. `overruns` counts the beats for which no time was left.
+    `speed`: by how much it is faster than ours. `overruns`: beats for which no time was left.
     """
 
     def __init__(self, hz: float, clock: Callable[[], float] = time.monotonic, speed: float = 1.0) -> None:
@@ -155,8 +142,8 @@ class Pace:
         self.deadline = self.beat = self.clock()
 
     def wait(self) -> tuple[float, float]:
-        """Wait for the next beat. Returns the time since the last one and how late this one is (s), measured
-        after waking up. A beat half a period late starts a new schedule: no burst of short periods follows."""
+        """Wait for the next beat. Returns the time since the last one and how late this one is, s,
+        as seen after waking up. A beat half a period late starts a new schedule: no burst."""
         self.deadline += self.period
         left = self.deadline - self.clock()
         if left > 2 * self.period:  # the clock was set back: another robot
@@ -174,7 +161,7 @@ class Pace:
 
 
 def keep_the_beat() -> None:
-    """This thread, which steps the robot, before the learner and other programs, where that is allowed."""
+    """This thread, which steps the robot, before other programs, where that is allowed."""
     go_first(priority=5)  # the server has 10
 
 
@@ -194,9 +181,11 @@ class UnreachableError(RobotError):
 
 
 class RefusedError(RobotError):
-    """The server is alive and said no. `code` is one of the protocol's, or "failed" for a job that went wrong."""
+    """The server said no. `code` is one of the protocol's, or "failed": a job that went wrong."""
 
 
+RECOVER = "look at the robot, then call client.job('recover')"
+ACTIVATE = "then call client.job('gripper', action='activate')"
 SOCKET_OPTIONS = {
     zmq.REQ_RELAXED: 1,
     zmq.REQ_CORRELATE: 1,
@@ -208,34 +197,42 @@ SOCKET_OPTIONS = {
     zmq.HEARTBEAT_IVL: 500,
     zmq.HEARTBEAT_TIMEOUT: 1500,
 }
+CURVE_OPTIONS = (zmq.CURVE_PUBLICKEY, zmq.CURVE_SECRETKEY, zmq.CURVE_SERVERKEY)
 
 
 def load_keys(folder: str | Path) -> tuple[bytes, bytes, bytes]:
-    """The client's public and secret key, and the server's public one. Raises RobotError that names the file."""
+    """The client's public and secret key, the server's public one. RobotError names a bad file."""
     client, server = Path(folder) / "client.key_secret", Path(folder) / "server.key"
     keys = []
     for path, wanted in ((client, 2), (server, 1)):
+        where = f"--keys {folder}: {path.name}"
         try:
             pair = zmq.auth.load_certificate(path)
         except (OSError, ValueError) as error:
-            raise RobotError(f"--keys {folder}: {path.name}: {error}; copy it from the server's machine") from error
+            raise RobotError(f"{where}: {error}; copy it from the server's machine") from error
         if None in pair[:wanted] or any(len(key) != 40 for key in pair[:wanted]):
-            raise RobotError(f"--keys {folder}: {path.name} holds no key of 40 characters; copy it anew")
+            raise RobotError(f"{where}: no key of 40 characters; copy it from the server's machine")
         keys += pair[:wanted]
     return tuple(keys)
 
 
 class RobotClient:
-    """One call per operation of robot_server.py (its header describes them), each with a deadline.
+    """Any operation of robot_server.py, whose header describes them: `call("hold")`; those that take
+    long by `job`, which waits for the end: `job("gripper", action="open")`.
 
-    A request without an answer is sent again, `tries` times in all ("Lazy Pirate"; REQ_CORRELATE drops answers that
-    come late). That is safe for every operation: reading has no effect, a target carries a sequence number, and what
-    takes long carries a handle by which the server knows it again. Belongs to the thread that made it.
+    A request without an answer is sent again, `tries` times in all ("Lazy Pirate"; REQ_CORRELATE
+    drops late answers). That is safe for every operation: reading has no effect, a target carries a
+    sequence number, a job a handle. Belongs to the thread that made it.
     Raises UnreachableError when nobody answers, RefusedError when the server says no.
     """
 
     def __init__(
-        self, server: str = SERVER, keys: str | None = None, name: str = "", timeout_s: float = 0.5, tries: int = 3
+        self,
+        server: str = SERVER,
+        keys: str | None = None,
+        name: str = "",
+        timeout_s: float = 0.5,
+        tries: int = 3,
     ):
         self.server = server
         self.timeout_s = timeout_s
@@ -247,18 +244,19 @@ class RobotClient:
         self.speed = 1.0  # of the robot's clock, robot seconds per second
         self._requests = 0
         self._clock = 0.0  # robot's time minus speed x ours, of the newest reply
-        curve = load_keys(keys) if keys else None
+        options = dict(SOCKET_OPTIONS)
+        if keys:
+            options |= zip(CURVE_OPTIONS, load_keys(keys))
         self.socket = zmq.Context.instance().socket(zmq.REQ)
         try:
-            for option, value in SOCKET_OPTIONS.items():
+            for option, value in options.items():
                 self.socket.setsockopt(option, value)
             self.socket.ipv6 = server.count(":") > 2  # only then: with it, localhost may mean ::1
-            if curve:
-                self.socket.curve_publickey, self.socket.curve_secretkey, self.socket.curve_serverkey = curve
             self.socket.connect(server)
         except zmq.ZMQError as error:
             self.socket.close()
-            raise RobotError(f"--server {server}: {error}; give it as tcp://HOST:PORT or tcp://[IPV6]:PORT") from error
+            remedy = "give it as tcp://HOST:PORT or tcp://[IPV6]:PORT"
+            raise RobotError(f"--server {server}: {error}; {remedy}") from error
 
     def call(self, op: str, **args: Any) -> dict:
         """Ask for `op` and return the reply's map: "ok", "result", "mode", "jobs" and so on."""
@@ -294,7 +292,8 @@ class RobotClient:
                 raise RefusedError(reply["error"]["message"], reply["error"]["code"], reply)
             self._clock = reply["robot_time"] + self.speed * (reply["state_age"] - arrived)
         except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-            raise RobotError(f"{self.server} does not speak the protocol of robot_server.py: {error!r}") from error
+            problem = "does not speak the protocol of robot_server.py"
+            raise RobotError(f"{self.server} {problem}: {error!r}") from error
         return reply
 
     def robot_time(self) -> float:
@@ -306,8 +305,8 @@ class RobotClient:
         return Pace(hz, self.robot_time, self.speed)
 
     def hello(self, wait_s: float = 0.0, give_up: Callable[[], bool] = lambda: False) -> dict:
-        """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server to be there, or until `give_up`
-        says so."""
+        """Robot, gripper, limits, watchdog, versions. Waits up to `wait_s` for a server, or until
+        `give_up` says so."""
         end = time.monotonic() + wait_s
         while True:
             try:
@@ -321,21 +320,27 @@ class RobotClient:
         return hello
 
     def state(self) -> dict:
-        """The measured state (arrays in the base frame; m, rad, N) with "mode", "reference", "fault", "jobs", times."""
+        """What is measured, as arrays in the base frame, m, rad, N; and what every reply has."""
         state = self.call("state")
         state |= state.pop("result")
         for key in ("tcp_pose", "tcp_vel", "tcp_force", "tcp_torque", "q", "dq", "reference"):
             state[key] = np.array(state[key])
         return state
 
-    def acquire(self, ttl_s: float = 1.0, takeover: bool = False) -> None:
-        """Become the one commander, or stay it. Any later call renews; `ttl_s` without one ends it, the arm holds."""
+    def acquire(self, ttl_s: float = 1.0, takeover: bool = False, wait_s: float = 0.0) -> None:
+        """Become the one commander, or stay it. Any later call renews; without one for `ttl_s` it
+        ends, the arm holds. Waits up to `wait_s` for another's lease to end: a dead one's does."""
         self.token = self.token or uuid.uuid4().hex
-        try:
-            self.call("acquire", name=self.name, token=self.token, ttl=ttl_s, takeover=takeover)
-        except RefusedError:
-            self.token = None
-            raise
+        end = time.monotonic() + wait_s
+        while True:
+            try:
+                self.call("acquire", name=self.name, token=self.token, ttl=ttl_s, takeover=takeover)
+                return
+            except RefusedError as refusal:
+                if refusal.code != "lease_taken" or time.monotonic() > end:
+                    self.token = None
+                    raise
+                time.sleep(0.1)
 
     def release(self) -> None:
         if self.token:
@@ -344,8 +349,8 @@ class RobotClient:
             self.token = None
 
     def target(self, pose: np.ndarray, closure: float | None = None) -> dict:
-        """Stream one target: pose (7,), m and quaternion, and the gripper's closure, 0 (open) to 1 (None: as it is).
-        Waits for neither. Returns the reply; its "reference" is what is in force."""
+        """Stream a pose (7,) and the gripper's closure, 0 (open) to 1 (None: as it is). Waits for
+        neither. Returns the reply; its "reference" is what is in force."""
         self.seq += 1
         try:
             return self.call("target", pose=pose, closure=closure, seq=self.seq)
@@ -354,68 +359,27 @@ class RobotClient:
                 return refusal.reply
             raise
 
-    def start(self, **gains: float | Sequence[float]) -> None:
-        """Start streaming at the measured pose, with these fields of `Gains`."""
-        self.job("start", **gains)
-
-    def set_gains(self, **gains: float | Sequence[float]) -> dict:
-        return self.call("gains", **gains)["result"]
-
-    def hold(self) -> None:
-        """Freeze the arm where it is, whoever commands it."""
-        self.call("hold")
-
     def stop(self, timeout_s: float = 2.0) -> None:
-        """Stop the controller softly, whoever commands it, and wait until it is idle (or a fault is latched)."""
+        """Stop softly, whoever commands, and wait until the robot is idle, or a fault is latched."""
         deadline = time.monotonic() + timeout_s
         self.call("stop")
         while (mode := self.call("state")["mode"]) not in ("idle", "fault"):
             if time.monotonic() > deadline:
-                raise RobotError(f"stop: the robot is still in mode {mode!r} after {timeout_s} s; use the stop button")
+                raise RobotError(f"stop: still {mode} after {timeout_s} s; use the stop button")
             time.sleep(0.02)
 
-    def move_joints(self, q: Sequence[float], speed: float = 0.2) -> None:
-        """Move to joint positions (7,), rad; `speed` is a fraction of the largest."""
-        self.job("move_joints", q=list(q), speed=speed)
-
-    def reset(self) -> None:
-        """Move to the server's own reset joint positions."""
-        self.job("reset")
-
-    def recover(self) -> None:
-        """Clear a latched fault or reflex; look at the robot first."""
-        self.job("recover")
-
-    def gripper(self, action: Literal["open", "close", "move", "activate", "stop"], wait=True, **options: float) -> str:
-        """Options: `width` in m for "move"; `speed`, `force` as fractions of the largest. Returns the job's handle."""
-        return self.job("gripper", wait=wait, action=action, **options)
-
-    def reset_task(self, seed: int | None = None) -> None:
-        """Simulated robot: arrange the scene anew."""
-        self.job("reset_task", seed=seed)
-
-    def task(self) -> dict:
-        """Simulated robot: "success", "observation", "expert" and "scene" of the task."""
-        return self.call("task")["result"]
-
-    def job(self, op: str, timeout_s: float = 60.0, wait: bool = True, **args: Any) -> str:
-        """Start what takes long, under a handle of our own, and wait for its end. Returns the handle."""
+    def job(self, op: str, timeout_s: float = 60.0, **args: Any) -> None:
+        """Start what takes long, and wait for its end. Raises RefusedError if it fails."""
         handle = uuid.uuid4().hex
-        self.call(op, handle=handle, **args)
         deadline = time.monotonic() + timeout_s
-        while wait and self.job_running(handle):
+        self.call(op, handle=handle, **args)
+        while (job := self.call("job", handle=handle)["result"])["status"] != "done":
+            if job["status"] == "failed":
+                raise RefusedError(f"{op}: {job['error']}", "failed")
             if time.monotonic() > deadline:
-                self.hold()
+                self.call("hold")
                 raise RefusedError(f"{op} took longer than {timeout_s} s; the arm holds", "failed")
             time.sleep(0.02)
-        return handle
-
-    def job_running(self, handle: str) -> bool:
-        """Whether a job goes on. Raises RefusedError if it failed."""
-        job = self.call("job", handle=handle)["result"]
-        if job["status"] == "failed":
-            raise RefusedError(f"{job['op']}: {job['error']}", "failed")
-        return job["status"] != "done"
 
     def close(self) -> None:
         with contextlib.suppress(RobotError):
@@ -424,22 +388,19 @@ class RobotClient:
 
 
 # --- Cameras ----------------------------------------------------------------------------------------------------------
-class CameraError(RobotError):
-    """A camera that is missing, stands still or fails; the message names it."""
-
-
 @dataclass(frozen=True)
 class CameraConfig:
     name: str  # of the image in the observation
-    kind: str = "sim"  # sim: the camera of this name in the simulated scene; realsense; or one of your own in CAMERAS
+    kind: str = "sim"  # the camera of this name in the simulated scene; or one of CAMERAS
     serial: str = ""  # RealSense: serial number, `python robot_client.py` lists them
     width: int = 640
     height: int = 480
     fps: int = 30
-    exposure: float | None = 10_000.0  # us, fixed so that the policy always sees the same brightness (None: automatic)
+    exposure: float | None = 10_000.0  # us, fixed: always the same brightness (None: automatic)
     gain: float | None = None  # None: as it is
     white_balance: float | None = None  # K (None: automatic)
-    crop: tuple[float, float, float, float] | None = None  # left, upper, right, lower edge from 0 to 1 (None: square)
+    # left, upper, right, lower edge, from 0 to 1 (None: the square in the middle)
+    crop: tuple[float, float, float, float] | None = None
     warmup_frames: int = 30  # dropped after every start
     timeout_s: float = 0.5  # without a new frame for this long, the camera is started anew
 
@@ -451,9 +412,11 @@ class Frame(NamedTuple):
 
 
 class Camera:
-    """The newest frame of one camera, kept by a thread of its own, so that a slow or dead one never blocks the loop.
+    """The newest frame of a camera, kept by a thread: a slow or dead one never blocks the loop.
 
-    A camera that fails or stands still is started anew, from the second time on after a reset of its hardware.
+    A kind of camera has three methods: `open` starts the device; `grab` waits for the next frame,
+    (H, W, 3) uint8 RGB, and returns it and its number, or raises RobotError after `timeout_s`; `shut`
+    stops the device, `hard` by what helps when it failed again after it was started anew.
     """
 
     def __init__(self, config: CameraConfig, size: int = 128):
@@ -466,43 +429,31 @@ class Camera:
         self._arrived = threading.Condition()
         self._thread = threading.Thread(target=self._run, name=f"camera-{config.name}", daemon=True)
 
-    def open(self) -> None:
-        """Start the device; raises CameraError or RuntimeError."""
-        raise NotImplementedError
-
-    def grab(self) -> tuple[np.ndarray, int]:
-        """Wait for a frame: (H, W, 3) uint8 RGB, and its number. Raises CameraError after `timeout_s`."""
-        raise NotImplementedError
-
-    def shut(self) -> None:
-        """Stop the device."""
-
-    def reset_hardware(self) -> None:
-        """What helps when starting anew did not."""
-        self.shut()
+    def shut(self, hard: bool = False) -> None:
+        """Nothing to stop."""
 
     def start(self, timeout_s: float = 10.0) -> Self:
-        """Start the thread, or see that it still delivers. Raises CameraError without a fresh frame in `timeout_s`."""
+        """Start the thread, or see that it still delivers; RobotError without a new frame."""
         if not self._thread.is_alive():
             self._thread.start()
         self.wait_newer(time.monotonic(), timeout_s)
         return self
 
     def wait_newer(self, than: float, timeout_s: float) -> None:
-        """Wait for a frame that arrived after this time (monotonic s). Raises CameraError if none comes."""
+        """Wait for a frame that arrived after this time, monotonic s; RobotError if none comes."""
         with self._arrived:
             if not self._arrived.wait_for(lambda: self.frame and self.frame.time > than, timeout_s):
                 self.complain(f"no new picture within {timeout_s} s")
 
     def read(self, max_age_s: float) -> Frame:
-        """The newest frame. Raises CameraError if it is older than `max_age_s`."""
+        """The newest frame. Raises RobotError if it is older than `max_age_s`."""
         age = time.monotonic() - self.frame.time if self.frame else math.inf
         if age > max_age_s:
             self.complain(f"newest picture is {age:.2f} s old")
         return self.frame
 
     def complain(self, what: str) -> NoReturn:
-        raise CameraError(f"camera {self.config.name}: {what}: {self.error or 'it stands still'}")
+        raise RobotError(f"camera {self.config.name}: {what}: {self.error or 'it stands still'}")
 
     def close(self) -> None:
         self._stop.set()
@@ -522,13 +473,13 @@ class Camera:
                         self._keep(Frame(self._fit(image), now, number))
                         failures = 0
                     elif now - max(self.frame.time, started) > self.config.timeout_s:
-                        raise CameraError(f"it delivers picture {number} over and over")
+                        raise RobotError(f"it delivers picture {number} over and over")
             except (RuntimeError, OSError, ValueError) as error:  # pyrealsense2 raises RuntimeError
                 self.error = str(error) or repr(error)
                 failures += 1
                 self.restarts += 1
             with contextlib.suppress(RuntimeError, OSError):
-                self.reset_hardware() if failures >= 2 else self.shut()
+                self.shut(hard=failures >= 2)
             self._stop.wait(min(0.1 * failures, 1.0))
 
     def _keep(self, frame: Frame) -> None:
@@ -539,20 +490,16 @@ class Camera:
 
     def _fit(self, image: np.ndarray) -> np.ndarray:
         """(size, size, 3): cropped and averaged over the pixels that fall together."""
-        height, width, _ = image.shape
-        if self.config.crop:
-            box = tuple(np.array(self.config.crop) * (width, height, width, height))
-        else:
-            side = min(height, width)
-            box = ((width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2)
+        picture = Image.fromarray(image)
         size = (self.size, self.size)
-        if image.shape[:2] == size and box == (0, 0, *size):
-            return image.copy()
-        return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BOX, box=box))
+        if self.config.crop is None:
+            return np.asarray(ImageOps.fit(picture, size, Image.Resampling.BOX))
+        box = np.array(self.config.crop) * (picture.size * 2)
+        return np.asarray(picture.resize(size, Image.Resampling.BOX, tuple(box)))
 
 
 def import_realsense() -> Any:
-    """The module pyrealsense2. Its wheel lacks libusb, which PyPI's libusb-package has: load that one first."""
+    """The module pyrealsense2. Its wheel lacks libusb; PyPI's libusb-package has it."""
     try:
         with contextlib.suppress(ImportError):
             import libusb_package
@@ -560,17 +507,22 @@ def import_realsense() -> Any:
             ctypes.CDLL(str(libusb_package.get_library_path()), ctypes.RTLD_GLOBAL)
         import pyrealsense2
     except (ImportError, OSError) as error:
-        raise CameraError(f"RealSense: {error}; run: pip install pyrealsense2 libusb-package") from error
+        remedy = "run: pip install pyrealsense2 libusb-package"
+        raise RobotError(f"RealSense: {error}; {remedy}") from error
     return pyrealsense2
 
 
 def realsense_devices(rs: Any) -> dict[str, Any]:
     """Serial number -> device, of all that are plugged in."""
-    return {device.get_info(rs.camera_info.serial_number): device for device in rs.context().query_devices()}
+    number = rs.camera_info.serial_number
+    return {device.get_info(number): device for device in rs.context().query_devices()}
 
 
 class RealSense(Camera):
     """Colour pictures of an Intel RealSense, with fixed exposure."""
+
+    rs: Any = None  # the module, once it is there
+    pipeline: Any = None
 
     def open(self) -> None:
         self.rs = import_realsense()
@@ -578,10 +530,11 @@ class RealSense(Camera):
         devices = realsense_devices(self.rs)  # pipeline.start waits 15 s for one that is not there
         if config.serial not in devices:
             there = ", ".join(sorted(devices)) or "none"
-            raise CameraError(f"no RealSense has serial number {config.serial!r}; plugged in: {there}")
+            raise RobotError(f"no RealSense has serial number {config.serial!r}; there: {there}")
+        colour, rgb8 = self.rs.stream.color, self.rs.format.rgb8
         settings = self.rs.config()
         settings.enable_device(config.serial)
-        settings.enable_stream(self.rs.stream.color, config.width, config.height, self.rs.format.rgb8, config.fps)
+        settings.enable_stream(colour, config.width, config.height, rgb8, config.fps)
         self.pipeline = self.rs.pipeline()
         device = self.pipeline.start(settings).get_device()
         self.set_options(device)
@@ -589,10 +542,11 @@ class RealSense(Camera):
             self.pipeline.try_wait_for_frames(round(1000 * config.timeout_s))
 
     def set_options(self, device: Any) -> None:
-        """Exposure, gain and white balance on the sensor that gives the colour (D405: the stereo module)."""
+        """Of the sensor that gives the colour (D405: the stereo module)."""
         option, config = self.rs.option, self.config
         for sensor in device.query_sensors():
-            if self.rs.stream.color in [profile.stream_type() for profile in sensor.get_stream_profiles()]:
+            streams = [profile.stream_type() for profile in sensor.get_stream_profiles()]
+            if self.rs.stream.color in streams:
                 break
         for name, value in (  # what is automatic is switched off before its value is set
             (option.enable_auto_exposure, float(config.exposure is None)),
@@ -604,42 +558,41 @@ class RealSense(Camera):
             if value is not None and sensor.supports(name):
                 limits = sensor.get_option_range(name)
                 if not limits.min <= value <= limits.max:
-                    raise CameraError(f"{name} {value}: this camera takes {limits.min} to {limits.max}")
+                    possible = f"this camera takes {limits.min} to {limits.max}"
+                    raise RobotError(f"{name} {value}: {possible}")
                 sensor.set_option(name, value)
 
     def grab(self) -> tuple[np.ndarray, int]:
         arrived, frames = self.pipeline.try_wait_for_frames(round(1000 * self.config.timeout_s))
         if not arrived:
-            raise CameraError(f"no picture for {self.config.timeout_s} s; cable, USB port, or another program?")
+            waited = f"no picture for {self.config.timeout_s} s"
+            raise RobotError(f"{waited}; cable, USB port, or another program?")
         frame = frames.get_color_frame()
         image = np.array(frame.get_data())  # a copy: held frames starve the camera's pool
         return image, frame.get_frame_number()
 
-    def shut(self) -> None:
-        if pipeline := getattr(self, "pipeline", None):
-            self.pipeline = None
-            pipeline.stop()
-
-    def reset_hardware(self) -> None:
-        self.pipeline = None  # stop() and then a reset can deadlock, librealsense issue 7252
-        if device := realsense_devices(self.rs).get(self.config.serial):
+    def shut(self, hard: bool = False) -> None:
+        pipeline, self.pipeline = self.pipeline, None
+        if pipeline and not hard:
+            pipeline.stop()  # and then a reset can deadlock, librealsense issue 7252
+        devices = realsense_devices(self.rs) if self.rs and hard else {}
+        if device := devices.get(self.config.serial):
             device.hardware_reset()
             self._stop.wait(5.0)
 
 
 class Scene:
-    """The simulated robot's scene, drawn on this machine: a copy of its physics, put where `task` says that the
-    server's is. So the server needs no OpenGL, and a picture belongs to the very state that is observed."""
+    """The simulated robot's scene, drawn here: a copy of its physics, put where the server's is. So
+    the server needs no OpenGL, and a picture shows the very state that is observed."""
 
     def __init__(self, env_id: str):
         try:
-            import franka_sim  # noqa: F401  # registers the tasks  # TASK: import what registers yours
+            import franka_sim  # noqa: F401  # TASK: import what registers yours
 
             self.sim = gym.make(env_id).unwrapped.sim
         except (ImportError, gym.error.Error) as error:
-            raise CameraError(
-                f"simulated cameras: {error}; pip install mujoco, and franka_sim.py beside this file"
-            ) from error
+            remedy = "pip install mujoco, and franka_sim.py beside this file"
+            raise RobotError(f"simulated cameras: {error}; {remedy}") from error
         model = self.sim.model
         self.cameras = [model.camera(i).name for i in range(model.ncam)]
         self.seen = 0
@@ -648,6 +601,9 @@ class Scene:
         """Move everything to where it is now; `scene` is what `task` gives."""
         self.sim.set_state({name: np.array(values) for name, values in scene.items()})
         self.seen += 1
+
+    def close(self) -> None:
+        self.sim.close()
 
 
 class SimCamera(Camera):
@@ -660,10 +616,10 @@ class SimCamera(Camera):
         self.pixels = min(math.ceil(size / min(right - left, lower - upper)), 1280)
 
     def start(self, timeout_s: float = 10.0) -> Self:
-        """Draw once, which loads OpenGL. Raises CameraError for an unknown camera, or without OpenGL."""
+        """Draw once. Raises RobotError for an unknown camera, or without OpenGL."""
         if self.config.name not in self.scene.cameras:
             there = ", ".join(self.scene.cameras)
-            raise CameraError(f"the simulated scene has no camera {self.config.name!r}; there are: {there}")
+            raise RobotError(f"the scene has no camera {self.config.name!r}; there are: {there}")
         self.read(timeout_s)
         return self
 
@@ -674,7 +630,7 @@ class SimCamera(Camera):
         try:
             image = self.scene.sim.render(self.config.name, self.pixels, self.pixels)
         except RuntimeError as error:
-            raise CameraError(f"camera {self.config.name}: {error}") from error
+            raise RobotError(f"camera {self.config.name}: {error}") from error
         self._keep(Frame(self._fit(image), time.monotonic(), self.scene.seen))
         return self.frame
 
@@ -683,12 +639,12 @@ CAMERAS = {"realsense": RealSense}  # TASK: add a kind of camera of your own, a 
 
 
 def make_camera(config: CameraConfig, size: int, scene: Scene | None) -> Camera:
-    if config.kind == "sim":
-        if scene is None:
-            raise CameraError(f"camera {config.name} is simulated, the robot is not; kinds: {', '.join(CAMERAS)}")
+    """Raises RobotError for an unknown kind, and for a simulated one without a simulated robot."""
+    if config.kind == "sim" and scene:
         return SimCamera(config, size, scene)
     if config.kind not in CAMERAS:
-        raise CameraError(f"camera {config.name}: unknown kind {config.kind!r}; there are: sim, {', '.join(CAMERAS)}")
+        kinds = ", ".join([*CAMERAS, "sim of a simulated robot"])
+        raise RobotError(f"camera {config.name}: no kind {config.kind!r} here, but {kinds}")
     return CAMERAS[config.kind](config, size)
 
 
@@ -696,7 +652,8 @@ def make_camera(config: CameraConfig, size: int, scene: Scene | None) -> Camera:
 HOLD_S = 0.75  # how long a typed key counts: the longest usual wait until the terminal repeats it
 REPEAT_S = 0.15  # a key that repeats counts for this long after its last repetition
 COMMANDS = {
-    "y": "success", "n": "failure", "x": "discard", "z": "undo", "t": "label", "p": "pause", "\n": "go on", "q": "quit",
+    "y": "success", "n": "failure", "x": "discard", "z": "undo",
+    "t": "label", "p": "pause", "\n": "go on", "q": "quit",
 }  # fmt: skip
 
 
@@ -713,10 +670,10 @@ class Terminal:
 
         self.fd = sys.stdin.fileno() if fd is None else fd
         if not os.isatty(self.fd):
-            raise RobotError("keyboard: standard input is no terminal; start the script in one, without a pipe")
+            raise RobotError("keyboard: standard input is no terminal; start the script in one")
         self.fault = ""
         self._typed: dict[str, float] = {}  # key -> when it came last, monotonic s
-        self._repeats: set[str] = set()  # keys that are held down
+        self._repeats: dict[str, bool] = {}  # whether a key is held down
         self._commands: collections.deque[str] = collections.deque()
         settings = termios.tcgetattr(self.fd)
 
@@ -744,17 +701,14 @@ class Terminal:
             self.fault = f"keyboard: {error}"
 
     def _note(self, key: str, now: float) -> None:
-        gap = now - self._typed.get(key, -math.inf)
+        gap = now - self.pressed_at(key)
         self._typed[key] = now
-        if gap < REPEAT_S:
-            self._repeats.add(key)
-        else:
-            self._repeats.discard(key)
+        self._repeats[key] = gap < REPEAT_S
         if key in COMMANDS and gap > HOLD_S:  # a key that is held is one command
             self._commands.append(COMMANDS[key])
 
     def commands(self) -> list[str]:
-        """The commands since the last call, in their order: "success", "pause" and so on, see COMMANDS."""
+        """Those of COMMANDS since the last call, in their order."""
         return [self._commands.popleft() for _ in range(len(self._commands))]
 
     def pressed_at(self, key: str) -> float:
@@ -762,9 +716,9 @@ class Terminal:
         return self._typed.get(key, -math.inf)
 
     def strength(self, key: str) -> float:
-        """1 while the key is held down, 0.25 after it was typed, as long as it may be held down, 0 otherwise."""
+        """1 while the key is held, 0.25 after it was typed, while it may be held, else 0."""
         since = time.monotonic() - self.pressed_at(key)
-        if key in self._repeats:
+        if self._repeats.get(key):
             return float(since < REPEAT_S)
         return 0.25 if since < HOLD_S else 0.0
 
@@ -773,13 +727,13 @@ class Terminal:
         return "quit" in self._commands
 
     def forget(self) -> list[str]:
-        """Throw away what was typed up to now, such as during a reset; but not what says that it shall stop: pause,
-        unless it was taken back, and quit. Returns the commands that are lost."""
+        """Throw away what was typed, such as during a reset; but not what says that it shall stop:
+        pause, unless it was taken back, and quit. Returns the commands that are lost."""
         typed = self.commands()
         self._typed.clear()
         self._repeats.clear()
         pauses = [command for command in typed if command in ("pause", "go on")]
-        kept = ["pause"] if pauses and pauses[-1] == "pause" else []
+        kept = ["pause"] if pauses[-1:] == ["pause"] else []
         if "quit" in typed:
             kept.append("quit")
         self._commands.extend(kept)
@@ -800,7 +754,7 @@ class Teleop:
     rng = np.random.default_rng(0)
 
     def motion(self) -> tuple[np.ndarray, float]:
-        """(6,) in [-1, 1]: forward, left, up, and rotations about these axes; and the gripper: +1 close, -1 open, 0."""
+        """(6,) in [-1, 1]: forward, left, up, rotations about these; and +1 to close, -1 to open."""
         raise NotImplementedError
 
     def read(self, env: gym.Env) -> np.ndarray | None:
@@ -809,8 +763,8 @@ class Teleop:
         if not (self.held or gripper) and np.linalg.norm(motion) <= 0.001:
             return None
         size = env.action_space.shape[0]
-        turn = getattr(env.unwrapped, "base_to_action", None)  # into the relative frame, where there is one
-        action = (turn(motion) if turn else motion)[: 6 if size >= 6 else 3]
+        turn = getattr(env.unwrapped, "base_to_action", np.asarray)  # into the relative frame
+        action = turn(motion)[: 6 if size >= 6 else 3]
         if size in (4, 7):  # HIL-SERL: near 1, where a tanh policy needs no infinite mean
             action = np.append(action, gripper * self.rng.uniform(0.9, 1.0))
         return np.clip(action, -1, 1).astype(np.float32)
@@ -829,7 +783,7 @@ class Keyboard(Teleop):
     GRIPPER = "cv"
 
     def __init__(self, speed: float = 0.5, terminal: Terminal | None = None):
-        """`speed`: size of the motion while a key is held. Raises RobotError where standard input is no terminal."""
+        """`speed`: while a key is held, 1 at most. Raises RobotError without a terminal."""
         self.speed = speed
         self.terminal = terminal or Terminal()
 
@@ -865,21 +819,20 @@ UDEV_RULE = 'KERNEL=="hidraw*", ATTRS{idVendor}=="256f", MODE="0666"'
 
 
 def hid_devices(folder: Path = Path("/sys/class/hidraw")) -> list[str]:
-    """The names of all mice, keyboards, joysticks that Linux sees, whether or not we may open them."""
+    """The names of all mice, keyboards, joysticks that Linux sees, also those we may not open."""
     names = []
     for path in sorted(folder.glob("*/device/uevent")):
-        lines = [line.partition("=") for line in path.read_text().splitlines()]
-        names += [f"{value} ({path.parent.parent.name})" for key, _, value in lines if key == "HID_NAME"]
+        facts = dict(line.split("=", 1) for line in path.read_text().splitlines())
+        names.append(f"{facts.get('HID_NAME', '?')} ({path.parent.parent.name})")
     return names
 
 
 class SpaceMouse(Teleop):
-    """3Dconnexion SpaceMouse: the cap moves the arm; the left button closes, the right one opens the gripper, both
-    together keep control while the cap is let go."""
+    """3Dconnexion SpaceMouse: the cap moves the arm; the left button closes, the right one opens the
+    gripper, both together keep control while the cap is let go."""
 
-    def __init__(self, gain: float = 1.0):
+    def __init__(self):
         """Raises RobotError if there is none."""
-        self.gain = gain
         self._state = np.zeros(6), 0.0
         self._device = self._open()
         self._stop = threading.Event()
@@ -893,11 +846,10 @@ class SpaceMouse(Teleop):
             return pyspacemouse.open(axis_convention="ros")  # x forward, y left, z up
         except (ImportError, RuntimeError, OSError) as error:
             there = ", ".join(hid_devices()) or "none"
-            raise RobotError(
-                f"SpaceMouse: {error} Devices that are plugged in: {there}; run: pip install pyspacemouse, apt-get "
-                f"install libhidapi-hidraw0, and allow its use: {UDEV_RULE} in /etc/udev/rules.d/99-spacemouse.rules, "
-                "then plug it in again"
-            ) from error
+            problem = f"{error} Devices that are plugged in: {there}"
+            remedy = "pip install pyspacemouse, apt-get install libhidapi-hidraw0, and allow its use: "
+            remedy += f"{UDEV_RULE} in /etc/udev/rules.d/99-spacemouse.rules, then plug it in again"
+            raise RobotError(f"SpaceMouse: {problem}; run: {remedy}") from error
 
     def _run(self) -> None:
         from pyspacemouse.device import HIDException  # unplugged
@@ -921,7 +873,7 @@ class SpaceMouse(Teleop):
             motion = np.array([state.x, state.y, state.z, state.roll, state.pitch, state.yaw])
             left, right = [*state.buttons, 0, 0][:2]
             self.held = bool(left and right)
-            self._state = np.clip(self.gain * motion, -1, 1), float(left) - float(right)
+            self._state = np.clip(motion, -1, 1), float(left) - float(right)
 
     def motion(self) -> tuple[np.ndarray, float]:
         return self._state
@@ -937,10 +889,11 @@ def open_teleop(name: str, terminal: Terminal | None = None) -> Teleop:
 
 
 class ScriptedExpert(Teleop):
-    """Stands in for a person in tests and rehearsals: now and then it takes over for a while, with the actions of the
-    task's scripted expert (`expert_action` of the unwrapped environment).
+    """Stands in for a person in tests and rehearsals: now and then it takes over for a while, with
+    the actions of the task's scripted expert (`expert_action` of the unwrapped environment).
 
-    `probability`: per step, to take over for `steps`. `noise`: standard deviation of noise on the actions, in [-1, 1].
+    `probability`: per step, to take over for `steps`. `noise` on its actions: as a
+    standard deviation in [-1, 1].
     """
 
     def __init__(self, probability: float = 1.0, steps: int = 20, seed: int = 0, noise: float = 0.0):
@@ -971,12 +924,12 @@ class ScriptedExpert(Teleop):
 
 
 class Intervention(gym.Wrapper):
-    """A person may take over, and keeps control for `hold_s` after the last input, in which the arm stands still:
-    between two nudges the policy does not act. (HIL-SERL takes over only while the input is not zero,
-    serl_robot_infra/franka_env/envs/wrappers.py:230.)
+    """A person may take over, and keeps control for `hold_s` after the last input, in which the arm
+    stands still: between two nudges the policy does not act. (HIL-SERL takes over only while the
+    input is not zero, serl_robot_infra/franka_env/envs/wrappers.py:230.)
 
-    `info`: "intervened"; "policy_action", what the policy wanted; "executed_action", what a replay buffer must store;
-    "intervene_action", the same, there only when it is the person's, as in HIL-SERL; "teleop_fault".
+    `info`: "intervened"; "policy_action", what the policy wanted; "executed_action", what a replay
+    buffer must store; "intervene_action", the same, if it is the person's; "teleop_fault".
     """
 
     def __init__(self, env: gym.Env, teleop: Teleop, hold_s: float = 0.4):
@@ -998,12 +951,14 @@ class Intervention(gym.Wrapper):
         elif self.left:
             self.left -= 1
             human = np.zeros(self.action_space.shape, self.action_space.dtype)
-        *step, info = self.env.step(action if human is None else human)
+        asked = action if human is None else human
+        *step, info = self.env.step(asked)
         if "executed_action" not in info:  # a task that does not tell
-            low, high = self.action_space.low, self.action_space.high
-            asked = action if human is None else human
-            info["executed_action"] = np.clip(asked, low, high).astype(self.action_space.dtype)
-        info |= {"intervened": human is not None, "policy_action": action, "teleop_fault": self.teleop.fault}
+            space = self.action_space
+            info["executed_action"] = np.clip(asked, space.low, space.high).astype(space.dtype)
+        info["intervened"] = human is not None
+        info["policy_action"] = action
+        info["teleop_fault"] = self.teleop.fault
         if human is not None:
             info["intervene_action"] = info["executed_action"]
         return *step, info
@@ -1016,7 +971,7 @@ class Intervention(gym.Wrapper):
 # --- Environment ------------------------------------------------------------------------------------------------------
 @dataclass
 class TaskConfig:
-    """One task on the real or the simulated robot; the defaults are SERL's peg insertion (peg_env/config.py)."""
+    """A task on the real or simulated robot; defaults: SERL's peg insertion (peg_env/config.py)."""
 
     name: str = "peg"
     env_id: str | None = None  # the task that a simulated server must serve (None: any)
@@ -1025,52 +980,53 @@ class TaskConfig:
     hz: float = 10.0  # steps per second; below 4 the server's watchdog holds the arm between two
     max_episode_steps: int = 100  # then the episode is truncated
 
-    # where an episode starts
-    reset_pose: tuple[float, ...] = (0.5, 0.0, 0.14, np.pi, 0.0, 0.0)  # x, y, z (m), roll, pitch, yaw (rad)
-    random_reset: tuple[float, float, float] = (0.05, 0.05, np.pi / 6)  # shifted by up to this: x, y (m), yaw (rad)
-    reset_tolerance: tuple[float, float] = (0.01, 0.1)  # so near must the arm come (m along each axis, rad),
+    # where an episode starts: x, y, z (m), roll, pitch, yaw (rad); shifted by up to this: x, y, yaw
+    reset_pose: tuple[float, ...] = (0.5, 0.0, 0.14, np.pi, 0.0, 0.0)
+    random_reset: tuple[float, float, float] = (0.05, 0.05, np.pi / 6)
+    reset_tolerance: tuple[float, float] = (0.01, 0.1)  # so near must it come (m per axis, rad),
     reset_still_s: float = 0.3  # and stand still there for this long
     reset_speed: float = 0.1  # m/s on the way there
-    reset_joints_every: int = 200  # episodes between two moves to reset_joints, which bring the elbow back (0: never)
+    reset_joints_every: int = 200  # episodes between two moves to reset_joints (0: never)
     reset_joints: tuple[float, ...] = (0.0, -0.26, 0.0, -2.43, 0.0, 2.17, np.pi / 4)  # rad
-    recover_at_reset: bool = True  # else reset() raises after a fault, and a person calls `client.recover()`
+    recover_at_reset: bool = True  # else reset() raises after a fault: see RECOVER
     wait_s: float = 60.0  # how long reset() waits for a server or a camera that is away
 
     # what an action of 1 adds to the target: m, and rad (three entries: a task without rotation)
     action_scale: tuple[float, ...] = (0.02, 0.02, 0.02, 0.1, 0.1, 0.1)
-    # safety box of the target: x, y, z (m); roll, pitch, yaw (rad) about the base's axes, from reset_pose's
+    # safety box of the target: x, y, z (m); from reset_pose: roll, pitch, yaw (rad), base's axes
     workspace: tuple[tuple[float, float], ...] = (
         (0.4, 0.6), (-0.1, 0.1), (0.05, 0.2), (-0.1, 0.1), (-0.1, 0.1), (-0.8, 0.8)
     )  # fmt: skip
-    relative_frame: bool = True  # actions and observations in the tcp's frame, its pose from where the episode began
+    # actions and observations in the tcp's frame, its pose from where the episode began
+    relative_frame: bool = True
     compliance: Gains = field(
         default_factory=lambda: Gains(clip=(0.003, 0.003, 0.01), rotational_clip=(0.02, 0.02, 0.02))
     )  # gains during the episode
-    # gains on the way to the reset pose; SERL's, but damped, so that the arm cannot go faster than 0.25 m/s and 1 rad/s
+    # gains on the way to its start: SERL's, damped, so that no speed is above 0.25 m/s and 1 rad/s
     precision: Gains = field(default_factory=lambda: Gains(3000.0, 120.0, 300.0, 15.0))
 
-    # fixed: no gripper action; binary: beyond +-0.5 it closes (+) or opens (-); continuous: the closure moves on by it
+    # binary: its action closes (+) or opens (-) beyond +-0.5; continuous: it is added to the closure
     gripper: Literal["fixed", "binary", "continuous"] = "binary"
     gripper_at_reset: Literal["open", "close", "keep"] = "keep"
-    gripper_penalty: float = 0.0  # times the change of closure: info["grasp_penalty"] (HIL-SERL: 0.02)
-    gripper_wait_s: float = 0.0  # a step that moves it waits at most this long until it stands, and is late (SERL: 0.6)
+    gripper_penalty: float = 0.0  # per change of closure: info["grasp_penalty"] (HIL-SERL: 0.02)
+    gripper_wait_s: float = 0.0  # a step waits at most this long for it, and is late (SERL: 0.6)
 
-    # what is observed
-    proprio: tuple[str, ...] = ("gripper", "tcp_force", "tcp_pose", "tcp_torque", "tcp_vel")  # what `state` holds
+    # what is observed, `proprio` in "state"
+    proprio: tuple[str, ...] = ("gripper", "tcp_force", "tcp_pose", "tcp_torque", "tcp_vel")
     cameras: tuple[CameraConfig, ...] = (CameraConfig("front"), CameraConfig("wrist"))
     image_size: int = 128  # pixels
     max_image_age_s: float = 0.3  # an older picture ends the episode
 
-    # 1 at success: tcp within `tolerance` (m along each axis, rad) of `goal_pose` (x, y, z, roll, pitch, yaw); or
-    # what the simulated robot's task says; or nothing
+    # 1 at success: tcp within `tolerance` (m along each axis, rad) of `goal_pose`; or what the
+    # simulated robot's task says; or nothing
     reward: Literal["pose", "task", "none"] = "pose"
-    terminate_on_success: bool = True  # else the episode goes on, as when frames of success are collected
+    terminate_on_success: bool = True  # else it goes on, as when frames of success are collected
     goal_pose: tuple[float, ...] = (0.5, 0.0, 0.06, np.pi, 0.0, 0.0)
     tolerance: tuple[float, float] = (0.01, 0.2)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
-        """What `asdict` was made of, also if it went through JSON: so a recorded dataset knows its environment."""
+        """From what `asdict` made, also by way of JSON: so a dataset knows its environment."""
         parts = {name: Gains(**values[name]) for name in ("compliance", "precision")}
         parts["cameras"] = tuple(CameraConfig(**camera) for camera in values["cameras"])
         return cls(**(values | parts))
@@ -1079,9 +1035,11 @@ class TaskConfig:
         """Raises ValueError when settings contradict each other."""
         axes = len(self.action_scale)
         if axes not in (3, 6) or len(self.workspace) != axes or min(self.action_scale) <= 0:
-            raise ValueError("TaskConfig: action_scale and workspace have 3 entries, or 6 with rotation, all above 0")
+            entries = "3 entries, or 6 with rotation, all above 0"
+            raise ValueError(f"TaskConfig: action_scale and workspace have {entries}")
         if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):
-            raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
+            known = sorted(PROPRIO)
+            raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {known}")
 
     def observation_space(self) -> spaces.Dict:
         sizes = PROPRIO | {"tcp_vel": len(self.action_scale)}
@@ -1092,23 +1050,26 @@ class TaskConfig:
         return spaces.Dict(parts)
 
     def fingerprint(self) -> dict[str, Any]:
-        """What gives actions and observations their meaning, in plain JSON values. Data, classifier and policy belong
-        together only where it is the same."""
+        """What gives actions and observations their meaning, in plain JSON values. Data, classifier
+        and policy belong together only where it is the same."""
         values = {name: value for name, value in asdict(self).items() if name in MEANING}
         return json.loads(json.dumps({"version": 1} | values))
 
 
 MEANING = ("name", "hz", "reset_pose", "random_reset", "action_scale", "workspace", "relative_frame")
 MEANING += ("compliance", "gripper", "proprio", "cameras", "image_size")
-PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}  # tcp_vel: or 3
+PROPRIO = {"gripper": 1, "tcp_force": 3, "tcp_pos": 3, "tcp_pose": 7, "tcp_torque": 3, "tcp_vel": 6}
 MAX_STATE_AGE_S = 0.5
 RESET_HZ = 20  # targets per second on the way to the start pose
-LEASE_S = 3.0  # outlives a front of the server that is started anew; without targets the arm holds long before
+LEASE_S = 3.0  # outlives a front of the server; without targets the arm holds long before
 GRIPPER_THRESHOLD = 0.5  # of a binary gripper's action
-# TASK: two examples to copy; observation and action spaces are those of franka_sim's tasks with pixels.
+# TASK: two examples to copy; their spaces are those of franka_sim's tasks with pixels.
 PEG = TaskConfig(
     env_id="FrankaPegInsert-v0",
-    cameras=(CameraConfig("front", crop=(0.46, 0.58, 0.74, 0.86)), CameraConfig("wrist", crop=(0.2, 0.4, 0.8, 1.0))),
+    cameras=(
+        CameraConfig("front", crop=(0.46, 0.58, 0.74, 0.86)),
+        CameraConfig("wrist", crop=(0.2, 0.4, 0.8, 1.0)),
+    ),
 )
 PICK = TaskConfig(
     name="pick",
@@ -1127,43 +1088,37 @@ TASKS = {"peg": PEG, "pick": PICK}
 
 
 def task_named(name: str, **changes: Any) -> TaskConfig:
-    """An entry of TASKS, with these changes. Exits with one line when there is none of this name."""
+    """An entry of TASKS, with these changes. Exits with one line when there is none."""
     if name not in TASKS:
         fail(f"--task {name}: there are {', '.join(TASKS)}; add yours to TASKS in robot_client.py")
     return replace(TASKS[name], **changes)
 
 
 class FrankaEnv(gym.Env):
-    """The robot behind robot_server.py as SERL's FrankaEnv; nothing is contacted before the first `reset`.
+    """The robot behind robot_server.py as SERL's FrankaEnv; `reset` is the first to contact it.
 
-    Observation: `state`, the values that `proprio` names, and one (size, size, 3) uint8 image per camera. In the base
-    frame, or, with `relative_frame`, in the tcp's: gripper 0 (open) to 1 (closed); force and torque of the surroundings
-    on the tcp, N and Nm; tcp_pose m and quaternion x, y, z, w; tcp_vel m/s and rad/s.
-    Action in [-1, 1]: translation, rotation (as a rotation vector), gripper (+ closes, as in franka_sim).
-    `info`: "success"; "fault", why the episode ended early, if it did; "reflexes", how many since the environment was
-    made; "asked_action" and "executed_action", what the box left of it; "limited" by the server; "grasp_penalty";
-    "robot_time" of the observation, s; "period_s" since the last step and "late_s" after its beat, both by the robot's
-    clock and as they really were; "overruns", steps of this episode for which no time was left.
-    A reflex terminates; a lost server, lease or camera, any other fault, and the time limit truncate. `reset` then
-    waits for what is missing, and raises RobotError with the remedy when it does not come back.
+    Observation: `state`, the values that `proprio` names, and (size, size, 3) uint8 of each camera. In
+    the base frame or, with `relative_frame`, in the tcp's: gripper 0 (open) to 1 (closed); force and
+    torque of the surroundings on the tcp, N, Nm; tcp_pose m and quaternion; tcp_vel m/s, rad/s.
+    Action in [-1, 1]: translation, rotation vector, gripper (+ closes, as in franka_sim).
+    `info`: "success"; "fault", why the episode ended early, if it did; "reflexes" so far;
+    "asked_action" and "executed_action", what the box left of it; "limited" by the server;
+    "grasp_penalty"; "robot_time" of the observation, s; "period_s" since the last step and "late_s"
+    after its beat, both by the robot's clock and as they really were; "overruns", steps of this
+    episode for which no time was left.
+    A reflex terminates; a lost server, lease or camera, any other fault, and time's end truncate.
+    `reset` then waits for what is missing; if that does not come back, RobotError names the remedy.
     """
 
     # alone: a second environment on the same robot would take it away from this one
     metadata = {"render_modes": ["rgb_array"], "render_fps": 10, "alone": True}
 
-    def __init__(
-        self,
-        config: TaskConfig | dict | None = None,
-        success: Callable[[dict], bool] | None = None,
-        render_mode: str | None = None,
-    ) -> None:
-        """`success`: of an observation, instead of `config.reward`, for example a classifier. Raises ValueError for
-        settings that contradict each other."""
+    def __init__(self, config: TaskConfig | dict | None = None, render_mode: str | None = None):
+        """Raises ValueError for settings that contradict each other."""
         if isinstance(config, dict):
             config = TaskConfig.from_dict(config)
         self.config = config or TaskConfig()
         self.config.check()
-        self.success = success
         self.render_mode = render_mode
         self.metadata = self.metadata | {"render_fps": self.config.hz}
         self.axes = len(self.config.action_scale)
@@ -1172,6 +1127,7 @@ class FrankaEnv(gym.Env):
         self.action_space = spaces.Box(-1, 1, (numbers,), np.float32)
         self.reset_pose = pose_from_euler(self.config.reset_pose)
         self.goal_pose = pose_from_euler(self.config.goal_pose)
+        self.scale = np.array(self.config.action_scale)
         self.low, self.high = np.array(self.config.workspace).T
         self.client: RobotClient | None = None
         self.scene: Scene | None = None
@@ -1181,20 +1137,21 @@ class FrankaEnv(gym.Env):
         self.elapsed_steps = 0
         self.origin = self.reset_pose  # of the observed pose, in a relative frame
         self.closure = 0.0  # of the gripper, as commanded
-        self.ordered: float | None = None  # the closure that targets carry: none until an action changes it
+        self.ordered: float | None = None  # the closure in targets: none until an action changes it
         self.stopped = ""  # how a person stopped the robot
         self.give_up: Callable[[], bool] = lambda: False  # whether a reset shall end on its way
 
     # Reset
     def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
-        """`options`: {"keep_scene": True} leaves a simulated scene as it is; {"give_up": function} is asked again and
-        again on the way to the start pose: when it says so, the arm holds where it is, and RobotError is raised."""
+        """`options`: {"keep_scene": True} leaves a simulated scene as it is; {"give_up": function} is
+        asked on the way: when it says so, the arm holds where it is, and RobotError is raised."""
         super().reset(seed=seed)
         options = options or {}
         self.give_up = options.get("give_up", lambda: False)
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
-            raise RobotError(f"{stopped}: a person stopped the robot; call reset() again when it may move")
+            remedy = "call reset() again when it may move"
+            raise RobotError(f"{stopped}: a person stopped the robot; {remedy}")
         scene_seed = int(self.np_random.integers(2**31))
         x, y, yaw = self.np_random.uniform(-1, 1, 3) * self.config.random_reset
         start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
@@ -1203,7 +1160,7 @@ class FrankaEnv(gym.Env):
             try:
                 self.prepare(start_pose, None if options.get("keep_scene") else scene_seed)
                 break
-            except (RefusedError, UnreachableError):  # a reflex on the way, a server that was just started again
+            except (RefusedError, UnreachableError):  # a reflex, a server just started again
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
         arrived = time.monotonic()
@@ -1219,13 +1176,13 @@ class FrankaEnv(gym.Env):
         self.episodes += 1
         obs, fault = self.observe()
         if fault:
-            raise CameraError(fault)
+            raise RobotError(fault)
         self.pace = self.client.pace(self.config.hz)
         info = {"success": False, "fault": None, "reflexes": self.reflexes}
         return obs, info | {"robot_time": self.state["robot_time"]}
 
     def connect(self) -> None:
-        """Find the server and the cameras, check that the task fits, become the robot's commander."""
+        """Find server and cameras, check that the task fits, become the robot's commander."""
         config = self.config
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
@@ -1237,10 +1194,11 @@ class FrankaEnv(gym.Env):
         if self.scene is None and served and any(camera.kind == "sim" for camera in config.cameras):
             self.scene = Scene(served)
         if not self.cameras:
-            self.cameras = [make_camera(camera, config.image_size, self.scene) for camera in config.cameras]
+            size = config.image_size
+            self.cameras = [make_camera(camera, size, self.scene) for camera in config.cameras]
         for camera in self.cameras:
             camera.start(config.wait_s)
-        self.acquire()
+        self.client.acquire(LEASE_S, wait_s=LEASE_S + 1)
 
     def misfit(self) -> str:
         """What the server cannot do that the task asks for, if there is something."""
@@ -1248,139 +1206,111 @@ class FrankaEnv(gym.Env):
         limits = self.hello["limits"]
         low, high = limits["workspace_low"], limits["workspace_high"]
         served = self.hello["robot"]["task"]
-        if np.linalg.norm(config.action_scale[:3]) > limits["max_jump"] / 2:
+        if np.linalg.norm(self.scale[:3]) > limits["max_jump"] / 2:
             return f"action_scale {config.action_scale[:3]} is too large for --max-jump"
         if np.any(self.low[:3] < low) or np.any(self.high[:3] > high):
             return f"the workspace reaches beyond {low}, {high}"
         if config.reward == "task" and not served:
             return "reward='task' needs a simulated robot"
         if config.env_id and served and served != config.env_id:
-            return f"the task {config.name!r} is not {served}; start robot_server.py --env-id {config.env_id}"
+            remedy = f"start robot_server.py --env-id {config.env_id}"
+            return f"the task {config.name!r} is not {served}; {remedy}"
         if config.gripper != "fixed" and self.hello["gripper"]["kind"] == "none":
             return "without a gripper it must be 'fixed'"
         return ""
 
-    def acquire(self) -> None:
-        """Become the robot's commander. A dead one's lease ends by itself. Raises RefusedError for a live one."""
-        end = time.monotonic() + LEASE_S + 1
-        while True:
-            try:
-                return self.client.acquire(LEASE_S)
-            except RefusedError as refusal:
-                if refusal.code != "lease_taken" or time.monotonic() > end:
-                    raise
-                time.sleep(0.1)
-
     def prepare(self, start_pose: np.ndarray, scene_seed: int | None) -> None:
-        """Bring gripper, arm and (simulated) scene to where an episode starts. TASK: regrasp, lift, clear the way."""
+        """Bring all to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
         state = client.state()
         if fault := state["fault"]:
             if not config.recover_at_reset:
-                raise RefusedError(f"{fault['message']}; look at the robot, then call client.recover()", "fault")
-            client.recover()
+                raise RefusedError(f"{fault['message']}; {RECOVER}", "fault")
+            client.job("recover")
         if client.state()["mode"] != "idle":
             client.stop()
         if state["gripper_fault"] and config.gripper != "fixed":
-            raise RobotError(f"{state['gripper_fault']}; then call client.gripper('activate')")
+            raise RobotError(f"{state['gripper_fault']}; {ACTIVATE}")
         if self.hello["robot"]["task"] and scene_seed is not None:
-            client.reset_task(scene_seed)
+            client.job("reset_task", seed=scene_seed)
         if config.gripper_at_reset != "keep":
-            client.gripper(config.gripper_at_reset)
-        client.start(**asdict(config.precision))
+            client.job("gripper", action=config.gripper_at_reset)
+        client.job("start", **asdict(config.precision))
         lifted = client.state()["reference"]
         lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
         self.go_to(lifted)
         every = config.reset_joints_every
         if every and self.episodes % every == every - 1:
             client.stop()
-            client.move_joints(config.reset_joints)
-            client.start(**asdict(config.precision))
+            client.job("move_joints", q=config.reset_joints)
+            client.job("start", **asdict(config.precision))
         self.go_to(start_pose)
-        client.set_gains(**asdict(config.compliance))
-        self.come_to_rest(start_pose, config.reset_still_s)
+        client.call("gains", **asdict(config.compliance))
+        self.go_to(start_pose, config.reset_still_s)
 
-    def go_to(self, pose: np.ndarray) -> None:
-        """Stream targets along a straight line to `pose`, no faster than the arm follows, and wait until it is there.
-        Raises RefusedError if it is not."""
+    def go_to(self, pose: np.ndarray, still_s: float = 0.0) -> None:
+        """Stream targets on a straight line to `pose`, no faster than the arm follows, until it has
+        stood still there for this long. RefusedError if it does not, RobotError if given up."""
+        near, aligned = self.config.reset_tolerance
         start = self.client.state()["reference"]
         motion = motion_between(pose, start)
-        speed = self.config.reset_speed  # and 5 rad for each m
-        turn_s = np.linalg.norm(motion[3:]) / (5 * speed)
-        seconds = max(np.linalg.norm(motion[:3]) / speed, turn_s, 0.05)
-        steps = math.ceil(RESET_HZ * seconds)
+        way = max(np.linalg.norm(motion[:3]), np.linalg.norm(motion[3:]) / 5)  # 5 rad for each m
+        steps = max(math.ceil(RESET_HZ * way / self.config.reset_speed), 1)
         pace = self.client.pace(RESET_HZ)
         step = 1
-        for _ in range(3 * steps + 60):
-            target = moved(start, motion * step / steps)
-            reference = self.stream(target, pace)["reference"]
-            lag = motion_between(target, np.array(reference))
+        still = 0  # beats
+        for _ in range(3 * steps + 120):
+            target = moved(start, motion * min(step / steps, 1))
+            self.client.target(target)
+            pace.wait()
+            if self.give_up():
+                self.client.call("hold")
+                raise RobotError("the reset was given up, the arm holds")
+            state = self.client.state()
+            lag = motion_between(target, state["reference"])
             if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
                 step += 1
-            if step > steps:
-                break
-        self.come_to_rest(pose, 0.0)
-
-    def come_to_rest(self, pose: np.ndarray, still_s: float) -> None:
-        """Wait until the arm has stood still at `pose` for this long. Raises RefusedError if it does not."""
-        near, aligned = self.config.reset_tolerance
-        pace = self.client.pace(RESET_HZ)
-        still = 0  # beats
-        for _ in range(3 * RESET_HZ):
-            self.stream(pose, pace)
-            state = self.client.state()
             off = motion_between(state["tcp_pose"], pose)
+            turn = np.linalg.norm(off[3:])
             speed = np.abs(state["tcp_vel"])
-            there = np.abs(off[:3]).max() < near and np.linalg.norm(off[3:]) < aligned
+            there = step > steps and np.abs(off[:3]).max() < near and turn < aligned
             still = still + 1 if there and speed[:3].max() < 0.01 and speed[3:].max() < 0.05 else 0
             if still > RESET_HZ * still_s:
                 return
         raise RefusedError(
-            f"reset: the tcp stands {np.round(off[:3], 3)} m and {np.linalg.norm(off[3:]):.2f} rad off, "
+            f"reset: the tcp stands {np.round(off[:3], 3)} m and {turn:.2f} rad off, "
             f"or moves at {speed[:3].max():.3f} m/s; is something in its way?",
             "failed",
         )
 
-    def stream(self, pose: np.ndarray, pace: Pace) -> dict:
-        """A target on the way to the start, and a beat. Returns the server's reply.
-        Raises RobotError when the reset is given up."""
-        reply = self.client.target(pose)
-        pace.wait()
-        if self.give_up():
-            self.client.hold()
-            raise RobotError("the reset was given up, the arm holds")
-        return reply
-
     # Step
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         asked = self.checked(action)
-        info: dict[str, Any] = {
-            "asked_action": asked.astype(np.float32),
-            "executed_action": np.zeros(asked.shape, np.float32),
-            "limited": [],
-            "grasp_penalty": 0.0,
-            "period_s": 0.0,
-            "late_s": 0.0,
-        }
+        info: dict[str, Any] = {"limited": [], "grasp_penalty": 0.0, "period_s": 0.0, "late_s": 0.0}
+        info["asked_action"] = asked.astype(np.float32)
+        info["executed_action"] = np.zeros(asked.shape, np.float32)
         code = ""
         try:
             info["executed_action"] = self.command(asked, info).astype(np.float32)
             info["period_s"], info["late_s"] = self.pace.wait()
             self.look()
             latched = self.state["fault"]
-            fault = latched["message"] if latched else self.state["gripper_fault"] or self.failed_order()
+            fault = self.state["gripper_fault"] or self.failed_order()
+            if latched:
+                fault = latched["message"]
         except RobotError as error:
             latched = error.reply.get("fault")
             fault = str(error)
             code = error.code
-        reflex = bool(latched) and latched["code"] == "reflex"
-        user_stopped = bool(latched) and latched["code"] == "user_stopped"
-        self.stopped = fault if user_stopped or code == "held" else ""
+        if latched:
+            code = latched["code"]
+        reflex = code == "reflex"
+        self.stopped = fault if code in ("user_stopped", "held") else ""
         self.reflexes += reflex
         self.elapsed_steps += 1
         obs, camera_fault = self.observe()
         fault = fault or camera_fault
-        success = not fault and self.is_success(obs)
+        success = not fault and self.is_success()
         terminated = reflex or (success and self.config.terminate_on_success)
         truncated = bool(fault) or self.elapsed_steps >= self.config.max_episode_steps
         info["success"] = success
@@ -1391,61 +1321,61 @@ class FrankaEnv(gym.Env):
         return obs, float(success), terminated, truncated and not terminated, info
 
     def checked(self, action: np.ndarray) -> np.ndarray:
-        """The action within -1..1; raises ValueError for another shape, NaN or infinity. The arm then holds."""
+        """Within -1..1. ValueError for another shape, NaN, infinity: the arm then holds."""
         values = np.asarray(action, dtype=np.float64)
         if values.shape != self.action_space.shape or not np.isfinite(values).all():
-            raise ValueError(f"the action must be {self.action_space.shape} finite numbers, not {values}")
+            shape = self.action_space.shape
+            raise ValueError(f"the action must be {shape} finite numbers, not {values}")
         return np.clip(values, -1, 1)
 
     def command(self, values: np.ndarray, info: dict) -> np.ndarray:
-        """Move the target on, and the gripper if the action says so. Returns the action as far as the box allows it."""
-        scale = np.array(self.config.action_scale)
+        """Move target and gripper on. Returns the action as far as the box allows it."""
         motion = np.zeros(6)
-        motion[: self.axes] = values[: self.axes] * scale
+        motion[: self.axes] = values[: self.axes] * self.scale
         start = self.last_target()
         self.target = self.inside_box(moved(start, self.action_to_base(motion)))
-        change = 0.0
-        if self.config.gripper != "fixed":
-            change = abs(self.closure_after(values[-1]) - self.closure)
+        closure = self.closure_after(values[-1])
+        change = abs(closure - self.closure)
         if change:
-            self.closure = self.ordered = self.closure_after(values[-1])
+            self.closure = self.ordered = closure
         info["grasp_penalty"] = -self.config.gripper_penalty * change
-        told = self.client.target(self.target, self.ordered)["result"]  # None: it was, in an answer that was lost
-        info["limited"] = told["limited"] if told else []
+        told = self.client.target(self.target, self.ordered)["result"]
+        info["limited"] = told["limited"] if told else []  # nothing is told if an answer was lost
         if change and self.config.gripper_wait_s:
             self.wait_for_gripper()
-        executed = self.base_to_action(motion_between(self.target, start))[: self.axes] / scale
+        executed = self.base_to_action(motion_between(self.target, start))[: self.axes] / self.scale
         return np.clip(np.append(executed, values[self.axes :]), -1, 1)
 
     def last_target(self) -> np.ndarray:
-        """(7,) what an action moves on from: the last target, but no further than half an action ahead of the reference
-        that the server has in force. So single actions are carried out in full although the server takes its time, and
-        where the arm is blocked or too slow, the target waits for it."""
-        scale = np.array(self.config.action_scale)
+        """(7,) what an action moves on from: the last target, at most half an action ahead of the
+        server's reference. So single actions are carried out in full although the server takes its
+        time, and where the arm is blocked or too slow, the target waits for it."""
         reference = self.state["reference"]
         lead = motion_between(self.target, reference)
-        lead[:3] = no_longer_than(lead[:3], scale[:3].max() / 2)
-        lead[3:] = no_longer_than(lead[3:], scale[3:].max(initial=0.0) / 2)
+        lead[:3] = no_longer_than(lead[:3], self.scale[:3].max() / 2)
+        lead[3:] = no_longer_than(lead[3:], self.scale[3:].max(initial=0.0) / 2)
         return moved(reference, lead)
 
     def inside_box(self, pose: np.ndarray) -> np.ndarray:
         """(7,) the nearest pose in the workspace; its angles count from the reset pose."""
         position = np.clip(pose[:3], self.low[:3], self.high[:3])
-        quaternion = pose[3:]
+        turn = rotation(pose)
         if self.axes == 6:
-            euler = euler_from_quat(quat_multiply(quaternion, quat_inverse(self.reset_pose[3:])))
-            inside = quat_from_euler(np.clip(euler, self.low[3:], self.high[3:]))
-            quaternion = quat_multiply(inside, self.reset_pose[3:])
-        return np.append(position, quaternion / np.linalg.norm(quaternion))
+            reset = rotation(self.reset_pose)
+            euler = (turn * reset.inv()).as_euler("xyz")
+            turn = Rotation.from_euler("xyz", np.clip(euler, self.low[3:], self.high[3:])) * reset
+        return np.append(position, turn.as_quat())
 
     def closure_after(self, value: float) -> float:
-        """The gripper's closure that this action asks for."""
+        """The gripper's closure that the last number of an action asks for."""
+        if self.config.gripper == "fixed":
+            return self.closure
         if self.config.gripper == "continuous":
             return float(np.clip(self.closure + value, 0, 1))
         return float(value > 0) if abs(value) >= GRIPPER_THRESHOLD else self.closure
 
     def wait_for_gripper(self) -> None:
-        """Wait until the fingers stand, at most `gripper_wait_s`, and keep the watchdog content meanwhile."""
+        """Until the fingers stand, at most `gripper_wait_s`; targets keep the watchdog content."""
         end = self.client.robot_time() + self.config.gripper_wait_s
         while self.client.robot_time() < end:
             time.sleep(0.02)
@@ -1461,8 +1391,8 @@ class FrankaEnv(gym.Env):
         return f"gripper: {job['error']}"
 
     def stand_still(self) -> tuple[dict[str, np.ndarray], str]:
-        """Instead of a step, such as while a script pauses: keep arm and gripper as they are until the next beat.
-        Returns the observation then, and what is wrong with a camera. Raises RobotError if the robot does not."""
+        """Instead of a step, while a script pauses: keep arm and gripper as they are until the next
+        beat. Returns as `observe` does then. Raises RobotError if the robot does not."""
         self.client.target(self.target, self.ordered)
         self.pace.wait()
         self.look()
@@ -1470,13 +1400,13 @@ class FrankaEnv(gym.Env):
 
     # What is observed
     def look(self) -> None:
-        """Ask for the newest state, and on a simulated robot for its task and scene. Raises RobotError if it is old."""
+        """Ask for state and, on a simulated robot, task and scene. RobotError for an old state."""
         self.state = self.client.state()
         if (age := self.state["state_age"]) > MAX_STATE_AGE_S:
-            raise RobotError(f"the robot's newest state is {age:.2f} s old: does its SDK or its computer hang?")
+            raise RobotError(f"the robot's newest state is {age:.2f} s old: does its SDK hang?")
         self.task: dict[str, Any] = {}
         if self.scene or self.config.reward == "task":
-            self.task = self.client.task()
+            self.task = self.client.call("task")["result"]
         if self.scene:
             self.scene.put(self.task["scene"])
 
@@ -1504,7 +1434,7 @@ class FrankaEnv(gym.Env):
         for camera in self.cameras:
             try:
                 frame = camera.read(self.config.max_image_age_s)
-            except CameraError as error:
+            except RobotError as error:
                 frame = camera.frame
                 fault = str(error)
             obs[camera.config.name] = frame.image.copy()
@@ -1515,32 +1445,34 @@ class FrankaEnv(gym.Env):
         return 1 - self.state["gripper_width"] / width if width else 0.0
 
     def action_to_base(self, motion: np.ndarray) -> np.ndarray:
-        """(6,) translation and rotation vector from the action's frame to the base's: both are turned, and no more.
-        SERL's adjoint (franka_env/utils/transformations.py:19) also adds a rotation to each translation."""
-        return rotate(self.frame(), motion.reshape(2, 3)).ravel()
+        """(6,) translation and rotation vector from the action's frame to the base's, both turned.
+        SERL's adjoint (franka_env/utils/transformations.py:19) adds a rotation to translations."""
+        return self.frame().apply(motion.reshape(2, 3)).ravel()
 
     def base_to_action(self, motion: np.ndarray) -> np.ndarray:
         """(6,) the other way round, for what a person does in the base frame."""
-        return rotate(quat_inverse(self.frame()), motion.reshape(2, 3)).ravel()
+        return self.frame().apply(motion.reshape(2, 3), inverse=True).ravel()
 
-    def frame(self) -> np.ndarray:
-        return self.state["tcp_pose"][3:] if self.config.relative_frame else np.array([0.0, 0.0, 0.0, 1.0])
+    def frame(self) -> Rotation:
+        """Of actions, seen from the base."""
+        relative = self.config.relative_frame
+        return rotation(self.state["tcp_pose"]) if relative else Rotation.identity()
 
-    def is_success(self, obs: dict[str, np.ndarray]) -> bool:
-        """TASK: what success is, unless a classifier says so."""
-        if self.success:
-            return bool(self.success(obs))
+    def is_success(self) -> bool:
+        """TASK: what success is, where no classifier around this environment says so."""
         if self.config.reward == "task":
             return self.task["success"]
+        if self.config.reward == "none":
+            return False
         near, aligned = self.config.tolerance
         off = np.abs(motion_between(self.state["tcp_pose"], self.goal_pose))
-        return self.config.reward == "pose" and bool(off[:3].max() < near and off[3:].max() < aligned)
+        return bool(off[:3].max() < near and off[3:].max() < aligned)
 
     def expert_action(self) -> np.ndarray:
-        """(A,) action of the simulated task's scripted expert. Raises RefusedError on a real robot, which has none."""
-        expert = (self.task or self.client.task())["expert"]
+        """(A,) action of the simulated task's scripted expert; RefusedError on a real robot."""
+        expert = (self.task or self.client.call("task")["result"])["expert"]
         motion = self.base_to_action(motion_between(np.array(expert["pose"]), self.last_target()))
-        action = np.append(motion[: self.axes] / self.config.action_scale, 2 * expert["close"] - 1)
+        action = np.append(motion[: self.axes] / self.scale, 2 * expert["close"] - 1)
         return np.clip(action, -1, 1)[: self.action_space.shape[0]].astype(np.float32)
 
     def render(self) -> np.ndarray | None:
@@ -1550,12 +1482,9 @@ class FrankaEnv(gym.Env):
 
     def close(self) -> None:
         """Stop the cameras and give the robot back: it holds, and is idle two seconds later."""
-        for camera in self.cameras:
-            camera.close()
-        if self.scene:
-            self.scene.sim.close()
-        if self.client:
-            self.client.close()
+        for closing in (*self.cameras, self.scene, self.client):
+            if closing:
+                closing.close()
         self.cameras, self.scene, self.client = [], None, None
 
 
@@ -1565,7 +1494,7 @@ gym.register("FrankaReal-v0", f"{__name__}:FrankaEnv")
 
 # --- Main -------------------------------------------------------------------------------------------------------------
 class Doctor:
-    """Checks what a script on the robot needs and prints a line each, in the form of robot_server.py --doctor.
+    """Checks what a script on the robot needs, a line each, as robot_server.py --doctor does.
     Keeps what works, `client`, `scene`, `cameras` and `teleop`, and counts what does not."""
 
     def __init__(self, args: Args):
@@ -1576,33 +1505,32 @@ class Doctor:
         self.cameras: list[Camera] = []
         self.teleop: Teleop | None = None
 
-    def say(
-        self, fine: object, name: str, text: str, remedy: str = "", wrong: Literal["FAIL", "warn"] = "FAIL"
-    ) -> None:
-        """One line: ok, or what is wrong and what to do."""
+    def say(self, fine: bool | None, name: str, text: str, remedy: str = "") -> None:
+        """One line: ok, or what is wrong (None: what could be better) and what to do."""
         if fine:
             print(f"ok    {name}: {text}", flush=True)
         else:
-            print(f"{wrong}  {name}: {text}{remedy and '; '}{remedy}", flush=True)
-            self.failed += wrong == "FAIL"
+            level = "warn" if fine is None else "FAIL"
+            print(f"{level}  {name}: {text}{remedy and '; '}{remedy}", flush=True)
+            self.failed += fine is False
 
     def examine(self) -> None:
         names = ("numpy", "gymnasium", "pyzmq", "msgpack")
         packages = [f"{name} {importlib.metadata.version(name)}" for name in names]
         self.say(True, "python", f"{platform.python_version()}, {', '.join(packages)}")
         self.attempt("server", self.examine_server)
-        self.attempt("realsense", self.examine_realsense, wrong="warn")
+        self.attempt("realsense", self.examine_realsense, wrong=None)  # in simulation there is none
         for camera in list(self.cameras):
             if not self.attempt("cameras", camera.start):
                 self.cameras.remove(camera)
         self.attempt("teleop", self.open_teleop)
 
-    def attempt(self, name: str, check: Callable[[], object], wrong: Literal["FAIL", "warn"] = "FAIL") -> bool:
+    def attempt(self, name: str, check: Callable[[], object], wrong: bool | None = False) -> bool:
         """Whether a check ends well; else a line that says why not."""
         try:
             check()
         except RobotError as error:
-            self.say(False, name, str(error), wrong=wrong)
+            self.say(wrong, name, str(error))
             return False
         return True
 
@@ -1610,7 +1538,8 @@ class Doctor:
         """What the server says about itself."""
         if self.args.keys and (secret := Path(self.args.keys) / "client.key_secret").exists():
             private = not secret.stat().st_mode & 0o077
-            self.say(private, "keys", str(secret), f"others can read it: chmod 600 {secret}", wrong="warn")
+            remedy = f"others can read it: chmod 600 {secret}"
+            self.say(private or None, "keys", str(secret), remedy)
         client = RobotClient(self.args.server, self.args.keys)
         hello = client.hello()
         self.client = client
@@ -1624,16 +1553,18 @@ class Doctor:
         self.say(True, "server", f"{client.server}, commanded by {hello['lease'] or 'nobody'}")
         facts = [robot[name] for name in ("kind", "sdk", "firmware", "task") if robot[name]]
         self.say(True, "robot", f"{', '.join(map(str, facts))}, mode {state['mode']}")
-        self.say(slow < 20, "round trip", f"{median:.2f} ms, 99 % below {slow:.2f} ms", "a cable, no WLAN?", "warn")
-        remedy = "look at the robot, then call client.recover()"
-        self.say(not fault, "fault", fault["message"] if fault else "none", remedy)
-        text = state["gripper_fault"] or f"{gripper['kind']}, {1000 * state['gripper_width']:.0f} mm open"
-        self.say(not state["gripper_fault"], "gripper", text, "power, cable, then client.gripper('activate')")
-        arriving = state["success_rate"]
-        self.say(arriving >= 0.95, "control", f"{arriving:.0%} of the packets arrive", "robot_server.py --doctor")
+        text = f"{median:.2f} ms, 99 % below {slow:.2f} ms"
+        self.say(slow < 20 or None, "round trip", text, "a cable, no WLAN?")
+        self.say(not fault, "fault", fault["message"] if fault else "none", RECOVER)
+        text = f"{gripper['kind']}, {1000 * state['gripper_width']:.0f} mm open"
+        broken = state["gripper_fault"]
+        self.say(not broken, "gripper", broken or text, f"power, cable; {ACTIVATE}")
+        text = f"{state['success_rate']:.0%} of the packets arrive"
+        self.say(state["success_rate"] >= 0.95, "control", text, "robot_server.py --doctor")
         if robot["task"]:
             self.scene = Scene(robot["task"])
-            self.cameras += [SimCamera(CameraConfig(name), 128, self.scene) for name in self.scene.cameras]
+            for name in self.scene.cameras:
+                self.cameras.append(SimCamera(CameraConfig(name), 128, self.scene))
 
     def examine_realsense(self) -> None:
         """The RealSense cameras that are plugged in; none is fine, too."""
@@ -1643,7 +1574,8 @@ class Doctor:
         for serial, device in devices.items():
             name = device.get_info(rs.camera_info.name)
             usb = device.get_info(rs.camera_info.usb_type_descriptor)
-            self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
+            remedy = "USB 3 needs its cable and port"
+            self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", remedy)
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
 
     def open_teleop(self) -> None:
@@ -1654,7 +1586,7 @@ class Doctor:
     def look(self) -> None:
         """Put the simulated cameras where the simulated robot is."""
         if self.scene:
-            self.scene.put(self.client.task()["scene"])
+            self.scene.put(self.client.call("task")["result"]["scene"])
 
     def save_pictures(self, folder: Path) -> None:
         """One of each camera."""
@@ -1669,65 +1601,66 @@ class Doctor:
         """Show live values until then."""
         while time.monotonic() < end:
             self.look()
-            show_live(self.client, self.cameras, self.teleop)
+            self.show(self.cameras)
             time.sleep(0.2)
 
+    def show(self, cameras: Sequence[Camera]) -> None:
+        """Print what is measured in one line, over the last one in a terminal."""
+        parts = []
+        if self.client:
+            state = self.client.state()
+            pose = state["tcp_pose"]
+            euler = rotation(pose).as_euler("xyz", degrees=True)
+            parts.append("{:.3f} {:.3f} {:.3f} m".format(*pose))
+            parts.append("{:.0f} {:.0f} {:.0f} deg".format(*euler))
+            parts.append("{:.1f} {:.1f} {:.1f} N".format(*state["tcp_force"]))
+            parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
+            parts.append(" ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]))
+        for camera in cameras:
+            try:
+                frame = camera.read(1.0)
+                age_ms = 1000 * (time.monotonic() - frame.time)
+                parts.append(f"{camera.config.name} {frame.number} {age_ms:.0f} ms")
+            except RobotError as error:
+                parts.append(str(error))
+        if self.teleop:
+            motion, gripper = self.teleop.motion()
+            parts.append(self.teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}")
+        print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
+
+    def drive(self, end: float) -> None:
+        """Let a person move the arm slowly, near where it stands, to feel gains and directions."""
+        limits = self.client.hello()["limits"]
+        pose = self.client.state()["tcp_pose"]
+        around = [pose[:3] - 0.1, pose[:3] + 0.1]
+        box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
+        config = TaskConfig(
+            server=self.args.server,
+            keys=self.args.keys,
+            reset_pose=(*pose[:3], *rotation(pose).as_euler("xyz")),
+            random_reset=(0, 0, 0),
+            reset_joints_every=0,
+            recover_at_reset=False,
+            workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3),
+            action_scale=(0.01,) * 3 + (0.05,) * 3,
+            relative_frame=False,
+            cameras=(),
+            reward="none",
+            max_episode_steps=sys.maxsize,
+        )
+        terminal = getattr(self.teleop, "terminal", None)
+        with contextlib.closing(Intervention(FrankaEnv(config), self.teleop)) as env:
+            env.reset(options={"keep_scene": True})
+            while time.monotonic() < end and not (terminal and terminal.quits()):
+                _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
+                self.show(cameras=())
+                if terminated or truncated:
+                    raise RobotError(info["fault"])
+
     def close(self) -> None:
-        for closing in (*self.cameras, self.teleop, self.client):
+        for closing in (*self.cameras, self.scene, self.teleop, self.client):
             if closing:
                 closing.close()
-
-
-def show_live(client: RobotClient | None, cameras: Sequence[Camera], teleop: Teleop | None) -> None:
-    """Print state, cameras and teleoperation in one line, over the last one in a terminal."""
-    parts = []
-    if client:
-        state = client.state()
-        pose = state["tcp_pose"]
-        numbers = [*pose[:3], *np.degrees(euler_from_quat(pose[3:])), *state["tcp_force"]]
-        parts.append("{:.3f} {:.3f} {:.3f} m, {:.0f} {:.0f} {:.0f} deg, {:.1f} {:.1f} {:.1f} N".format(*numbers))
-        parts.append(f"gripper {1000 * state['gripper_width']:.0f} mm")
-        parts.append(" ".join([state["mode"], *state["limited"], state["lease"] or "nobody"]))
-    for camera in cameras:
-        try:
-            frame = camera.read(1.0)
-            parts.append(f"{camera.config.name} {frame.number} {1000 * (time.monotonic() - frame.time):.0f} ms")
-        except CameraError as error:
-            parts.append(str(error))
-    if teleop:
-        motion, gripper = teleop.motion()
-        parts.append(teleop.fault or f"hand {np.round(motion, 2)} {gripper:+.0f}")
-    print(f"\r{' | '.join(parts)}\033[K", end="" if sys.stdout.isatty() else "\n", flush=True)
-
-
-def drive(args: Args, teleop: Teleop, end: float) -> None:
-    """Let a person move the arm slowly, within 10 cm of where it stands, to feel gains and directions."""
-    with contextlib.closing(RobotClient(args.server, args.keys)) as client:
-        limits, pose = client.hello()["limits"], client.state()["tcp_pose"]
-    around = [pose[:3] - 0.1, pose[:3] + 0.1]
-    box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
-    config = TaskConfig(
-        server=args.server,
-        keys=args.keys,
-        reset_pose=(*pose[:3], *euler_from_quat(pose[3:])),
-        random_reset=(0, 0, 0),
-        reset_joints_every=0,
-        recover_at_reset=False,
-        workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3),
-        action_scale=(0.01,) * 3 + (0.05,) * 3,
-        relative_frame=False,
-        cameras=(),
-        reward="none",
-        max_episode_steps=sys.maxsize,
-    )
-    terminal = getattr(teleop, "terminal", None)
-    with contextlib.closing(Intervention(FrankaEnv(config), teleop)) as env:
-        env.reset(options={"keep_scene": True})
-        while time.monotonic() < end and not (terminal and terminal.quits()):
-            _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
-            show_live(env.unwrapped.client, (), teleop)
-            if terminated or truncated:
-                raise RobotError(info["fault"])
 
 
 def main(args: Args) -> None:
@@ -1742,7 +1675,7 @@ def main(args: Args) -> None:
             print(KEYS)
         end = time.monotonic() + (args.seconds or math.inf)
         if args.drive:
-            drive(args, doctor.teleop, end)
+            doctor.drive(end)
         elif doctor.client or doctor.cameras or doctor.teleop:
             doctor.watch(end)
     except (RobotError, OSError) as error:

@@ -156,7 +156,7 @@ def ours(client: robot_client.RobotClient) -> Callable[[int], list[float]]:
 
     def measure(count: int) -> list[float]:
         client.acquire(ttl_s=10.0)  # anew: the others' turns were longer than that
-        client.start()
+        client.job("start")
         times = []
         for _ in range(count):
             pose = start.copy()
@@ -301,7 +301,7 @@ def load(args: Args) -> list[dict[str, object]]:
     with server() as (address, pid):
         client = robot_client.RobotClient(address)
         client.acquire()
-        client.start()
+        client.job("start")
         start, before, (cpu, _) = client.state()["reference"], client.state(), usage(pid)
         command = [sys.executable, "-c", LATE, str(seconds), str(LATE_S)]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as sleeper:

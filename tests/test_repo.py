@@ -44,7 +44,7 @@ LONGER = {  # limits, not goals
     "sac_pixel_real.py": 1750,
     "bc_flow_offline.py": 1280,
     "robot_server.py": 2890,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
-    "robot_client.py": 1762,  # client, cameras, teleoperation, environment
+    "robot_client.py": 1695,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1140,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}

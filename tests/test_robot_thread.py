@@ -10,6 +10,7 @@ from collections import deque
 import numpy as np
 import pytest
 from conftest import REPO  # noqa: F401  puts the scripts on the path
+from scipy.spatial.transform import Rotation
 
 import robot_server
 from robot_server import COMMAND, Arm, ArmError, ArmState, Command, Control, Front, Refused, SimGripper
@@ -281,6 +282,30 @@ def test_a_hold_among_targets_is_not_lost(world, asked):
     with pytest.raises(Refused) as refused:
         world.ask("target", pose=near(start, 0.0, 0.0, 0.0))
     assert refused.value.code == ("not_streaming" if "stop" in asked else "held")
+
+
+# --- Rotations --------------------------------------------------------------------------------------------------------
+def same_rotation(quaternion: np.ndarray, rotation: Rotation) -> None:
+    assert (Rotation.from_quat(quaternion) * rotation.inv()).magnitude() < 1e-7
+    assert np.linalg.norm(quaternion) == pytest.approx(1)
+
+
+def test_quaternions_agree_with_scipy():
+    quaternions = Rotation.random(50, random_state=1).as_quat()
+    for a, b in zip(quaternions, quaternions[::-1]):
+        same_rotation(robot_server.quat_multiply(a, b), Rotation.from_quat(a) * Rotation.from_quat(b))
+        turn = Rotation.from_rotvec(robot_server.rotation_between(a, b))
+        same_rotation(a, turn * Rotation.from_quat(b))
+
+
+@pytest.mark.parametrize("angle", [0.0, 1e-13, 1e-6, 1.0, np.pi - 1e-6, np.pi])
+def test_rotation_vectors_of_all_sizes(angle):
+    rotvec = angle * np.array([0.36, 0.48, 0.8])
+    quaternion = robot_server.quat_from_rotvec(rotvec)
+    np.testing.assert_allclose(quaternion, Rotation.from_rotvec(rotvec).as_quat(), atol=1e-15)
+    for sign in (1, -1):
+        found = robot_server.rotation_between(sign * quaternion, np.array([0, 0, 0, 1.0]))
+        np.testing.assert_allclose(found, rotvec if angle < np.pi or sign > 0 else found, atol=1e-12)
 
 
 # --- What may follow what ---------------------------------------------------------------------------------------------
