@@ -46,7 +46,7 @@ from torch import Tensor
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
 import robot_client as rc
 from common import envs, recording, vision
-from common.episodes import expert_of
+from common.episodes import expert_of, local_dataset
 from common.recording import cameras_of, settled
 from common.run import Run
 from common.setup import ends_well, fail, flag, parse, write_atomically
@@ -260,18 +260,6 @@ def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, coun
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
-def dataset_at(option: str, source: str):
-    """A local Minari dataset, or that in the folder `episodes` of a run. Exits with one line when it is not there."""
-    import minari
-
-    folder = Path(source, "episodes", "data")
-    try:
-        return minari.MinariDataset(folder) if folder.is_dir() else minari.load_dataset(source)
-    except (OSError, ValueError) as error:
-        what = str(error).splitlines()[0]
-        fail(f"{option} {source}: {what}; `minari list local` shows what is there, record_demos.py records")
-
-
 def fingerprint_of(dataset) -> dict:
     """That of its task, or, where it has none, the shapes of its pictures."""
     found = dataset.storage.metadata.get("fingerprint")
@@ -305,7 +293,7 @@ def recorded_clips(option: str, source: str, classifier: SuccessClassifier, fing
 
     Exits with one line when their pictures are others than those that `fingerprint` tells of, or have no labels.
     """
-    dataset = dataset_at(option, source)
+    dataset = local_dataset(option, source)
     wrong = differences_of_pictures(fingerprint_of(dataset), fingerprint, classifier.cameras)
     if wrong:
         fail(f"{option} {source}: its pictures are others: {'; '.join(wrong)}")
@@ -660,7 +648,7 @@ def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifi
 def gather(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]:
     """A new network, the fingerprint of its pictures, the episodes for it, and those in another light."""
     if args.data:
-        first = dataset_at("--data", args.data[0])
+        first = local_dataset("--data", args.data[0])
         fingerprint = fingerprint_of(first)
         classifier = make_classifier(args, first.observation_space, args.data[0])
         clips = []
