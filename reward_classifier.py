@@ -582,11 +582,12 @@ def draw_errors(path: Path, clips: list[Clip], scored: list[Scored], threshold: 
 # --- Live -------------------------------------------------------------------------------------------------------------
 def make_env(args: Args) -> gym.Env:
     """The task to watch; a person may move the arm."""
-    if args.env_id != "robot_client:FrankaReal-v0":
+    if args.env_id == "robot_client:FrankaReal-v0":
+        config = rc.task_named(args.task, server=args.server, keys=args.keys, reward="none")
+        env = envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
+    else:
         options = {"image_obs": True, "image_size": args.image_size}
-        return envs.make(args.env_id, **options if args.env_id.startswith("Franka") else {})  # TASK: options of yours
-    config = rc.task_named(args.task, server=args.server, keys=args.keys, reward="none")
-    env = envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
+        env = envs.make(args.env_id, **options if args.env_id.startswith("Franka") else {})  # TASK: options of yours
     return env if args.teleop == "expert" else rc.Intervention(env, rc.open_teleop(args.teleop))
 
 
@@ -595,13 +596,16 @@ def watch(args: Args) -> None:
     env = make_env(args)
     detector = open_detector(args.watch, "--watch", env)
     expert = expert_of(env, "--teleop expert") if args.teleop == "expert" else None
+    terminal = env.teleop.terminal if args.teleop == "keyboard" else None
+    if terminal:
+        print(rc.KEYS.partition("    y success")[0] + "    q quit", flush=True)
     live = sys.stdout.isatty()
     for number in range(args.episodes):
-        obs, _ = env.reset(seed=envs.episode_seed(args.seed, 1, number))
+        obs, info = env.reset(seed=envs.episode_seed(args.seed, 1, number))
         detector.reset()
         done = False
         step = 0
-        while not done:
+        while not (done or (terminal and terminal.quits())):
             success = detector(obs)
             print(f"step {step:3}  {read_out(detector, success)}", end="\r" if live else "\n", flush=True)
             action = np.zeros(env.action_space.shape, np.float32) if expert is None else expert()
@@ -613,6 +617,8 @@ def watch(args: Args) -> None:
         if info.get("fault"):
             raise rc.RobotError(info["fault"])
         print(f"episode {number + 1}: {step} steps, in the end {read_out(detector, detector(obs))}")
+        if terminal and terminal.quits():
+            break
     env.close()
 
 

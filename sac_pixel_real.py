@@ -1318,7 +1318,8 @@ def save_policy(agent: Agent, version: int, path: Path) -> None:
 def load_policy(agent: Agent, path: Path) -> int:
     """A policy that was saved, and its number of updates. Exits with one line when there is none, or another one."""
     if not path.exists():
-        fail(f"{path}: is not there yet; train longer, or give --policy newest")
+        when = f"newest.policy comes with the first updates, best.policy after {RECENT} episodes without help"
+        fail(f"{path}: is not there yet; {when}")
     try:
         saved = torch.load(path, map_location=agent.device, weights_only=True)
         wrong = list(recording.differences(saved["flags"], agent.args.shared()))
@@ -1527,13 +1528,13 @@ def actor(args: Args) -> None:
     rc.keep_the_beat()
     device = tensors.set_up_torch(1, args.amp)
     task = judged(make_env(args), args)
-    check_server(args.server, args.server_keys)
     person = Person(args, args.teleop)
-    if person.terminal:
-        print(rc.KEYS if args.teleop == "keyboard" else KEYS)
     child = None
     finished = False
     try:
+        check_server(args.server, args.server_keys)
+        if person.terminal:
+            print(rc.KEYS if args.teleop == "keyboard" else KEYS, flush=True)
         task = Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
         env = wrap_robot(task, args)
         agent = Agent(views_of(env), env.action_space, args, device)
