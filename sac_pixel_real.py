@@ -319,6 +319,8 @@ class Person:
         self.rng = np.random.default_rng(args.seed)
         self.scripted = teleop == "scripted"
         self.teleop: rc.Teleop | None = None
+        if self.terminal:
+            print(rc.KEYS if teleop == "keyboard" else KEYS, flush=True)
         if self.scripted:
             self.teleop = rc.ScriptedExpert(0.0, 1, args.seed)
         elif teleop != "none":
@@ -865,8 +867,7 @@ class Agent:
 
     PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic")
     PARTS += ("trunk", "grasp_critic", "target_grasp_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
-    METRICS = ("losses/critic_loss", "losses/q_values")
-    METRICS += ("losses/actor_loss", "losses/entropy", "losses/alpha")
+    METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/grasp_loss",)
 
     def __init__(
@@ -1242,14 +1243,13 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
         frames.append(np.concatenate(list(obs["images"][-1]), 1))  # (H, K * W, 3)
         seconds += info["period_s"]
         suggested |= bool(info["success"])
-        for command in person.commands():
-            if command in (*VERDICTS, "quit"):
-                return Outcome(command, seconds, suggested)
         if info["fault"]:
             print(f"the episode was ended: {info['fault']}", file=sys.stderr, flush=True)
             return Outcome("discard", seconds, suggested)
-        if terminated or truncated:
-            return Outcome("success" if success(info) == 1 else "failure", seconds, suggested)
+        ended = terminated or truncated
+        said = heed(person, env, ended)
+        if said or ended:
+            return Outcome(said or ("success" if success(info) == 1 else "failure"), seconds, suggested)
 
 
 def evaluate_policy(args: Args) -> None:
@@ -1261,8 +1261,6 @@ def evaluate_policy(args: Args) -> None:
     version = load_policy(agent, folder / f"{args.policy}.policy")
     check_server(args.server, args.server_keys)
     person = Person(args, "none")
-    if person.terminal:
-        print("the policy acts alone; keys: y success   n failure   x again   q quit", flush=True)
     outcomes: list[Outcome] = []
     frames: list[np.ndarray] = []
     try:
@@ -1283,6 +1281,8 @@ def evaluate_policy(args: Args) -> None:
     finally:
         person.close()
         env.close()
+    if not outcomes:
+        fail(f"--eval-only {folder}: no episode has ended, so nothing is written")
     table = "episode,success,cycle_s,suggested\n"
     for number, outcome in enumerate(outcomes):
         won = outcome.verdict == "success"
@@ -1301,7 +1301,8 @@ def report_outcomes(args: Args, version: int, outcomes: list[Outcome]) -> None:
     low, high = wilson(len(won), len(outcomes))
     successes = f"success {len(won)} of {len(outcomes)}, 95% {low:.2f} to {high:.2f}"
     print(f"{args.policy} policy, update {version}: {successes}")
-    print(f"cycle time {np.mean(won or [math.nan]):.1f} s on average, where it succeeds")
+    if won:
+        print(f"cycle time {np.mean(won):.1f} s on average, where it succeeds")
     if args.reward != "person":
         print(f"--reward {args.reward} against the verdicts: {false} false successes, {missed} missed")
 
@@ -1533,8 +1534,6 @@ def actor(args: Args) -> None:
     finished = False
     try:
         check_server(args.server, args.server_keys)
-        if person.terminal:
-            print(rc.KEYS if args.teleop == "keyboard" else KEYS, flush=True)
         task = Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
         env = wrap_robot(task, args)
         agent = Agent(views_of(env), env.action_space, args, device)
@@ -1591,7 +1590,7 @@ def collect(
             obs = reset_robot(env, episode_seed, person, partial(stop_asked, run, person))
         person.begin(run.step)
         if obs is not None:
-            heed(run, person, env, ended=False)  # a pause that began during the reset
+            heed_in_training(run, person, env, ended=False)  # a pause that began during the reset
         if obs is None or run.signals:
             return
         # Act, step, store.
@@ -1659,7 +1658,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
             obs, reward, terminated, truncated, info = env.step(action)
         run.advance()
         # Heed the person, whose verdict comes before that of classifier or task. Who quits ends the episode at once.
-        said = heed(run, person, env, ended=(terminated or truncated) and not info["fault"])
+        said = heed_in_training(run, person, env, ended=(terminated or truncated) and not info["fault"])
         if said in ("success", "failure"):
             reward, terminated = float(said == "success"), said == "success"
         verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
@@ -1688,8 +1687,16 @@ def judgement(terminated: bool, truncated: bool, info: dict) -> str:
     return "time limit" if truncated else ""
 
 
-def heed(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
-    """A person's verdict, if there is one.
+def heed_in_training(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
+    """A person's verdict, if there is one. Who quits ends the run as Ctrl-C does."""
+    said = heed(person, env, ended, stopped=lambda: run.signals > 0)
+    if said == "quit":
+        run.on_signal()
+    return said if said in VERDICTS else ""
+
+
+def heed(person: Person, env: gym.Env, ended: bool, stopped: Callable[[], bool] = lambda: False) -> str:
+    """A person's verdict, or "quit", if there is one.
 
     A pause lasts until Enter or a verdict; meanwhile the robot stands still. So it does for a moment when the episode
     has `ended`, for a person who sees it differently.
@@ -1698,14 +1705,12 @@ def heed(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
     until = time.monotonic() + OVERRULE_S if ended and person.terminal else -math.inf
     while True:
         for command in person.commands():
-            if command in VERDICTS:
+            if command in (*VERDICTS, "quit"):
                 return command
-            if command == "quit":
-                run.on_signal()
             if command == "pause":
                 print("\rpaused, the robot stands still: Enter goes on, y n x end the episode", flush=True)
             paused = command == "pause" or (paused and command != "go on")
-        if run.signals or not (paused or time.monotonic() < until):
+        if stopped() or not (paused or time.monotonic() < until):
             return ""
         try:
             env.unwrapped.stand_still()

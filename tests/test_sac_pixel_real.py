@@ -344,7 +344,7 @@ class Desk:
         self.run.signals += 1
 
     def heed(self, ended: bool = False) -> str:
-        return real.heed(self.run, self, self, ended)
+        return real.heed_in_training(self.run, self, self, ended)
 
 
 def test_verdict_is_heeded_at_once():
@@ -604,7 +604,11 @@ def test_stopped_evaluation_keeps_what_has_ended(tmp_path, monkeypatch, capsys):
     )
     output = capsys.readouterr().out
     assert "stopped: what has ended counts" in output and "success 1 of 2, 95% 0.09 to 0.91" in output
+    assert "cycle time 2.0 s on average" in output
     assert "--reward task against the verdicts: 1 false successes, 0 missed" in output
+    with pytest.raises(SystemExit, match="no episode has ended, so nothing is written"):
+        real.main(small_args(eval_only=str(tmp_path), capture_video=False))
+    assert (tmp_path / "evaluation_newest.csv").read_text().count("\n") == 3
 
 
 def test_fault_in_an_evaluation_is_named(capsys):
@@ -619,6 +623,24 @@ def test_fault_in_an_evaluation_is_named(capsys):
     outcome = real.evaluate_episode(agent, env, 1, real.Person(small_args(), "none"), [])
     assert outcome == ("discard", 0.1, False)
     assert capsys.readouterr().err == "the episode was ended: camera front: newest picture is 0.4 s old\n"
+
+
+def test_person_may_overrule_the_classifier_in_an_evaluation(monkeypatch):
+    """Else no false success would ever be counted: the classifier's success ends the episode."""
+    agent = small_agent()
+    obs = some_obs(agent)
+    info = {"success": True, "period_s": 0.1, "fault": None}
+    for typed, verdict in (([[], [], ["failure"]], "failure"), ([], "success"), ([["quit"]], "quit")):
+        monkeypatch.setattr(real, "OVERRULE_S", 0.05)
+        desk = Desk(*typed)
+        env = SimpleNamespace(
+            reset=lambda **_: (obs, {}),
+            step=lambda action: (obs, 1.0, True, False, info),
+            unwrapped=SimpleNamespace(episodes=1, stand_still=lambda: time.sleep(0.001)),
+        )
+        desk.forget = lambda: None
+        desk.quits = lambda: False  # not during the reset
+        assert real.evaluate_episode(agent, env, 1, desk, []) == (verdict, 0.1, True)
 
 
 def test_disagreements_become_data_of_the_classifier(tmp_path):
