@@ -269,9 +269,9 @@ def write_video(frames: np.ndarray, path: Path, hz: float) -> None:
     """Frames (T, H, W, 3) as an mp4."""
     import imageio.v2 as imageio
 
-    with imageio.get_writer(path, fps=hz, macro_block_size=1) as video:
-        for frame in frames:
-            video.append_data(frame)
+    partial = path.with_name(f".{path.name}")  # a video that is there is whole
+    imageio.mimwrite(partial, frames, fps=hz, macro_block_size=1)
+    partial.replace(path)
 
 
 def write_sheet(rows: list[tuple[str, np.ndarray]], path: Path, height: int = 96) -> None:

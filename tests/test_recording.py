@@ -1,6 +1,7 @@
 """common/recording.py: a dataset that is whole after every write; fingerprints that name what differs."""
 
 import dataclasses
+from pathlib import Path
 
 import imageio.v3 as imageio
 import minari
@@ -193,12 +194,22 @@ def test_room_for_the_longest_episode(env, monkeypatch):
         store.check_disk(env)
 
 
-def test_pictures(tmp_path):
+def test_pictures(tmp_path, monkeypatch):
     frames = np.zeros((4, 32, 48, 3), np.uint8)
     frames[2, :, :24] = 200
     write_video(frames, tmp_path / "v.mp4", 10)
     video = np.stack(list(imageio.imiter(tmp_path / "v.mp4")))
     assert video.shape == frames.shape and abs(video.astype(int) - frames).mean() < 6
+
+    def is_stopped(path, *_, **__):
+        Path(path).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imageio.v2.mimwrite", is_stopped)
+    for name in ("v.mp4", "new.mp4"):
+        with pytest.raises(KeyboardInterrupt):
+            write_video(frames, tmp_path / name, 10)
+    assert len(list(imageio.imiter(tmp_path / "v.mp4"))) == len(frames) and not (tmp_path / "new.mp4").exists()
     write_sheet([("a", frames), ("b", frames[2:3])], tmp_path / "s.png", height=32)
     sheet = imageio.imread(tmp_path / "s.png")
     assert sheet.shape == (68, 90 + 4 * 50, 3)
