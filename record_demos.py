@@ -51,7 +51,7 @@ NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, p
 NEAR_MISSES = 0.5  # and how many of them shortly before or after a success
 NEAR_S = 2.0  # what "shortly" is
 ENDINGS = ("success", "failure", "discard")
-KEYS = "keys: y success   n failure   x discard   z undo the last   t label   p pause   Enter go on   q quit"
+TERMINAL_KEYS = "keys: y success   n failure   x discard   z undo the last   t label   p pause   Enter go on   q quit"
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def make_hand(args: Args, env: gym.Env) -> tuple[rc.Teleop, rc.Terminal | None]:
     """Who steers, and where keys are typed: nowhere, if the expert steers without a terminal."""
     terminal = rc.Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
     if terminal:
-        print(rc.KEYS if args.teleop == "keyboard" else KEYS)
+        print(rc.KEYS if args.teleop == "keyboard" else TERMINAL_KEYS)
     if args.teleop != "expert":
         return rc.open_teleop(args.teleop, terminal), terminal
     if not hasattr(env.unwrapped, "expert_action"):

@@ -78,7 +78,7 @@ CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels o
 SAVE_EVERY = 1_000  # transitions between two checkpoints of the learner
 RECENT = 20  # episodes that the status line's success and interventions are of
 LATE_S = 0.003  # a step later than this after its beat counts as late
-KEYS = "keys: y success   n failure   x discard   p pause   Enter go on   q quit"
+VERDICT_KEYS = "keys: y success   n failure   x discard   p pause   Enter go on   q quit"
 OVERRULE_S = 1.0  # how long a person may overrule classifier or task when they end an episode
 REWARDS = ("task", "pose", "person")  # or a classifier's file
 VERDICTS = ("success", "failure", "discard")  # of a person
@@ -320,7 +320,7 @@ class Person:
         self.scripted = teleop == "scripted"
         self.teleop: rc.Teleop | None = None
         if self.terminal:
-            print(rc.KEYS if teleop == "keyboard" else KEYS, flush=True)
+            print(rc.KEYS if teleop == "keyboard" else VERDICT_KEYS, flush=True)
         if self.scripted:
             self.teleop = rc.ScriptedExpert(0.0, 1, args.seed)
         elif teleop != "none":
