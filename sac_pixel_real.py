@@ -1626,7 +1626,7 @@ def catch_up(run: Run, sender: link.Actor, person: Person, child: setup.Child | 
     told = False
     while not (stop_asked(run, person) or sender.done):
         if not told and time.monotonic() - asked > WAITS_S:
-            where = f"see {child.log}" if child else f"at {sender.address}, with the same --curve-keys"
+            where = f"see {child.log}" if child else f"at {sender.address} (with the same --curve-keys?)"
             print(f"\rwaiting for the learner, {where}", flush=True)
             told = True
         sender.exchange(100)

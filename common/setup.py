@@ -267,6 +267,17 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary.replace(path)
 
 
+def hold(path: Path, message: str) -> typing.IO[str]:
+    """The open file `path`, locked while this process lives. Exits with `message`, PID being its holder's, if taken."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(message.replace("PID", path.read_text()))
+    path.write_text(str(os.getpid()))
+    return file
+
+
 def git_commit(folder: Path) -> str:
     """Commit that `folder` belongs to, with a + when files differ from it."""
     git = ["git", "describe", "--always", "--dirty=+", "--exclude=*", "--abbrev=40"]

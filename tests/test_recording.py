@@ -99,7 +99,7 @@ def cut(monkeypatch, writes: int) -> None:
 def reopened(store: Recording, env, monkeypatch) -> Recording:
     monkeypatch.undo()
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(store.folder.parent.parent))
-    store.lock_file.close()
+    store.lock.close()
     return opened(env)
 
 
@@ -150,7 +150,7 @@ def test_missing_file_is_named(env):
     for length in (3, 4, 5):
         store.add(fields(env, length), {})
     (store.data / "episode_1.hdf5").unlink()
-    store.lock_file.close()
+    store.lock.close()
     with pytest.raises(SystemExit, match=r"episode_1.hdf5 cannot be read .*numbered without gaps"):
         opened(env)
 
@@ -159,12 +159,12 @@ def test_lock(env):
     store = opened(env)
     with pytest.raises(SystemExit, match=r"hil/x-v0: process \d+ is recording to it"):
         opened(env)
-    store.lock_file.close()
+    store.lock.close()
     opened(env)
 
 
 def test_other_uses_of_the_name_are_refused(env):
-    opened(env).lock_file.close()
+    opened(env).lock.close()
     with pytest.raises(SystemExit, match="hil/x-v0: its mode is demos, not classifier"):
         opened(env, ABOUT | {"mode": "classifier"})
     with pytest.raises(SystemExit, match=r'is of another set-up: .*task is "Reach-v0" there, "Gripper-v0" here'):

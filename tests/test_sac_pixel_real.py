@@ -408,7 +408,7 @@ def test_learner_that_is_waited_for_is_named(monkeypatch, capsys):
     desk = Desk()
     child = SimpleNamespace(log=Path("run/learner.log"), finished=lambda: False)
     for beside, patience, said in (
-        (None, -1.0, "\rwaiting for the learner, at 127.0.0.1:5588, with the same --curve-keys\n"),
+        (None, -1.0, "\rwaiting for the learner, at 127.0.0.1:5588 (with the same --curve-keys?)\n"),
         (child, -1.0, "\rwaiting for the learner, see run/learner.log\n"),
         (None, 60.0, ""),
     ):
