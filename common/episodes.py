@@ -158,7 +158,7 @@ def local_dataset(option: str, source: str):
     except FileNotFoundError:
         fail(f"{option} {source}: is not here; `minari list local` shows what is, record_demos.py records")
     except (OSError, ValueError) as error:
-        fail(f"{option} {source}: cannot be read ({str(error).splitlines()[0]}); fetch or record it again")
+        fail(f"{option} {source}: cannot be read ({' '.join(str(error).split())}); fetch or record it again")
 
 
 def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
