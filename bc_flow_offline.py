@@ -1238,8 +1238,8 @@ def learn_offline(args: Args) -> None:
     run = (Run if rank() == 0 else Follower)(args, args.env_name, __file__, device)
     run.keep(agent=agent)
     if args.eval_only:
-        evaluate_only(args, run, agent, evaluation)
-        return evaluation.close()
+        with contextlib.closing(evaluation):
+            return evaluate_only(args, run, agent, evaluation)
     if run.state and run.state["finished"] and run.step >= args.offline_steps:
         fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {run.step}; give a larger number")
     run.unit = "the update"
@@ -1248,7 +1248,7 @@ def learn_offline(args: Args) -> None:
     run.open(args.offline_steps, unit="update")
     run.started = begun  # collecting and converting data counts, too
     batches.open(run.step, args.offline_steps, device.type == "cuda")
-    with contextlib.closing(run.bar):
+    with contextlib.closing(run.bar), contextlib.closing(evaluation):
         if rank() > 0:
             return train(args, run, agent, batches, evaluation, None)
         shutil.copy(run.dir / "args.json", run.dir / "flags.json")  # the note's name
@@ -1260,7 +1260,6 @@ def learn_offline(args: Args) -> None:
         if run.step < args.offline_steps:
             raise KeyboardInterrupt  # another process was asked to stop
         complete(args, run, agent, evaluation, logger)
-        evaluation.close()
 
 
 def main(args: Args) -> None:

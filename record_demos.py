@@ -42,27 +42,16 @@ import gymnasium as gym
 import numpy as np
 
 import franka_sim  # noqa: F401  registers the simulated tasks
+import robot_client as rc
 from common import envs
 from common.recording import Recording, Step, dataset_folder, fields_of, settled
 from common.setup import Fault, fail, flag, git_commit, parse
-from robot_client import (
-    KEYS,
-    SERVER,
-    Pace,
-    RobotClient,
-    RobotError,
-    ScriptedExpert,
-    Teleop,
-    Terminal,
-    keep_the_beat,
-    open_teleop,
-    task_named,
-)
 
 NEGATIVES = 2.0  # mode classifier: frames without success that are asked for, per frame with it
 NEAR_MISSES = 0.5  # and how many of them shortly before or after a success
 NEAR_S = 2.0  # what "shortly" is
 ENDINGS = ("success", "failure", "discard")
+TERMINAL_KEYS = "keys: y success   n failure   x discard   z undo the last   t label   p pause   Enter go on   q quit"
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -99,7 +88,7 @@ class Args:
     """standard deviation of noise on the expert's actions, in [-1, 1]: shows how to recover"""
     task: str = "peg"
     """which task on the robot: one of TASKS in robot_client.py"""
-    server: str = SERVER
+    server: str = rc.SERVER
     """address of robot_server.py"""
     keys: str | None = None
     """directory with the CURVE keys of robot_server.py --keygen"""
@@ -119,15 +108,15 @@ class Args:
             fail(f"--noise {self.noise}: give a number from 0 to 1")
         if self.classes > 2 and self.teleop == "expert":
             fail(f"--classes {self.classes}: a person labels them; the expert's task knows success only")
-        task_named(self.task)
+        rc.task_named(self.task)
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
 def make_env(args: Args) -> gym.Env:
     """The task, with the observations and actions that are recorded."""
     if args.env_id == "robot_client:FrankaReal-v0":
-        check_server(args)
-        config = task_named(
+        check_server(args.server, args.keys)
+        config = rc.task_named(
             args.task,  # TASK: yours
             server=args.server,
             keys=args.keys,
@@ -142,13 +131,12 @@ def make_env(args: Args) -> gym.Env:
     return envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
 
 
-def check_server(args: Args) -> None:
+def check_server(address: str, keys: str | None) -> None:
     """Exits with one line at once when there is no server; later on, FrankaEnv waits a while for one that is away."""
     try:
-        client = RobotClient(args.server, args.keys)
-        with contextlib.closing(client):
-            client.hello()
-    except RobotError as error:
+        with contextlib.closing(rc.RobotClient(address, keys)) as client:
+            client.hello(wait_s=3.0)
+    except rc.RobotError as error:
         fail(f"--server: {error}")
 
 
@@ -159,7 +147,7 @@ def success(info: dict) -> float:
 
 
 # --- Hands ------------------------------------------------------------------------------------------------------------
-class Rover(ScriptedExpert):
+class Rover(rc.ScriptedExpert):
     """For frames of all kinds: the expert steers, to success and on in it; now and then the arm wanders off."""
 
     TOWARDS = (15, 45)  # steps
@@ -184,18 +172,18 @@ class Rover(ScriptedExpert):
         return action
 
 
-def make_hand(args: Args, env: gym.Env) -> tuple[Teleop, Terminal | None]:
+def make_hand(args: Args, env: gym.Env) -> tuple[rc.Teleop, rc.Terminal | None]:
     """Who steers, and where keys are typed: nowhere, if the expert steers without a terminal."""
-    terminal = Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
+    terminal = rc.Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
     if terminal:
-        print(KEYS)
+        print(rc.KEYS if args.teleop == "keyboard" else TERMINAL_KEYS)
     if args.teleop != "expert":
-        return open_teleop(args.teleop, terminal), terminal
+        return rc.open_teleop(args.teleop, terminal), terminal
     if not hasattr(env.unwrapped, "expert_action"):
         fail(f"--teleop expert: {args.env_id} has no expert_action(); steer it by --teleop keyboard")
     if args.wait_for_key and terminal is None:
         fail("--wait-for-key: standard input is no terminal; start the script in one, or leave the flag out")
-    kind = ScriptedExpert if args.mode == "demos" else Rover
+    kind = rc.ScriptedExpert if args.mode == "demos" else Rover
     return kind(seed=args.seed, noise=args.noise), terminal
 
 
@@ -220,7 +208,7 @@ def count_labels(labels: list[np.ndarray], classes: int, hz: float) -> dict[str,
 class Session:
     """Episode after episode, until there are enough or somebody quits."""
 
-    def __init__(self, args: Args, env: gym.Env, recording: Recording, hand: Teleop, terminal: Terminal | None):
+    def __init__(self, args: Args, env: gym.Env, recording: Recording, hand: rc.Teleop, terminal: rc.Terminal | None):
         self.args = args
         self.env = env
         self.recording = recording
@@ -254,7 +242,7 @@ class Session:
             self.recording.check_disk(self.env)
             try:
                 self.episode()
-            except RobotError as error:  # server away, reflex at rest, stop button
+            except rc.RobotError as error:  # server away, reflex at rest, stop button
                 if self.quits():
                     say(str(error))
                     return
@@ -291,7 +279,7 @@ class Session:
         if self.terminal is None:
             return []
         if self.terminal.fault:
-            raise RobotError(self.terminal.fault)
+            raise rc.RobotError(self.terminal.fault)
         commands = self.terminal.commands()
         self.stopped |= "quit" in commands
         return commands
@@ -335,7 +323,7 @@ class Session:
             return obs
         obs, fault = self.env.unwrapped.stand_still()
         if fault:
-            raise RobotError(fault)
+            raise rc.RobotError(fault)
         return obs
 
     # --- before an episode ---
@@ -370,7 +358,7 @@ class Session:
     # --- an episode ---
     def record(self, obs: dict) -> tuple[list, list[Step], str]:
         """T + 1 observations, T steps, and the verdict: one of ENDINGS, "none" (mode classifier) or "fault"."""
-        pace = Pace(self.hz) if self.person and not self.paces_itself else None
+        pace = rc.Pace(self.hz) if self.person and not self.paces_itself else None
         space = self.env.action_space
         observations = [obs]
         steps: list[Step] = []
@@ -549,8 +537,9 @@ def sum_up_actions(actions: np.ndarray, late_ms: np.ndarray) -> None:
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-def main(args: Args) -> None:
-    keep_the_beat()
+def work(args: Args) -> None:
+    """Records, then sums up what is there."""
+    rc.keep_the_beat()
     env = make_env(args)
     about = {"mode": args.mode, "classes": args.classes}
     recording = Recording(dataset_folder(args.dataset, "--dataset"), args.dataset, env, about)
@@ -562,7 +551,7 @@ def main(args: Args) -> None:
         Session(args, env, recording, hand, terminal).run()
     except KeyboardInterrupt:
         say("stopped at once")
-    except (RobotError, Fault) as error:
+    except (rc.RobotError, Fault) as error:
         fail(f"{error}; the {len(recording.episodes)} episodes that have ended are kept, the same command goes on")
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -574,6 +563,14 @@ def main(args: Args) -> None:
         env.close()
     show("")
     sum_up(recording, env)
+
+
+def main(args: Args) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until there is a Session
+    try:
+        work(args)
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on with what is recorded") from None
 
 
 if __name__ == "__main__":

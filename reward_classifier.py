@@ -46,7 +46,7 @@ from torch import Tensor
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
 import robot_client as rc
 from common import envs, recording, vision
-from common.episodes import expert_of
+from common.episodes import expert_of, local_dataset
 from common.recording import cameras_of, settled
 from common.run import Run
 from common.setup import ends_well, fail, flag, parse, write_atomically
@@ -260,18 +260,6 @@ def simulated_clips(args: Args, classifier: SuccessClassifier, env: Lights, coun
 
 
 # --- Dataset ----------------------------------------------------------------------------------------------------------
-def dataset_at(option: str, source: str):
-    """A local Minari dataset, or that in the folder `episodes` of a run. Exits with one line when it is not there."""
-    import minari
-
-    folder = Path(source, "episodes", "data")
-    try:
-        return minari.MinariDataset(folder) if folder.is_dir() else minari.load_dataset(source)
-    except (OSError, ValueError) as error:
-        what = str(error).splitlines()[0]
-        fail(f"{option} {source}: {what}; `minari list local` shows what is there, record_demos.py records")
-
-
 def fingerprint_of(dataset) -> dict:
     """That of its task, or, where it has none, the shapes of its pictures."""
     found = dataset.storage.metadata.get("fingerprint")
@@ -305,7 +293,7 @@ def recorded_clips(option: str, source: str, classifier: SuccessClassifier, fing
 
     Exits with one line when their pictures are others than those that `fingerprint` tells of, or have no labels.
     """
-    dataset = dataset_at(option, source)
+    dataset = local_dataset(option, source)
     wrong = differences_of_pictures(fingerprint_of(dataset), fingerprint, classifier.cameras)
     if wrong:
         fail(f"{option} {source}: its pictures are others: {'; '.join(wrong)}")
@@ -594,11 +582,12 @@ def draw_errors(path: Path, clips: list[Clip], scored: list[Scored], threshold: 
 # --- Live -------------------------------------------------------------------------------------------------------------
 def make_env(args: Args) -> gym.Env:
     """The task to watch; a person may move the arm."""
-    if args.env_id != "robot_client:FrankaReal-v0":
+    if args.env_id == "robot_client:FrankaReal-v0":
+        config = rc.task_named(args.task, server=args.server, keys=args.keys, reward="none")
+        env = envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
+    else:
         options = {"image_obs": True, "image_size": args.image_size}
-        return envs.make(args.env_id, **options if args.env_id.startswith("Franka") else {})  # TASK: options of yours
-    config = rc.task_named(args.task, server=args.server, keys=args.keys, reward="none")
-    env = envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
+        env = envs.make(args.env_id, **options if args.env_id.startswith("Franka") else {})  # TASK: options of yours
     return env if args.teleop == "expert" else rc.Intervention(env, rc.open_teleop(args.teleop))
 
 
@@ -607,13 +596,16 @@ def watch(args: Args) -> None:
     env = make_env(args)
     detector = open_detector(args.watch, "--watch", env)
     expert = expert_of(env, "--teleop expert") if args.teleop == "expert" else None
+    terminal = env.teleop.terminal if args.teleop == "keyboard" else None
+    if terminal:
+        print(rc.KEYS.partition("    y success")[0] + "    q quit", flush=True)
     live = sys.stdout.isatty()
     for number in range(args.episodes):
-        obs, _ = env.reset(seed=envs.episode_seed(args.seed, 1, number))
+        obs, info = env.reset(seed=envs.episode_seed(args.seed, 1, number))
         detector.reset()
         done = False
         step = 0
-        while not done:
+        while not (done or (terminal and terminal.quits())):
             success = detector(obs)
             print(f"step {step:3}  {read_out(detector, success)}", end="\r" if live else "\n", flush=True)
             action = np.zeros(env.action_space.shape, np.float32) if expert is None else expert()
@@ -625,6 +617,8 @@ def watch(args: Args) -> None:
         if info.get("fault"):
             raise rc.RobotError(info["fault"])
         print(f"episode {number + 1}: {step} steps, in the end {read_out(detector, detector(obs))}")
+        if terminal and terminal.quits():
+            break
     env.close()
 
 
@@ -660,7 +654,7 @@ def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifi
 def gather(args: Args) -> tuple[SuccessClassifier, dict, list[Clip], list[Clip]]:
     """A new network, the fingerprint of its pictures, the episodes for it, and those in another light."""
     if args.data:
-        first = dataset_at("--data", args.data[0])
+        first = local_dataset("--data", args.data[0])
         fingerprint = fingerprint_of(first)
         classifier = make_classifier(args, first.observation_space, args.data[0])
         clips = []

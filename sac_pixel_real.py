@@ -30,6 +30,7 @@ action waits for; evaluation is deterministic and without help.
 New task: copy an entry of TASKS in robot_client.py; `grep -n TASK: sac_pixel_real.py` shows the other places.
 """
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -77,11 +78,13 @@ CROP = 1 / 32  # of an image's side that it is shifted at most; SERL: 4 pixels o
 SAVE_EVERY = 1_000  # transitions between two checkpoints of the learner
 RECENT = 20  # episodes that the status line's success and interventions are of
 LATE_S = 0.003  # a step later than this after its beat counts as late
+VERDICT_KEYS = "keys: y success   n failure   x discard   p pause   Enter go on   q quit"
 OVERRULE_S = 1.0  # how long a person may overrule classifier or task when they end an episode
 REWARDS = ("task", "pose", "person")  # or a classifier's file
 VERDICTS = ("success", "failure", "discard")  # of a person
 HELP_AFTER = (20, 30)  # steps of an episode after which a scripted person takes over
 WRONG_KEY_PROB = 0.0005  # scripted person: of pressing a wrong key at a step
+WAITS_S = 5.0  # what is waited for is said after so long
 
 
 # --- Args -------------------------------------------------------------------------------------------------------------
@@ -223,6 +226,8 @@ class Args(RunArgs):
             fail(f"--gripper critic: the gripper of --task {self.task} is continuous; give --gripper continuous")
         if self.reward not in REWARDS and not Path(self.reward).exists():
             fail(f"--reward {self.reward}: no such file; give {', '.join(REWARDS)}, or a file of reward_classifier.py")
+        if self.total_timesteps <= self.learning_starts:
+            fail(f"--total-timesteps {self.total_timesteps}: learning starts after {self.learning_starts}; give more")
         if self.reward == "person" and self.teleop in ("none", "scripted") and not self.eval_only:
             fail(f"--reward person: nobody is there with --teleop {self.teleop}")
 
@@ -268,6 +273,15 @@ def judged(env: gym.Env, args: Args) -> gym.Env:
     return SuccessReward(env, open_detector(args.reward, "--reward", env))
 
 
+def check_server(address: str, keys: str | None) -> None:
+    """Exits with one line at once when there is no server; later on, FrankaEnv waits a while for one that is away."""
+    try:
+        with contextlib.closing(rc.RobotClient(address, keys)) as client:
+            client.hello(wait_s=3.0)
+    except rc.RobotError as error:
+        fail(f"--server: {error}")
+
+
 def success(info: dict) -> float:
     """Whether the episode whose last info this is was a success, NaN where the task does not say.
     Where any step's success counts: `envs.AnySuccess(env, success)` in make_env."""
@@ -306,7 +320,7 @@ class Person:
         self.scripted = teleop == "scripted"
         self.teleop: rc.Teleop | None = None
         if self.terminal:
-            print(rc.KEYS)
+            print(rc.KEYS if teleop == "keyboard" else VERDICT_KEYS, flush=True)
         if self.scripted:
             self.teleop = rc.ScriptedExpert(0.0, 1, args.seed)
         elif teleop != "none":
@@ -338,8 +352,9 @@ class Person:
 
     def forget(self) -> None:
         """Throws away what was typed, but for pause and quit."""
-        if self.terminal:
-            self.terminal.forget()
+        lost = self.terminal.forget() if self.terminal else []
+        if lost:
+            print(f"\rpressed during the reset, so without effect: {', '.join(lost)}", flush=True)
 
     def close(self) -> None:
         if self.teleop:
@@ -852,8 +867,7 @@ class Agent:
 
     PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic")
     PARTS += ("trunk", "grasp_critic", "target_grasp_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
-    METRICS = ("losses/critic_loss", "losses/q_values")
-    METRICS += ("losses/actor_loss", "losses/entropy", "losses/alpha")
+    METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/grasp_loss",)
 
     def __init__(
@@ -1229,12 +1243,13 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
         frames.append(np.concatenate(list(obs["images"][-1]), 1))  # (H, K * W, 3)
         seconds += info["period_s"]
         suggested |= bool(info["success"])
-        for command in person.commands():
-            if command in (*VERDICTS, "quit"):
-                return Outcome(command, seconds, suggested)
-        if terminated or truncated:
-            verdict = "success" if success(info) == 1 else "failure"
-            return Outcome("discard" if info["fault"] else verdict, seconds, suggested)
+        if info["fault"]:
+            print(f"the episode was ended: {info['fault']}", file=sys.stderr, flush=True)
+            return Outcome("discard", seconds, suggested)
+        ended = terminated or truncated
+        said = heed(person, env, ended)
+        if said or ended:
+            return Outcome(said or ("success" if success(info) == 1 else "failure"), seconds, suggested)
 
 
 def evaluate_policy(args: Args) -> None:
@@ -1244,6 +1259,7 @@ def evaluate_policy(args: Args) -> None:
     agent = Agent(views_of(env), env.action_space, args, tensors.set_up_torch(args.threads, args.amp))
     folder = Path(args.eval_only)
     version = load_policy(agent, folder / f"{args.policy}.policy")
+    check_server(args.server, args.server_keys)
     person = Person(args, "none")
     outcomes: list[Outcome] = []
     frames: list[np.ndarray] = []
@@ -1260,9 +1276,13 @@ def evaluate_policy(args: Args) -> None:
             outcomes.append(outcome)
             if len(outcomes) <= 4:
                 frames += seen
+    except KeyboardInterrupt:
+        print("stopped: what has ended counts", flush=True)
     finally:
         person.close()
         env.close()
+    if not outcomes:
+        fail(f"--eval-only {folder}: no episode has ended, so nothing is written")
     table = "episode,success,cycle_s,suggested\n"
     for number, outcome in enumerate(outcomes):
         won = outcome.verdict == "success"
@@ -1281,7 +1301,8 @@ def report_outcomes(args: Args, version: int, outcomes: list[Outcome]) -> None:
     low, high = wilson(len(won), len(outcomes))
     successes = f"success {len(won)} of {len(outcomes)}, 95% {low:.2f} to {high:.2f}"
     print(f"{args.policy} policy, update {version}: {successes}")
-    print(f"cycle time {np.mean(won or [math.nan]):.1f} s on average, where it succeeds")
+    if won:
+        print(f"cycle time {np.mean(won):.1f} s on average, where it succeeds")
     if args.reward != "person":
         print(f"--reward {args.reward} against the verdicts: {false} false successes, {missed} missed")
 
@@ -1298,7 +1319,8 @@ def save_policy(agent: Agent, version: int, path: Path) -> None:
 def load_policy(agent: Agent, path: Path) -> int:
     """A policy that was saved, and its number of updates. Exits with one line when there is none, or another one."""
     if not path.exists():
-        fail(f"{path}: is not there yet; train first, or give --policy newest")
+        when = f"newest.policy comes with the first updates, best.policy after {RECENT} episodes without help"
+        fail(f"{path}: is not there yet; {when}")
     try:
         saved = torch.load(path, map_location=agent.device, weights_only=True)
         wrong = list(recording.differences(saved["flags"], agent.args.shared()))
@@ -1413,7 +1435,10 @@ class Log:
         self.best = -1.0
 
     def add(self, verdict: str, steps: list[Step], agent: Agent, version: int, age_s: float) -> None:
-        """An episode has ended; those that were discarded, stopped, or ended by a fault count for nothing."""
+        """An episode has ended; those that were discarded, stopped, or ended by a fault count for nothing.
+
+        `version` and age of the newest weights: 0 and NaN while there are none.
+        """
         share = float(np.mean([step.intervened for step in steps]))
         late = np.array([step.late_s for step in steps])
         won = verdict == "success"
@@ -1438,11 +1463,13 @@ class Log:
         }
         self.run.log("train", scalars)
         value = {name.split("/")[1]: number for name, number in scalars.items()}
+        helped = f"{value['intervention_rate']:.0%}" if self.helped else "-"
+        weights = f"weights {age_s:.0f} s old" if version else "no weights yet"
         print(
             f"\repisode {self.run.episode} {verdict} | return {value['episodic_return']:.2f} in {len(steps)} steps | "
-            f"without help {self.rate():.0%} of {len(self.unaided)} | helped {value['intervention_rate']:.0%} | "
+            f"without help {sum(self.unaided)} of {len(self.unaided)} | helped {helped} | "
             f"updates {value['updates_per_transition']:.2f} | late {value['late_steps']}, p99 "
-            f"{value['late_p99_ms']:.1f} ms | weights {age_s:.0f} s old | replay {replay:.0f}, demos {demos:.0f} | "
+            f"{value['late_p99_ms']:.1f} ms | {weights} | replay {replay:.0f}, demos {demos:.0f} | "
             f"overruled {self.disagreements}",
             flush=True,
         )
@@ -1474,7 +1501,7 @@ class Newest:
         self.sender = sender
         self.path = path
         self.version = load_policy(agent, path) if path.exists() else 0
-        self.came = time.monotonic()
+        self.came = time.monotonic() if self.version else math.nan
 
     def take(self) -> None:
         newer = self.sender.weights()
@@ -1506,6 +1533,7 @@ def actor(args: Args) -> None:
     child = None
     finished = False
     try:
+        check_server(args.server, args.server_keys)
         task = Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
         env = wrap_robot(task, args)
         agent = Agent(views_of(env), env.action_space, args, device)
@@ -1562,7 +1590,7 @@ def collect(
             obs = reset_robot(env, episode_seed, person, partial(stop_asked, run, person))
         person.begin(run.step)
         if obs is not None:
-            heed(run, person, env, ended=False)  # a pause that began during the reset
+            heed_in_training(run, person, env, ended=False)  # a pause that began during the reset
         if obs is None or run.signals:
             return
         # Act, step, store.
@@ -1595,7 +1623,12 @@ def stop_asked(run: Run, person: Person) -> bool:
 def catch_up(run: Run, sender: link.Actor, person: Person, child: setup.Child | None) -> None:
     """Waits until the learner has heard of all that was sent: it is one episode behind at most."""
     asked = time.monotonic()
+    told = False
     while not (stop_asked(run, person) or sender.done):
+        if not told and time.monotonic() - asked > WAITS_S:
+            where = f"see {child.log}" if child else f"at {sender.address} (with the same --curve-keys?)"
+            print(f"\rwaiting for the learner, {where}", flush=True)
+            told = True
         sender.exchange(100)
         if sender.answered > asked and sender.held == sender.journal.written:
             return
@@ -1625,7 +1658,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
             obs, reward, terminated, truncated, info = env.step(action)
         run.advance()
         # Heed the person, whose verdict comes before that of classifier or task. Who quits ends the episode at once.
-        said = heed(run, person, env, ended=(terminated or truncated) and not info["fault"])
+        said = heed_in_training(run, person, env, ended=(terminated or truncated) and not info["fault"])
         if said in ("success", "failure"):
             reward, terminated = float(said == "success"), said == "success"
         verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
@@ -1654,8 +1687,16 @@ def judgement(terminated: bool, truncated: bool, info: dict) -> str:
     return "time limit" if truncated else ""
 
 
-def heed(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
-    """A person's verdict, if there is one.
+def heed_in_training(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
+    """A person's verdict, if there is one. Who quits ends the run as Ctrl-C does."""
+    said = heed(person, env, ended, stopped=lambda: run.signals > 0)
+    if said == "quit":
+        run.on_signal()
+    return said if said in VERDICTS else ""
+
+
+def heed(person: Person, env: gym.Env, ended: bool, stopped: Callable[[], bool] = lambda: False) -> str:
+    """A person's verdict, or "quit", if there is one.
 
     A pause lasts until Enter or a verdict; meanwhile the robot stands still. So it does for a moment when the episode
     has `ended`, for a person who sees it differently.
@@ -1664,12 +1705,12 @@ def heed(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
     until = time.monotonic() + OVERRULE_S if ended and person.terminal else -math.inf
     while True:
         for command in person.commands():
-            if command in VERDICTS:
+            if command in (*VERDICTS, "quit"):
                 return command
-            if command == "quit":
-                run.on_signal()
+            if command == "pause":
+                print("\rpaused, the robot stands still: Enter goes on, y n x end the episode", flush=True)
             paused = command == "pause" or (paused and command != "go on")
-        if run.signals or not (paused or time.monotonic() < until):
+        if stopped() or not (paused or time.monotonic() < until):
             return ""
         try:
             env.unwrapped.stand_still()

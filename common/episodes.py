@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -147,13 +148,21 @@ def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: floa
         yield recorder.episodes.pop()
 
 
-def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
+def local_dataset(option: str, source: str):
+    """A local Minari dataset, or that in the folder `episodes` of a run. Exits with one line when it is not there."""
     import minari
 
+    folder = Path(source, "episodes", "data")
     try:
-        dataset = minari.load_dataset(dataset_id)
-    except (FileNotFoundError, ValueError) as error:
-        fail(f"--demos {dataset_id}: {error}; `minari list local` shows what is there")
+        return minari.MinariDataset(folder) if folder.is_dir() else minari.load_dataset(source)
+    except FileNotFoundError:
+        fail(f"{option} {source}: is not here; `minari list local` shows what is, record_demos.py records")
+    except (OSError, ValueError) as error:
+        fail(f"{option} {source}: cannot be read ({' '.join(str(error).split())}); fetch or record it again")
+
+
+def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
+    dataset = local_dataset("--demos", dataset_id)
     ours, theirs = env.action_space, dataset.action_space
     same_actions = ours.shape == theirs.shape and np.allclose([ours.low, ours.high], [theirs.low, theirs.high])
     if not same_actions:

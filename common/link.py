@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from common.setup import fail, write_atomically
+from common.setup import fail, hold, write_atomically
 
 PROTOCOL = "records-2"
 DEFAULT_PORT = 5588
@@ -257,6 +257,7 @@ class Actor:
 
         self.zmq = zmq
         self.address, self.hello, self.ahead, self.stop, self.timeout_s = address, hello, ahead, stop, timeout_s
+        self.lock = hold(folder / "actor.lock", f"{folder}: process PID acts there; end that one first")
         name_file = folder / "actor_name"
         if not name_file.exists():
             write_atomically(name_file, uuid.uuid4().hex.encode())

@@ -1,10 +1,8 @@
 """A Minari dataset that grows by whole episodes, whatever happens; its pictures; fingerprints of set-ups."""
 
 import dataclasses
-import fcntl
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 
 from common import envs
-from common.setup import fail, write_atomically
+from common.setup import fail, hold, write_atomically
 
 SPARE_BYTES = 100e6  # disk that is left free, for videos and for other programs
 
@@ -50,25 +48,14 @@ class Recording:
         self.name = dataset_id
         self.folder = folder
         self.data = folder / "data"
-        self.lock()
+        folder.mkdir(parents=True, exist_ok=True)
+        occupied = f"{dataset_id}: process PID is recording to it; end that one, or give another name"
+        self.lock = hold(folder / "record.lock", occupied)
         about = about | {"fingerprint": fingerprint(env)}
         if not self.data.exists():
             self.create(env, about | {"dataset_id": dataset_id, "minari_version": minari.__version__})
         self.check(about)
         self.find_episodes()
-
-    def lock(self) -> None:
-        """Keeps a second recorder away for as long as this process lives."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock_file = (self.folder / "record.lock").open("a+")
-        try:
-            fcntl.flock(self.lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self.lock_file.seek(0)
-            fail(f"{self.name}: process {self.lock_file.read()} is recording to it; end that one, or give another name")
-        self.lock_file.truncate(0)
-        self.lock_file.write(str(os.getpid()))
-        self.lock_file.flush()
 
     def create(self, env: gym.Env, about: dict) -> None:
         from minari.dataset.minari_storage import MinariStorage
@@ -269,9 +256,9 @@ def write_video(frames: np.ndarray, path: Path, hz: float) -> None:
     """Frames (T, H, W, 3) as an mp4."""
     import imageio.v2 as imageio
 
-    with imageio.get_writer(path, fps=hz, macro_block_size=1) as video:
-        for frame in frames:
-            video.append_data(frame)
+    partial = path.with_name(f".{path.name}")  # a video that is there is whole
+    imageio.mimwrite(partial, frames, fps=hz, macro_block_size=1)
+    partial.replace(path)
 
 
 def write_sheet(rows: list[tuple[str, np.ndarray]], path: Path, height: int = 96) -> None:

@@ -211,7 +211,8 @@ def check_new_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def ends_well(args: RunArgs) -> Iterator[None]:
-    """Ctrl-C, a task's fault and a full or read-only disk end the program with one line that says how to go on."""
+    """Ctrl-C, SIGTERM, a task's fault, a full or read-only disk end the program with one line: how to go on."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also gives the terminal back
     try:
         with bar_closed():
             yield
@@ -248,7 +249,7 @@ def has_checkpoint(run_dir: str | Path | None) -> bool:
 def go_on(args: RunArgs) -> str:
     """How an ended run is continued."""
     run_dir = args.run_dir
-    if run_dir is None or not (Path(run_dir) / "args.json").exists():
+    if run_dir is None or args.eval_only or not (Path(run_dir) / "args.json").exists():
         return "run the same command again"
     if has_checkpoint(run_dir):
         return f"go on with --resume {run_dir}"
@@ -264,6 +265,17 @@ def write_atomically(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def hold(path: Path, message: str) -> typing.IO[str]:
+    """The open file `path`, locked while this process lives. Exits with `message`, PID being its holder's, if taken."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        fail(message.replace("PID", path.read_text()))
+    path.write_text(str(os.getpid()))
+    return file
 
 
 def git_commit(folder: Path) -> str:
@@ -290,7 +302,11 @@ class Child:
     def start(self) -> None:
         """Waits for one whose parent was killed, and which may still be saving: it holds the lock while it lives."""
         with self.log.open("ab") as log, self.lock.open("a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"waiting for the {self.folder.name} of an earlier start, which has not ended", file=sys.stderr)
+                fcntl.flock(lock, fcntl.LOCK_EX)
             flags = self.again if (self.folder / "args.json").exists() else self.new
             self.process = subprocess.Popen(
                 [sys.executable, os.path.abspath(self.script), *flags],
@@ -312,7 +328,9 @@ class Child:
             return code == 0
         if code > 0:
             last = self.log.read_text(errors="replace").strip().splitlines()[-1]
-            fail(f"the {self.folder.name} ended: {last.partition('.py: ')[2] or last} (see {self.log})")
+            why = last.partition(".py: ")[2] or last
+            why = why.replace(f"--resume {self.folder}", f"--resume {self.folder.parent}")  # both go on from there
+            fail(f"the {self.folder.name} ended: {why} (see {self.log})")
         print(f"the {self.folder.name} was ended by signal {-code} and is started again", file=sys.stderr, flush=True)
         self.start()
         return False

@@ -28,6 +28,7 @@ from forked import popen_forked, run_forked
 from offline_data import Steps, write_minari
 from torch import distributions, nn
 
+import bc_flow_offline
 from bc_flow_offline import (
     Args,
     Batches,
@@ -1307,6 +1308,26 @@ def test_resume_is_exact(tmp_path, point_data, first, total, flags):
     for key in whole.keys() - TIMES:
         ours = dict(zip(parts["step"], parts[key]))
         assert [f"{ours[step]}" for step in whole["step"]] == [f"{x}" for x in whole[key]], key
+
+
+def test_ctrl_c_gives_the_tasks_back(tmp_path, point_data, monkeypatch):
+    """A robot, or a simulator that draws: both have to be closed, also when an evaluation is given up."""
+    ends = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(point_data))
+    monkeypatch.setattr(bc_flow_offline.Evaluation, "close", lambda self: ends.append("closed"))
+
+    def stop(*_):
+        ends.append("stopped")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bc_flow_offline, "train", stop)
+    argv = [*TINY.split(), *map(str, POINT), "--run-dir", "run"]
+    threads = torch.get_num_threads()
+    with pytest.raises(SystemExit, match="stopped; begin again with --resume run"):
+        bc_flow_offline.main(parse(Args, bc_flow_offline.__doc__, Args.MAY_CHANGE, argv))
+    torch.set_num_threads(threads)
+    assert ends == ["stopped", "closed"]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path, point_data):

@@ -12,7 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from common import envs
-from common.episodes import Recorder, check_new_dataset, demonstrations, record, spread_starts
+from common.episodes import Recorder, check_new_dataset, demonstrations, local_dataset, record, spread_starts
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 
@@ -30,6 +30,19 @@ def test_recorder_keeps_episodes_and_copies():
     assert len({obs["point"].tobytes() for obs in episode.observations}) > 10
     assert episode.truncations.tolist() == [False] * 19 + [True] and not episode.terminations.any()
     assert episode.rewards.shape == (20,) and episode.info == {"success": episode.info["success"]}
+
+
+def test_datasets_that_cannot_be_had_are_one_line(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with pytest.raises(SystemExit, match="--data hil/none-v0: is not here; .* shows what is, record_demos.py records"):
+        local_dataset("--data", "hil/none-v0")
+
+    def newer(_):
+        raise ValueError("of a newer\nMinari")
+
+    monkeypatch.setattr(minari, "load_dataset", newer)
+    with pytest.raises(SystemExit, match=r"--demos a/b-v0: cannot be read \(of a newer Minari\); fetch or record it"):
+        local_dataset("--demos", "a/b-v0")
 
 
 # --- Demonstrations ---------------------------------------------------------------------------------------------------

@@ -132,6 +132,7 @@ def actor_at(port: int, folder: Path, **options):
     finally:
         actor.dealer.close(0)
         actor.subscriber.close(0)
+        actor.lock.close()
 
 
 def taken(learner: Learner, actor: Actor, count: int, most: float = float("inf")) -> list[bytes]:
@@ -297,6 +298,9 @@ def test_release_that_is_killed_loses_and_doubles_nothing(tmp_path, written):
     with pytest.raises((CrashError, AttributeError)):
         actor.release()
     assert journalled(tmp_path) == records(0, 1 + written)
+    with pytest.raises(SystemExit, match=f"{tmp_path}: process {os.getpid()} acts there; end that one"):
+        staging_actor(tmp_path)  # while it lives
+    actor.lock.close()  # the end of a process
     again = staging_actor(tmp_path)
     again.release()
     assert journalled(tmp_path) == records(0, 5)
@@ -491,6 +495,7 @@ def test_curve_keys(tmp_path, monkeypatch):
             assert [data for batch in got for _, data in batch] == ([record(3)] if folder == keys else [])
             actor.dealer.close(0)
             actor.subscriber.close(0)
+            actor.lock.close()
         with pytest.raises(SystemExit, match="--curve-keys nowhere: "):
             Actor(f"127.0.0.1:{port}", "nowhere", HELLO, SIZE, place)
     finally:

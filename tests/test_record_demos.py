@@ -196,6 +196,21 @@ def test_ctrl_c_ends_it_without_the_running_episode(tmp_path, monkeypatch):
     assert load(tmp_path, monkeypatch).total_episodes == 1
 
 
+def test_ctrl_c_while_it_sums_up_is_one_line(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.setattr(record_demos, "sum_up", stop)
+    args = record_demos.Args(env_id="recorded_tasks:Reach-v0", teleop="expert", episodes=1, dataset="hil/demos-v0")
+    with pytest.raises(SystemExit, match="^stopped; the same command goes on with what is recorded$"):
+        record_demos.main(args)
+    assert load(tmp_path, monkeypatch).total_episodes == 1
+    for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+        signal.signal(number, handler)
+
+
 def test_second_recorder_is_refused(tmp_path, monkeypatch):
     flags = ("--env-id", "recorded_tasks:Slow-v0", "--teleop", "expert")
     with popen_script("record_demos.py", *flags, cwd=tmp_path, env={"PYTHONPATH": TESTS}) as process:
@@ -415,7 +430,9 @@ def test_keys_pressed_during_a_reset_have_no_effect(tmp_path, monkeypatch):
 
 def test_pause_during_a_reset_is_heeded_after_it(tmp_path):
     with Person(tmp_path, "--teleop", "expert", "--episodes", 2, task="Slow") as person:
+        person.waits_for("keys: y success   n failure")  # none of those that move the arm, where they do nothing
         person.waits_for("episode 0: success")
+        assert "forward, back" not in person.output()
         person.types("yp")  # while it resets for a second
         person.waits_for("pressed during the reset, so without effect: success")
         person.waits_for("paused: Enter goes on")

@@ -1,6 +1,7 @@
 """common/recording.py: a dataset that is whole after every write; fingerprints that name what differs."""
 
 import dataclasses
+from pathlib import Path
 
 import imageio.v3 as imageio
 import minari
@@ -98,7 +99,7 @@ def cut(monkeypatch, writes: int) -> None:
 def reopened(store: Recording, env, monkeypatch) -> Recording:
     monkeypatch.undo()
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(store.folder.parent.parent))
-    store.lock_file.close()
+    store.lock.close()
     return opened(env)
 
 
@@ -149,7 +150,7 @@ def test_missing_file_is_named(env):
     for length in (3, 4, 5):
         store.add(fields(env, length), {})
     (store.data / "episode_1.hdf5").unlink()
-    store.lock_file.close()
+    store.lock.close()
     with pytest.raises(SystemExit, match=r"episode_1.hdf5 cannot be read .*numbered without gaps"):
         opened(env)
 
@@ -158,12 +159,12 @@ def test_lock(env):
     store = opened(env)
     with pytest.raises(SystemExit, match=r"hil/x-v0: process \d+ is recording to it"):
         opened(env)
-    store.lock_file.close()
+    store.lock.close()
     opened(env)
 
 
 def test_other_uses_of_the_name_are_refused(env):
-    opened(env).lock_file.close()
+    opened(env).lock.close()
     with pytest.raises(SystemExit, match="hil/x-v0: its mode is demos, not classifier"):
         opened(env, ABOUT | {"mode": "classifier"})
     with pytest.raises(SystemExit, match=r'is of another set-up: .*task is "Reach-v0" there, "Gripper-v0" here'):
@@ -193,12 +194,22 @@ def test_room_for_the_longest_episode(env, monkeypatch):
         store.check_disk(env)
 
 
-def test_pictures(tmp_path):
+def test_pictures(tmp_path, monkeypatch):
     frames = np.zeros((4, 32, 48, 3), np.uint8)
     frames[2, :, :24] = 200
     write_video(frames, tmp_path / "v.mp4", 10)
     video = np.stack(list(imageio.imiter(tmp_path / "v.mp4")))
     assert video.shape == frames.shape and abs(video.astype(int) - frames).mean() < 6
+
+    def is_stopped(path, *_, **__):
+        Path(path).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("imageio.v2.mimwrite", is_stopped)
+    for name in ("v.mp4", "new.mp4"):
+        with pytest.raises(KeyboardInterrupt):
+            write_video(frames, tmp_path / name, 10)
+    assert len(list(imageio.imiter(tmp_path / "v.mp4"))) == len(frames) and not (tmp_path / "new.mp4").exists()
     write_sheet([("a", frames), ("b", frames[2:3])], tmp_path / "s.png", height=32)
     sheet = imageio.imread(tmp_path / "s.png")
     assert sheet.shape == (68, 90 + 4 * 50, 3)

@@ -3,9 +3,13 @@
 import json
 import math
 import os
+import termios
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import gymnasium as gym
 import minari
 import numpy as np
 import pytest
@@ -282,6 +286,50 @@ def test_the_simulated_peg_without_any_data(tmp_path):
         )
         assert refused.returncode == 1 and fault in refused.stderr
         assert refused.stderr.count("\n") == 1 and "classifier.pt" in refused.stderr
+
+
+class Unsure:
+    probability, lowest, highest = 0.5, 0.1, 0.9
+
+    def reset(self) -> None:
+        pass
+
+    def __call__(self, obs: dict) -> bool:
+        return False
+
+
+def test_a_person_may_steer_what_is_watched(datasets, monkeypatch, capsys):
+    """By the keyboard, also in a simulation; q ends it."""
+    primary, secondary = os.openpty()
+    steered = []
+
+    class Watched(gym.Env):
+        metadata = {"render_fps": 20}
+        observation_space = gym.spaces.Dict(front=gym.spaces.Box(0, 255, (32, 32, 3), np.uint8))
+        action_space = gym.spaces.Box(-1, 1, (6,), np.float32)
+
+        def reset(self, **_):
+            return {}, {}
+
+        def step(self, action):
+            steered.append(action.tolist())
+            time.sleep(0.05)
+            keys = {1: b"w", 20: b"q"}.get(len(steered), b"")
+            os.write(primary, keys)
+            return {}, 0.0, False, False, {}
+
+    monkeypatch.setattr(script.envs, "make", lambda *_, **__: Watched())
+    monkeypatch.setattr(script.rc, "Terminal", partial(rc.Terminal, secondary))
+    monkeypatch.setattr(script, "open_detector", lambda *_: Unsure())
+    settings = termios.tcgetattr(secondary)
+    script.watch(Args(watch="classifier.pt", teleop="keyboard", episodes=2))
+    assert termios.tcgetattr(secondary) == settings
+    output = capsys.readouterr().out
+    assert "w s  forward, back" in output and "    q quit\n" in output and "y success" not in output
+    assert 20 <= len(steered) < 60 and output.count("\nepisode ") == 1
+    assert [0.125, 0, 0, 0, 0, 0] in steered and [0.0] * 6 in steered
+    os.close(primary)
+    os.close(secondary)
 
 
 def test_ctrl_c_saves_and_resume_goes_on(tmp_path, monkeypatch):

@@ -246,7 +246,7 @@ def test_demonstrations_are_never_overwritten(tmp_path, monkeypatch):
     ("flags", "demos", "message"),
     [
         ({}, {"verdicts": [False, False]}, "--demos hil/demos-v0: none of its episodes is a success"),
-        ({"demos": "hil/none-v0"}, {"verdicts": [True]}, "--demos hil/none-v0: "),
+        ({"demos": "hil/none-v0"}, {"verdicts": [True]}, "--demos hil/none-v0: is not here; `minari list local` shows"),
         (
             {},
             {"verdicts": [True], "config": dataclasses.replace(PEG, hz=20.0)},
@@ -290,7 +290,7 @@ def test_policy_is_the_same_after_loading(tmp_path):
         real.load_policy(small_agent(), tmp_path / "wrong.policy")
     with pytest.raises(SystemExit, match="--frame-stack is 1 there, 2 here"):
         real.load_policy(small_agent(frame_stack=2), tmp_path / "newest.policy")
-    with pytest.raises(SystemExit, match="is not there yet; train first"):
+    with pytest.raises(SystemExit, match=r"best.policy: is not there yet; .* best.policy after 20 episodes"):
         real.load_policy(other, tmp_path / "best.policy")
 
 
@@ -344,7 +344,7 @@ class Desk:
         self.run.signals += 1
 
     def heed(self, ended: bool = False) -> str:
-        return real.heed(self.run, self, self, ended)
+        return real.heed_in_training(self.run, self, self, ended)
 
 
 def test_verdict_is_heeded_at_once():
@@ -353,9 +353,10 @@ def test_verdict_is_heeded_at_once():
         assert Desk(["label", verdict]).heed() == verdict
 
 
-def test_robot_stands_still_during_a_pause():
+def test_robot_stands_still_during_a_pause(capsys):
     desk = Desk(["pause"], [], [], ["undo"], ["go on"])
     assert desk.heed() == "" and desk.still == 4
+    assert capsys.readouterr().out.count("paused, the robot stands still: Enter goes on") == 1
     desk = Desk(["pause"], [], ["failure"])
     assert desk.heed() == "failure" and desk.still == 2
     desk = Desk(["pause"], ["quit"])
@@ -375,6 +376,46 @@ def test_end_of_an_episode_may_be_overruled(monkeypatch):
     assert desk.heed(ended=True) == "" and 0.2 <= time.monotonic() - start < 2
     desk.terminal = None  # nobody is there
     assert desk.heed(ended=True) == "" and time.monotonic() - start < 2
+
+
+def test_keys_that_a_reset_throws_away_are_named(monkeypatch, capsys):
+    person = real.Person(small_args(), "none")
+    person.terminal = SimpleNamespace(forget=lambda: ["success", "undo"])
+    person.forget()
+    assert capsys.readouterr().out == "\rpressed during the reset, so without effect: success, undo\n"
+    person.terminal.forget = list
+    person.forget()
+    assert capsys.readouterr().out == ""
+
+
+class Learner:
+    """It answers the third time."""
+
+    address = "127.0.0.1:5588"
+    done = False
+    answered = 0.0
+    held = 7
+    journal = SimpleNamespace(written=7)
+    waiting = True
+    times = 0
+
+    def exchange(self, wait_ms: int) -> None:
+        self.times += 1
+        self.answered = time.monotonic() if self.times == 3 else 0.0
+
+
+def test_learner_that_is_waited_for_is_named(monkeypatch, capsys):
+    desk = Desk()
+    child = SimpleNamespace(log=Path("run/learner.log"), finished=lambda: False)
+    for beside, patience, said in (
+        (None, -1.0, "\rwaiting for the learner, at 127.0.0.1:5588 (with the same --curve-keys?)\n"),
+        (child, -1.0, "\rwaiting for the learner, see run/learner.log\n"),
+        (None, 60.0, ""),
+    ):
+        monkeypatch.setattr(real, "WAITS_S", patience)
+        learner = Learner()
+        real.catch_up(desk.run, learner, desk, beside)
+        assert learner.times == 3 and capsys.readouterr().out == said
 
 
 class Way:
@@ -509,6 +550,99 @@ def test_standing_still_is_no_demonstration():
     assert not np.frombuffer(b"".join(sent), agent.step_type)["intervened"].any()
 
 
+def test_status_line_says_what_is_logged(capsys):
+    agent = small_agent()
+    rows: list[dict] = []
+    log = real.Log(SimpleNamespace(episode=4, log=lambda table, scalars: rows.append(scalars)))
+    action = np.zeros(7, np.float32)
+
+    def steps(helped: int) -> list[real.Step]:
+        kinds = [k < helped for k in range(10)]
+        return [real.Step(action, action, 0.1, False, kind, False, 0.1, 0.002 + 0.002 * kind) for kind in kinds]
+
+    log.add("fault", steps(0), agent, 0, float("nan"))
+    assert capsys.readouterr().out == (
+        "\repisode 4 fault | return 1.00 in 10 steps | without help 0 of 0 | helped - | updates 0.00 | late 0, p99 "
+        "2.0 ms | no weights yet | replay 0, demos 0 | overruled 0\n"
+    )
+    log.add("failure", steps(0), agent, 0, float("nan"))
+    log.add("success", steps(0), agent, 0, float("nan"))
+    capsys.readouterr()
+    agent.counts.copy_(torch.tensor([50, 40, 30]))
+    log.disagreements = 1
+    log.add("success", steps(5), agent, 100, 3.4)
+    assert capsys.readouterr().out == (
+        "\repisode 4 success | return 1.00 in 10 steps | without help 1 of 2 | helped 17% | updates 2.00 | late 5, p99 "
+        "4.0 ms | weights 3 s old | replay 40, demos 30 | overruled 1\n"
+    )
+    assert rows[0]["charts/weights_age_s"] != rows[0]["charts/weights_age_s"]  # NaN: there are none
+    expected = {"episodic_return": 1, "episodic_length": 10, "success": 1, "success_without_help": 0.5}
+    expected |= {"intervention_rate": 0.5 / 3, "updates_per_transition": 2, "disagreements": 1, "replay": 40}
+    expected |= {"demonstrations": 30, "weights_age_s": 3.4}
+    row = {name.removeprefix("charts/"): value for name, value in rows[-1].items() if name.startswith("charts/")}
+    assert row == pytest.approx(expected)
+    times = {name.removeprefix("time/"): value for name, value in rows[-1].items() if name.startswith("time/")}
+    assert times == pytest.approx({"late_steps": 5, "late_p99_ms": 4, "cycle_s": 1})
+
+
+# --- Evaluation -------------------------------------------------------------------------------------------------------
+def test_stopped_evaluation_keeps_what_has_ended(tmp_path, monkeypatch, capsys):
+    outcomes = [real.Outcome("success", 2.0, True), real.Outcome("discard", 1.0, False)]
+    outcomes.append(real.Outcome("failure", 3.0, True))
+
+    def evaluate_episode(*_):
+        if not outcomes:
+            raise KeyboardInterrupt
+        return outcomes.pop(0)
+
+    monkeypatch.setattr(real, "evaluate_episode", evaluate_episode)
+    monkeypatch.setattr(real, "check_server", lambda *_: None)
+    monkeypatch.setattr(real, "load_policy", lambda *_: 7)
+    real.main(small_args(eval_only=str(tmp_path), capture_video=False))
+    assert (tmp_path / "evaluation_newest.csv").read_text() == (
+        "episode,success,cycle_s,suggested\n0,1,2.000,1\n1,0,3.000,1\n"
+    )
+    output = capsys.readouterr().out
+    assert "stopped: what has ended counts" in output and "success 1 of 2, 95% 0.09 to 0.91" in output
+    assert "cycle time 2.0 s on average" in output
+    assert "--reward task against the verdicts: 1 false successes, 0 missed" in output
+    with pytest.raises(SystemExit, match="no episode has ended, so nothing is written"):
+        real.main(small_args(eval_only=str(tmp_path), capture_video=False))
+    assert (tmp_path / "evaluation_newest.csv").read_text().count("\n") == 3
+
+
+def test_fault_in_an_evaluation_is_named(capsys):
+    agent = small_agent()
+    obs = some_obs(agent)
+    info = {"success": False, "period_s": 0.1, "fault": "camera front: newest picture is 0.4 s old"}
+    env = SimpleNamespace(
+        reset=lambda **_: (obs, {}),
+        step=lambda action: (obs, 0.0, False, True, info),
+        unwrapped=SimpleNamespace(episodes=1),
+    )
+    outcome = real.evaluate_episode(agent, env, 1, real.Person(small_args(), "none"), [])
+    assert outcome == ("discard", 0.1, False)
+    assert capsys.readouterr().err == "the episode was ended: camera front: newest picture is 0.4 s old\n"
+
+
+def test_person_may_overrule_the_classifier_in_an_evaluation(monkeypatch):
+    """Else no false success would ever be counted: the classifier's success ends the episode."""
+    agent = small_agent()
+    obs = some_obs(agent)
+    info = {"success": True, "period_s": 0.1, "fault": None}
+    for typed, verdict in (([[], [], ["failure"]], "failure"), ([], "success"), ([["quit"]], "quit")):
+        monkeypatch.setattr(real, "OVERRULE_S", 0.05)
+        desk = Desk(*typed)
+        env = SimpleNamespace(
+            reset=lambda **_: (obs, {}),
+            step=lambda action: (obs, 1.0, True, False, info),
+            unwrapped=SimpleNamespace(episodes=1, stand_still=lambda: time.sleep(0.001)),
+        )
+        desk.forget = lambda: None
+        desk.quits = lambda: False  # not during the reset
+        assert real.evaluate_episode(agent, env, 1, desk, []) == (verdict, 0.1, True)
+
+
 def test_disagreements_become_data_of_the_classifier(tmp_path):
     import reward_classifier
     from common.success import SuccessClassifier, SuccessDetector
@@ -551,6 +685,7 @@ def test_wrong_flags_are_refused(tmp_path):
         (("--reward", "person", "--teleop", "none"), "--reward person: nobody is there"),
         (("--eval-only", "nowhere"), "--eval-only nowhere: no run of this script"),
         (("--num-min-qs", 3), "--num-min-qs 3: there are only"),
+        (("--total-timesteps", 100), "--total-timesteps 100: learning starts after 100; give more"),
     ):
         argv = list(map(str, flags))
         with contextlib.chdir(tmp_path), pytest.raises(SystemExit, match=re.escape(message)):
@@ -582,6 +717,9 @@ def test_classifier_of_other_cameras_is_refused(tmp_path):
 
 
 def test_server_that_does_not_run_is_one_line(tmp_path, monkeypatch):
+    line = refusal(tmp_path, "--teleop", "none", "--server", "tcp://127.0.0.1:9")  # before there is a run
+    assert "--server: no answer from tcp://127.0.0.1:9 " in line and "is robot_server.py running there" in line
+    assert not (tmp_path / "runs").exists()
     monkeypatch.setitem(rc.TASKS, "peg", dataclasses.replace(PEG, wait_s=0.5))
     args = small_args(teleop="none", server="tcp://127.0.0.1:9", run_dir=str(tmp_path / "run"))
     env = real.wrap_robot(real.make_env(args), args)

@@ -15,7 +15,7 @@ import pytest
 from conftest import REPO, wait_until
 
 import sac_state_sim
-from common.setup import Child, RunArgs, help_text, parse
+from common.setup import Child, RunArgs, ends_well, help_text, parse
 from sac_state_sim import Args
 
 
@@ -174,6 +174,22 @@ def test_every_flag_has_a_meaning():
         assert help_text(flags, "").count("\n  --") == len(dataclasses.fields(flags))
 
 
+# --- Endings ----------------------------------------------------------------------------------------------------------
+def test_sigterm_ends_as_ctrl_c_does(tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").touch()
+    for args, way in (
+        (RunArgs(), "run the same command again"),
+        (RunArgs(run_dir="run"), "begin again with --resume run, nothing was saved yet"),
+        (RunArgs(run_dir="run", eval_only="run"), "run the same command again"),
+    ):
+        with pytest.raises(SystemExit, match=f"^stopped; {way}$"), ends_well(args):
+            signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
+
+
 # --- A process beside this one ----------------------------------------------------------------------------------------
 WORKER = """
 import pathlib, signal, sys, time
@@ -185,6 +201,8 @@ with (folder / "starts").open("a") as file:
     file.write(sys.argv[1] + "\\n")
 if sys.argv[1] == "says":
     raise SystemExit("worker.py: --demos: there are none")
+if sys.argv[1] == "full":
+    raise SystemExit(f"worker.py: the disk is full; make room, then go on with --resume {folder}")
 
 
 def end(*_):
@@ -242,6 +260,10 @@ def test_child_that_says_why_is_heard(worker, tmp_path):
     child.process.wait()
     with pytest.raises(SystemExit, match=r"the learner ended: --demos: there are none \(see .*learner.log\)"):
         child.finished()
+    child = Child(str(worker), [], ["full", str(folder)], folder)
+    child.process.wait()
+    with pytest.raises(SystemExit, match=rf"then go on with --resume {tmp_path} \(see"):  # the parent, not the child
+        child.finished()
 
 
 def test_child_saves_when_it_is_asked_to_end(worker, tmp_path):
@@ -253,7 +275,7 @@ def test_child_saves_when_it_is_asked_to_end(worker, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a child does not learn that its parent was killed")
-def test_child_saves_when_its_parent_is_killed_and_the_next_one_waits_for_it(worker, tmp_path):
+def test_child_saves_when_its_parent_is_killed_and_the_next_one_waits_for_it(worker, tmp_path, capsys):
     folder = tmp_path / "learner"
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(REPO), str(worker), str(folder)])
     wait_until(lambda: starts(folder))
@@ -261,5 +283,6 @@ def test_child_saves_when_its_parent_is_killed_and_the_next_one_waits_for_it(wor
     parent.wait()
     child = Child(str(worker), ["new", str(folder)], ["again", str(folder)], folder)
     assert (folder / "saved").exists() and starts(folder)[:1] == ["new"]
+    assert "waiting for the learner of an earlier start, which has not ended" in capsys.readouterr().err
     wait_until(lambda: starts(folder) == ["new", "again"])
     child.end()
