@@ -885,12 +885,13 @@ CAMERA = spaces.Box(0, 255, (32, 32, 3), np.uint8)
         spaces.Dict({"state": box(3), "front": CAMERA}),
         spaces.Dict({"pixels": spaces.Dict({"front": CAMERA, "wrist": CAMERA}), "agent_pos": box(3)}),
         spaces.Dict({"state": spaces.Dict({"q": box(3)}), "images": spaces.Tuple([CAMERA])}),
+        spaces.MultiBinary((64, 64)),
     ],
-    ids=["uint8", "channels-first", "grey", "float", "float-channels-first", "beside", "nested", "tuple"],
+    ids=["uint8", "channels-first", "grey", "float", "float-channels-first", "beside", "nested", "tuple", "bits"],
 )
 def test_images_are_for_the_other_script(space):
     """S2, S3: at any depth, of any layout; no image becomes thousands of states."""
-    with pytest.raises(SystemExit, match=r"--env-id X-v0: .*images; use sac_pixel_sim.py"):
+    with pytest.raises(SystemExit, match=r"--env-id X-v0: .*images; use sac_pixel_sim.py, or flatten it \(TASK\)"):
         wrap_states(Sized(space), small_args(env_id="X-v0"))
 
 
@@ -944,8 +945,10 @@ def test_actions_that_cannot_be_learned(space, word):
 
 
 def test_observations_that_cannot_be_learned():
-    """S2's kind: a sentence would become the numbers of its letters."""
+    """S2's kind: a sentence would become the numbers of its letters; of nothing nothing is learned."""
     for space, words in (
+        (spaces.Dict(), "must be"),
+        (spaces.Box(-1, 1, (0,)), "must be"),
         (spaces.Sequence(box(2)), "must be"),
         (spaces.Dict(q=box(2), task=spaces.Text(9)), "hold Text"),
     ):
