@@ -27,8 +27,8 @@ MAKE = gym.envs.registration.__file__
 def make(env_id: str, render: bool = False, option: str = "--env-id", **options) -> gym.Env:
     """gym.make, also of `module:Env-v0` with the module in the current folder; steps are `Checked`.
 
-    Exits with one line that names `option` when gymnasium does not know the task. Raises Fault when it does not take
-    these options. One without a registered time limit gets a long one.
+    Exits with one line that names `option`, or raises Fault, when there is none such. One without a registered time
+    limit gets a long one.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -246,14 +246,17 @@ def truth(info: dict, *names: str) -> float:
 
 
 def check_actions(env: gym.Env, env_id: str) -> None:
-    """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1]."""
+    """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1], and wrappers may stay."""
     space = env.action_space
     if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f" or not space.shape[0]:
-        remedy = "change them in a wrapper (make_env)"
-        fail(f"--env-id {env_id}: actions must be a Box of floats of shape (A,), not {space}; {remedy}")
+        fail(f"--env-id {env_id}: actions must be a Box of floats of shape (A,), not {space}; change it in make_env")
     low, high = np.float64(space.low), np.float64(space.high)
     if not (np.isfinite(high - low) & (high - low < HUGE)).all():
         fail(f"--env-id {env_id}: actions need bounds, not {space}; set them in a wrapper (make_env)")
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, gym.wrappers.NormalizeObservation | gym.wrappers.NormalizeReward):
+            fail(f"--env-id {env_id}: no checkpoint keeps what {type(env).__name__} learns; leave it out of make_env")
+        env = env.env
 
 
 def leaves(space: spaces.Space) -> Iterator[spaces.Space]:

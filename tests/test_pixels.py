@@ -167,7 +167,7 @@ def test_what_cannot_be_taken_is_named(space, words):
     """Nothing with rows and columns becomes a state in silence [S3]; with --cameras it is left out."""
     with pytest.raises(SystemExit, match=words):
         ImagesAndState(Shows(space, None), "T-v0", (), 16)
-    if isinstance(space, spaces.Dict) and "rgb" in space.keys():
+    if isinstance(space, spaces.Dict) and "rgb" in space:
         obs = {name: np.zeros(part.shape, part.dtype) for name, part in space.items()}
         env = ImagesAndState(Shows(space, obs), "T-v0", ("rgb",), 16)
         assert env.reset()[0]["state"].shape == (0,) and env.cameras == ("rgb",)

@@ -944,6 +944,14 @@ def test_actions_that_cannot_be_learned(space, word):
         wrap_states(Sized(box(3), space), small_args(env_id="X-v0"))
 
 
+@pytest.mark.parametrize("wrapper", [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward])
+def test_wrappers_whose_statistics_no_checkpoint_keeps(wrapper):
+    """R1: an evaluation, and a run that goes on, would see other numbers than training did."""
+    wrapped = gym.wrappers.TransformReward(wrapper(Sized(box(3), box(2))), lambda reward: 2 * reward)
+    with pytest.raises(SystemExit, match=f"--env-id X-v0: no checkpoint keeps what {wrapper.__name__} learns"):
+        wrap_states(wrapped, small_args(env_id="X-v0"))
+
+
 def test_observations_that_cannot_be_learned():
     """S2's kind: a sentence would become the numbers of its letters; of nothing nothing is learned."""
     for space, words in (
