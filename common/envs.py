@@ -121,8 +121,8 @@ def say_once(text: str) -> None:
 class Checked(gym.Wrapper):
     """Passes on what a task says, and raises Fault, which names the culprit, where it breaks gymnasium's rules.
 
-    Observations and actions are copies, so that a task may write into the same array in each step, or into what it is
-    given. Rewards are floats. The global generators are seeded, too. Wrappers of one's own are checked by another one.
+    Observations and actions are copies, so that a task may write into the same array in each step, or into its action.
+    Rewards are floats. The global generators are seeded, too. Wrappers of one's own are checked by another one.
     """
 
     RESET = "reset(self, *, seed=None, options=None) must return (observation, info)"
@@ -157,10 +157,9 @@ class Checked(gym.Wrapper):
         return obs, reward, terminated and not cut, truncated or cut, info
 
     def scalar(self, name: str, value, kinds: str, wanted: str):
-        number = single(value, kinds)
-        if number is None:
+        if single(value, kinds) is None:
             raise Fault(f"{self.name}: {name} of step {self.steps} is {value!r}, not {wanted}")
-        return number
+        return single(value, kinds)
 
     def called(self, rule: str, length: int, function: Callable, *args, **kwargs) -> tuple:
         """What a method of the task returns. Raises Fault when that, or what it takes, is not by the rule."""
@@ -223,7 +222,7 @@ class Checked(gym.Wrapper):
 
 
 def single(value, kinds: str):
-    """The number in `value`; None unless it is a single one, of these kinds of dtype."""
+    """The number in `value`; None unless it is one, of these kinds of dtype."""
     try:
         array = np.asarray(value)
     except (TypeError, ValueError, RuntimeError):  # lists of several lengths; tensors on a GPU, or with gradients
@@ -246,7 +245,7 @@ def truth(info: dict, *names: str) -> float:
 
 
 def check_actions(env: gym.Env, env_id: str) -> None:
-    """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1], and wrappers may stay."""
+    """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1], and no wrapper learns."""
     space = env.action_space
     if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f" or not space.shape[0]:
         fail(f"--env-id {env_id}: actions must be a Box of floats of shape (A,), not {space}; change it in make_env")
