@@ -157,9 +157,9 @@ class Checked(gym.Wrapper):
         return obs, reward, terminated and not cut, truncated or cut, info
 
     def scalar(self, name: str, value, kinds: str, wanted: str):
-        if single(value, kinds) is None:
+        if (number := single(value, kinds)) is None:
             raise Fault(f"{self.name}: {name} of step {self.steps} is {value!r}, not {wanted}")
-        return single(value, kinds)
+        return number
 
     def called(self, rule: str, length: int, function: Callable, *args, **kwargs) -> tuple:
         """What a method of the task returns. Raises Fault when that, or what it takes, is not by the rule."""
@@ -245,7 +245,7 @@ def truth(info: dict, *names: str) -> float:
 
 
 def check_actions(env: gym.Env, env_id: str) -> None:
-    """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1], and no wrapper learns."""
+    """Exits with one line unless actions are a vector that can be scaled to [-1, 1], and no wrapper learns."""
     space = env.action_space
     if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f" or not space.shape[0]:
         fail(f"--env-id {env_id}: actions must be a Box of floats of shape (A,), not {space}; change it in make_env")
