@@ -187,10 +187,10 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
     space = env.observation_space
     for box in envs.leaves(space):
         if envs.looks_like_image(box):
-            fail(f"--env-id {args.env_id}: observations of shape {box.shape} look like images; use sac_pixel_sim.py")
+            fail(f"--env-id {args.env_id}: {box.shape} looks like images; use sac_pixel_sim.py, or flatten it (TASK)")
         if isinstance(box, spaces.Text):
             fail(f"--env-id {args.env_id}: observations hold {box}; leave it out in a wrapper (make_env)")
-    if not space.is_np_flattenable:
+    if not space.is_np_flattenable or not spaces.flatdim(space):
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
     envs.check_actions(env, args.env_id)
     if not isinstance(env, envs.Checked):  # wrappers of your own

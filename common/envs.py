@@ -5,6 +5,7 @@ import ctypes.util
 import importlib
 import math
 import os
+import random
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,14 +19,16 @@ from common.setup import Fault, fail
 
 LONGEST_EPISODE = 10_000  # steps, of a task without a time limit
 HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32
+WRAPPERS = os.path.join(os.path.dirname(gym.__file__), "wrappers")
+MAKE = gym.envs.registration.__file__
 
 
 # --- Making -----------------------------------------------------------------------------------------------------------
 def make(env_id: str, render: bool = False, option: str = "--env-id", **options) -> gym.Env:
     """gym.make, also of `module:Env-v0` with the module in the current folder; steps are `Checked`.
 
-    Exits with one line that names `option` when gymnasium does not know the task. One without a registered time limit
-    gets a long one.
+    Exits with one line that names `option`, or raises Fault, when there is none such. One without a registered time
+    limit gets a long one.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -36,7 +39,16 @@ def make(env_id: str, render: bool = False, option: str = "--env-id", **options)
         env = with_opengl(make_it, f"{option} {env_id}", render)
     except (gym.error.Error, ImportError) as error:
         fail(f"{option} {env_id}: {error}")
+    except TypeError as error:
+        if raised_in(error.__cause__ or error) != MAKE:  # in the task
+            raise
+        raise Fault(f"{option} {env_id}: {error}; make_env gives its options (TASK)") from error
     return Checked(time_limited(env, env_id), env_id)
+
+
+def raised_in(error: BaseException) -> str:
+    """The file in which it was raised."""
+    return traceback.extract_tb(error.__traceback__)[-1].filename
 
 
 def made_again(task: str, **options) -> gym.Env:
@@ -109,8 +121,8 @@ def say_once(text: str) -> None:
 class Checked(gym.Wrapper):
     """Passes on what a task says, and raises Fault, which names the culprit, where it breaks gymnasium's rules.
 
-    Observations and actions are copies, so that a task may write into the same array in each step, or into what it is
-    given. Rewards are floats. Wrappers of one's own are checked by another one around them.
+    Observations and actions are copies, so that a task may write into the same array in each step, or into its action.
+    Rewards are floats. The global generators are seeded, too. Wrappers of one's own are checked by another one.
     """
 
     RESET = "reset(self, *, seed=None, options=None) must return (observation, info)"
@@ -120,9 +132,16 @@ class Checked(gym.Wrapper):
         super().__init__(env)
         self.name = name
         self.steps = 0  # of this episode
+        space = getattr(env, "observation_space", None)
+        if not isinstance(space, spaces.Space):
+            raise Fault(f"{name}: observation_space is {space!r}, not one of gymnasium.spaces")
+        self.observation_space = space  # from now on, whatever the task makes of it
 
     def reset(self, **kwargs):
         self.steps = 0
+        if kwargs.get("seed") is not None:
+            random.seed(kwargs["seed"])
+            np.random.seed(kwargs["seed"] % 2**32)  # noqa: NPY002
         obs, info = self.called(self.RESET, 2, self.env.reset, **kwargs)
         return self.checked(obs), info
 
@@ -130,14 +149,17 @@ class Checked(gym.Wrapper):
         self.steps += 1
         obs, reward, terminated, truncated, info = self.called(self.STEP, 5, self.env.step, copy.copy(action))
         obs = self.checked(obs)
-        if np.size(reward) != 1 or np.asarray(reward).dtype.kind not in "fiub":
-            raise Fault(f"{self.name}: the reward of step {self.steps} is {reward!r}, not a number")
-        reward = float(np.asarray(reward).item())
+        reward = float(self.scalar("the reward", reward, "fiub", "a number"))
         self.check_number("the reward", reward)
-        for name, value in (("terminated", terminated), ("truncated", truncated)):
-            if np.size(value) != 1 or np.asarray(value).dtype.kind not in "biu":
-                raise Fault(f"{self.name}: {name} of step {self.steps} is {value!r}, not True or False")
-        return obs, reward, bool(terminated), bool(truncated), info
+        terminated = bool(self.scalar("terminated", terminated, "biu", "True or False"))
+        truncated = bool(self.scalar("truncated", truncated, "biu", "True or False"))
+        cut = terminated and bool(info.get("TimeLimit.truncated"))  # as gym before 0.26 said it
+        return obs, reward, terminated and not cut, truncated or cut, info
+
+    def scalar(self, name: str, value, kinds: str, wanted: str):
+        if (number := single(value, kinds)) is None:
+            raise Fault(f"{self.name}: {name} of step {self.steps} is {value!r}, not {wanted}")
+        return number
 
     def called(self, rule: str, length: int, function: Callable, *args, **kwargs) -> tuple:
         """What a method of the task returns. Raises Fault when that, or what it takes, is not by the rule."""
@@ -145,18 +167,18 @@ class Checked(gym.Wrapper):
             result = function(*args, **kwargs)
         except (TypeError, ValueError) as error:
             # Raised in gymnasium's wrappers or here, not in the task: it was called or unpacked in vain.
-            where = traceback.extract_tb(error.__traceback__)[-1].filename
-            if "gymnasium" not in where and where != __file__:
+            if not raised_in(error).startswith((WRAPPERS, gym.core.__file__, __file__)):
                 raise
             raise Fault(f"{self.name}: {rule} ({error}); is it written for gym before 0.26?") from error
         if not (isinstance(result, tuple) and len(result) == length and isinstance(result[-1], dict)):
             raise Fault(f"{self.name}: {rule}; is it written for gym before 0.26?")
-        info = {key: value for key, value in result[-1].items() if key != "episode"}  # ours: RecordEpisodeStatistics
+        info = {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in result[-1].items()}
+        info.pop("episode", None)  # ours: RecordEpisodeStatistics
         return *result[:-1], info
 
     def checked(self, obs):
         """A copy of the observation. Raises Fault when it does not fit its space."""
-        return self.checked_part(self.env.observation_space, obs, "the observation")
+        return self.checked_part(self.observation_space, obs, "the observation")
 
     def checked_part(self, space: spaces.Space, value, name: str):
         if isinstance(space, spaces.Dict):
@@ -172,7 +194,7 @@ class Checked(gym.Wrapper):
             return copy.deepcopy(value)
         try:
             array = np.array(value)  # a copy
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise Fault(f"{self.name}: {name} is no array ({error})") from error
         if array.dtype.kind not in "fiub":
             raise Fault(f"{self.name}: {name} is {value!r}, not numbers")
@@ -183,6 +205,12 @@ class Checked(gym.Wrapper):
             if wrong.any():
                 where = np.argwhere(wrong)[0].tolist()
                 self.check_number(f"{name}{where if where else ''}", float(array[tuple(where)]))
+        if array.dtype != space.dtype:
+            with np.errstate(all="ignore"):
+                stored = array.astype(space.dtype)
+            lost = ~np.isfinite(stored) if space.dtype.kind == "f" else stored != array
+            if lost.any():
+                raise Fault(f"{self.name}: {name} holds {array[lost][0]:.4g}, a space of {space.dtype} cannot")
         return array
 
     def check_number(self, name: str, value: float) -> None:
@@ -193,6 +221,15 @@ class Checked(gym.Wrapper):
             )
 
 
+def single(value, kinds: str):
+    """The number in `value`; None unless it is one, of these kinds of dtype."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):  # lists of several lengths; tensors on a GPU, or with gradients
+        return None
+    return array.item() if array.size == 1 and array.dtype.kind in kinds else None
+
+
 def truth(info: dict, *names: str) -> float:
     """What the first of `names` that a task's info has says, 0 or 1 or between; NaN where it has none of them.
 
@@ -200,26 +237,25 @@ def truth(info: dict, *names: str) -> float:
     """
     for name in names:
         if name in info:
-            value = np.asarray(info[name])
-            if (
-                value.size == 1
-                and value.dtype.kind in "biuf"
-                and (0 <= value.item() <= 1 or value.item() != value.item())
-            ):
-                return float(value.item())
+            value = single(info[name], "biuf")
+            if value is not None and (0 <= value <= 1 or math.isnan(value)):
+                return float(value)
             raise Fault(f"the task's info[{name!r}] is {info[name]!r}, not True or False; change success() (TASK)")
     return math.nan
 
 
 def check_actions(env: gym.Env, env_id: str) -> None:
-    """Exits with one line unless actions are a vector with bounds that can be scaled to [-1, 1]."""
+    """Exits with one line unless actions are a vector that can be scaled to [-1, 1], and no wrapper learns."""
     space = env.action_space
     if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f" or not space.shape[0]:
-        remedy = "change them in a wrapper (make_env)"
-        fail(f"--env-id {env_id}: actions must be a Box of floats of shape (A,), not {space}; {remedy}")
+        fail(f"--env-id {env_id}: actions must be a Box of floats of shape (A,), not {space}; change it in make_env")
     low, high = np.float64(space.low), np.float64(space.high)
     if not (np.isfinite(high - low) & (high - low < HUGE)).all():
         fail(f"--env-id {env_id}: actions need bounds, not {space}; set them in a wrapper (make_env)")
+    while isinstance(env, gym.Wrapper):
+        if isinstance(env, gym.wrappers.NormalizeObservation | gym.wrappers.NormalizeReward):
+            fail(f"--env-id {env_id}: no checkpoint keeps what {type(env).__name__} learns; leave it out of make_env")
+        env = env.env
 
 
 def leaves(space: spaces.Space) -> Iterator[spaces.Space]:
@@ -232,17 +268,11 @@ def leaves(space: spaces.Space) -> Iterator[spaces.Space]:
 
 
 def looks_like_image(space: spaces.Space) -> bool:
-    """Whether a Box has rows and columns of its own: a matrix (not one row or column) of bytes, or large."""
-    if not isinstance(space, spaces.Box):
+    """Whether a space has rows and columns of its own: a matrix (not one row or column) of bytes, or large."""
+    if not isinstance(space, spaces.Box | spaces.MultiBinary | spaces.MultiDiscrete):
         return False
     sides = [side for side in space.shape if side > 1]
     return len(sides) >= 2 and (space.dtype == np.uint8 or int(np.prod(sides)) > 256)
-
-
-def picture(env: gym.Env):
-    """The newest frame that a task renders; some give a list."""
-    image = env.render()
-    return image[-1] if isinstance(image, list | tuple) else image
 
 
 def episode_seed(seed: int, stream: int, episode: int) -> int:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from common.envs import Checked, episode_seed
+from common.envs import Checked, episode_seed, say_once
 from common.evaluation import evaluate
 from common.recording import check_fingerprint, fingerprint, layout
 from common.setup import fail
@@ -81,7 +82,7 @@ def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterat
     `noise` is the standard deviation on the expert's actions, relative to their range [-1, 1]. Exits with one line when
     the task has no expert, or the dataset is not of this task.
     """
-    if not source.isdecimal():
+    if not source.isdecimal() or not int(source):
         return minari_episodes(source, env)
     expert_of(env, f"--demos {source}")
     return expert_episodes(spread_starts(int(source), env, seed), env, seed, noise)
@@ -116,6 +117,10 @@ def expert_of(env: gym.Env, option: str) -> Callable[[], np.ndarray]:
     layer = env
     while True:
         if "expert_action" in dir(type(layer)):
+            try:
+                inspect.signature(layer.expert_action).bind()
+            except TypeError as error:
+                fail(f"{option}: {type(layer).__name__}.expert_action() is called without arguments ({error})")
             return layer.expert_action
         changes = isinstance(layer, gym.ActionWrapper) or (
             isinstance(layer, gym.Wrapper) and layer.action_space != layer.env.action_space
@@ -139,9 +144,13 @@ def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: floa
         done = False
         while not done:
             eps = noise * (space.high - space.low) / 2 * rng.standard_normal(space.shape)
-            action = np.asarray(expert(), float)
+            said = expert()
+            try:
+                action = np.asarray(said, float)
+            except (TypeError, ValueError):  # text, or a pair
+                action = np.zeros(0)
             if action.shape != space.shape or not np.isfinite(action).all():
-                fail(f"--demos {len(numbers)}: expert_action() gives {action}, actions are {space}")
+                fail(f"--demos {len(numbers)}: expert_action() gives {said!r}, actions are {space}")
             action = np.clip(action + eps, space.low, space.high).astype(space.dtype)
             _, _, terminated, truncated, _ = recorder.step(action)
             done = terminated or truncated
@@ -170,22 +179,25 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
     if layout(env.observation_space) != layout(dataset.observation_space):
         spaces_of = f"{dataset.observation_space}, the task's {env.observation_space}"
         fail(f"--demos {dataset_id}: is not of this task; its observations are {spaces_of}")
+    recorded, here = (spec.id if spec else None for spec in (dataset.spec.env_spec, env.spec))
+    if recorded and recorded != here:
+        say_once(f"--demos {dataset_id}: was recorded in {recorded}, the task is {here}")
     about = dataset.storage.metadata
     if "fingerprint" in about:
         check_fingerprint(f"--demos {dataset_id}", about["fingerprint"], fingerprint(env))
     try:
         for episode in dataset.iterate_episodes():
-            yield minari_episode(f"--demos {dataset_id}: episode {episode.id}", episode, ours.shape)
+            yield minari_episode(f"--demos {dataset_id}: episode {episode.id}", episode, ours)
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:  # h5py's, for damaged parts
         fail(f"--demos {dataset_id}: is damaged, cannot be read ({error}); fetch or record it again")
 
 
-def minari_episode(name: str, episode, action_shape: tuple[int, ...]) -> Episode:
+def minari_episode(name: str, episode, space: spaces.Box) -> Episode:
     """An episode of Minari's. Exits with one line when its parts do not fit together, or are no finite numbers."""
     actions = np.asarray(episode.actions)
     steps = len(actions)
-    if actions.shape[1:] != action_shape:  # they might broadcast
-        fail(f"{name}: actions have shape {actions.shape[1:]}, the task's {action_shape}; leave it out")
+    if actions.shape[1:] != space.shape:  # they might broadcast
+        fail(f"{name}: actions have shape {actions.shape[1:]}, the task's {space.shape}; leave it out")
     columns = {"rewards": episode.rewards, "terminations": episode.terminations, "truncations": episode.truncations}
     for part, values in columns.items():
         if np.size(values) != steps:
@@ -194,6 +206,9 @@ def minari_episode(name: str, episode, action_shape: tuple[int, ...]) -> Episode
     for part, values in (columns | {"actions": actions}).items():
         if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
             fail(f"{name}: {part} hold something else than finite numbers; leave it out")
+    beyond = np.maximum(space.low - actions, actions - space.high) > 1e-3 * (space.high - space.low)
+    if beyond.any():
+        say_once(f"{name.split(': ')[0]}: actions outside of {space} are clipped")
     infos = episode.infos or {}
     info = {key: values[-1] for key, values in infos.items() if not isinstance(values, dict) and len(values)}
     observations = [step_of(episode.observations, t) for t in range(steps + 1)]
@@ -203,7 +218,7 @@ def minari_episode(name: str, episode, action_shape: tuple[int, ...]) -> Episode
 def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
     """Episodes, steps and successes, in words."""
     verdicts = [success(episode.info) for episode in episodes]
-    known = "success unknown" if any(map(math.isnan, verdicts)) else f"{int(sum(verdicts))} successful"
+    known = "success unknown" if all(map(math.isnan, verdicts)) else f"{verdicts.count(1)} successful"
     return f"{len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {known}"
 
 

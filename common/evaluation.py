@@ -1,5 +1,6 @@
 """Seeded roll-outs of a policy, side by side; their tables, curve and video."""
 
+import contextlib
 import math
 import sys
 import tempfile
@@ -13,11 +14,25 @@ import gymnasium as gym
 import numpy as np
 from torch import Tensor
 
-from common.envs import episode_seed, picture, say_once, with_remedy
+from common.envs import episode_seed, say_once, with_remedy
+from common.setup import Fault
 
 # Actions (N, A), or chunks of H actions (N, H * A) or (N, H, A), for the observations of N episodes, as a list; the
 # generators, one an episode, are for noise, so that an episode does not depend on what else runs beside it.
 Policy = Callable[[list, list[np.random.Generator]], np.ndarray]
+
+
+def picture(env: gym.Env, option: str = "") -> np.ndarray:
+    """The newest frame (H, W, 3) that a task renders; some give a list.
+
+    Raises Fault when it is something else, which begins with the `option` that asks for pictures.
+    """
+    image = env.render()
+    image = image[-1] if isinstance(image, list | tuple) and image else image
+    if np.shape(image)[2:] != (3,) or np.asarray(image).dtype != np.uint8:
+        what = f"{image.dtype} {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise Fault(f"{option}render() gives {what}, not an image (H, W, 3) of bytes")
+    return image
 
 
 class Rollout:
@@ -94,33 +109,50 @@ def evaluate(
     if not rollouts:
         return {}
     verdicts = [success(rollout.info) for rollout in rollouts]
+    rate = success_rate(verdicts)
     names = [name for name in rollouts[0].info if "succ" in str(name).lower()]
-    if names and np.isnan(verdicts).all():
+    if names and math.isnan(rate):
         say_once(f"whether episodes succeed is unknown; the task's info has {names}: read one of them in success()")
     return {
         "eval/episodic_return": float(np.mean([sum(rollout.rewards) for rollout in rollouts])),
         "eval/episodic_length": float(np.mean([len(rollout.rewards) for rollout in rollouts])),
-        "eval/success_rate": float(np.mean(verdicts)),
+        "eval/success_rate": rate,
         "eval/episodes": float(episodes),
     }
 
 
+def success_rate(verdicts: list[float]) -> float:
+    """Their mean; NaN where none is known. Where some are, the others have failed: many tasks say success only."""
+    unknown = np.isnan(verdicts)
+    if unknown.all():
+        return math.nan
+    if unknown.any():
+        say_once("episodes whose last info does not say whether they succeeded count as failures")
+    return float(np.mean(np.nan_to_num(verdicts)))
+
+
 def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: int, episodes: int = 4) -> None:
-    """Writes the first evaluation episodes as an mp4, of the task that `make` makes; without OpenGL it says so."""
+    """Writes the first evaluation episodes as an mp4, of the task that `make` makes; says so when it cannot."""
     import imageio.v2 as imageio
 
+    unfinished = path.with_name(f"new_{path.name}")
     try:
         env = make()
-        with imageio.get_writer(path, fps=env.metadata.get("render_fps", 30), macro_block_size=1) as video:
+        video = imageio.get_writer(unfinished, fps=env.metadata.get("render_fps", 30), macro_block_size=1)
+        with contextlib.closing(video):  # its own `with` leaves it open after an error
             roll_out(policy, [env], episodes, seed, frame=video.append_data)
         env.close()
-    except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; the policy is trained and saved all the same
+        unfinished.replace(path)
+    except Exception as error:  # noqa: BLE001  rendering fails in many ways; the policy is trained and saved all the same
         say_no_video(error, path.parent)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def say_no_video(error: Exception, run_dir: str | Path) -> None:
     """One line with the way to get it later."""
-    print(f"no video: {with_remedy(error)}; afterwards --eval-only {run_dir} writes it", file=sys.stderr)
+    reason = " ".join(with_remedy(error).split())
+    print(f"no video: {reason}; once that is mended, --eval-only {run_dir} writes it", file=sys.stderr)
 
 
 def means(rollouts: list[Rollout], success: Callable[[dict], float]) -> dict[str, float]:

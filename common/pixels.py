@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor
 
-from common.envs import is_opengls, looks_like_image, picture, with_remedy
+from common.envs import is_opengls, looks_like_image, with_remedy
+from common.evaluation import picture
 from common.setup import Fault, fail
 
 
@@ -43,22 +44,16 @@ class Rendered(gym.ObservationWrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         self.reset()
-        self.observation_space = spaces.Box(0, 255, self.picture().shape, np.uint8)
-
-    def picture(self) -> np.ndarray:
-        image = picture(self.env)
-        if np.ndim(image) != 3 or np.asarray(image).dtype != np.uint8:
-            raise Fault(f"--cameras render: render() gives {type(image).__name__}, not an image (H, W, 3) of bytes")
-        return image
+        self.observation_space = spaces.Box(0, 255, self.observation(None).shape, np.uint8)
 
     def observation(self, obs) -> np.ndarray:
-        return self.picture()
+        return picture(self.env, "--cameras render: ")
 
 
-def named_leaves(space: spaces.Space, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], spaces.Space]]:
-    """The spaces in Dicts at any depth, each with its keys."""
-    if isinstance(space, spaces.Dict):
-        for key, part in space.items():
+def named_leaves(space: spaces.Space, path: tuple = ()) -> Iterator[tuple[tuple, spaces.Space]]:
+    """The spaces in Dicts and Tuples at any depth, each with its keys and indices."""
+    if isinstance(space, spaces.Dict | spaces.Tuple):
+        for key, part in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
             yield from named_leaves(part, (*path, key))
     else:
         yield path, space
@@ -84,7 +79,7 @@ def image_axes(space: spaces.Space) -> str | None:
 class ImagesAndState(gym.ObservationWrapper):
     """Any observation with images -> {"images": (K, size, size, 3) uint8, "state": (S,) float32}.
 
-    Images may be anywhere in Dicts, channels first or last, grey, bytes or floats in [0, 1]; other sizes are resized.
+    Images may be anywhere, channels first or last, grey, bytes or floats in [0, 1]; other sizes are resized.
     `cameras` (K) are their paths, such as pixels/front; `columns` says where each of the other parts is in the state.
     """
 
@@ -92,14 +87,13 @@ class ImagesAndState(gym.ObservationWrapper):
         """Of the images only `cameras`, if there are any. Exits with one line that names what cannot be taken."""
         super().__init__(env)
         self.size = size
-        parts = {"/".join(path) or "image": (path, space) for path, space in named_leaves(env.observation_space)}
+        leaves = named_leaves(env.observation_space)
+        parts = {"/".join(map(str, path)) or "image": (path, space) for path, space in leaves}
         if cameras == ("render",):
             parts = {"render": parts.get("image", parts.get("render"))}
         images = {name: image_axes(space) for name, (_, space) in parts.items() if image_axes(space)}
         if unknown := [name for name in cameras if name not in images]:
             fail(f"--cameras {' '.join(unknown)}: {env_id} has {' '.join(images) or 'no images'}")
-        if not images:
-            fail(f"--env-id {env_id}: observes no images; use sac_state_sim.py, or --cameras render")
         self.cameras = cameras or tuple(images)
         self.axes = {name: images[name] for name in self.cameras}
         self.paths = {name: path for name, (path, _) in parts.items()}
@@ -117,6 +111,8 @@ class ImagesAndState(gym.ObservationWrapper):
             self.states[name] = space
             self.columns[name] = (start, start + spaces.flatdim(space))
             start = self.columns[name][1]
+        if not images:
+            fail(f"--env-id {env_id}: observes no images; use sac_state_sim.py, or --cameras render")
         self.observation_space = spaces.Dict(
             {
                 "images": spaces.Box(0, 255, (len(self.cameras), size, size, 3), np.uint8),
@@ -142,14 +138,14 @@ class ImagesAndState(gym.ObservationWrapper):
         }
 
     def in_bytes(self, obs, name: str) -> np.ndarray:
-        """An image as bytes, of the range that its space has. Raises Fault when it holds something else."""
-        image = self.part(obs, name)
-        high = 1 if self.spaces[name].dtype.kind == "f" else 255
-        if image.dtype == np.uint8 and high == 255:
+        """An image as bytes, bright where its space ends. Raises Fault when it holds something else."""
+        image, space = self.part(obs, name), self.spaces[name]
+        high = float(space.high.max())  # 1 of a mask
+        if image.dtype == space.dtype == np.uint8 and high == 255:
             return image
         least, most = float(image.min()), float(image.max())
-        if least < 0 or most > high or (high == 255 and image.dtype.kind == "f"):
-            said = f"{self.spaces[name].dtype} in 0 ... {high}"
+        if least < 0 or most > high or (space.dtype == np.uint8 and image.dtype.kind == "f"):
+            said = f"{space.dtype} in 0 ... {high:g}"
             raise Fault(f"image {name} holds {image.dtype} in {least:g} ... {most:g}, its space says {said}")
         return np.round(image * (255.0 / high)).astype(np.uint8)
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.evaluation import plot_curves
+from common.evaluation import plot_curves, success_rate
 from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, write_atomically
 
 CURVES = ("eval/episodic_return", "eval/success_rate")  # of curve.png
@@ -260,6 +260,7 @@ class Run:
     def episodes(self) -> dict[str, float]:
         """Means over the episodes that ended since the last call, NaN where there are none."""
         means = np.mean(self.recent or [(math.nan,) * 3], 0, dtype=float).tolist()
+        means[2] = success_rate([success for _, _, success in self.recent])
         self.recent = []
         names = ("charts/episodic_return", "charts/episodic_length", "charts/success")
         return dict(zip(names, means, strict=True))

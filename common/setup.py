@@ -91,6 +91,8 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
             run_dir = str(Path(run_dir).parent)
         saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
+        if args.run_dir not in (None, run_dir):
+            fail(f"--run-dir {args.run_dir}: the run stays in {run_dir}; to go on elsewhere, copy that folder first")
         for name in vars(saved).keys() - set(may_change.split()):
             theirs = getattr(saved, name)
             if getattr(args, name) != theirs:
@@ -137,8 +139,8 @@ def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_
     """Exits with one line about a whole number below 1, a negative or infinite number, or a fraction above 1."""
     for name, value in vars(args).items():
         least = 0 if name in may_be_zero else 1
-        if type(value) is int and value < least:
-            fail(f"{flag(name)} {value}: give at least {least}")
+        if type(value) is int and not least <= value < 2**63:
+            fail(f"{flag(name)} {value}: give at least {least}, and less than 2**63")
         if type(value) is float and name not in any_sign and not 0 <= value < float("inf"):
             fail(f"{flag(name)} {value}: give a number that is not negative")
         if name in fractions and value > 1:
@@ -221,6 +223,9 @@ def ends_well(args: RunArgs) -> Iterator[None]:
     except Fault as error:
         fail(f"{error}; then {go_on(args)}")
     except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EBADF):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
+            fail(f"stdout was closed ({error}); {go_on(args)}")
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             fail(f"{error}; make room, then {go_on(args)}")
         ours = args.run_dir and error.filename and Path(args.run_dir) in Path(error.filename).parents

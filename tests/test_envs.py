@@ -1,6 +1,7 @@
 """common/envs.py: tasks by gymnasium's rules and against them, wrappers."""
 
 import math
+import random
 import re
 import types
 from collections.abc import Callable
@@ -9,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 import probe_envs
 import pytest
+import torch
 from gymnasium import spaces
 
 from common import envs
@@ -202,7 +204,12 @@ def test_rewards_become_floats(reward, expected):
     assert type(reward) is float and reward == expected
 
 
-@pytest.mark.parametrize("reward", [math.nan, math.inf, 1e300, -1e11, None, "1", np.zeros(2), [1, 2], 1j])
+GRADIENT = torch.ones(3, requires_grad=True)
+
+
+@pytest.mark.parametrize(
+    "reward", [math.nan, math.inf, 1e300, -1e11, None, "1", np.zeros(2), [1, 2], [[1], [1, 2]], 1j, GRADIENT[0]]
+)
 def test_rewards_that_are_none(reward):
     """S6: the reward is named, not the observation."""
     assert "the reward" in fault_of(lambda: step_of(odd(reward=reward)))
@@ -220,6 +227,20 @@ def test_ends_become_bools(end):
 def test_ends_that_are_none(end):
     for name in ("terminated", "truncated"):
         assert f"{name} of step 1" in fault_of(lambda name=name: step_of(odd(**{name: end})))
+
+
+@pytest.mark.parametrize(
+    ("terminated", "truncated", "info", "expected"),
+    [
+        (True, False, {"TimeLimit.truncated": True}, (False, True)),
+        (True, False, {"TimeLimit.truncated": False}, (True, False)),
+        (False, False, {"TimeLimit.truncated": True}, (False, False)),
+        (False, True, {"TimeLimit.truncated": True}, (False, True)),
+    ],
+)
+def test_a_time_limit_as_old_gym_tells_it(terminated, truncated, info, expected):
+    """S7: `done` handed on as terminated; its values would be cut off at the time limit."""
+    assert step_of(odd(terminated=terminated, truncated=truncated, info=info))[2:4] == expected
 
 
 NESTED = spaces.Dict({"robot": spaces.Dict({"q": BOX}), "cams": spaces.Tuple([spaces.Box(0, 255, (2, 2), np.uint8)])})
@@ -251,6 +272,12 @@ def nested(q: object) -> dict:
         (spaces.Discrete(3), 5, "the observation is 5, which is not in Discrete(3)"),
         (spaces.Tuple([BOX]), (ZEROS, ZEROS), "the observation is"),
         (spaces.Tuple([BOX]), (np.array([math.nan, 0, 0]),), "the observation[0][0] is nan"),
+        (BOX, GRADIENT, "the observation is no array"),
+        (spaces.Box(-1, 1, (3,), np.int32), np.array([0, 0.5, 1]), "holds 0.5, a space of int32 cannot"),
+        (spaces.Box(0, 255, (3,), np.uint8), np.array([0, -3, 1]), "holds -3, a space of uint8 cannot"),
+        (spaces.Box(0, 255, (3,), np.uint8), np.array([0, 300, 1]), "holds 300, a space of uint8 cannot"),
+        (spaces.Box(0, 1, (3,), bool), np.array([0, 0.25, 1]), "holds 0.25, a space of bool cannot"),
+        (spaces.Box(-1, 1, (3,), np.float16), np.array([0, 1e5, 1]), "holds 1e+05, a space of float16 cannot"),
     ],
 )
 def test_observations_that_break_their_space(space, obs, words):
@@ -268,6 +295,8 @@ def test_observations_that_break_their_space(space, obs, words):
         (BOX, np.float64([0, 1e9, -5])),
         (spaces.Box(0, 9, (3,), np.int64), np.array([1, 2, 3])),
         (spaces.Box(0, 1, (3,), np.int8), np.array([True, False, True])),
+        (spaces.Box(0, 9, (3,), np.uint8), np.array([1.0, 2.0, 9.0])),
+        (BOX, torch.tensor([0.5, 1, 2])),
         (spaces.Box(-1, 1, ()), 0.5),
         (spaces.Box(0, 255, (2, 2, 3), np.uint8), np.zeros((2, 2, 3), np.uint8)[::-1, ::-1]),
         (spaces.MultiBinary(3), np.array([1, 0, 1], np.int8)),
@@ -291,6 +320,55 @@ def test_observations_are_copies():
     later = env.step(np.zeros(1))[0]
     assert seen["robot"]["q"].tolist() == [0, 0, 0] and not seen["cams"][0].any()
     assert later["robot"]["q"].tolist() == [7, 7, 7] and later["cams"][0].all()
+
+
+class Grows(probe_envs.Probe):
+    """Makes its space anew, larger, in the second reset."""
+
+    def reset(self, *, seed=None, options=None):
+        self.size = 1 if self.observation_space is probe_envs.Probe.observation_space else 2
+        self.observation_space = spaces.Box(-1, 1, (self.size,))
+        return super().reset(seed=seed)
+
+    def observe(self):
+        return np.zeros(self.size)
+
+
+def test_a_space_stays_what_it_was():
+    """S7: the networks' shapes are those of the space that there was first."""
+    env = Checked(Grows(), "Odd-v0")
+    env.reset(seed=0)
+    assert env.observation_space.shape == (1,)
+    assert "has shape (2,), its space has (1,)" in fault_of(lambda: env.reset(seed=1))
+
+
+@pytest.mark.parametrize("space", [None, (3,), types.SimpleNamespace(shape=(3,))])
+def test_a_space_that_is_none(space):
+    """S7: of old gym's spaces, too."""
+    assert "not one of gymnasium.spaces" in fault_of(lambda: Checked(Odd(space, ZEROS), "Odd-v0"))
+
+
+def test_infos_are_copies():
+    """S1's kind: the verdicts of an evaluation are read when all its episodes are over."""
+    info = {"success": np.ones(1)}
+    env = odd(truncated=True, info=info)
+    kept = step_of(env)[4]
+    info["success"][:] = 0
+    assert kept["success"].tolist() == [1]
+
+
+class Careless(probe_envs.Probe):
+    """Draws from the global generators, as tasks from before gym 0.26 do."""
+
+    def observe(self):
+        return np.array([np.random.uniform() + random.random()])  # noqa: NPY002
+
+
+def test_global_generators_are_seeded_with_the_episode():
+    """A run can be repeated, and goes on as if it had not ended, also with a task that ignores its own generator."""
+    env = Checked(Careless(), "Odd-v0")
+    first, other, again = (env.reset(seed=seed)[0].item() for seed in (3, 4, 3))
+    assert first == again != other
 
 
 class OldGym(probe_envs.Probe):
@@ -350,6 +428,59 @@ def test_a_tasks_own_bug_keeps_its_traceback():
     assert error.traceback[-1].name == "reset" and "test_envs" in str(error.traceback[-1].path)
 
 
+class NeedsOptions(probe_envs.Probe):
+    def __init__(self, robot: str, render_mode: str | None = None):
+        pass
+
+
+class NoRenderMode(probe_envs.Probe):
+    def __init__(self):
+        pass
+
+
+class NoTask:
+    pass
+
+
+class BrokenInside(probe_envs.Probe):
+    def __init__(self):
+        self.size = None + 1
+
+
+for task in (NeedsOptions, NoRenderMode, NoTask, BrokenInside):
+    gym.register(f"{task.__name__}-v0", task, max_episode_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "render", "words"),
+    [
+        ("NeedsOptions-v0", False, "missing 1 required positional argument: 'robot'"),
+        ("NoRenderMode-v0", True, "unexpected keyword argument 'render_mode'"),
+        ("NoTask-v0", False, "must inherit from the gymnasium.Env class"),
+    ],
+)
+def test_options_that_a_task_does_not_take(env_id, render, words):
+    """S7: gymnasium's TypeError is one line; a Fault, for a video that cannot be made does not end a run."""
+    with pytest.raises(Fault, match=rf"^--env-id {env_id}: .*{words}.*\(TASK\)$"):
+        envs.make(env_id, render)
+
+
+def test_a_constructors_own_bug_keeps_its_traceback():
+    with pytest.raises(TypeError, match="NoneType") as error:
+        envs.make("BrokenInside-v0")
+    assert "test_envs" in str(error.value.__cause__.__traceback__.tb_next.tb_frame.f_code.co_filename)
+
+
+def test_a_bug_in_a_folder_that_is_called_gymnasium(monkeypatch):
+    """S7: only gymnasium's own wrappers call in vain; gymnasium_robotics and the like raise errors of their own."""
+    code = compile("def step(self, action):\n    raise ValueError('singular')", "/gymnasium_tasks/arm.py", "exec")
+    scope: dict = {}
+    exec(code, scope)
+    monkeypatch.setattr(probe_envs.Point, "step", scope["step"])
+    with pytest.raises(ValueError, match="^singular$"):
+        step_of(envs.make("probe_envs:Point-v0"))
+
+
 def test_a_task_may_have_statistics_of_its_own():
     env = gym.wrappers.RecordEpisodeStatistics(odd(truncated=True, info={"episode": 7, "success": True}))
     info = step_of(env)[4]
@@ -368,6 +499,11 @@ def test_a_task_may_have_statistics_of_its_own():
         (spaces.Box(-1, 1, (1, 12)), False),
         (spaces.Box(-1, 1, (4096,)), False),
         (spaces.Box(-1, 1, (4, 4)), False),
+        (spaces.Box(-1, 1, (10, 30)), True),
+        (spaces.MultiBinary((64, 64)), True),
+        (spaces.MultiBinary(64), False),
+        (spaces.MultiDiscrete(np.full((20, 20), 3)), True),
+        (spaces.MultiDiscrete([3, 2]), False),
         (spaces.Discrete(3), False),
     ],
 )
@@ -468,7 +604,7 @@ def test_success_as_tasks_tell_it(info, expected):
     assert envs.truth(info, "success", "is_success", "succeed") == pytest.approx(expected, nan_ok=True)
 
 
-@pytest.mark.parametrize("value", ["yes", "False", None, 3, -1.0, [True, False], {}])
+@pytest.mark.parametrize("value", ["yes", "False", None, 3, -1.0, [True, False], [[1], [1, 0]], {}])
 def test_success_that_is_no_truth_value(value):
     """S10: text is never false, a count is no rate."""
     with pytest.raises(Fault, match=r"the task's info\['success'\] is .*success\(\) \(TASK\)"):

@@ -12,7 +12,17 @@ import pytest
 from gymnasium import spaces
 
 from common import envs
-from common.episodes import Recorder, check_new_dataset, demonstrations, local_dataset, record, spread_starts
+from common.episodes import (
+    Episode,
+    Recorder,
+    check_new_dataset,
+    demonstrations,
+    local_dataset,
+    record,
+    replay,
+    spread_starts,
+    summary,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 
@@ -110,11 +120,29 @@ def test_starts_that_are_all_the_same_are_different_episodes(monkeypatch):
     assert sorted(spread_starts(4, point(), seed=1)) == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("action", [np.zeros(2), 0.0, np.full(3, math.nan), None])
+@pytest.mark.parametrize("action", [np.zeros(2), 0.0, np.full(3, math.nan), None, "left", (np.zeros(3), {"state": 1})])
 def test_experts_that_say_no_action(monkeypatch, action):
     monkeypatch.setattr(probe_envs.Point, "expert_action", lambda self: action)
     with pytest.raises(SystemExit, match=r"--demos 1: expert_action\(\) gives"):
         next(demonstrations("1", point(), seed=1, noise=0.0))
+
+
+@pytest.mark.parametrize("expert", [lambda self, obs: np.zeros(3), None])
+def test_experts_that_cannot_be_asked(monkeypatch, expert):
+    """R1: one line that says how expert_action is called."""
+    monkeypatch.setattr(probe_envs.Point, "expert_action", expert)
+    with pytest.raises(SystemExit, match=r"--demos 1: Point.expert_action\(\) is called without arguments"):
+        next(demonstrations("1", point(), seed=1, noise=0.0))
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "words"),
+    [([1, 0, 1], "2 successful"), ([1, math.nan, 0], "1 successful"), ([math.nan] * 3, "success unknown")],
+)
+def test_a_summary_counts_successes(verdicts, words):
+    """S10: a task may say success only where there was one."""
+    episodes = [Episode([], np.zeros((4, 3)), np.zeros(4), None, None, {"success": x}) for x in verdicts]
+    assert summary(episodes, lambda info: info["success"]) == f"3 episodes, 12 steps, {words}"
 
 
 def test_recorded_episodes_become_demonstrations(tmp_path, monkeypatch):
@@ -185,6 +213,30 @@ def test_demonstrations_of_another_task_are_refused(tmp_path, monkeypatch, task)
         next(demonstrations("other/expert-v0", point(), seed=0, noise=0.0))
     with pytest.raises(SystemExit, match="--demos no/such-v0: "):
         next(demonstrations("no/such-v0", point(), seed=0, noise=0.0))
+
+
+gym.register("Other-v3", "probe_envs:Point", max_episode_steps=20)
+
+
+def test_what_is_odd_about_demonstrations_is_said(tmp_path, monkeypatch, capsys):
+    """B11's kind, of --demos: another task with the same spaces; actions that will be clipped. Once a dataset."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    envs.say_once.cache_clear()
+    recorded = list(demonstrations("2", point(), seed=1, noise=0.0))
+    record("point/ours-v0", recorded, point(), lambda info: math.nan)
+    assert len(list(demonstrations("point/ours-v0", point(), seed=0, noise=0.0))) == 2
+    assert capsys.readouterr().err == ""
+    for episode in recorded:
+        episode.actions[3] = 2.5
+    record("point/wide-v0", recorded, point(), lambda info: math.nan)
+    read = list(demonstrations("point/wide-v0", envs.make("Other-v3"), seed=0, noise=0.0))
+    assert read[0].actions[3].tolist() == [2.5] * 3
+    clipped = [action for action, *_ in replay(read[0], point(), lambda env: env)][4]
+    assert clipped.tolist() == [1, 1, 1]
+    assert capsys.readouterr().err.splitlines() == [
+        "--demos point/wide-v0: was recorded in Point-v0, the task is Other-v3",
+        "--demos point/wide-v0: actions outside of Box(-2.0, 2.0, (3,), float32) are clipped",
+    ]
 
 
 def test_demonstrations_with_numbers_that_are_none(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from gymnasium import spaces
 
 from common import envs
-from common.evaluation import evaluate, film, record_video, roll_out
+from common.evaluation import evaluate, film, record_video, roll_out, success_rate
 
 
 class Count(gym.Env):
@@ -101,6 +101,22 @@ def test_a_likely_key_for_success_is_named(capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    ("verdicts", "rate", "said"),
+    [
+        ([1.0, 0.0, 1.0, 1.0], 0.75, False),
+        ([1.0, math.nan, math.nan, 1.0], 0.5, True),
+        ([math.nan, math.nan], math.nan, False),
+        ([], math.nan, False),
+    ],
+)
+def test_successes_of_tasks_that_say_nothing_else(verdicts, rate, said, capsys):
+    """S10: `if won: info["success"] = True`; the rate was unknown unless all episodes succeeded."""
+    envs.say_once.cache_clear()
+    assert success_rate(verdicts) == pytest.approx(rate, nan_ok=True)
+    assert ("count as failures" in capsys.readouterr().err) is said
+
+
 class FilmStrip(probe_envs.Point):
     """render() returns a list of frames, as with gymnasium's RenderCollection."""
 
@@ -125,6 +141,37 @@ def test_pictures_of_a_task_that_gives_several():
     (one,), (other,) = (film(still, task(), 1, 5, 0) for task in (probe_envs.Point, FilmStrip))
     assert one.shape == (4, 64, 64, 3)
     np.testing.assert_array_equal(one, other)
+
+
+class Breaks(probe_envs.Point):
+    """Renders five frames."""
+
+    def render(self):
+        self.left = getattr(self, "left", 5) - 1
+        if self.left < 0:
+            raise RuntimeError("the camera\nis gone")
+        return super().render()
+
+
+@pytest.mark.parametrize("broken", [Breaks, "float", "alpha", "nothing"])
+def test_a_video_that_breaks_off(tmp_path, capsys, monkeypatch, broken):
+    """P2, P6: one line, the video that was there stays, and no part of the new one."""
+    frames = {"float": np.zeros((64, 64, 3)), "alpha": np.zeros((64, 64, 4), np.uint8), "nothing": None}
+    words = {
+        Breaks: "the camera is gone",
+        "float": "render() gives float64 (64, 64, 3), not an image (H, W, 3) of bytes",
+    }
+    words |= {"alpha": "render() gives uint8 (64, 64, 4), not", "nothing": "render() gives NoneType, not"}
+    if broken is not Breaks:
+        monkeypatch.setattr(probe_envs.Point, "render", lambda self: frames[broken])
+    still = lambda observations, rngs: np.zeros((len(observations), 3))  # noqa: E731
+    (tmp_path / "video.mp4").write_bytes(b"before")
+    record_video(still, Breaks if broken is Breaks else probe_envs.Point, tmp_path / "video.mp4", seed=0)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith(f"no video: {words[broken]}")
+    assert error.endswith(f"; once that is mended, --eval-only {tmp_path} writes it")
+    assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
+    assert (tmp_path / "video.mp4").read_bytes() == b"before"
 
 
 def test_no_video_without_opengl(tmp_path, capsys):

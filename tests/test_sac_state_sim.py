@@ -885,12 +885,13 @@ CAMERA = spaces.Box(0, 255, (32, 32, 3), np.uint8)
         spaces.Dict({"state": box(3), "front": CAMERA}),
         spaces.Dict({"pixels": spaces.Dict({"front": CAMERA, "wrist": CAMERA}), "agent_pos": box(3)}),
         spaces.Dict({"state": spaces.Dict({"q": box(3)}), "images": spaces.Tuple([CAMERA])}),
+        spaces.MultiBinary((64, 64)),
     ],
-    ids=["uint8", "channels-first", "grey", "float", "float-channels-first", "beside", "nested", "tuple"],
+    ids=["uint8", "channels-first", "grey", "float", "float-channels-first", "beside", "nested", "tuple", "bits"],
 )
 def test_images_are_for_the_other_script(space):
     """S2, S3: at any depth, of any layout; no image becomes thousands of states."""
-    with pytest.raises(SystemExit, match=r"--env-id X-v0: .*images; use sac_pixel_sim.py"):
+    with pytest.raises(SystemExit, match=r"--env-id X-v0: .*images; use sac_pixel_sim.py, or flatten it \(TASK\)"):
         wrap_states(Sized(space), small_args(env_id="X-v0"))
 
 
@@ -943,9 +944,19 @@ def test_actions_that_cannot_be_learned(space, word):
         wrap_states(Sized(box(3), space), small_args(env_id="X-v0"))
 
 
+@pytest.mark.parametrize("wrapper", [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward])
+def test_wrappers_whose_statistics_no_checkpoint_keeps(wrapper):
+    """R1: an evaluation, and a run that goes on, would see other numbers than training did."""
+    wrapped = gym.wrappers.TransformReward(wrapper(Sized(box(3), box(2))), lambda reward: 2 * reward)
+    with pytest.raises(SystemExit, match=f"--env-id X-v0: no checkpoint keeps what {wrapper.__name__} learns"):
+        wrap_states(wrapped, small_args(env_id="X-v0"))
+
+
 def test_observations_that_cannot_be_learned():
-    """S2's kind: a sentence would become the numbers of its letters."""
+    """S2's kind: a sentence would become the numbers of its letters; of nothing nothing is learned."""
     for space, words in (
+        (spaces.Dict(), "must be"),
+        (spaces.Box(-1, 1, (0,)), "must be"),
         (spaces.Sequence(box(2)), "must be"),
         (spaces.Dict(q=box(2), task=spaces.Text(9)), "hold Text"),
     ):

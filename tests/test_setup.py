@@ -1,6 +1,7 @@
 """common/setup.py: flags, as sac_state_sim.py has them, and a process beside this one."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 from conftest import REPO, wait_until
 
 import sac_state_sim
+from common import setup
 from common.setup import Child, RunArgs, ends_well, help_text, parse
 from sac_state_sim import Args
 
@@ -58,6 +60,7 @@ def test_flags_take_their_types():
         ("--dropout 1", "--dropout 1"),
         ("--alpha-init 0", "--alpha-init"),
         ("--gamma 1.5", "--gamma 1.5"),
+        ("--seed 18446744073709551616", "--seed 18446744073709551616 2**63"),
         ("--lr inf", "--lr inf"),
         ("--lr -1", "--lr -1"),
         ("--hidden-dims 0", "--hidden-dims"),
@@ -112,6 +115,26 @@ def test_flags_of_a_run(tmp_path, option):
     assert args.run_dir == str(tmp_path)
     cleared = {"run_dir": None, "resume": None, "eval_only": None}
     assert dataclasses.replace(saved, **changes) == dataclasses.replace(args, **cleared)
+
+
+def test_a_run_that_goes_on_stays_where_it_is(tmp_path):
+    """R2's kind: another --run-dir beside --resume was not looked at."""
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(Args())))
+    for option in ("--resume", "--eval-only"):
+        assert f"--run-dir elsewhere: the run stays in {tmp_path}" in refused(
+            option, tmp_path, "--run-dir", "elsewhere"
+        )
+        assert parsed(option, tmp_path, "--run-dir", tmp_path).run_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EPIPE, errno.EBADF])
+def test_a_closed_stdout_is_one_line(number, monkeypatch):
+    """R2's kind: `| head`, or `>&-`."""
+    closed = []
+    monkeypatch.setattr(setup.os, "dup2", lambda new, old: closed.append(old))
+    with pytest.raises(SystemExit, match="stdout was closed.*; run the same command again$"), ends_well(Args()):
+        raise OSError(number, "Broken pipe")
+    assert closed == [1]
 
 
 def test_a_dataset_is_recorded_when_it_is_asked_for(tmp_path, monkeypatch):
