@@ -17,6 +17,7 @@ from gymnasium import spaces
 from common.setup import Fault, fail
 
 LONGEST_EPISODE = 10_000  # steps, of a task without a time limit
+SPREAD = 5  # starts that are looked at for each demonstration
 HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32
 
 
@@ -248,6 +249,27 @@ def picture(env: gym.Env):
 def episode_seed(seed: int, stream: int, episode: int) -> int:
     """The seed of an episode's reset; streams keep training (0), evaluation (1), demonstrations (2) apart."""
     return int(np.random.SeedSequence([seed, stream, episode]).generate_state(1)[0])
+
+
+def spread_starts(count: int, env: gym.Env, seed: int) -> list[int]:
+    """Numbers of `count` episodes that start far from each other, of SPREAD times as many: few of them cover the task.
+
+    Farthest first (Gonzalez 1985), by the first observations, whose entries count in their standard deviations.
+    """
+    starts = []
+    for number in range(SPREAD * count):
+        obs, _ = env.reset(seed=episode_seed(seed, 2, number))
+        flat = spaces.flatten(env.observation_space, obs)
+        starts.append(flat[:: 1 + flat.size // 1000].astype(float))  # of images a part
+    scaled = np.stack(starts) / (np.std(starts, 0) + 1e-3)
+    chosen = [0]
+    nearest = np.full(len(scaled), np.inf)
+    while len(chosen) < count:
+        to_last = np.linalg.norm(scaled - scaled[chosen[-1]], axis=1)
+        nearest = np.minimum(nearest, to_last)
+        nearest[chosen] = -1  # where all starts are the same
+        chosen.append(int(nearest.argmax()))
+    return chosen
 
 
 # --- Wrappers ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import errno
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -10,12 +12,10 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from common.envs import Checked, episode_seed
+from common.envs import HUGE, Checked, episode_seed, say_once, spread_starts
 from common.evaluation import evaluate
 from common.recording import check_fingerprint, fingerprint, layout
 from common.setup import fail
-
-SPREAD = 5  # starts that are looked at for each demonstration
 
 
 class Episode(NamedTuple):
@@ -86,27 +86,6 @@ def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterat
     return expert_episodes(spread_starts(int(source), env, seed), env, seed, noise)
 
 
-def spread_starts(count: int, env: gym.Env, seed: int) -> list[int]:
-    """Numbers of `count` episodes that start far from each other, of SPREAD times as many: few of them cover the task.
-
-    Farthest first (Gonzalez 1985), by the first observations, whose entries count in their standard deviations.
-    """
-    starts = []
-    for number in range(SPREAD * count):
-        obs, _ = env.reset(seed=episode_seed(seed, 2, number))
-        flat = spaces.flatten(env.observation_space, obs)
-        starts.append(flat[:: 1 + flat.size // 1000].astype(float))  # of images a part
-    scaled = np.stack(starts) / (np.std(starts, 0) + 1e-3)
-    chosen = [0]
-    nearest = np.full(len(scaled), np.inf)
-    while len(chosen) < count:
-        to_last = np.linalg.norm(scaled - scaled[chosen[-1]], axis=1)
-        nearest = np.minimum(nearest, to_last)
-        nearest[chosen] = -1  # where all starts are the same
-        chosen.append(int(nearest.argmax()))
-    return chosen
-
-
 def expert_of(env: gym.Env, option: str) -> Callable[[], np.ndarray]:
     """The method expert_action() of the task or of a wrapper of one's own. Exits with one line when there is none.
 
@@ -148,15 +127,10 @@ def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: floa
 
 
 def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
-    import minari
-
-    try:
-        dataset = minari.load_dataset(dataset_id)
-    except (FileNotFoundError, ValueError) as error:
-        fail(f"--demos {dataset_id}: {error}; `minari list local` shows what is there")
+    dataset = open_dataset(dataset_id, "--demos ")
     ours, theirs = env.action_space, dataset.action_space
-    same_actions = ours.shape == theirs.shape and np.allclose([ours.low, ours.high], [theirs.low, theirs.high])
-    if not same_actions:
+    same_actions = isinstance(theirs, spaces.Box) and ours.shape == theirs.shape
+    if not same_actions or not np.allclose([ours.low, ours.high], [theirs.low, theirs.high]):
         fail(f"--demos {dataset_id}: is not of this task; its actions are {theirs}, the task's {ours}")
     if layout(env.observation_space) != layout(dataset.observation_space):
         spaces_of = f"{dataset.observation_space}, the task's {env.observation_space}"
@@ -166,29 +140,38 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
         check_fingerprint(f"--demos {dataset_id}", about["fingerprint"], fingerprint(env))
     try:
         for episode in dataset.iterate_episodes():
-            yield minari_episode(f"--demos {dataset_id}: episode {episode.id}", episode, ours.shape)
+            yield minari_episode(f"--demos {dataset_id}: episode {episode.id}", episode, ours)
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:  # h5py's, for damaged parts
-        fail(f"--demos {dataset_id}: is damaged, cannot be read ({error}); fetch or record it again")
+        fail(f"--demos {dataset_id}: {unreadable(error)}")
 
 
-def minari_episode(name: str, episode, action_shape: tuple[int, ...]) -> Episode:
+def open_dataset(dataset_id: str, option: str = ""):
+    """A local Minari dataset. Exits with one line, after `option`, when it is not here or cannot be read."""
+    import minari
+
+    try:
+        return minari.load_dataset(dataset_id)
+    except FileNotFoundError:
+        ways = f"`minari list local` shows what is, `minari download {dataset_id}` fetches a public one"
+        fail(f"{option}{dataset_id}: is not here; {ways}")
+    except Exception as error:  # noqa: BLE001  another version's files raise what they like
+        said = f"this Minari ({minari.__version__}) cannot read it: {one_line(error)}"
+        fail(f"{option}{dataset_id}: {said}; if it is incomplete, delete its folder and fetch or record it again")
+
+
+def minari_episode(name: str, episode, box: spaces.Box) -> Episode:
     """An episode of Minari's. Exits with one line when its parts do not fit together, or are no finite numbers."""
-    actions = np.asarray(episode.actions)
-    steps = len(actions)
-    if actions.shape[1:] != action_shape:  # they might broadcast
-        fail(f"{name}: actions have shape {actions.shape[1:]}, the task's {action_shape}; leave it out")
-    columns = {"rewards": episode.rewards, "terminations": episode.terminations, "truncations": episode.truncations}
-    for part, values in columns.items():
-        if np.size(values) != steps:
-            fail(f"{name} has {steps} actions and {np.size(values)} {part}; leave it out")
-        columns[part] = np.reshape(values, steps)
-    for part, values in (columns | {"actions": actions}).items():
-        if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
-            fail(f"{name}: {part} hold something else than finite numbers; leave it out")
+    parts = (episode.observations, episode.actions, episode.rewards, episode.terminations, episode.truncations)
+    observations, actions, *columns = sound(name, *parts)
+    if actions.shape[1:] != box.shape:  # they might broadcast
+        fail(f"{name}: actions have shape {actions.shape[1:]}, the task's {box.shape}; leave it out")
+    outside = np.maximum(actions - box.high, box.low - actions) / np.where(box.high > box.low, box.high - box.low, 1)
+    if outside.max() > 1e-3:
+        fail(f"{name}: actions from {actions.min():.4g} to {actions.max():.4g} are outside {box}; scale or clip them")
     infos = episode.infos or {}
     info = {key: values[-1] for key, values in infos.items() if not isinstance(values, dict) and len(values)}
-    observations = [step_of(episode.observations, t) for t in range(steps + 1)]
-    return Episode(observations, actions, *columns.values(), info)
+    steps = [each(lambda x, t=t: x[t], observations) for t in range(len(actions) + 1)]
+    return Episode(steps, actions, *columns, info)
 
 
 def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
@@ -196,15 +179,6 @@ def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
     verdicts = [success(episode.info) for episode in episodes]
     known = "success unknown" if any(map(math.isnan, verdicts)) else f"{int(sum(verdicts))} successful"
     return f"{len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {known}"
-
-
-def step_of(observations, t: int):
-    """Step t of observations with a leading time axis, at any depth."""
-    return (
-        {key: step_of(part, t) for key, part in observations.items()}
-        if isinstance(observations, dict)
-        else observations[t]
-    )
 
 
 def replay(episode: Episode, env: gym.Env, wrap: Callable[[gym.Env], gym.Env], chunk: int = 1) -> Iterator[tuple]:
@@ -223,6 +197,97 @@ def replay(episode: Episode, env: gym.Env, wrap: Callable[[gym.Env], gym.Env], c
         yield action, obs, reward, terminated
         if terminated or truncated:
             return
+
+
+# --- Whether data can be learned --------------------------------------------------------------------------------------
+class Misfit(Exception):  # noqa: N818  of the data, not of the program
+    """What is wrong with data, in words for its owner."""
+
+
+def each(function: Callable, *xs):
+    """`function` of arrays, or, of dicts of arrays, entry by entry."""
+    return {k: each(function, *(x[k] for x in xs)) for k in xs[0]} if isinstance(xs[0], dict) else function(*xs)
+
+
+def arrays(x) -> list:
+    """The arrays in dicts of dicts of arrays."""
+    return [array for part in x.values() for array in arrays(part)] if isinstance(x, dict) else [x]
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """The message of an error of somebody else's code, or its name where it has none."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def unreadable(error: Exception) -> str:
+    """Why a file of data cannot be read, and what helps."""
+    number = getattr(error, "errno", None)
+    if number == errno.EAGAIN:
+        return "is being written by another process; wait until that ends"
+    if number is not None:
+        return f"cannot be read: {os.strerror(number)}"
+    return f"is damaged, cannot be read ({one_line(error)}); fetch or make it again"
+
+
+def sound(where: str, observations, actions, rewards, terminations, truncations) -> tuple:
+    """An episode's parts, rewards and ends (T,). Exits with one line when they are no numbers that can be learned."""
+    try:
+        steps = len(actions)
+        parts = {"observations": observations, "actions": actions}
+        parts["rewards"] = per_step("rewards", rewards, steps)
+        for name, part in parts.items():
+            for x in arrays(part):
+                check_values(name, np.asarray(x))
+        lengths = {len(x) for x in arrays(observations)}
+        if not steps or lengths != {steps + 1}:
+            raise Misfit(f"{steps} actions need {steps + 1} observations, there are {sorted(lengths)}")
+        ends = {"terminations": terminations, "truncations": truncations}
+        ends = [as_flags(name, per_step(name, x, steps)) for name, x in ends.items()]
+    except Misfit as error:
+        fail(f"{where} of the data: {error}; repair or leave out that episode")
+    actions = np.asarray(actions)
+    suspect([np.asarray(x) for x in arrays(observations)], actions)
+    return observations, actions, parts["rewards"], *ends
+
+
+def suspect(observations: list[np.ndarray], actions: np.ndarray) -> None:
+    """Says once what is seldom meant: observations that never change, pictures that are black."""
+    if all((x == x[:1]).all() for x in observations) and (actions != actions[:1]).any():
+        say_once("the data has episodes whose observations never change; were they kept without a copy?")
+    pictures = [x for x in observations if x.dtype == np.uint8 and x.ndim > 2]
+    if any(x.size and x.max() <= 1 for x in pictures):
+        say_once("the data has pictures without a byte above 1: black; were floats of 0 to 1 stored as bytes?")
+
+
+def check_values(name: str, x: np.ndarray) -> None:
+    """Raises Misfit when these are no numbers, not finite, or so large that they are no measurements."""
+    if x.dtype.kind not in "fiub":
+        example = x.ravel()[:1].tolist() or [x.dtype]
+        raise Misfit(f"{name} hold {example[0]!r}, not numbers")
+    if x.dtype.kind == "f":
+        wrong = ~(np.abs(x) <= HUGE)  # NaN as well
+        if wrong.any():
+            where = np.argwhere(wrong)[0]
+            column = "" if len(where) < 2 else f" (number {' '.join(map(str, where[1:]))} of each)"
+            value = float(x[tuple(where)])
+            what = "that are too large to be measurements" if math.isfinite(value) else "that are not finite"
+            raise Misfit(f"{name} hold numbers {what}: {value:.4g} at step {where[0]}{column}")
+
+
+def per_step(name: str, x, steps: int) -> np.ndarray:
+    """One value per step, (T,), also of (T, 1). Raises Misfit for other shapes."""
+    x = np.asarray(x)
+    if x.size != steps or len(x) != steps:
+        raise Misfit(f"{name} have shape {x.shape}, not one value for each of {steps} steps")
+    return x.reshape(steps)
+
+
+def as_flags(name: str, x: np.ndarray) -> np.ndarray:
+    """Ends of episodes as bool. Raises Misfit unless all are true or false, 0 or 1: text is never false."""
+    wrong = x if x.dtype.kind not in "fiub" else x[~np.isin(x, (0, 1))]
+    if wrong.size:
+        raise Misfit(f"{name} hold {wrong[0].item()!r}, not true or false")
+    return x.astype(bool)
 
 
 # --- Minari datasets --------------------------------------------------------------------------------------------------
