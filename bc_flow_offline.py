@@ -208,8 +208,8 @@ class Args(RunArgs):
             fail(f"--batch-size {self.batch_size}: does not divide into {parts}; give a multiple")
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             fail(f"--hidden-dims {self.hidden_dims}: give at least one layer of at least one unit")
-        if self.dataset_path:  # also from another folder, with --resume
-            self.dataset_path = str(Path(self.dataset_path).expanduser().absolute())
+        if self.dataset_path and Path(self.dataset_path).exists():  # --resume may be called in another folder
+            self.dataset_path = str(Path(self.dataset_path).absolute())
         if self.execution_horizon > self.horizon:
             fail(f"--execution-horizon {self.execution_horizon}: a chunk has {self.horizon} actions (--horizon-length)")
 
@@ -1126,10 +1126,7 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
         dist.barrier()
     train_dataset = process_train_dataset(train_dataset)
     batches = Batches(train_dataset, args, device)
-    if args.action_chunking:
-        example_batch = train_dataset.sample_sequence(args.batch_size, args.horizon_length, args.discount)
-    else:
-        example_batch = train_dataset.sample(args.batch_size)
+    example_batch = train_dataset.sample(args.batch_size)
     observation_shape = each(lambda x: x.shape[1:], example_batch["observations"])
     agent = BCAgent.create(observation_shape, example_batch["actions"].shape[-1], args, device)
     observations = train_dataset["observations"]

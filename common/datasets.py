@@ -22,7 +22,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -42,23 +41,16 @@ from common.episodes import (
     as_flags,
     check_values,
     each,
-    one_line,
     per_step,
     sound,
     unreadable,
 )
+from common.evaluation import Foreign, one_line, where_raised
 from common.recording import check_fingerprint, layout
 from common.setup import Fault, fail, write_atomically
 
 
 # --- Local datasets ---------------------------------------------------------------------------------------------------
-def local_datasets() -> list[str]:
-    import minari
-
-    with warnings.catch_warnings(action="ignore"):  # about folders that are no datasets
-        return list(minari.list_local_datasets())
-
-
 def minari_root() -> Path:
     """The folder of local datasets. Exits with one line when it can neither be found nor made."""
     from minari.storage.datasets_root_dir import get_dataset_path
@@ -211,7 +203,10 @@ def find_dataset(
 
 def nearest(name: str, also_known: Iterable[str]) -> str:
     """What the user may have meant, as the end of a message."""
-    known = [*local_datasets(), *d4rl_files(), *also_known]
+    import minari
+
+    with warnings.catch_warnings(action="ignore"):  # about folders that are no datasets
+        known = [*minari.list_local_datasets(), *d4rl_files(), *also_known]
     known += [f"{task}-{kind}-low_dim" for task in ROBOSUITE_NAMES for kind in ("mh", "ph")]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
@@ -668,7 +663,8 @@ def download_d4rl(env_name: str) -> Path:
             raise
         fail(f"--env-name {env_name}: {url}: {one_line(error)}; {ways_on}")
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is no such folder, too
+            part.unlink()
     return target
 
 
@@ -777,24 +773,6 @@ def make_task(dataset, box: spaces.Box, render: bool = False) -> gym.Env | None:
     return env
 
 
-class Foreign(gym.Wrapper):
-    """Somebody else's task: whatever its code raises becomes a Fault, in one line with the place that raised it."""
-
-    def reset(self, **kwargs):
-        return self.guarded(self.env.reset, **kwargs)
-
-    def step(self, action):
-        return self.guarded(self.env.step, action)
-
-    def guarded(self, function: Callable, *args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except Fault:
-            raise
-        except Exception as error:
-            raise Fault(f"the task fails: {where_raised(error)}") from error
-
-
 def recover(dataset, options: dict) -> gym.Env:
     """The environment of a dataset, as whoever made the dataset described it."""
     about = dataset.storage.metadata
@@ -818,12 +796,6 @@ def recover(dataset, options: dict) -> gym.Env:
 def pip_name(module: str) -> str:
     """What to install for a module that is missing; robosuite in the version that takes the other pins."""
     return {"robosuite": "robosuite==1.5.1"}.get(module, module.partition(".")[0].replace("_", "-"))
-
-
-def where_raised(error: Exception) -> str:
-    """An error of somebody else's code in one line, with the place that raised it."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {'/'.join(Path(place.filename).parts[-2:])}:{place.lineno}: {one_line(error)}"
 
 
 def reference_scores(dataset) -> tuple[tuple[float, float], str]:

@@ -13,7 +13,7 @@ import numpy as np
 from gymnasium import spaces
 
 from common.envs import HUGE, Checked, episode_seed, say_once, spread_starts
-from common.evaluation import evaluate
+from common.evaluation import evaluate, one_line
 from common.recording import check_fingerprint, fingerprint, layout
 from common.setup import fail
 
@@ -212,11 +212,6 @@ def each(function: Callable, *xs):
 def arrays(x) -> list:
     """The arrays in dicts of dicts of arrays."""
     return [array for part in x.values() for array in arrays(part)] if isinstance(x, dict) else [x]
-
-
-def one_line(error: BaseException, length: int = 300) -> str:
-    """The message of an error of somebody else's code, or its name where it has none."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
 
 
 def unreadable(error: Exception) -> str:

@@ -12,7 +12,7 @@ import pytest
 from gymnasium import spaces
 
 from common import envs
-from common.episodes import Recorder, check_new_dataset, demonstrations, record, spread_starts
+from common.episodes import Recorder, check_new_dataset, demonstrations, record
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 
@@ -85,7 +85,7 @@ def test_few_demonstrations_cover_the_task(task):
             points.append([*env.unwrapped.point, *env.unwrapped.goal])
         return np.array(points)
 
-    chosen = spread_starts(8, env, seed=3)
+    chosen = envs.spread_starts(8, env, seed=3)
     assert len(set(chosen)) == 8 and max(chosen) < 40
     assert closest_pair(starts(chosen)) > 1.2 * closest_pair(starts(range(8)))
     shown = [env.unwrapped.goal.copy() for _ in demonstrations("8", env, seed=3, noise=0.0)]
@@ -94,7 +94,7 @@ def test_few_demonstrations_cover_the_task(task):
 
 def test_starts_that_are_all_the_same_are_different_episodes(monkeypatch):
     monkeypatch.setattr(probe_envs.Point, "observe", lambda self: {"point": np.zeros(2), "goal": np.ones(2)})
-    assert sorted(spread_starts(4, point(), seed=1)) == [0, 1, 2, 3]
+    assert sorted(envs.spread_starts(4, point(), seed=1)) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("action", [np.zeros(2), 0.0, np.full(3, math.nan), None])
@@ -174,24 +174,63 @@ def test_demonstrations_of_another_task_are_refused(tmp_path, monkeypatch, task)
         next(demonstrations("no/such-v0", point(), seed=0, noise=0.0))
 
 
+@pytest.mark.parametrize("box", [spaces.MultiDiscrete([2, 2, 2]), spaces.MultiBinary(3)])
+def test_demonstrations_of_choices_are_refused(tmp_path, monkeypatch, box):
+    """They have the shape of the task's actions, and no bounds."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (episode,) = demonstrations("1", point(), seed=1, noise=0.0)
+    parts = (np.ones((20, 3), int), episode.rewards, episode.terminations, episode.truncations, {})
+    obs = {key: np.stack([obs[key] for obs in episode.observations]) for key in episode.observations[0]}
+    buffer = minari.data_collector.EpisodeBuffer(0, None, None, obs, *parts)
+    space = point().observation_space
+    minari.create_dataset_from_buffers("own/choices-v0", [buffer], observation_space=space, action_space=box)
+    with pytest.raises(
+        SystemExit, match=f"--demos own/choices-v0: is not of this task; its actions are {type(box).__name__}"
+    ):
+        list(demonstrations("own/choices-v0", point(), seed=0, noise=0.0))
+
+
+@pytest.mark.parametrize("text", ["", "{}"])
+def test_demonstrations_that_came_half_way(tmp_path, monkeypatch, text):
+    """Whatever Minari raises at half a download: one line that says what to do."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / "own/half-v0/data").mkdir(parents=True)
+    (tmp_path / "own/half-v0/data/metadata.json").write_text(text)
+    with pytest.raises(SystemExit, match="--demos own/half-v0: this Minari .* cannot read it: .*delete its folder"):
+        next(demonstrations("own/half-v0", point(), seed=0, noise=0.0))
+
+
 def test_demonstrations_with_numbers_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     (episode,) = demonstrations("1", point(), seed=1, noise=0.0)
     episode.rewards[3] = math.nan
     record("point/nan-v0", [episode], point(), lambda info: math.nan)
-    with pytest.raises(SystemExit, match="--demos point/nan-v0: episode 0: rewards hold something else than finite"):
+    with pytest.raises(
+        SystemExit, match="--demos point/nan-v0: episode 0 of the data: rewards hold numbers that are not finite"
+    ):
         list(demonstrations("point/nan-v0", point(), seed=0, noise=0.0))
 
 
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("rewards", lambda x: x[:-1], "episode 0 has 20 actions and 19 rewards"),
+        (
+            "rewards",
+            lambda x: x[:-1],
+            r"episode 0 of the data: rewards have shape \(19,\), not one value for each of 20",
+        ),
         ("rewards", lambda x: x[:, None], None),
-        ("terminations", lambda x: x[:-1], "episode 0 has 20 actions and 19 terminations"),
-        ("truncations", lambda x: np.array([b"False"] * 20), "episode 0: truncations hold something else"),
+        ("terminations", lambda x: x[:-1], r"episode 0 of the data: terminations have shape \(19,\)"),
+        (
+            "truncations",
+            lambda x: np.array([b"False"] * 20),
+            "episode 0 of the data: truncations hold b'False', not true",
+        ),
         ("actions", lambda x: x[:, :1], r"episode 0: actions have shape \(1,\), the task's \(3,\)"),
-        ("observations/goal", lambda x: x[:-1], "is damaged, cannot be read"),
+        ("terminations", lambda x: x + 0.5, "episode 0 of the data: terminations hold 0.5, not true or false"),
+        ("actions", lambda x: 50 * x, r"episode 0: actions from .* are outside Box\(-2.0, 2.0"),
+        ("observations/goal", lambda x: x[:-1], "episode 0 of the data: 20 actions need 21 observations"),
+        ("observations/goal", lambda x: np.append(x, x, 0), "episode 0 of the data: 20 actions need 21 observations"),
         ("observations/goal", None, "is damaged, cannot be read"),
     ],
 )
