@@ -1126,7 +1126,7 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
         dist.barrier()
     train_dataset = process_train_dataset(train_dataset)
     batches = Batches(train_dataset, args, device)
-    example_batch = train_dataset.sample(args.batch_size)
+    example_batch = train_dataset.sample_sequence(args.batch_size, args.horizon, args.discount)
     observation_shape = each(lambda x: x.shape[1:], example_batch["observations"])
     agent = BCAgent.create(observation_shape, example_batch["actions"].shape[-1], args, device)
     observations = train_dataset["observations"]
