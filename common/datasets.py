@@ -2,8 +2,8 @@
 
 find_dataset       ids of the local datasets that a name means: D4RL, robomimic, OGBench, Minari, a file of one's own
 store              writes episodes as a local Minari dataset, all of it or nothing
-open_dataset       a local dataset; make_task: its environment; reference_scores: the returns that count as 0 and 100
 make_task          the environment of a dataset; reference_scores: the returns that count as 0 and 100
+read_rows          episodes as rows in the layout of Q-chunking, images in memory or as StoredImages on disk
 """
 
 import contextlib
