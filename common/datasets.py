@@ -104,7 +104,7 @@ def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = No
 
 
 def publish(temporary: Path, root: Path) -> None:
-    """Moves the datasets of a hidden folder to where Minari finds them, each at once, with their namespaces."""
+    """Moves a hidden folder's datasets to where Minari finds them, each at once, and their namespaces."""
     for file in list(temporary.rglob("data/metadata.json")):
         folder = file.parent.parent
         target = root / folder.relative_to(temporary)
@@ -459,11 +459,11 @@ def store_d4rl(dataset_id: str, name: str, file) -> str:
 
 
 def as_rows(key: str, x: np.ndarray) -> np.ndarray:
-    """Rows (N, ...) of bytes or floats, each with an axis of its own. Raises Misfit when they are no numbers."""
+    """Rows (N, ...), at least 2-D, of bytes or floats. Raises Misfit when they are no numbers."""
     if x.dtype.kind not in "fiub":
         check_values(key, x)
     if x.dtype != np.uint8:
-        x = x.astype(np.float64 if x.dtype.itemsize > 4 else np.float32)
+        x = x.astype(np.float64 if x.dtype.itemsize > 4 else np.float32, copy=False)
     return x[:, None] if x.ndim == 1 else x
 
 
@@ -478,8 +478,9 @@ def episode_ends(file, kind: str | None, observations, terminals, following) -> 
         ends |= timeouts
     if following is not None:
         types = [file[key].dtype for key in ("observations", "next_observations")]
-        rounding = max(np.finfo(np.result_type(x, np.float16)).eps for x in types)  # of the coarser of the two
-        jumps = np.abs(observations[1:].astype(float) - following[:-1]) > 1e-6 + rounding * np.abs(following[:-1])
+        rounding = max(np.finfo(np.result_type(x, np.float16)).eps for x in types)  # the coarser one's
+        distance = np.abs(observations[1:].astype(float) - following[:-1])
+        jumps = distance > 1e-6 + rounding * np.abs(following[:-1])
         jumps = jumps.reshape(len(ends) - 1, -1).any(-1)
         told = told or jumps.any()  # else they may be the rows shifted by one, over every end
         ends[:-1] |= jumps
@@ -526,9 +527,9 @@ def store_robomimic(dataset_id: str, name: str, file) -> str:
     arms = [arm for arm in ("robot0", "robot1") if f"{arm}_eef_pos" in first["obs"]]
     keys = [f"{arm}_{key}" for arm in arms for key in ROBOMIMIC_KEYS] + ["object"]
     for demo in names:
-        lost = [key for key in ("actions", "rewards", "dones") if not hasattr(data[demo].get(key), "shape")]
-        if lost:
-            raise Misfit(f"{demo} has no {lost[0]} with one row per step (but {', '.join(data[demo])})")
+        for key in ("actions", "rewards", "dones"):
+            if not hasattr(data[demo].get(key), "shape"):
+                raise Misfit(f"{demo} has no {key} with one row per step (but {', '.join(data[demo])})")
         missing = [key for key in keys if key not in data[demo]["obs"]] or ([] if arms else ["robot0_eef_pos"])
         if missing:
             there = ", ".join(data[demo]["obs"])
@@ -767,9 +768,10 @@ def make_task(dataset, box: spaces.Box, render: bool = False) -> gym.Env | None:
     if layout(ours) != layout(theirs):
         print(f"no evaluation: {dataset.id} has {what} {theirs}, the task here {ours}", file=sys.stderr)
         return None
-    if (box.low < env.action_space.low - 1e-3).any() or (box.high > env.action_space.high + 1e-3).any():
-        task = f"the task takes {bounds_of(env.action_space)}, where they are cut"
-        say_once(f"{dataset.id}: the policy's actions are in {bounds_of(box)}, {task}")
+    task = env.action_space
+    if (box.low < task.low - 1e-3).any() or (box.high > task.high + 1e-3).any():
+        cut = f"the task takes {bounds_of(task)}, where they are cut"
+        say_once(f"{dataset.id}: the policy's actions are in {bounds_of(box)}, {cut}")
     return env
 
 
@@ -824,7 +826,7 @@ def print_facts(dataset, returns: list[float], episodes: int, steps: int, where:
 
 
 def remember(path: Path, rows) -> None:
-    """Writes what rows a run learns from, or exits with one line when the run's file says that it was other data."""
+    """Writes what a run learns from. Exits with one line when its file says that it was other data."""
     facts = {"id": rows.source.id, "steps": rows.size, "actions": [rows.box.low.tolist(), rows.box.high.tolist()]}
     if path.exists():
         check_fingerprint(f"{path.parent}: the data of this run", json.loads(path.read_text()), facts)
@@ -996,7 +998,7 @@ class StoredImages:
         return self.__dict__ | {"pid": 0, "file": None}
 
     def check(self, row: int, length: int) -> None:
-        """Exits with one line when an episode's images are not one more than its steps, or of another kind."""
+        """Exits with one line when an episode has not `length` + 1 images, or they are of another kind."""
         number, data, _ = self.place(row)
         image = self.decoded(data[0]) if len(data) else data
         kind = (len(data) - 1, image.shape, image.dtype)

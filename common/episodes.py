@@ -146,7 +146,7 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
 
 
 def open_dataset(dataset_id: str, option: str = ""):
-    """A local Minari dataset. Exits with one line, after `option`, when it is not here or cannot be read."""
+    """A local Minari dataset. Exits with one line, after `option`, when it cannot be read."""
     import minari
 
     try:
@@ -165,8 +165,8 @@ def minari_episode(name: str, episode, box: spaces.Box) -> Episode:
     observations, actions, *columns = sound(name, *parts)
     if actions.shape[1:] != box.shape:  # they might broadcast
         fail(f"{name}: actions have shape {actions.shape[1:]}, the task's {box.shape}; leave it out")
-    outside = np.maximum(actions - box.high, box.low - actions) / np.where(box.high > box.low, box.high - box.low, 1)
-    if outside.max() > 1e-3:
+    width = np.where(box.high > box.low, box.high - box.low, 1)
+    if (np.maximum(actions - box.high, box.low - actions) > 1e-3 * width).any():
         fail(f"{name}: actions from {actions.min():.4g} to {actions.max():.4g} are outside {box}; scale or clip them")
     infos = episode.infos or {}
     info = {key: values[-1] for key, values in infos.items() if not isinstance(values, dict) and len(values)}
