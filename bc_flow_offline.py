@@ -208,6 +208,8 @@ class Args(RunArgs):
             fail(f"--batch-size {self.batch_size}: does not divide into {parts}; give a multiple")
         if not self.hidden_dims or min(self.hidden_dims) < 1:
             fail(f"--hidden-dims {self.hidden_dims}: give at least one layer of at least one unit")
+        if self.dataset_path and Path(self.dataset_path).exists():  # for --resume in another folder
+            self.dataset_path = str(Path(self.dataset_path).absolute())
         if self.execution_horizon > self.horizon:
             fail(f"--execution-horizon {self.execution_horizon}: a chunk has {self.horizon} actions (--horizon-length)")
 
@@ -286,7 +288,7 @@ class PolicyInput(gym.Wrapper):
 
 def make_env(dataset: "Dataset", args: Args, render: bool = False) -> gym.Env | None:
     """The data's task, as the policy sees it; None, with a line, where there is none to run."""
-    env = datasets.make_task(dataset.source, render)
+    env = datasets.make_task(dataset.source, dataset.box, render)
     return None if env is None else PolicyInput(env, dataset.box, args.frame_stack)
 
 
@@ -469,8 +471,7 @@ class Dataset(dict):
         """A batch of rows, uniformly with replacement; qc utils/datasets.py:66."""
         if idxs is None:
             idxs = np.random.randint(self.size, size=batch_size)  # noqa: NPY002  seeded by main
-        others = {key: value for key, value in self.items() if key != "observations"}
-        batch = {key: each(lambda x: x[idxs], value) for key, value in others.items()}
+        batch = {key: each(lambda x: x[idxs], value) for key, value in self.items() if key != "observations"}
         batch["observations"] = self.stacked(idxs)
         if "next_observations" in batch:
             following = batch["next_observations"]
@@ -553,10 +554,8 @@ def choose_episodes(dataset, returns: dict[int, float], held_out_too: bool, args
 def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args: Args) -> Dataset:
     """Episodes of a Minari dataset as rows, actions in [-1, 1]. Exits if they break the bounds."""
     lengths = {number: len(rewards[number]) for number in numbers}
-    box = datasets.action_box(dataset, own_bounds=args.action_bounds == "data")
-    on_disk = datasets.images_stay_on_disk(dataset, args.data_loading)
-    clip = args.action_bounds == "clip"
-    rows = Dataset.create(**datasets.read_rows(dataset, lengths, arrange, box, clip, on_disk, ACTION_CLIP_EPS))
+    box, fields = datasets.read_rows(dataset, lengths, arrange, args.action_bounds, args.data_loading, ACTION_CLIP_EPS)
+    rows = Dataset.create(**fields)
     rows.source = dataset
     rows.box = box
     rows.args = args
@@ -566,14 +565,14 @@ def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args:
 def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
     """Training and validation rows of what `env_name` means; prints what the data is."""
     train_id, validation_id = dataset_ids(args)
-    dataset = datasets.open_dataset(train_id)
+    dataset = datasets.local_dataset("--env-name", train_id)
     rewards = datasets.episode_rewards(dataset)
     returns = {number: float(values.sum()) for number, values in rewards.items()}
     kept, held_out = choose_episodes(dataset, returns, validation_id is None, args)
     train = load_rows(dataset, rewards, kept, args)
     val = None
     if validation_id is not None:
-        other = datasets.open_dataset(validation_id)
+        other = datasets.local_dataset("--env-name", validation_id)
         other_rewards = datasets.episode_rewards(other)
         val = load_rows(other, other_rewards, list(other_rewards), args)
     elif held_out:
@@ -623,8 +622,10 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, dataset: Dataset, args: Args, device: torch.device):
         self.args = args
         self.count = dataset.size - args.horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
-        if self.count < 1:
-            fail(f"--horizon-length {args.horizon}: the data has only {dataset.size} steps")
+        starts, ends = dataset.bounds()
+        longest = (ends - starts).max() + 1
+        if args.horizon > longest:  # nothing would teach a chunk's last actions
+            fail(f"--horizon-length {args.horizon}: the longest episode of the data has {longest} steps")
         arrays = [dataset["actions"], *datasets.arrays(dataset["observations"])]
         self.on_disk = any(isinstance(x, StoredImages) for x in arrays)
         fits = False
@@ -633,7 +634,7 @@ class Batches(torch.utils.data.Dataset):
         self.device = device if fits else torch.device("cpu")
         self.observations = each(self.tensor, dataset["observations"])
         self.actions = self.tensor(dataset["actions"])
-        self.starts, self.ends = map(self.tensor, dataset.bounds())
+        self.starts, self.ends = self.tensor(starts), self.tensor(ends)
 
     def tensor(self, x):
         return x if isinstance(x, StoredImages) else torch.from_numpy(x).to(self.device)
@@ -1125,10 +1126,7 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
         dist.barrier()
     train_dataset = process_train_dataset(train_dataset)
     batches = Batches(train_dataset, args, device)
-    if args.action_chunking:
-        example_batch = train_dataset.sample_sequence(args.batch_size, args.horizon_length, args.discount)
-    else:
-        example_batch = train_dataset.sample(args.batch_size)
+    example_batch = train_dataset.sample_sequence(args.batch_size, args.horizon, args.discount)
     observation_shape = each(lambda x: x.shape[1:], example_batch["observations"])
     agent = BCAgent.create(observation_shape, example_batch["actions"].shape[-1], args, device)
     observations = train_dataset["observations"]
@@ -1237,6 +1235,8 @@ def learn_offline(args: Args) -> None:
     agent, batches, evaluation = prepare(args, device)
     run = (Run if rank() == 0 else Follower)(args, args.env_name, __file__, device)
     run.keep(agent=agent)
+    if rank() == 0:
+        datasets.remember(run.dir / "data.json", evaluation.dataset)
     if args.eval_only:
         with contextlib.closing(evaluation):
             return evaluate_only(args, run, agent, evaluation)

@@ -46,7 +46,8 @@ from torch import Tensor
 import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
 import robot_client as rc
 from common import envs, recording, vision
-from common.episodes import expert_of, local_dataset
+from common.datasets import local_dataset
+from common.episodes import expert_of
 from common.recording import cameras_of, settled
 from common.run import Run
 from common.setup import ends_well, fail, flag, parse, write_atomically

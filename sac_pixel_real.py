@@ -94,6 +94,8 @@ class Args(RunArgs):
     """eval_only: the policy to evaluate: the learner's newest, or the most successful without help"""
     final_eval_episodes: int = 50
     """eval_only: episodes"""
+    threads: int = 1
+    """CPU threads for PyTorch; a second one waits for robot and cameras more than it helps"""
     # robot
     task: str = "peg"  # TASK: yours
     """which task: one of TASKS in robot_client.py"""

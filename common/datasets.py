@@ -2,7 +2,7 @@
 
 find_dataset       ids of the local datasets that a name means: D4RL, robomimic, OGBench, Minari, a file of one's own
 store              writes episodes as a local Minari dataset, all of it or nothing
-open_dataset       a local dataset; make_task: its environment; reference_scores: the returns that count as 0 and 100
+make_task          the environment of a dataset; reference_scores: the returns that count as 0 and 100
 read_rows          episodes as rows in the layout of Q-chunking, images in memory or as StoredImages on disk
 """
 
@@ -22,7 +22,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -35,12 +34,13 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from common.envs import HUGE, Checked, looks_like_image, time_limited, with_opengl
-from common.episodes import Episode
-from common.recording import layout
-from common.setup import Fault, fail
+from common.envs import HUGE, Checked, looks_like_image, say_once, time_limited, with_opengl
+from common.evaluation import Foreign, one_line, where_raised
+from common.recording import check_fingerprint, layout
+from common.setup import Fault, fail, write_atomically
 
 
+# --- Whether data can be learned --------------------------------------------------------------------------------------
 class Misfit(Exception):  # noqa: N818  of the data, not of the program
     """What is wrong with data, in words for its owner."""
 
@@ -55,110 +55,14 @@ def arrays(x) -> list:
     return [array for part in x.values() for array in arrays(part)] if isinstance(x, dict) else [x]
 
 
-# --- Local datasets ---------------------------------------------------------------------------------------------------
-def local_datasets() -> list[str]:
-    import minari
-
-    with warnings.catch_warnings(action="ignore"):  # about folders that are no datasets
-        return list(minari.list_local_datasets())
-
-
-def is_here(dataset_id: str) -> bool:
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    return (get_dataset_path() / dataset_id / "data").exists()
-
-
-def open_dataset(dataset_id: str):
-    """A local Minari dataset. Exits with one line when this Minari cannot read it."""
-    import minari
-
-    try:
-        return minari.load_dataset(dataset_id)
-    except Exception as error:  # noqa: BLE001  another version's files raise what they like
-        fail(f"{dataset_id}: this Minari ({minari.__version__}) cannot read it: {one_line(error)}")
-
-
-def one_line(error: BaseException, length: int = 300) -> str:
-    """The message of an error of somebody else's code, or its name where it has none."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
-
-
-def id_for(namespace: str, name: str, contents: str) -> str:
-    """A dataset id for what is made here of `contents`; the same contents have the same id."""
-    digest = hashlib.sha256(contents.encode()).hexdigest()[:8]
-    return f"{namespace}/{re.sub(r'-v[0-9]+$|[^-_a-zA-Z0-9]', '', name)}-{digest}-v0"
-
-
-def as_stored(episode: Episode) -> tuple:
-    """An episode of Recorder as `store` takes it."""
-    observations = each(lambda *steps: np.stack(steps), *episode.observations)
-    return observations, episode.actions, episode.rewards, episode.terminations, episode.truncations
-
-
-def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
-    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
-    dataset, in a hidden folder that is then renamed: all of it is there, or nothing. An id that exists is left."""
-    import minari
-    from minari.data_collector import EpisodeBuffer
-    from minari.storage.datasets_root_dir import get_dataset_path
-
-    root = get_dataset_path()
-    clear_leftovers(root)
-    if is_here(dataset_id):
-        return dataset_id
-
-    def buffers() -> Iterator[EpisodeBuffer]:
-        number = -1
-        for number, parts in enumerate(episodes):
-            yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts))
-        if number < 0:
-            raise Misfit("holds no episode")
-
-    with hidden_root(root) as temporary:
-        with warnings.catch_warnings(action="ignore"):  # about author and permalink
-            dataset = minari.create_dataset_from_buffers(dataset_id, buffers(), **about)
-        dataset.storage.update_metadata(metadata or {})
-        (root / dataset_id).parent.mkdir(parents=True, exist_ok=True)
-        for file in temporary.rglob("namespace_metadata.json"):
-            target = root / file.relative_to(temporary)
-            if not target.exists():
-                shutil.copy(file, target)
-        try:
-            (temporary / dataset_id).rename(root / dataset_id)
-        except OSError:
-            if not (root / dataset_id).exists():  # else another process was faster
-                raise
-    return dataset_id
-
-
-@contextlib.contextmanager
-def hidden_root(root: Path) -> Iterator[Path]:
-    """A folder that Minari writes to inside, which is gone afterwards. It is locked as long as this process lives."""
-    temporary = root / f".storing-{os.getpid()}-{time.time_ns()}"
-    temporary.mkdir(parents=True)
-    before = os.environ.get("MINARI_DATASETS_PATH")
-    os.environ["MINARI_DATASETS_PATH"] = str(temporary)
-    try:
-        with (temporary / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield temporary
-    finally:
-        del os.environ["MINARI_DATASETS_PATH"]
-        if before is not None:
-            os.environ["MINARI_DATASETS_PATH"] = before
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def clear_leftovers(root: Path) -> None:
-    """Removes the hidden folders of processes that were killed: their locks are gone."""
-    for left in root.glob(".storing-*"):
-        with contextlib.suppress(OSError):  # somebody else's, or just removed
-            if time.time() - left.stat().st_mtime < 5 and not (left / ".lock").exists():
-                continue  # it begins
-            with (left / ".lock").open("a") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it is written to
-                shutil.rmtree(left, ignore_errors=True)
+def unreadable(error: Exception) -> str:
+    """Why a file of data cannot be read, and what helps."""
+    number = getattr(error, "errno", None)
+    if number == errno.EAGAIN:
+        return "is being written by another process; wait until that ends"
+    if number is not None:
+        return f"cannot be read: {os.strerror(number)}"
+    return f"is damaged, cannot be read ({one_line(error)}); fetch or make it again"
 
 
 def sound(where: str, observations, actions, rewards, terminations, truncations) -> tuple:
@@ -173,10 +77,22 @@ def sound(where: str, observations, actions, rewards, terminations, truncations)
         lengths = {len(x) for x in arrays(observations)}
         if not steps or lengths != {steps + 1}:
             raise Misfit(f"{steps} actions need {steps + 1} observations, there are {sorted(lengths)}")
-        ends = (per_step("terminations", terminations, steps), per_step("truncations", truncations, steps))
-        return observations, actions, parts["rewards"], *map(as_flags, ("terminations", "truncations"), ends)
+        ends = {"terminations": terminations, "truncations": truncations}
+        ends = [as_flags(name, per_step(name, x, steps)) for name, x in ends.items()]
     except Misfit as error:
         fail(f"{where} of the data: {error}; repair or leave out that episode")
+    actions = np.asarray(actions)
+    suspect([np.asarray(x) for x in arrays(observations)], actions)
+    return observations, actions, parts["rewards"], *ends
+
+
+def suspect(observations: list[np.ndarray], actions: np.ndarray) -> None:
+    """Says once what is seldom meant: observations that never change, pictures that are black."""
+    if all((x == x[:1]).all() for x in observations) and (actions != actions[:1]).any():
+        say_once("the data has episodes whose observations never change; were they kept without a copy?")
+    pictures = [x for x in observations if x.dtype == np.uint8 and x.ndim > 2]
+    if any(x.size and x.max() <= 1 for x in pictures):
+        say_once("the data has pictures without a byte above 1: black; were floats of 0 to 1 stored as bytes?")
 
 
 def check_values(name: str, x: np.ndarray) -> None:
@@ -204,9 +120,134 @@ def per_step(name: str, x, steps: int) -> np.ndarray:
 
 def as_flags(name: str, x: np.ndarray) -> np.ndarray:
     """Ends of episodes as bool. Raises Misfit unless all are true or false, 0 or 1: text is never false."""
-    if x.dtype.kind not in "fiub" or not np.isin(x, (0, 1)).all():
-        raise Misfit(f"{name} hold {x.ravel()[0].item()!r} and the like, not true or false")
+    wrong = x if x.dtype.kind not in "fiub" else x[~np.isin(x, (0, 1))]
+    if wrong.size:
+        raise Misfit(f"{name} hold {wrong[0].item()!r}, not true or false")
     return x.astype(bool)
+
+
+# --- Local datasets ---------------------------------------------------------------------------------------------------
+def minari_root() -> Path:
+    """The folder of local datasets. Exits with one line when it can neither be found nor made."""
+    from minari.storage.datasets_root_dir import get_dataset_path
+
+    try:
+        return get_dataset_path()
+    except OSError as error:
+        fail(f"{error.filename}: {error.strerror}; give a folder that can be written: MINARI_DATASETS_PATH")
+
+
+def local_dataset(option: str, source: str):
+    """A local Minari dataset, or that in the folder `episodes` of a run. Exits with one line when it cannot be read."""
+    import minari
+
+    folder = Path(source, "episodes", "data")
+    try:
+        return minari.MinariDataset(folder) if folder.is_dir() else minari.load_dataset(source)
+    except FileNotFoundError:
+        ways = f"record_demos.py records, `minari download {source}` fetches a public one"
+        fail(f"{option} {source}: is not here; `minari list local` shows what is, {ways}")
+    except Exception as error:  # noqa: BLE001  another version's files raise what they like
+        said = f"this Minari ({minari.__version__}) cannot read it: {one_line(error)}"
+        fail(f"{option} {source}: {said}; if it is incomplete, delete its folder and fetch or record it again")
+
+
+def is_here(dataset_id: str) -> bool:
+    return (minari_root() / dataset_id / "data").exists()
+
+
+def id_for(namespace: str, name: str, contents: str) -> str:
+    """A dataset id for what is made here of `contents`; the same contents have the same id."""
+    digest = hashlib.sha256(contents.encode()).hexdigest()[:8]
+    return f"{namespace}/{re.sub(r'-v[0-9]+$|[^-_a-zA-Z0-9]', '', name)}-{digest}-v0"
+
+
+def as_stored(episode) -> tuple:
+    """An episode of Recorder as `store` takes it."""
+    observations = each(lambda *steps: np.stack(steps), *episode.observations)
+    return observations, episode.actions, episode.rewards, episode.terminations, episode.truncations
+
+
+def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
+    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
+    dataset, in a hidden folder that is then renamed: all of it is there, or nothing. An id that exists is left."""
+    import minari
+    from minari.data_collector import EpisodeBuffer
+
+    root = minari_root()
+    clear_leftovers(root)
+    if is_here(dataset_id):
+        return dataset_id
+
+    def buffers() -> Iterator[EpisodeBuffer]:
+        number = -1
+        for number, parts in enumerate(episodes):
+            yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts))
+        if number < 0:
+            raise Misfit("holds no episode")
+
+    with hidden_root(root) as temporary:
+        with warnings.catch_warnings(action="ignore"):  # about author and permalink
+            dataset = minari.create_dataset_from_buffers(dataset_id, buffers(), jpeg_encoding=False, **about)
+        dataset.storage.update_metadata(metadata or {})
+        publish(temporary, root)
+    return dataset_id
+
+
+def publish(temporary: Path, root: Path) -> None:
+    """Moves a hidden folder's datasets to where Minari finds them, each at once, and their namespaces."""
+    for file in list(temporary.rglob("data/metadata.json")):
+        folder = file.parent.parent
+        target = root / folder.relative_to(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.rename(target)
+        except OSError:
+            if not target.exists():  # else another process was faster
+                raise
+    for file in temporary.rglob("namespace_metadata.json"):
+        target = root / file.relative_to(temporary)
+        if target.parent.exists() and not target.exists():
+            shutil.copy(file, target)
+
+
+@contextlib.contextmanager
+def hidden_root(root: Path) -> Iterator[Path]:
+    """A folder that Minari writes to inside, which is gone afterwards. It is locked as long as this process lives."""
+    temporary = root / f".storing-{os.getpid()}-{time.time_ns()}"
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        fail(f"{root}: {error.strerror}; give a folder that can be written: MINARI_DATASETS_PATH")
+    before = os.environ.get("MINARI_DATASETS_PATH")
+    os.environ["MINARI_DATASETS_PATH"] = str(temporary)
+    try:
+        with (temporary / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield temporary
+    finally:
+        del os.environ["MINARI_DATASETS_PATH"]
+        if before is not None:
+            os.environ["MINARI_DATASETS_PATH"] = before
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def clear_leftovers(root: Path) -> None:
+    """Removes the hidden folders of processes that were killed: their locks are gone."""
+    for left in root.glob(".storing-*"):
+        with contextlib.suppress(OSError):  # somebody else's, or just removed
+            if time.time() - left.stat().st_mtime < 5 and not (left / ".lock").exists():
+                continue  # it begins
+            with (left / ".lock").open("a") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: it is written to
+                shutil.rmtree(left, ignore_errors=True)
+
+
+def check_space(folder: Path, size: float, what: str) -> None:
+    """Exits with one line when `size` bytes are not free: HDF5 does not survive a full disk."""
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        fail(f"{folder}: {free / 1e6:.0f} MB are free, {what} needs {size / 1e6:.0f}; make room")
 
 
 ROBOMIMIC = re.compile(r"(lift|can|square|transport|tool_hang)-(mh|ph|mg)-low_dim")
@@ -218,6 +259,8 @@ ROBOSUITE_NAMES = {
     "transport": "TwoArmTransport",
     "tool_hang": "ToolHang",
 }
+LAYOUTS = "give an HDF5 file of D4RL's layout (observations, actions, rewards, terminals, timeouts) or robomimic's"
+NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 WAYS_ON = (
     "three ways on: {}; "
     "name a dataset that is here (`minari list local`); leave --env-name out, the default makes its own data"
@@ -244,26 +287,20 @@ def find_dataset(
         return convert_ogbench(env_name)
     if re.fullmatch(r"[-_\w]+(/[-_\w]+)+-v\d+", env_name):
         return download_minari(env_name, also_known), None
-    way = "a file of your own is read with --dataset-path FILE"
+    way = "a file of your own is read with --dataset-path FILE; "
+    way += "Minari's names end in -v0 or the like, OGBench's in -singletask-v0"
     fail(f"--env-name {env_name}: no dataset of that name is known{nearest(env_name, also_known)}; {way}")
 
 
 def nearest(name: str, also_known: Iterable[str]) -> str:
     """What the user may have meant, as the end of a message."""
-    known = [*local_datasets(), *d4rl_files(), *also_known]
+    import minari
+
+    with warnings.catch_warnings(action="ignore"):  # about folders that are no datasets
+        known = [*minari.list_local_datasets(), *d4rl_files(), *also_known]
     known += [f"{task}-{kind}-low_dim" for task in ROBOSUITE_NAMES for kind in ("mh", "ph")]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""
-
-
-# --- Local datasets ---------------------------------------------------------------------------------------------------
-
-
-def check_space(folder: Path, size: float, what: str) -> None:
-    """Exits with one line when `size` bytes are not free: HDF5 does not survive a full disk."""
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        fail(f"{folder}: {free / 1e6:.0f} MB are free, {what} needs {size / 1e6:.0f}; make room")
 
 
 # --- D4RL -------------------------------------------------------------------------------------------------------------
@@ -423,9 +460,14 @@ class AsD4RL(gym.Wrapper):
 def convert_hdf5(env_name: str, path: Path) -> str:
     """A file as a local Minari dataset, named by the file's contents; its layout says how it is read."""
     import h5py
-    from minari.storage.datasets_root_dir import get_dataset_path
 
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "there is no such file"
+        fail(f"--dataset-path {path}: {what}; {LAYOUTS}")
     kind = "robomimic" if ROBOMIMIC.fullmatch(env_name) else "d4rl" if is_d4rl(env_name) else "file"
+    theirs = {file.rpartition("/")[2]: name for name, file in d4rl_files().items()}.get(path.name, env_name)
+    if kind == "d4rl" and theirs != env_name:
+        fail(f"--dataset-path {path}: is D4RL's {theirs}; give that as --env-name, or rename the file")
     name, _, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name).rpartition("-v")
     if not version.isdigit():
         name, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name), "15" if kind == "robomimic" else "0"
@@ -435,19 +477,19 @@ def convert_hdf5(env_name: str, path: Path) -> str:
         dataset_id = f"{kind}/{name}-{digest}-v{version}"
         if is_here(dataset_id):
             return dataset_id
-        check_space(get_dataset_path(), 1.5 * path.stat().st_size, dataset_id)
+        check_space(minari_root(), 1.5 * path.stat().st_size, dataset_id)
         with h5py.File(path) as file:
             is_robomimic = kind == "robomimic" or (kind == "file" and "data" in file)
             print(f"converting {path} to the Minari dataset {dataset_id}", flush=True)
             return (store_robomimic if is_robomimic else store_d4rl)(dataset_id, env_name, file)
-    except FileNotFoundError:
-        fail(f"--dataset-path {path}: there is no such file")
     except Misfit as error:
         fail(f"{path}: {error}")
     except (OSError, KeyError, TypeError, ValueError, IndexError, AttributeError) as error:  # h5py's for damaged parts
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+        if getattr(error, "errno", None) in NO_SPACE:
             raise
-        fail(f"{path}: is cut off, damaged or not of a known layout ({one_line(error)}); fetch or make it again")
+        if "signature not found" in str(error):
+            fail(f"{path}: is no HDF5 file; {LAYOUTS}")
+        fail(f"{path}: {unreadable(error)}")
 
 
 def column(file, key: str) -> np.ndarray:
@@ -462,6 +504,8 @@ def column(file, key: str) -> np.ndarray:
 def store_d4rl(dataset_id: str, name: str, file) -> str:
     """Rows (N, ...) of D4RL cut into episodes, d4rl/__init__.py:69-140 and qc d4rl_utils.py:16-58."""
     observations, actions = (as_rows(key, column(file, key)) for key in ("observations", "actions"))
+    if file["actions"].dtype.kind != "f":
+        raise Misfit(f"actions are {file['actions'].dtype}: choices cannot be cloned here, store quantities as floats")
     count = len(observations)
     if len(actions) != count or not count:
         raise Misfit(f"observations and actions are not of one length above 0: {count} and {len(actions)}")
@@ -476,7 +520,8 @@ def store_d4rl(dataset_id: str, name: str, file) -> str:
     if family and dims != family.dims:
         theirs = "{} numbers per observation and {} per action".format(*family.dims)
         raise Misfit(f"{name} has {theirs}, this file {dims[0]} and {dims[1]}; give a file of your own its own name")
-    ends = episode_ends(file, name, observations, terminals, following, family)
+    ends = episode_ends(file, kind, observations, terminals, following)
+    check_space(minari_root(), 1.2 * (observations.nbytes + actions.nbytes + rewards.nbytes), dataset_id)
 
     def episodes() -> Iterator[tuple]:
         first = 0
@@ -505,23 +550,31 @@ def store_d4rl(dataset_id: str, name: str, file) -> str:
 
 
 def as_rows(key: str, x: np.ndarray) -> np.ndarray:
-    """Rows (N, ...) with at least one axis behind the first. Raises Misfit when they hold no numbers."""
+    """Rows (N, ...), at least 2-D, of bytes or floats. Raises Misfit when they are no numbers."""
     if x.dtype.kind not in "fiub":
         check_values(key, x)
+    if x.dtype != np.uint8:
+        x = x.astype(np.float64 if x.dtype.itemsize > 4 else np.float32, copy=False)
     return x[:, None] if x.ndim == 1 else x
 
 
-def episode_ends(file, name: str, observations, terminals, following, family: Family | None) -> np.ndarray:
+def episode_ends(file, kind: str | None, observations, terminals, following) -> np.ndarray:
     """(N,) bool, the last rows of episodes. Raises Misfit where the file does not tell: chunks must not cross ends."""
-    ends = np.zeros_like(terminals) if name.startswith("antmaze") else terminals.copy()  # a goal does not end antmaze
-    told = following is not None or bool(terminals[-1])
+    family = FAMILIES.get(kind)
+    ends = np.zeros_like(terminals) if kind == "antmaze" else terminals.copy()  # a goal does not end antmaze
+    told = bool(terminals[-1])
     timeouts = np.zeros_like(terminals)
     if "timeouts" in file:
         timeouts = as_flags("timeouts", per_step("timeouts", column(file, "timeouts"), len(ends)))
         ends |= timeouts
     if following is not None:
-        jumps = np.abs(observations[1:].astype(float) - following[:-1]).reshape(len(ends) - 1, -1)
-        ends[:-1] |= jumps.max(-1) > 1e-6
+        types = [file[key].dtype for key in ("observations", "next_observations")]
+        rounding = max(np.finfo(np.result_type(x, np.float16)).eps for x in types)  # the coarser one's
+        distance = np.abs(observations[1:].astype(float) - following[:-1])
+        jumps = distance > 1e-6 + rounding * np.abs(following[:-1])
+        jumps = jumps.reshape(len(ends) - 1, -1).any(-1)
+        told = told or jumps.any()  # else they may be the rows shifted by one, over every end
+        ends[:-1] |= jumps
     ends[-1] = True
     if timeouts.any() or (told and not family):
         return ends
@@ -555,23 +608,27 @@ def store_robomimic(dataset_id: str, name: str, file) -> str:
     if "data" not in file:
         raise Misfit(f"is not of robomimic's layout: it has no data/demo_0 (but {', '.join(file)})")
     data = file["data"]
+    odd = [name for name in data if not re.fullmatch(r"demo_\d+", name)]
+    if odd or not len(data):
+        raise Misfit(f"data has {odd[0] if odd else 'no demonstrations'}, not only demo_0, demo_1, ...; rename it")
     names = sorted(data, key=lambda demo: int(demo.removeprefix("demo_")))
-    if not names:
-        raise Misfit("has no demonstrations")
     first = data[names[0]]
     if "obs" not in first and "states" in first:
         raise Misfit(states_only(file.filename, raw="env_args" not in data.attrs))
     arms = [arm for arm in ("robot0", "robot1") if f"{arm}_eef_pos" in first["obs"]]
     keys = [f"{arm}_{key}" for arm in arms for key in ROBOMIMIC_KEYS] + ["object"]
     for demo in names:
+        for key in ("actions", "rewards", "dones"):
+            if not hasattr(data[demo].get(key), "shape"):
+                raise Misfit(f"{demo} has no {key} with one row per step (but {', '.join(data[demo])})")
         missing = [key for key in keys if key not in data[demo]["obs"]] or ([] if arms else ["robot0_eef_pos"])
         if missing:
             there = ", ".join(data[demo]["obs"])
             raise Misfit(f"{demo}/obs has no {missing[0]} (but {there}); give robomimic's low_dim file")
-    if "env_args" not in data.attrs:
-        raise Misfit("does not say of which task it is (data has no attribute env_args)")
-    env_args = json.loads(data.attrs["env_args"])
+    env_args = json.loads(data.attrs.get("env_args", "{}"))
     expected = ROBOSUITE_NAMES.get(name.partition("-")[0]) if ROBOMIMIC.fullmatch(name) else None
+    if expected and "env_name" not in env_args:
+        raise Misfit("does not say of which task it is (data has no attribute env_args); give it a name of your own")
     if expected and env_args["env_name"] != expected:
         raise Misfit(f"is of {env_args['env_name']}, {name} means {expected}; give the other name or the other file")
     settings = {
@@ -579,9 +636,12 @@ def store_robomimic(dataset_id: str, name: str, file) -> str:
         "keys": keys,
         "longest": max(len(data[demo]["actions"]) for demo in names),
     }
-    about = {"robomimic": json.dumps(settings)}
+    about = {"robomimic": json.dumps(settings)} if "env_name" in env_args else {}
     if "mask/valid" in file:
-        about["validation"] = [names.index(demo.decode()) for demo in file["mask/valid"][:]]
+        held_out = [demo.decode() for demo in file["mask/valid"][:]]
+        if absent := set(held_out) - set(names):
+            raise Misfit(f"mask/valid names {min(absent)}, which is not among its demonstrations")
+        about["validation"] = [names.index(demo) for demo in held_out]
 
     def episodes() -> Iterator[tuple]:
         for demo in (data[name] for name in names):
@@ -663,6 +723,7 @@ def reachable(url: str, timeout_s: float = 4.0) -> bool:
 def download_d4rl(env_name: str) -> Path:
     """The file of a D4RL dataset, in the folder where the d4rl package keeps it too; downloaded once, from D4RL's
     server or from the mirror that D4RL_URL names."""
+    import h5py
     from tqdm import tqdm
 
     server = os.environ.get("D4RL_URL", "http://rail.eecs.berkeley.edu/datasets/offline_rl")
@@ -674,10 +735,10 @@ def download_d4rl(env_name: str) -> Path:
     ways_on = WAYS_ON.format("fetch the file on another machine and give it with --dataset-path FILE")
     if not reachable(url):
         fail(f"--env-name {env_name}: {url} cannot be reached; {ways_on}")
-    folder.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f"{target.name}.{os.getpid()}.part")
     written = 0
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with urllib.request.urlopen(url, timeout=20) as response, part.open("wb") as file:
             size = int(response.headers.get("Content-Length", 0))
             check_space(folder, 2.5 * size, f"{target.name}, with its conversion,")
@@ -687,11 +748,15 @@ def download_d4rl(env_name: str) -> Path:
                     bar.update(len(block))
         if written != size != 0:
             fail(f"{url}: the connection ended after {written} of {size} bytes; run the command again")
+        h5py.File(part).close()  # raises where it is cut off, or a page that says what is wrong
         part.replace(target)
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError) as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        if getattr(error, "errno", None) in NO_SPACE:
+            raise
         fail(f"--env-name {env_name}: {url}: {one_line(error)}; {ways_on}")
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # where there is no such folder, too
+            part.unlink()
     return target
 
 
@@ -705,8 +770,12 @@ def download_minari(name: str, also_known: Iterable[str]) -> str:
     if not os.environ.get("MINARI_REMOTE") and not reachable(hub):
         near = nearest(name, also_known)
         fail(f"--env-name {name}: is not here, and {hub} cannot be reached{near}; {ways_on}")
+    root = minari_root()
+    clear_leftovers(root)
     try:
-        minari.load_dataset(name, download=True)
+        with hidden_root(root) as temporary:
+            minari.load_dataset(name, download=True)
+            publish(temporary, root)
     except ImportError as error:
         cause = error.__cause__ or error.__context__ or error
         missing = pip_name(getattr(cause, "name", None) or "huggingface_hub")
@@ -729,15 +798,19 @@ class RobosuiteTask(gym.Env):
         name = env_args["env_name"]
         theirs, ours = env_args.get("env_version"), robosuite.__version__
         if theirs and theirs.split(".")[:2] != ours.split(".")[:2]:
-            raise ValueError(f"the data is of robosuite {theirs}, here is {ours}, whose controllers and scenes differ")
+            raise Misfit(f"the data is of robosuite {theirs}, here is {ours}, whose controllers and scenes differ")
         options = {"has_renderer": False, "has_offscreen_renderer": render_mode is not None}
         options |= {"use_camera_obs": False, "ignore_done": True}
-        self.sim = robosuite.make(name, **env_args["env_kwargs"] | options)
+        settings = env_args["env_kwargs"] or {}
+        self.sim = robosuite.make(name, **settings | options)
         self.keys = keys
         self.horizon = self.HORIZONS.get(name, 2 * longest)
         self.render_mode = render_mode
         self.metadata = {"render_fps": 20}
         low, high = self.sim.action_spec
+        text = json.dumps(settings)
+        if '"control_delta": false' in text or '"input_type": "absolute"' in text:  # metres, not to be cut at 1
+            low, high = np.full_like(low, -np.inf), np.full_like(high, np.inf)
         self.action_space = spaces.Box(np.float32(low), np.float32(high))
         self.observation_space = spaces.Box(-np.inf, np.inf, self.observe(self.sim.reset()).shape, np.float32)
 
@@ -763,8 +836,8 @@ class RobosuiteTask(gym.Env):
         return self.sim.sim.render(camera_name="agentview", width=256, height=256)[::-1]
 
 
-def make_task(dataset, render: bool = False) -> gym.Env | None:
-    """The task that a Minari dataset is of; None, with a line that says why, where there is none to run.
+def make_task(dataset, box: spaces.Box, render: bool = False) -> gym.Env | None:
+    """The task that a Minari dataset is of, for actions in `box`; None, with a line that says why, where none runs.
 
     Somebody else's code may raise anything, and learning goes on all the same.
     """
@@ -786,25 +859,11 @@ def make_task(dataset, render: bool = False) -> gym.Env | None:
     if layout(ours) != layout(theirs):
         print(f"no evaluation: {dataset.id} has {what} {theirs}, the task here {ours}", file=sys.stderr)
         return None
+    task = env.action_space
+    if (box.low < task.low - 1e-3).any() or (box.high > task.high + 1e-3).any():
+        cut = f"the task takes {bounds_of(task)}, where they are cut"
+        say_once(f"{dataset.id}: the policy's actions are in {bounds_of(box)}, {cut}")
     return env
-
-
-class Foreign(gym.Wrapper):
-    """Somebody else's task: whatever its code raises becomes a Fault, in one line with the place that raised it."""
-
-    def reset(self, **kwargs):
-        return self.guarded(self.env.reset, **kwargs)
-
-    def step(self, action):
-        return self.guarded(self.env.step, action)
-
-    def guarded(self, function: Callable, *args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except Fault:
-            raise
-        except Exception as error:
-            raise Fault(f"the task fails: {where_raised(error)}") from error
 
 
 def recover(dataset, options: dict) -> gym.Env:
@@ -818,6 +877,8 @@ def recover(dataset, options: dict) -> gym.Env:
         import ogbench
 
         return ogbench.make_env_and_datasets(about["ogbench"], env_only=True, **options)
+    if dataset.env_spec is None and about.get("reference") != "D4RL":
+        raise Misfit("the data names no task of gymnasium's; --env-name may, beside --dataset-path")
     with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
         if about.get("reference") == "D4RL":
             kind = about.get("d4rl") or d4rl_kind(re.sub("^d4rl/|-[0-9a-f]{8}(?=-v)", "", dataset.id))
@@ -828,12 +889,6 @@ def recover(dataset, options: dict) -> gym.Env:
 def pip_name(module: str) -> str:
     """What to install for a module that is missing; robosuite in the version that takes the other pins."""
     return {"robosuite": "robosuite==1.5.1"}.get(module, module.partition(".")[0].replace("_", "-"))
-
-
-def where_raised(error: Exception) -> str:
-    """An error of somebody else's code in one line, with the place that raised it."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {'/'.join(Path(place.filename).parts[-2:])}:{place.lineno}: {one_line(error)}"
 
 
 def reference_scores(dataset) -> tuple[tuple[float, float], str]:
@@ -861,6 +916,15 @@ def print_facts(dataset, returns: list[float], episodes: int, steps: int, where:
     print(f"data: mean return {np.mean(returns):.6g}, best {max(returns):.6g}; {scores}", flush=True)
 
 
+def remember(path: Path, rows) -> None:
+    """Writes what a run learns from. Exits with one line when its file says that it was other data."""
+    facts = {"id": rows.source.id, "steps": rows.size, "actions": [rows.box.low.tolist(), rows.box.high.tolist()]}
+    if path.exists():
+        check_fingerprint(f"{path.parent}: the data of this run", json.loads(path.read_text()), facts)
+    else:
+        write_atomically(path, json.dumps(facts).encode())
+
+
 # --- Rows -------------------------------------------------------------------------------------------------------------
 def entries(
     space: spaces.Space, observations, path: str = "observations"
@@ -873,12 +937,15 @@ def entries(
         for key in sorted(space):
             yield from entries(space[key], observations[key], f"{path}/{key}")
     elif isinstance(space, spaces.Discrete):
-        one_hot = np.eye(int(space.n), dtype=np.float32)[np.asarray(observations, int) - int(space.start)]
+        choices = np.asarray(observations, int) - int(space.start)
+        if not ((choices >= 0) & (choices < space.n)).all():
+            fail(f"{path} hold choices that are not in {space}; repair the data")
+        one_hot = np.eye(int(space.n), dtype=np.float32)[choices]
         yield path, spaces.Box(0, 1, one_hot.shape[1:]), one_hot
     elif isinstance(space, spaces.Box | spaces.MultiBinary):
         yield path, space, observations
     else:
-        fail(f"{path} are {space}, neither numbers nor images; leave them out of the data, or in arrange() (TASK)")
+        fail(f"{path} are {space}, neither numbers nor images; leave them out of the data")
 
 
 def image_name(path: str) -> str:
@@ -946,7 +1013,7 @@ def episode_rewards(dataset) -> dict[int, np.ndarray]:
     except Misfit as error:
         fail(f"{dataset.id}: {error}; repair the data, or leave those episodes out")
     except (OSError, KeyError, ValueError, TypeError) as error:
-        fail(f"{dataset.id}: is damaged, cannot be read ({one_line(error)}); fetch or record it again")
+        fail(f"{dataset.id}: {unreadable(error)}")
 
 
 def read_episodes(dataset, numbers: Iterable[int], images: bool = True) -> Iterator[tuple]:
@@ -963,13 +1030,13 @@ def read_episodes(dataset, numbers: Iterable[int], images: bool = True) -> Itera
     try:
         for number, *parts in found:
             where = f"{dataset.id}, episode {number}"
+            for path, part, x in entries(space, parts[0]):
+                check_shapes(f"{where} of the data: {path}", part, x)
             observations, actions, rewards, terminations, _ = sound(where, *parts)
             check_shapes(f"{where} of the data: actions", dataset.action_space, actions)
-            for path, part, x in entries(space, observations):
-                check_shapes(f"{where} of the data: {path}", part, x)
             yield number, space, observations, actions, rewards, terminations
     except (OSError, KeyError, ValueError, TypeError) as error:
-        fail(f"{dataset.id}: is damaged, cannot be read ({one_line(error)}); fetch or record it again")
+        fail(f"{dataset.id}: {unreadable(error)}")
 
 
 def check_shapes(what: str, space: spaces.Space, x) -> None:
@@ -1013,26 +1080,45 @@ class StoredImages:
         self.episodes = list(lengths)
         self.firsts = np.cumsum([0, *lengths.values()])
         self.pid, self.file = 0, None
+        for row, length in zip(self.firsts, lengths.values()):
+            self.check(row, length)
         zeros = np.zeros((1, *space.shape), space.dtype)
         self.shape = (sum(lengths.values()), *as_images(path, space, zeros).shape[1:])
 
     def __getstate__(self) -> dict:
         return self.__dict__ | {"pid": 0, "file": None}
 
-    def __getitem__(self, rows) -> np.ndarray:
+    def check(self, row: int, length: int) -> None:
+        """Exits with one line when an episode has not `length` + 1 images, or they are of another kind."""
+        number, data, _ = self.place(row)
+        image = self.decoded(data[0]) if len(data) else data
+        kind = (len(data) - 1, image.shape, image.dtype)
+        if kind != (length, self.space.shape, self.space.dtype):
+            what = f"{len(data)} images of {image.shape} and {image.dtype}"
+            wanted = f"{length + 1} of {self.space.shape} and {self.space.dtype}"
+            fail(f"{self.file_path}, episode {number}: {self.path} are {what}, not {wanted}; repair the data")
+
+    def place(self, row: int) -> tuple:
+        """(number of the episode, its images, which of them) of a row."""
         import h5py
-        from imageio.v3 import imread
 
         if self.pid != os.getpid():  # a handle must not be used in two processes
             self.pid, self.file = os.getpid(), h5py.File(self.file_path)
+        i = np.searchsorted(self.firsts, row, "right") - 1
+        number = self.episodes[i]
+        return number, self.file[f"episode_{number}/{self.path}"], row - self.firsts[i]
+
+    def decoded(self, data: np.ndarray) -> np.ndarray:
+        from imageio.v3 import imread
+
+        return imread(data.tobytes(), extension=".jpg") if self.jpeg else data
+
+    def __getitem__(self, rows) -> np.ndarray:
         rows = np.asarray(rows)
         images = np.empty((rows.size, *self.space.shape), self.space.dtype)
         for out, row in zip(images, rows.flat, strict=True):
-            number = np.searchsorted(self.firsts, row, "right") - 1
-            data = self.file[f"episode_{self.episodes[number]}/{self.path}"][row - self.firsts[number]]
-            if self.jpeg:
-                data = imread(data.tobytes(), extension=".jpg")
-            out[:] = data.reshape(out.shape)
+            _, data, i = self.place(row)
+            out[:] = self.decoded(data[i])
         return as_images(self.path, self.space, images).reshape(*rows.shape, *self.shape[1:])
 
 
@@ -1054,13 +1140,15 @@ def to_unit(actions: np.ndarray, box: spaces.Box) -> np.ndarray:
 
 
 def read_rows(
-    dataset, lengths: dict[int, int], arrange: Callable, box: spaces.Box, clip: bool, on_disk: bool, margin: float
-) -> dict:
-    """Episodes {number: length} as rows (N, ...) in Q-chunking's layout; `arrange(space, observations)` chooses what is
-    observed, actions of `box` become [-1, 1], and stay `margin` inside. Images are StoredImages when they stay on_disk.
+    dataset, lengths: dict[int, int], arrange: Callable, action_bounds: str, data_loading: str, margin: float
+) -> tuple[spaces.Box, dict]:
+    """The actions that become -1 and 1, and episodes {number: length} as rows (N, ...) in Q-chunking's layout.
+    `arrange(space, observations)` chooses what is observed, actions stay `margin` inside [-1, 1].
 
-    Exits with one line when actions are outside, unless they are to be clipped.
+    Exits with one line when actions are outside, unless they are to be clipped (--action-bounds).
     """
+    box = action_box(dataset, own_bounds=action_bounds == "data")
+    on_disk = images_stay_on_disk(dataset, data_loading)
     total = sum(lengths.values())
     fields = {}
     row = 0
@@ -1068,7 +1156,7 @@ def read_rows(
         steps = len(rewards)
         unit = to_unit(actions, box)
         reach = np.abs(unit).max()
-        if reach > 1.001 and not clip:
+        if reach > 1.001 and action_bounds != "clip":
             where = f"{dataset.id}, episode {number}: actions reach {reach:.3g} times the bounds {bounds_of(box)}"
             ways = "--action-bounds clip clips slips; --action-bounds data takes the data's own (absolute actions)"
             fail(f"{where}; {ways}")
@@ -1093,7 +1181,7 @@ def read_rows(
         fields["observations"] = states if isinstance(states, dict) else {"state": states}
         for path, image in image_spaces(dataset.observation_space).items():
             fields["observations"][image_name(path)] = StoredImages(dataset, path, image, lengths)
-    return fields
+    return box, fields
 
 
 def room(count: int, like: np.ndarray) -> np.ndarray:
@@ -1112,8 +1200,8 @@ def bounds_of(box: spaces.Box) -> str:
 def action_box(dataset, own_bounds: bool) -> spaces.Box:
     """The actions that become -1 and 1: the dataset's bounds, or the least and largest that it holds."""
     space = dataset.action_space
-    if not isinstance(space, spaces.Box):
-        fail(f"{dataset.id}: actions must be a bounded Box, not {space}")
+    if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
+        fail(f"{dataset.id}: actions must be a bounded Box of floats, not {space}")
     if own_bounds:
         return spaces.Box(*action_range(dataset), dtype=space.dtype)
     width = space.high.astype(float) - space.low

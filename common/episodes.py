@@ -5,13 +5,13 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
+from common.datasets import each, local_dataset, sound, unreadable
 from common.envs import Checked, episode_seed, say_once
 from common.evaluation import evaluate
 from common.recording import check_fingerprint, fingerprint, layout
@@ -157,24 +157,11 @@ def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: floa
         yield recorder.episodes.pop()
 
 
-def local_dataset(option: str, source: str):
-    """A local Minari dataset, or that in the folder `episodes` of a run. Exits with one line when it is not there."""
-    import minari
-
-    folder = Path(source, "episodes", "data")
-    try:
-        return minari.MinariDataset(folder) if folder.is_dir() else minari.load_dataset(source)
-    except FileNotFoundError:
-        fail(f"{option} {source}: is not here; `minari list local` shows what is, record_demos.py records")
-    except (OSError, ValueError) as error:
-        fail(f"{option} {source}: cannot be read ({' '.join(str(error).split())}); fetch or record it again")
-
-
 def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
     dataset = local_dataset("--demos", dataset_id)
     ours, theirs = env.action_space, dataset.action_space
-    same_actions = ours.shape == theirs.shape and np.allclose([ours.low, ours.high], [theirs.low, theirs.high])
-    if not same_actions:
+    same_actions = isinstance(theirs, spaces.Box) and ours.shape == theirs.shape
+    if not same_actions or not np.allclose([ours.low, ours.high], [theirs.low, theirs.high]):
         fail(f"--demos {dataset_id}: is not of this task; its actions are {theirs}, the task's {ours}")
     if layout(env.observation_space) != layout(dataset.observation_space):
         spaces_of = f"{dataset.observation_space}, the task's {env.observation_space}"
@@ -189,30 +176,22 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
         for episode in dataset.iterate_episodes():
             yield minari_episode(f"--demos {dataset_id}: episode {episode.id}", episode, ours)
     except (OSError, KeyError, TypeError, ValueError, IndexError) as error:  # h5py's, for damaged parts
-        fail(f"--demos {dataset_id}: is damaged, cannot be read ({error}); fetch or record it again")
+        fail(f"--demos {dataset_id}: {unreadable(error)}")
 
 
-def minari_episode(name: str, episode, space: spaces.Box) -> Episode:
+def minari_episode(name: str, episode, box: spaces.Box) -> Episode:
     """An episode of Minari's. Exits with one line when its parts do not fit together, or are no finite numbers."""
-    actions = np.asarray(episode.actions)
-    steps = len(actions)
-    if actions.shape[1:] != space.shape:  # they might broadcast
-        fail(f"{name}: actions have shape {actions.shape[1:]}, the task's {space.shape}; leave it out")
-    columns = {"rewards": episode.rewards, "terminations": episode.terminations, "truncations": episode.truncations}
-    for part, values in columns.items():
-        if np.size(values) != steps:
-            fail(f"{name} has {steps} actions and {np.size(values)} {part}; leave it out")
-        columns[part] = np.reshape(values, steps)
-    for part, values in (columns | {"actions": actions}).items():
-        if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
-            fail(f"{name}: {part} hold something else than finite numbers; leave it out")
-    beyond = np.maximum(space.low - actions, actions - space.high) > 1e-3 * (space.high - space.low)
-    if beyond.any():
-        say_once(f"{name.split(': ')[0]}: actions outside of {space} are clipped")
+    parts = (episode.observations, episode.actions, episode.rewards, episode.terminations, episode.truncations)
+    observations, actions, *columns = sound(name, *parts)
+    if actions.shape[1:] != box.shape:  # they might broadcast
+        fail(f"{name}: actions have shape {actions.shape[1:]}, the task's {box.shape}; leave it out")
+    width = np.where(box.high > box.low, box.high - box.low, 1)
+    if (np.maximum(actions - box.high, box.low - actions) > 1e-3 * width).any():
+        fail(f"{name}: actions from {actions.min():.4g} to {actions.max():.4g} are outside {box}; scale or clip them")
     infos = episode.infos or {}
     info = {key: values[-1] for key, values in infos.items() if not isinstance(values, dict) and len(values)}
-    observations = [step_of(episode.observations, t) for t in range(steps + 1)]
-    return Episode(observations, actions, *columns.values(), info)
+    steps = [each(lambda x, t=t: x[t], observations) for t in range(len(actions) + 1)]
+    return Episode(steps, actions, *columns, info)
 
 
 def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
@@ -220,15 +199,6 @@ def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
     verdicts = [success(episode.info) for episode in episodes]
     known = "success unknown" if all(map(math.isnan, verdicts)) else f"{verdicts.count(1)} successful"
     return f"{len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {known}"
-
-
-def step_of(observations, t: int):
-    """Step t of observations with a leading time axis, at any depth."""
-    return (
-        {key: step_of(part, t) for key, part in observations.items()}
-        if isinstance(observations, dict)
-        else observations[t]
-    )
 
 
 def replay(episode: Episode, env: gym.Env, wrap: Callable[[gym.Env], gym.Env], chunk: int = 1) -> Iterator[tuple]:

@@ -72,10 +72,9 @@ def flag(name: str) -> str:
 
 
 def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = None) -> T:  # noqa: N803
-    """The command line; with --resume or --eval-only the run's own flags are the defaults.
+    """The command line; with --resume or --eval-only the run's own flags, of which `may_change` (x y z) may differ.
 
-    `may_change` names, separated by spaces, the flags that may differ from the run's. Exits with one line when flags
-    contradict each other or the run. --help shows `doc`, then the flags in groups.
+    Exits with one line when flags contradict each other or the run. --help shows `doc`, then the flags in groups.
     """
     argv = absl_flags(Args, sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
@@ -324,17 +323,14 @@ class Child:
             )
 
     def finished(self) -> bool:
-        """Whether it has ended well. Starts it again if it was killed.
-
-        Exits with its last line when it has said why it cannot go on.
-        """
+        """Whether it has ended well; one that was killed is started again, one that gave up ends this, too."""
         code = self.process.poll()
         if code is None or code == 0:
             return code == 0
         if code > 0:
             last = self.log.read_text(errors="replace").strip().splitlines()[-1]
-            why = last.partition(".py: ")[2] or last
-            why = why.replace(f"--resume {self.folder}", f"--resume {self.folder.parent}")  # both go on from there
+            both = f"--resume {self.folder.parent}"  # what goes on with parent and child
+            why = (last.partition(".py: ")[2] or last).replace(f"--resume {self.folder}", both)
             fail(f"the {self.folder.name} ended: {why} (see {self.log})")
         print(f"the {self.folder.name} was ended by signal {-code} and is started again", file=sys.stderr, flush=True)
         self.start()

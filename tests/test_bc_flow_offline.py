@@ -1010,15 +1010,13 @@ def test_frame_stacks_stop_at_the_episodes_start():
 
 
 def test_data_shorter_than_a_chunk():
-    for size in (4, 5):
-        args = small_args(action_chunking=True, horizon_length=5)
-        ds = toy_dataset(size, (0, 1, size - 1))
-        if size == 5:  # episodes of 1, 1 and 3 steps
-            _, actions, valid = Batches(ds, args, CPU).gather(torch.tensor([0]))
-            assert actions.shape == (1, 10) and valid.tolist() == [[1, 0, 0, 0, 0]]
-        else:
-            with pytest.raises(SystemExit, match="--horizon-length 5"):
-                Batches(ds, args, CPU)
+    args = small_args(action_chunking=True, horizon_length=5)
+    _, actions, valid = Batches(toy_dataset(6, (0, 5)), args, CPU).gather(
+        torch.tensor([1])
+    )  # episodes of 1 and 5 steps
+    assert actions.shape == (1, 10) and valid.tolist() == [[1, 1, 1, 1, 1]]
+    with pytest.raises(SystemExit, match="--horizon-length 5: the longest episode of the data has 3 steps"):
+        Batches(toy_dataset(5, (0, 1, 4)), args, CPU)
 
 
 def test_padding_is_flaxs_same():

@@ -56,6 +56,20 @@ def stand_ins(monkeypatch):
         monkeypatch.delitem("sys.modules", name, raising=False)
 
 
+def test_datasets_that_cannot_be_had_are_one_line(monkeypatch):
+    with pytest.raises(SystemExit, match="--data hil/none-v0: is not here; .* shows what is, record_demos.py records"):
+        datasets.local_dataset("--data", "hil/none-v0")
+
+    def newer(_):
+        raise ValueError("of a newer\nMinari")
+
+    monkeypatch.setattr(minari, "load_dataset", newer)
+    with pytest.raises(
+        SystemExit, match="--demos a/b-v0: this Minari .* cannot read it: of a newer Minari; .*record it again"
+    ):
+        datasets.local_dataset("--demos", "a/b-v0")
+
+
 def train_rows(name: str, **changes):
     return make_env_and_datasets(name, Args(**changes))[2]
 
@@ -134,7 +148,7 @@ def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path):
     dataset = minari.load_dataset(name)
     assert "halfcheetah-medium" in name and dataset.total_episodes == 5 and dataset.total_steps == 20
     assert [len(episode.rewards) for episode in dataset.iterate_episodes()] == [length for length, _ in EPISODES]
-    assert datasets.make_task(dataset).spec.id == "HalfCheetah-v4"
+    assert datasets.make_task(dataset, train.box).spec.id == "HalfCheetah-v4"
     about = dataset.storage.metadata
     assert (about["ref_min_score"], about["ref_max_score"]) == (-280.178953, 12135.0)
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*.hdf5")}
@@ -234,7 +248,7 @@ def broken_file(path: Path, how: str) -> Path:
     ("how", "word"),
     [
         ("truncated", "again"),
-        ("empty", "again"),
+        ("empty", "layout"),
         ("text", "layout"),
         ("damaged", "again"),
         ("group", "layout"),
@@ -488,7 +502,7 @@ def test_a_d4rl_file_is_downloaded_once(tmp_path, d4rl_server, capsys):
     assert len(d4rl_server.requests) == 1
 
 
-@pytest.mark.parametrize("how", ["cut off", "too long a length", "404"])
+@pytest.mark.parametrize("how", ["cut off", "too long a length", "404", "an error page", "a folder that is none"])
 def test_downloads_that_fail(tmp_path, d4rl_server, capsys, how):
     """One line; no half file that the next run would take for the whole one; then it works."""
     url = d4rl_server.url
@@ -496,11 +510,18 @@ def test_downloads_that_fail(tmp_path, d4rl_server, capsys, how):
         d4rl_server.cut, d4rl_server.cuts = 2000, 1
     elif how == "too long a length":
         d4rl_server.extra = 100
+    elif how == "an error page":
+        d4rl_server.files = {D4RL_PATH: b"<html>Please log in</html>"}
+    elif how == "a folder that is none":
+        (tmp_path / "d4rl").write_text("")
     else:
         d4rl_server.files = {}
     message = refused(capsys, "halfcheetah-medium-v2")
-    assert url in message and ("404" in message or "again" in message)
-    assert not list((tmp_path / "d4rl").iterdir())
+    assert url in message and any(word in message for word in ("404", "again", "signature", f"{tmp_path}/d4rl"))
+    if how == "a folder that is none":
+        (tmp_path / "d4rl").unlink()
+    else:
+        assert not list((tmp_path / "d4rl").iterdir())
     d4rl_server.extra = 0
     d4rl_server.files = {D4RL_PATH: (tmp_path / "source" / "x.hdf5").read_bytes()}
     assert train_rows("halfcheetah-medium-v2").size == 20
@@ -561,7 +582,7 @@ def test_minari_id_is_downloaded_through_minari(monkeypatch, capsys, tmp_path):
         asked.append(dataset_id)
         if not (source / dataset_id).exists():
             raise ValueError("Couldn't find any version")
-        shutil.copytree(source, tmp_path / "minari", dirs_exist_ok=True)
+        shutil.copytree(source, os.environ["MINARI_DATASETS_PATH"], dirs_exist_ok=True)
 
     monkeypatch.setattr("minari.storage.local.hosting.download_dataset", download_dataset, raising=False)
     monkeypatch.setattr("minari.storage.hosting.download_dataset", download_dataset)
@@ -571,6 +592,23 @@ def test_minari_id_is_downloaded_through_minari(monkeypatch, capsys, tmp_path):
         assert train_rows("steps/some-v0").size == 14 and len(asked) == 1
         with pytest.raises(SystemExit, match=r"steps/sme-v0.*Couldn't find.*steps/some-v0"):
             train_rows("steps/sme-v0")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionError])
+def test_a_minari_download_that_ends_half_way_leaves_nothing(monkeypatch, tmp_path, error):
+    """Half a folder would be taken for the dataset by the next run, and by Minari's own download."""
+
+    def download(dataset_id, force_download=False):
+        folder = Path(os.environ["MINARI_DATASETS_PATH"], dataset_id, "data")
+        folder.mkdir(parents=True)
+        (folder / "metadata.json").write_text("{}")
+        raise error
+
+    monkeypatch.setattr("minari.storage.hosting.download_dataset", download)
+    monkeypatch.setenv("MINARI_REMOTE", "hf://nobody")
+    with pytest.raises(SystemExit if error is ConnectionError else error):
+        train_rows("steps/some-v0")
+    assert not list((tmp_path / "minari").iterdir())
 
 
 def test_d4rl_name_never_becomes_another_dataset(capsys):
@@ -1269,7 +1307,7 @@ TEXT = np.array([b"0.1"] * 20)
         ("rewards", TEXT, "rewards b'0.1'"),
         ("observations", np.array([[b"x"] * 17] * 20), "observations b'x'"),
         ("terminals", np.array([b"False"] * 20), "terminals b'False'"),
-        ("terminals", np.array([0.0, 0.5] * 10), "terminals 0.0 true or false"),
+        ("terminals", np.array([0.0, 0.5] * 10), "terminals 0.5 true or false"),
         ("timeouts", np.array([np.nan] * 20), "timeouts nan"),
         ("rewards", np.ones((20, 2)), "rewards (20, 2)"),
         ("rewards", np.full(20, 1e300), "rewards 1e+300"),
@@ -1491,6 +1529,250 @@ def test_b16_what_is_missing_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.delitem(sys.modules, "ogbench", raising=False)
     message = refused(capsys, "reach-play-singletask-v0")
     assert "pip install no-such-dm-control" in message and "pip install ogbench" not in message
+
+
+# --- What could be misread in silence ---------------------------------------------------------------------------------
+def steps_dataset(name: str = "own/data-v0", space: spaces.Space | None = None, observations=None, **parts) -> str:
+    """Three episodes of six steps, actions of two numbers."""
+    count = 6
+    default = np.arange(2.0 * (count + 1), dtype=np.float32).reshape(-1, 2)
+    ends = np.arange(1, count + 1) == count
+    columns = {"actions": np.linspace(-1, 1, 2 * count, dtype=np.float32).reshape(count, 2)}
+    columns |= {"rewards": np.ones(count), "terminations": ends & ~ends, "truncations": ends} | parts
+    buffers = []
+    for i in range(3):
+        obs = default + i if observations is None else observations(i)
+        buffers.append(minari.data_collector.EpisodeBuffer(i, None, None, obs, *columns.values(), {}))
+    box = {"observation_space": space or spaces.Box(-99, 99, (2,)), "action_space": spaces.Box(-1, 1, (2,))}
+    minari.create_dataset_from_buffers(name, buffers, jpeg_encoding=False, **box)
+    return name
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(np.float64, np.float32), (np.float32, np.float16)])
+def test_b12_next_observations_that_were_rounded_are_no_jumps(tmp_path, ours, theirs):
+    """Every row would be an episode of its own, of which no chunk has a second action."""
+    rows = d4rl_rows(((6, "timeout"), (3, "timeout"), (5, "cut")), 4, 2)
+    del rows["timeouts"]
+    rows["observations"] = rows["observations"].astype(ours) * 1.37
+    rows["next_observations"] = (rows["next_observations"].astype(ours) * 1.37).astype(theirs)
+    train = train_rows("my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    assert np.flatnonzero(train["terminals"]).tolist() == [5, 8, 13]
+
+
+def test_b12_next_observations_that_are_the_rows_shifted_tell_nothing(tmp_path, capsys):
+    """obs[1:] over every end: episodes would be joined, but for those that terminate."""
+    rows = d4rl_rows(((6, "timeout"), (3, "terminal"), (5, "timeout")), 4, 2)
+    rows["next_observations"] = np.concatenate([rows["observations"][1:], rows["observations"][-1:]])
+    del rows["timeouts"]
+    message = refused(capsys, "my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    assert "add timeouts, 1 at each end" in message
+
+
+def test_b12_a_name_like_antmaze_is_no_antmaze(tmp_path):
+    """Only in D4RL's own does the goal not end an episode."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((4, "timeout"), (3, "terminal")), 2, 1))
+    train = train_rows("antmaze-of-mine-v0", dataset_path=str(path))
+    assert np.flatnonzero(train["terminals"]).tolist() == [3, 6]
+    rows = d4rl_rows(((4, "timeout"), (3, "terminal"), (5, "timeout")), 2, 1, next_observations=False)
+    train = train_rows("antmaze-of-mine-v0", dataset_path=str(write_hdf5(tmp_path / "y.hdf5", rows)))
+    assert np.flatnonzero(train["terminals"]).tolist() == [2, 5, 9]
+
+
+@pytest.mark.parametrize("theirs", ["walker2d_medium-v2", "halfcheetah_medium_replay-v2", "halfcheetah_medium-v1"])
+def test_b12_another_file_of_d4rls_under_a_d4rl_name(tmp_path, capsys, theirs):
+    """Walker2d and HalfCheetah have equal numbers; another level or version would be printed as this one's score."""
+    path = write_hdf5(tmp_path / f"{theirs}.hdf5", d4rl_rows())
+    message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
+    assert f"is D4RL's {theirs.replace('_', '-')}; give that as --env-name" in message
+
+
+@pytest.mark.parametrize("kind", ["uint16", "bool", "int64", "longdouble", ">f4", "float16"])
+def test_b9_observations_of_any_kind_of_number(tmp_path, kind):
+    rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 2, 1)
+    for key in ("observations", "next_observations"):
+        rows[key] = rows[key].astype(kind)
+    train = train_rows("my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    np.testing.assert_array_equal(train["observations"], rows["observations"].astype(np.float32))
+
+
+def test_b9_choices_are_no_quantities(tmp_path, capsys):
+    """Left or right, 0 or 1, fits into [-1, 1]: cloned as a number it would be half of each."""
+    rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 2, 1) | {"actions": np.arange(7) % 2}
+    message = refused(capsys, "my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    assert "actions are int64" in message and "floats" in message
+
+
+@pytest.mark.parametrize("choice", [0, 4])
+def test_b9_a_choice_that_there_is_not(choice):
+    """0 of 1, 2, 3 would be the last of them; 4 an IndexError."""
+    space = spaces.Dict(mode=spaces.Discrete(3, start=1), q=spaces.Box(-1, 1, (1,)))
+    steps_dataset(space=space, observations=lambda i: {"mode": np.full(7, choice), "q": np.zeros((7, 1), np.float32)})
+    with pytest.raises(SystemExit, match="observations/mode hold choices that are not in Discrete"):
+        train_rows("own/data-v0")
+
+
+def test_b9_words_beside_the_observations_are_named_not_their_episodes():
+    space = spaces.Dict(task=spaces.Text(9), q=spaces.Box(-1, 1, (1,)))
+    steps_dataset(space=space, observations=lambda i: {"task": ["pick"] * 7, "q": np.zeros((7, 1), np.float32)})
+    with pytest.raises(SystemExit, match="observations/task are Text.*leave them out of the data$"):
+        train_rows("own/data-v0")
+
+
+@pytest.mark.parametrize("shape", [(40, 36, 3), (64, 64, 4), (84, 84, 9), (64, 64, 1), (64, 64)])
+def test_b8_pictures_of_a_file_are_kept_as_they_are(tmp_path, shape):
+    """Minari would store (H, W, 3) as JPEG, in silence, and fail at four or nine channels."""
+    frames = random_images((7, *shape))
+    rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 2, 1)
+    rows |= {"observations": frames, "next_observations": np.concatenate([frames[1:], frames[:1]])}
+    train = train_rows("my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
+    np.testing.assert_array_equal(train["observations"]["image"].reshape(frames.shape), frames)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda x: x.transpose(0, 2, 1, 3), r"7 images of \(36, 40, 3\) and uint8, not 7 of \(40, 36, 3\)"),
+        (lambda x: x[:, ::2], r"7 images of \(20, 36, 3\)"),
+        (lambda x: x[:-1], "6 images"),
+        (lambda x: x / 255, r"7 images of \(40, 36, 3\) and float64"),
+    ],
+    ids=["turned", "small", "one less", "float"],
+)
+def test_b8_images_on_disk_that_are_not_like_the_others(change, words):
+    """Rows of another width would be a jumble, one image less a shift, floats of 0 to 1 black."""
+    space = spaces.Dict(front=spaces.Box(0, 255, (40, 36, 3), np.uint8), q=spaces.Box(-99, 99, (2,)))
+    frames, q = random_images((7, 40, 36, 3)), np.zeros((7, 2), np.float32)
+    steps_dataset(space=space, observations=lambda i: {"front": change(frames) if i == 1 else frames, "q": q})
+    with pytest.raises(SystemExit, match=f"episode 1: observations/front are {words}"):
+        train_rows("own/data-v0", data_loading="workers")
+
+
+def test_s1_observations_that_never_change_and_black_pictures_are_said(capsys):
+    """Kept without a copy, an episode holds one observation; floats of 0 to 1 as bytes are black."""
+    envs.say_once.cache_clear()
+    space = spaces.Dict(front=spaces.Box(0, 255, (9, 8, 3), np.uint8), q=spaces.Box(-1, 1, (1,)))
+    still = {"front": random_images((1, 9, 8, 3)).repeat(7, 0), "q": np.ones((7, 1), np.float32)}
+    train_rows(steps_dataset("own/still-v0", space, lambda i: still))
+    said = capsys.readouterr().err
+    assert "observations never change" in said and "black" not in said
+    black = {"front": random_images((7, 9, 8, 3)) // 128, "q": np.ones((7, 1), np.float32)}
+    train_rows(steps_dataset("own/black-v0", space, lambda i: black))
+    said = capsys.readouterr().err
+    assert said.count("black; were floats of 0 to 1 stored as bytes?") == 1 and "never change" not in said
+
+
+def test_r9_a_chunk_longer_than_every_episode():
+    """Nothing would teach its last actions, which are executed all the same."""
+    ds = train_rows(steps_dataset())
+    Batches(ds, Args(action_chunking=True, horizon_length=6), CPU)
+    with pytest.raises(SystemExit, match="--horizon-length 7: the longest episode of the data has 6 steps"):
+        Batches(ds, Args(action_chunking=True, horizon_length=7), CPU)
+
+
+def test_b11_actions_beyond_the_tasks_bounds_are_said(tmp_path, capsys):
+    envs.say_once.cache_clear()
+    rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 11, 3)
+    rows["actions"] = np.linspace(-90, 90, 21, dtype=np.float32).reshape(7, 3)
+    path = str(write_hdf5(tmp_path / "x.hdf5", rows))
+    make_env_and_datasets("Hopper-v5", Args(dataset_path=path, action_bounds="data"))
+    said = capsys.readouterr().err
+    assert "-90:72 -81:81 -72:90, the task takes -1 to 1, where they are cut" in said
+
+
+@pytest.mark.parametrize("settings", [{"type": "OSC_POSE", "control_delta": False}, {"input_type": "absolute"}])
+def test_b11_absolute_actions_reach_robosuite_whole(tmp_path, stand_ins, monkeypatch, settings):
+    """1.2 metres are not cut to 1, as its bounds for changes would have it."""
+    env_args = {**offline_data.ENV_ARGS, "env_kwargs": {"controller_configs": settings}}
+    path = write_robomimic(tmp_path / "x.hdf5", env_args=env_args)
+    with h5py.File(path, "a") as file:
+        for demo in file["data"].values():
+            demo["actions"][:, 2] = 1.2 + demo["actions"][:, 2] / 10
+    env, _, train, _ = make_env_and_datasets("lift-mh-low_dim", Args(dataset_path=str(path), action_bounds="data"))
+    executed = []
+    obs, _ = env.reset(seed=0)
+    result = ({"robot0_eef_pos": obs[:3], "robot0_eef_quat": obs[3:7], "robot0_gripper_qpos": obs[7:9]}, 0.0, False, {})
+    result[0]["object-state"] = obs[9:]
+    monkeypatch.setattr(env.unwrapped.sim, "step", lambda action: executed.append(action) or result)
+    env.step(np.ones(7, np.float32))
+    assert executed[0][2] == pytest.approx(train.box.high[2]) and executed[0][2] > 1.2
+
+
+def test_b13_a_robomimic_file_of_a_robot_of_ones_own(tmp_path, capsys):
+    """Without env_args it has no task here, and is learned from under a name of its own."""
+    path = edit(write_robomimic(tmp_path / "x.hdf5"), lambda file: file["data"].attrs.__delitem__("env_args"))
+    env, _, train, _ = make_env_and_datasets("my-robot-v0", Args(dataset_path=str(path)))
+    assert env is None and train.size == 48 and "the data names no task" in no_evaluation(capsys)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda file: file["data"].create_group("info"), "data has info, not only demo_0"),
+        (lambda file: file["data/demo_3"].__delitem__("rewards"), "demo_3 has no rewards"),
+        (lambda file: file["mask"].move("valid", "old") or file.__setitem__("mask/valid", [b"demo_99"]), "demo_99"),
+    ],
+    ids=["another group", "no rewards", "a mask of others"],
+)
+def test_b13_the_line_names_what_does_not_fit(tmp_path, capsys, change, words):
+    path = edit(write_robomimic(tmp_path / "x.hdf5"), change)
+    message = refused(capsys, "lift-mh-low_dim", dataset_path=str(path))
+    assert words in message and "damaged" not in message
+
+
+@pytest.mark.parametrize("how", ["a folder", "npz", "pickle", "being written", "unreadable"])
+def test_b12_what_is_no_readable_hdf5_is_not_called_damaged(tmp_path, capsys, monkeypatch, how):
+    path = tmp_path / "x.hdf5"
+    words = {"a folder": "is a folder; give an HDF5 file", "being written": "is being written by another process"}
+    words["unreadable"] = "cannot be read: Permission denied"
+    if how == "a folder":
+        path.mkdir()
+    elif how == "npz":
+        np.savez(path.open("wb"), **d4rl_rows())
+    elif how == "pickle":
+        path.write_bytes(b"\x80\x04\x95")
+    else:
+        write_hdf5(path, d4rl_rows())
+    if how == "unreadable":  # a test may run as root, who reads all
+
+        def denied(*_, **__):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(h5py, "File", denied)
+    if how == "being written":
+        hold_it = f"import h5py; f = h5py.File({str(path)!r}, 'a'); print(1, flush=True); input()"
+        with subprocess.Popen([sys.executable, "-c", hold_it], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+            writer.stdout.readline()
+            message = refused(capsys, "my-robot-v0", dataset_path=str(path))
+            writer.communicate(b"\n")
+    else:
+        message = refused(capsys, "my-robot-v0", dataset_path=str(path))
+    assert words.get(how, "is no HDF5 file; give an HDF5 file of D4RL's layout") in message
+    assert "damaged" not in message
+
+
+def test_b14_a_dataset_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """Not the file is at fault."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(path / "minari"))
+    with pytest.raises(SystemExit, match="x.hdf5/minari: Not a directory; give a folder that can be written: MINARI"):
+        train_rows("halfcheetah-medium-v2", dataset_path=str(path))
+
+
+def test_r9_a_run_remembers_its_data(tmp_path, monkeypatch):
+    """--dataset-path may change, for a file may move; its rows may not."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    args = Args(env_name="my-robot-v0", dataset_path="x.hdf5")
+    rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 2, 1)
+    write_hdf5(Path("x.hdf5"), rows)
+    args.check()
+    assert args.dataset_path == str(tmp_path / "x.hdf5")  # also where --resume is called in another folder
+    for _ in range(2):
+        datasets.remember(tmp_path / "run" / "data.json", bc_flow_offline.load_datasets(args)[0])
+    rows["actions"] *= -1
+    write_hdf5(Path("x.hdf5"), rows)
+    with pytest.raises(SystemExit, match=f"{tmp_path}/run: the data of this run: is of another set-up: id is"):
+        datasets.remember(tmp_path / "run" / "data.json", bc_flow_offline.load_datasets(args)[0])
 
 
 # --- From each format to a score --------------------------------------------------------------------------------------

@@ -17,9 +17,7 @@ from common.episodes import (
     Recorder,
     check_new_dataset,
     demonstrations,
-    local_dataset,
     record,
-    replay,
     spread_starts,
     summary,
 )
@@ -40,19 +38,6 @@ def test_recorder_keeps_episodes_and_copies():
     assert len({obs["point"].tobytes() for obs in episode.observations}) > 10
     assert episode.truncations.tolist() == [False] * 19 + [True] and not episode.terminations.any()
     assert episode.rewards.shape == (20,) and episode.info == {"success": episode.info["success"]}
-
-
-def test_datasets_that_cannot_be_had_are_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match="--data hil/none-v0: is not here; .* shows what is, record_demos.py records"):
-        local_dataset("--data", "hil/none-v0")
-
-    def newer(_):
-        raise ValueError("of a newer\nMinari")
-
-    monkeypatch.setattr(minari, "load_dataset", newer)
-    with pytest.raises(SystemExit, match=r"--demos a/b-v0: cannot be read \(of a newer Minari\); fetch or record it"):
-        local_dataset("--demos", "a/b-v0")
 
 
 # --- Demonstrations ---------------------------------------------------------------------------------------------------
@@ -108,7 +93,7 @@ def test_few_demonstrations_cover_the_task(task):
             points.append([*env.unwrapped.point, *env.unwrapped.goal])
         return np.array(points)
 
-    chosen = spread_starts(8, env, seed=3)
+    chosen = envs.spread_starts(8, env, seed=3)
     assert len(set(chosen)) == 8 and max(chosen) < 40
     assert closest_pair(starts(chosen)) > 1.2 * closest_pair(starts(range(8)))
     shown = [env.unwrapped.goal.copy() for _ in demonstrations("8", env, seed=3, noise=0.0)]
@@ -219,24 +204,42 @@ gym.register("Other-v3", "probe_envs:Point", max_episode_steps=20)
 
 
 def test_what_is_odd_about_demonstrations_is_said(tmp_path, monkeypatch, capsys):
-    """B11's kind, of --demos: another task with the same spaces; actions that will be clipped. Once a dataset."""
+    """B11's kind, of --demos: another task with the same spaces. Once a dataset."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     envs.say_once.cache_clear()
     recorded = list(demonstrations("2", point(), seed=1, noise=0.0))
     record("point/ours-v0", recorded, point(), lambda info: math.nan)
     assert len(list(demonstrations("point/ours-v0", point(), seed=0, noise=0.0))) == 2
     assert capsys.readouterr().err == ""
-    for episode in recorded:
-        episode.actions[3] = 2.5
-    record("point/wide-v0", recorded, point(), lambda info: math.nan)
-    read = list(demonstrations("point/wide-v0", envs.make("Other-v3"), seed=0, noise=0.0))
-    assert read[0].actions[3].tolist() == [2.5] * 3
-    clipped = [action for action, *_ in replay(read[0], point(), lambda env: env)][4]
-    assert clipped.tolist() == [1, 1, 1]
-    assert capsys.readouterr().err.splitlines() == [
-        "--demos point/wide-v0: was recorded in Point-v0, the task is Other-v3",
-        "--demos point/wide-v0: actions outside of Box(-2.0, 2.0, (3,), float32) are clipped",
-    ]
+    list(demonstrations("point/ours-v0", envs.make("Other-v3"), seed=0, noise=0.0))
+    said = "--demos point/ours-v0: was recorded in Point-v0, the task is Other-v3"
+    assert capsys.readouterr().err.splitlines() == [said]
+
+
+@pytest.mark.parametrize("box", [spaces.MultiDiscrete([2, 2, 2]), spaces.MultiBinary(3)])
+def test_demonstrations_of_choices_are_refused(tmp_path, monkeypatch, box):
+    """They have the shape of the task's actions, and no bounds."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (episode,) = demonstrations("1", point(), seed=1, noise=0.0)
+    parts = (np.ones((20, 3), int), episode.rewards, episode.terminations, episode.truncations, {})
+    obs = {key: np.stack([obs[key] for obs in episode.observations]) for key in episode.observations[0]}
+    buffer = minari.data_collector.EpisodeBuffer(0, None, None, obs, *parts)
+    space = point().observation_space
+    minari.create_dataset_from_buffers("own/choices-v0", [buffer], observation_space=space, action_space=box)
+    with pytest.raises(
+        SystemExit, match=f"--demos own/choices-v0: is not of this task; its actions are {type(box).__name__}"
+    ):
+        list(demonstrations("own/choices-v0", point(), seed=0, noise=0.0))
+
+
+@pytest.mark.parametrize("text", ["", "{}"])
+def test_demonstrations_that_came_half_way(tmp_path, monkeypatch, text):
+    """Whatever Minari raises at half a download: one line that says what to do."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / "own/half-v0/data").mkdir(parents=True)
+    (tmp_path / "own/half-v0/data/metadata.json").write_text(text)
+    with pytest.raises(SystemExit, match="--demos own/half-v0: this Minari .* cannot read it: .*delete its folder"):
+        next(demonstrations("own/half-v0", point(), seed=0, noise=0.0))
 
 
 def test_demonstrations_with_numbers_that_are_none(tmp_path, monkeypatch):
@@ -244,19 +247,32 @@ def test_demonstrations_with_numbers_that_are_none(tmp_path, monkeypatch):
     (episode,) = demonstrations("1", point(), seed=1, noise=0.0)
     episode.rewards[3] = math.nan
     record("point/nan-v0", [episode], point(), lambda info: math.nan)
-    with pytest.raises(SystemExit, match="--demos point/nan-v0: episode 0: rewards hold something else than finite"):
+    with pytest.raises(
+        SystemExit, match="--demos point/nan-v0: episode 0 of the data: rewards hold numbers that are not finite"
+    ):
         list(demonstrations("point/nan-v0", point(), seed=0, noise=0.0))
 
 
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("rewards", lambda x: x[:-1], "episode 0 has 20 actions and 19 rewards"),
+        (
+            "rewards",
+            lambda x: x[:-1],
+            r"episode 0 of the data: rewards have shape \(19,\), not one value for each of 20",
+        ),
         ("rewards", lambda x: x[:, None], None),
-        ("terminations", lambda x: x[:-1], "episode 0 has 20 actions and 19 terminations"),
-        ("truncations", lambda x: np.array([b"False"] * 20), "episode 0: truncations hold something else"),
+        ("terminations", lambda x: x[:-1], r"episode 0 of the data: terminations have shape \(19,\)"),
+        (
+            "truncations",
+            lambda x: np.array([b"False"] * 20),
+            "episode 0 of the data: truncations hold b'False', not true",
+        ),
         ("actions", lambda x: x[:, :1], r"episode 0: actions have shape \(1,\), the task's \(3,\)"),
-        ("observations/goal", lambda x: x[:-1], "is damaged, cannot be read"),
+        ("terminations", lambda x: x + 0.5, "episode 0 of the data: terminations hold 0.5, not true or false"),
+        ("actions", lambda x: 50 * x, r"episode 0: actions from .* are outside Box\(-2.0, 2.0"),
+        ("observations/goal", lambda x: x[:-1], "episode 0 of the data: 20 actions need 21 observations"),
+        ("observations/goal", lambda x: np.append(x, x, 0), "episode 0 of the data: 20 actions need 21 observations"),
         ("observations/goal", None, "is damaged, cannot be read"),
     ],
 )
