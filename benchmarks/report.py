@@ -180,7 +180,7 @@ def rehearsal_report(folder: Path) -> str:
         return ""
     cells = []
     for line in read(path):
-        settings = re.findall(r"--(?:help-until|clone-updates|reward) \S+", line["command"])
+        settings = re.findall(r"--(?:help-until|reward) \S+", line["command"])
         success = f"**{shown(float(line['success']))}** ({line['low']} to {line['high']})"
         speed = f"{shown(float(line['cycle_s']))} s ({shown(float(line['demo_cycle_s']))} s)"
         helped = f"{float(line['intervention_rate']):.0%}"
