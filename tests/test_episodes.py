@@ -93,7 +93,7 @@ def test_few_demonstrations_cover_the_task(task):
             points.append([*env.unwrapped.point, *env.unwrapped.goal])
         return np.array(points)
 
-    chosen = envs.spread_starts(8, env, seed=3)
+    chosen = spread_starts(8, env, seed=3)
     assert len(set(chosen)) == 8 and max(chosen) < 40
     assert closest_pair(starts(chosen)) > 1.2 * closest_pair(starts(range(8)))
     shown = [env.unwrapped.goal.copy() for _ in demonstrations("8", env, seed=3, noise=0.0)]

@@ -59,7 +59,8 @@ def test_sdk(tmp_path, sdk):
         assert wire.state()["robot_mode"] == "idle" and wire.refused("task") == "unavailable"
 
         start = wire.stream()
-        assert wire.state()["mode"] == "streaming" and robot.ask("status")["motion"] == "torque"
+        assert wire.state()["mode"] == "streaming"
+        wait_until(lambda: robot.ask("status")["motion"] == "torque", 5)
         robot.ask("forget")
         goal = moved(start, x=0.04, y=0.06)
         follow(wire, lambda t: goal, 1.5)

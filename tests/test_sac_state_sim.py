@@ -23,7 +23,7 @@ from torch import distributions
 
 import sac_state_sim
 from common import envs
-from common.envs import spread_starts
+from common.episodes import spread_starts
 from sac_state_sim import (
     MLP,
     TAU,
