@@ -799,6 +799,8 @@ class RobosuiteTask(gym.Env):
         theirs, ours = env_args.get("env_version"), robosuite.__version__
         if theirs and theirs.split(".")[:2] != ours.split(".")[:2]:
             raise Misfit(f"the data is of robosuite {theirs}, here is {ours}, whose controllers and scenes differ")
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":  # no GPU for PyTorch; robosuite's EGL wants a number there
+            os.environ.setdefault("MUJOCO_EGL_DEVICE_ID", "0")
         options = {"has_renderer": False, "has_offscreen_renderer": render_mode is not None}
         options |= {"use_camera_obs": False, "ignore_done": True}
         settings = env_args["env_kwargs"] or {}
