@@ -26,7 +26,6 @@ not all of them after the last; undo, discard, pause; time limits truncate; labe
 New task: `grep -n TASK: record_demos.py` shows the place to edit.
 """
 
-import contextlib
 import datetime
 import errno
 import math
@@ -115,7 +114,7 @@ class Args:
 def make_env(args: Args) -> gym.Env:
     """The task, with the observations and actions that are recorded."""
     if args.env_id == "robot_client:FrankaReal-v0":
-        check_server(args.server, args.keys)
+        rc.check_server(args.server, args.keys)
         config = rc.task_named(
             args.task,  # TASK: yours
             server=args.server,
@@ -129,15 +128,6 @@ def make_env(args: Args) -> gym.Env:
     # TASK: keyword options of your task
     options = {"image_obs": True} if args.env_id.startswith("Franka") else {}
     return envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
-
-
-def check_server(address: str, keys: str | None) -> None:
-    """Exits with one line at once when there is no server; later on, FrankaEnv waits a while for one that is away."""
-    try:
-        with contextlib.closing(rc.RobotClient(address, keys)) as client:
-            client.hello(wait_s=3.0)
-    except rc.RobotError as error:
-        fail(f"--server: {error}")
 
 
 def success(info: dict) -> float:

@@ -387,6 +387,15 @@ class RobotClient:
         self.socket.close()
 
 
+def check_server(address: str, keys: str | None) -> None:
+    """Exits with one line at once when there is no server; later on, FrankaEnv waits a while for one that is away."""
+    try:
+        with contextlib.closing(RobotClient(address, keys)) as client:
+            client.hello(wait_s=3.0)
+    except RobotError as error:
+        fail(f"--server: {error}")
+
+
 # --- Cameras ----------------------------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class CameraConfig:

@@ -30,7 +30,6 @@ action waits for; evaluation is deterministic and without help.
 New task: copy an entry of TASKS in robot_client.py; `grep -n TASK: sac_pixel_real.py` shows the other places.
 """
 
-import contextlib
 import copy
 import dataclasses
 import io
@@ -273,15 +272,6 @@ def judged(env: gym.Env, args: Args) -> gym.Env:
     if args.reward in REWARDS:
         return env
     return SuccessReward(env, open_detector(args.reward, "--reward", env))
-
-
-def check_server(address: str, keys: str | None) -> None:
-    """Exits with one line at once when there is no server; later on, FrankaEnv waits a while for one that is away."""
-    try:
-        with contextlib.closing(rc.RobotClient(address, keys)) as client:
-            client.hello(wait_s=3.0)
-    except rc.RobotError as error:
-        fail(f"--server: {error}")
 
 
 def success(info: dict) -> float:
@@ -1261,7 +1251,7 @@ def evaluate_policy(args: Args) -> None:
     agent = Agent(views_of(env), env.action_space, args, tensors.set_up_torch(args.threads, args.amp))
     folder = Path(args.eval_only)
     version = load_policy(agent, folder / f"{args.policy}.policy")
-    check_server(args.server, args.server_keys)
+    rc.check_server(args.server, args.server_keys)
     person = Person(args, "none")
     outcomes: list[Outcome] = []
     frames: list[np.ndarray] = []
@@ -1535,7 +1525,7 @@ def actor(args: Args) -> None:
     child = None
     finished = False
     try:
-        check_server(args.server, args.server_keys)
+        rc.check_server(args.server, args.server_keys)
         task = Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
         env = wrap_robot(task, args)
         agent = Agent(views_of(env), env.action_space, args, device)

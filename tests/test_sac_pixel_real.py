@@ -596,7 +596,7 @@ def test_stopped_evaluation_keeps_what_has_ended(tmp_path, monkeypatch, capsys):
         return outcomes.pop(0)
 
     monkeypatch.setattr(real, "evaluate_episode", evaluate_episode)
-    monkeypatch.setattr(real, "check_server", lambda *_: None)
+    monkeypatch.setattr(real.rc, "check_server", lambda *_: None)
     monkeypatch.setattr(real, "load_policy", lambda *_: 7)
     real.main(small_args(eval_only=str(tmp_path), capture_video=False))
     assert (tmp_path / "evaluation_newest.csv").read_text() == (
