@@ -442,7 +442,7 @@ class Encoder(nn.Module):
         images = obs.images[:, :, k]  # (B, T, H, W, 3)
         frames = images.flatten(0, 1) if self.pretrained else images.permute(0, 2, 3, 1, 4).flatten(3)
         if self.checkpoint and torch.is_grad_enabled():
-            maps = checkpoint(self.trunks[k], frames, use_reentrant=False)
+            maps = checkpoint(self.trunks[k], frames, use_reentrant=False, preserve_rng_state=False)
         else:
             maps = self.trunks[k](frames)
         return maps.unflatten(0, (len(images), -1)).flatten(1, 2)

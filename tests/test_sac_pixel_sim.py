@@ -1246,10 +1246,18 @@ def test_a_run_on_a_gpu(tmp_path):
     run_script(SCRIPT, "--eval-only", "run", cwd=tmp_path, env=TASKS)  # without the GPU
 
 
-@pytest.mark.parametrize("changes", [{}, {"reward": "vice", "amp": True, "grad_accum_steps": 2, "num_qs": 3}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"reward": "vice", "amp": True, "grad_accum_steps": 2, "num_qs": 3},
+        {"encoder": "resnet10", "image_size": 40, "activation_checkpointing": True},
+    ],
+)
 def test_what_a_gpu_compiles_is_whole_and_compiled_before_it_is_captured(changes):
     """No graph breaks, and nothing is compiled anew after the updates that `replay` runs before it captures one."""
-    agent = Agent(small_views(), box(2), small_args(demos="1", policy_delay=2, **changes), CPU)
+    views = small_views(changes.get("image_size", 20))
+    agent = Agent(views, box(2), small_args(demos="1", policy_delay=2, **changes), CPU)
     agent.goals = random_inputs(agent)[FRAMES][:, :1]
     whole = partial(torch.compile, backend="aot_eager", fullgraph=True)
     for name in ("target_q", "critic_loss", "actor_loss"):
