@@ -31,10 +31,10 @@ def small_args(**flags) -> real.Args:
     return real.Args(**(SMALL | flags))
 
 
-def small_agent(**flags) -> real.Agent:
+def small_agent(device: torch.device = CPU, **flags) -> real.Agent:
     args = small_args(**flags)
     env = real.wrap_robot(real.make_env(args), args)
-    return real.Agent(real.views_of(env), env.action_space, args, CPU)
+    return real.Agent(real.views_of(env), env.action_space, args, device)
 
 
 def some_obs(agent: real.Agent, seed: int = 0) -> dict:
@@ -862,3 +862,33 @@ def test_working_day_with_everything_killed_once(tmp_path):
     rows = read_csv(day.run_dir, "evaluation_newest.csv")
     assert rows["episode"] == [0, 1] and min(rows["cycle_s"]) > 0
     assert (day.run_dir / "evaluation_newest.mp4").stat().st_size > 1000
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_graphed_updates_on_a_gpu(tmp_path):
+    """Graphed updates, the grasp critic's too, do what plain ones do; the policy answers as before in a file."""
+    device = torch.device("cuda")
+    agents = [small_agent(device, augment=(), compile=compiled) for compiled in (True, False)]
+    losses = ([], [])
+    for agent, lot in zip(agents, losses):
+        rng = np.random.default_rng(0)
+        folder = SimpleNamespace(dir=tmp_path, state=None)
+        buffer, demos = agent.make_buffer("replay", 100, folder, 110), agent.make_buffer("demos", 50, folder, 60)
+        for i in range(80):
+            action = None if i == 0 else rng.uniform(-1, 1, agent.action_dim)
+            step = pack_pixels(agent.step_type, action, some_obs(agent, i), float(i % 3 == 0))
+            buffer.add(step)
+            if i <= 40:
+                demos.add(step)
+        for _ in range(30):
+            metrics = agent.update(buffer, demos, 1)
+            lot.append((float(metrics["losses/critic_loss"]), float(metrics["losses/grasp_loss"])))
+    assert len(agents[0].update_once.graphs) == 1 and not hasattr(agents[1].update_once, "graphs")
+    assert np.isfinite(losses[0]).all() and len(set(losses[0][-15:])) == 15  # a fresh batch each time
+    np.testing.assert_allclose(losses[0], losses[1], rtol=0.1)
+    agents[0].probe = {name: torch.from_numpy(value) for name, value in some_obs(agents[0]).items()}
+    real.save_policy(agents[0], 30, tmp_path / "newest.policy")
+    other = small_agent(CPU, augment=(), compile=True)
+    assert real.load_policy(other, tmp_path / "newest.policy") == 30
