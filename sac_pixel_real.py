@@ -205,8 +205,8 @@ class Args(RunArgs):
     curve_keys: str | None = None
     """directory with CURVE keys, the same on all machines, beyond loop-back; a learner can make it"""
 
-    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads total_timesteps "
-    MAY_CHANGE += "final_eval_episodes policy server server_keys teleop help_until role address curve_keys frames_dir"
+    MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads total_timesteps final_eval_episodes "
+    MAY_CHANGE += "policy server server_keys teleop help_until reward role address curve_keys frames_dir"
     SHAPING = "task image_size cameras encoder small_channels pooling latent_dim film frame_stack "
     SHAPING += "gripper hidden_dims activation layer_norm normalize_observations std_parameterization"
 

@@ -119,7 +119,7 @@ def step(folder: Path, *command: object, tries: int = 1) -> str:
 
 
 def learn_reward(args: Args, folder: Path, server: tuple[str, str], seed: int) -> str:
-    """--reward for the training: a classifier's file, or the task's own."""
+    """--reward for the training: a classifier's file in `folder`, or the task's own."""
     if not args.classifier:
         return "task"
     frames = 30 if args.short else 200
@@ -127,7 +127,7 @@ def learn_reward(args: Args, folder: Path, server: tuple[str, str], seed: int) -
     step(folder, "record_demos.py", *flags, tries=5)
     flags = ("--data", "hil/frames-v0", "--seed", seed, "--run-dir", "classifier")
     step(folder, "reward_classifier.py", *flags, *(("--updates", 60) if args.short else ()))
-    return str(folder / "classifier" / "classifier.pt")
+    return "classifier/classifier.pt"
 
 
 def demonstrated_s(folder: Path) -> float:
@@ -155,7 +155,8 @@ def work(args: Args, seed: int, folder: Path) -> dict[str, object]:
         flags += ["--total-timesteps", steps, "--seed", seed, *(SHORT.split() if args.short else ())]
         here = ("--run-dir", "run", "--address", f"127.0.0.1:{args.port + 10}", *server)
         step(folder, "sac_pixel_real.py", *flags, *here)
-        flags_of_evaluation = ("--final-eval-episodes", episodes, *server)
+        # The task's word: a classifier is no judge of the policy that learned to please it.
+        flags_of_evaluation = ("--final-eval-episodes", episodes, "--reward", "task", *server)
         step(folder, "sac_pixel_real.py", "--eval-only", "run", *flags_of_evaluation)
     line = {"row": args.row(), "seed": seed, "demo_cycle_s": demonstrated_s(folder)}
     line |= read_day(folder / "run")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -17,7 +18,7 @@ from conftest import free_port, one_line, popen_script, read_csv, run_script, wa
 
 import robot_client as rc
 import sac_pixel_real as real
-from common import envs, recording
+from common import envs, recording, setup
 from common.episodes import Recorder
 from common.pixels import FrameFile, Views, pack_pixels
 from common.recording import Recording, dataset_folder
@@ -586,6 +587,18 @@ def test_status_line_says_what_is_logged(capsys):
 
 
 # --- Evaluation -------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["--resume", "--eval-only"])
+def test_another_judge_of_success_may_take_over(tmp_path, kind):
+    """A classifier that was taught more; in an evaluation the task's own word, or a person's."""
+    saved = dataclasses.asdict(small_args(reward="pose", task="pick"))
+    (tmp_path / "args.json").write_text(json.dumps(saved))
+    parse = partial(setup.parse, real.Args, real.__doc__, real.Args.MAY_CHANGE)
+    assert parse([kind, str(tmp_path)]).reward == "pose"
+    assert parse([kind, str(tmp_path), "--reward", "task"]).reward == "task"
+    with pytest.raises(SystemExit, match=f"--task: {tmp_path} has pick; leave the flag out"):
+        parse([kind, str(tmp_path), "--task", "peg"])
+
+
 def test_stopped_evaluation_keeps_what_has_ended(tmp_path, monkeypatch, capsys):
     outcomes = [real.Outcome("success", 2.0, True), real.Outcome("discard", 1.0, False)]
     outcomes.append(real.Outcome("failure", 3.0, True))
