@@ -911,6 +911,8 @@ class Agent:
         self.critic_updates = 0
         self.counts = torch.zeros(3, device=device)  # transitions learned from, in the replay buffer, in the other
         self.probe: dict[str, Tensor] | None = None  # an observation by which a loaded policy is checked
+        # A frozen trunk, most of the work then, has all threads to itself.
+        self.beside = tensors.Beside(1 if self.trunk else args.threads, device)
         if args.compile and device.type == "cuda":
             self.target_q = torch.compile(self.target_q)
             self.critic.encode = torch.compile(self.critic.encode)
@@ -1063,21 +1065,27 @@ class Agent:
         q = self.grasp_critic(seen).gather(1, chosen).squeeze(1)
         return (q - target_q).square().mean()
 
-    def critic_gradient(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Features, dict[str, Tensor]]:
-        """Of the critics and, by imitation too, of the encoder. Also the batch's features, for the actor."""
+    def gradients(self, batch: Batch, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
+        """Of the critics and, by imitation too, of the encoder; `with_actor` also of actor and temperature, which take
+        the same features. On a second thread, where there is one: the targets, then the actor's gradient."""
+        actions = batch.actions[:, : self.arm_dim]  # (B, A) of the arm
+        target_q = self.beside(self.autocast()(self.target_q), batch, eps[:, 0], subset)
         with self.autocast():
-            target_q = self.target_q(batch, eps, subset)
             seen = self.critic.encode(batch.observations)
-            loss, metrics = self.critic_loss(seen, batch.actions[:, : self.arm_dim], target_q)
+        if with_actor:
+            detached = Features(seen.images.detach(), seen.states)
+            actor = self.beside(self.actor_gradient, detached, actions, eps[:, 1])
+        with self.autocast():
+            loss, metrics = self.critic_loss(seen, actions, target_q())
             if self.imitates:
                 mean, _ = self.actor(seen)
-                loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, batch.actions[:, : self.arm_dim])
+                loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, actions)
             if self.grasp_critic is not None:
                 grasp_loss = self.grasp_loss(batch, seen)
                 metrics["losses/grasp_loss"] = grasp_loss.detach()
                 loss = loss + grasp_loss
         (loss / self.args.grad_accum_steps).backward(inputs=self.critic_parameters)
-        return Features(seen.images.detach(), seen.states), metrics
+        return metrics | actor() if with_actor else metrics
 
     def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
         with self.autocast():
@@ -1111,9 +1119,7 @@ class Agent:
         for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations last
             *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
             batch = self.prepare(Batch(*fields), frames)
-            seen, metrics = self.critic_gradient(batch, eps[:, 0], subset)
-            if with_actor:
-                metrics |= self.actor_gradient(seen, batch.actions[:, : self.arm_dim], eps[:, 1])
+            metrics = self.gradients(batch, eps, subset, with_actor)
         if with_actor:
             self.step_actor()
         self.step_critic()

@@ -795,6 +795,8 @@ class Agent:
         # Of `explore`: steps to go and value of each dimension.
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
         self.critic_updates = 0
+        # A frozen trunk, most of the work then, has all threads to itself.
+        self.beside = tensors.Beside(1 if self.trunk else args.threads, device)
         if args.compile and device.type == "cuda":
             self.target_q = torch.compile(self.target_q)
             self.critic.encode = torch.compile(self.critic.encode)
@@ -943,17 +945,22 @@ class Agent:
             loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
-    def critic_gradient(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Features, dict[str, Tensor]]:
-        """Of the critics and, by imitation too, of the encoder. Also the batch's features, for the actor."""
+    def gradients(self, batch: Batch, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
+        """Of the critics and, by imitation too, of the encoder; `with_actor` also of actor and temperature, which take
+        the same features. On a second thread, where there is one: the targets, then the actor's gradient."""
+        target_q = self.beside(self.autocast()(self.target_q), batch, eps[:, 0], subset)
         with self.autocast():
-            target_q = self.target_q(batch, eps, subset)
             seen = self.critic.encode(batch.observations)
-            loss, metrics = self.critic_loss(seen, batch.actions, target_q)
+        if with_actor:
+            detached = Features(seen.images.detach(), seen.states)
+            actor = self.beside(self.actor_gradient, detached, batch.actions, eps[:, 1])
+        with self.autocast():
+            loss, metrics = self.critic_loss(seen, batch.actions, target_q())
             if self.imitates:
                 mean, _ = self.actor(seen)
                 loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, batch.actions)
         (loss / self.args.grad_accum_steps).backward(inputs=self.critic_parameters)
-        return Features(seen.images.detach(), seen.states), metrics
+        return metrics | actor() if with_actor else metrics
 
     def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
         with self.autocast():
@@ -1019,10 +1026,7 @@ class Agent:
                     rewards = self.classifier(batch.next_observations).float().sigmoid()
                 batch = batch._replace(rewards=rewards)
                 metrics["losses/vice_reward"] = batch.rewards.mean()
-            seen, losses = self.critic_gradient(batch, eps[:, 0], subset)
-            metrics |= losses
-            if with_actor:
-                metrics |= self.actor_gradient(seen, batch.actions, eps[:, 1])
+            metrics |= self.gradients(batch, eps, subset, with_actor)
             if with_actor and self.args.reward == "vice":
                 online = len(batch.rewards) - self.num_demos // self.args.grad_accum_steps
                 metrics |= self.classifier_gradient(batch.next_observations.images[:online])

@@ -28,7 +28,6 @@ import math
 import os
 import sys
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -491,10 +490,7 @@ class Agent:
         # Of `explore`: steps to go and value of each dimension.
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
         self.critic_updates = 0
-        self.second_thread = None
-        if args.threads > 1 and device.type == "cpu":
-            torch.set_num_threads(args.threads // 2)
-            self.second_thread = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(args.threads // 2,))
+        self.beside = tensors.Beside(args.threads, device)
         if args.compile and device.type == "cuda":
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
@@ -619,12 +615,11 @@ class Agent:
             observations=self.normalizer(batch.observations),
             next_observations=self.normalizer(batch.next_observations),
         )
-        actor = None
-        if self.second_thread and with_actor:
-            actor = self.second_thread.submit(self.actor_gradient, batch, eps[1])
+        if with_actor:
+            actor = self.beside(self.actor_gradient, batch, eps[1])
         metrics = self.critic_gradient(batch, eps[0], subset)
         if with_actor:
-            metrics |= actor.result() if actor else self.actor_gradient(batch, eps[1])
+            metrics |= actor()
             self.step_actor()
         self.step_critic()
         return metrics

@@ -1,10 +1,12 @@
-"""PyTorch on this machine: device, memory, tensors as bytes, CUDA graphs; observations scaled by what has been seen."""
+"""PyTorch on this machine: device, memory, tensors as bytes, a second thread, CUDA graphs; observations, scaled."""
 
 import contextlib
 import ctypes
 import re
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -75,6 +77,23 @@ def load_generator(generator: torch.Generator, state: Tensor, other_seed: int) -
         generator.set_state(state.cpu())
     else:
         generator.manual_seed(other_seed)
+
+
+class Beside:
+    """Calls on a second thread of the CPU; each of the two has half of PyTorch's threads."""
+
+    def __init__(self, threads: int, device: torch.device):
+        """There is no second thread on a GPU, or where `threads` is 1: what is called waits for its turn there."""
+        self.pool: ThreadPoolExecutor | None = None
+        if threads > 1 and device.type == "cpu":
+            torch.set_num_threads(threads // 2)
+            self.pool = ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads // 2,))
+
+    def __call__(self, function: Callable, *inputs: object) -> Callable:
+        """Begins `function(*inputs)`; what it returns gives the result when it is called, once."""
+        if self.pool:
+            return self.pool.submit(function, *inputs).result
+        return partial(function, *inputs)
 
 
 class Graphed:

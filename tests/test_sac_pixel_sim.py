@@ -725,10 +725,17 @@ def gradients(agent: Agent, inputs, with_actor: bool = True) -> dict[str, Tensor
 
 
 @pytest.mark.parametrize(
-    "changes", [{"grad_accum_steps": 4}, {"activation_checkpointing": True}, {"grad_accum_steps": 8}]
+    ("changes", "dropout"),
+    [
+        ({"grad_accum_steps": 4}, 0),
+        ({"activation_checkpointing": True}, 0),
+        ({"grad_accum_steps": 8}, 0),
+        ({"threads": 2}, 0.3),
+        ({"threads": 2, "grad_accum_steps": 2}, 0),
+    ],
 )
-def test_ways_to_compute_the_same_gradients(changes):
-    options = {"augment": (), "demos": "1", "batch_size": 16, "film": "state"}
+def test_ways_to_compute_the_same_gradients(changes, dropout):
+    options = {"augment": (), "demos": "1", "batch_size": 16, "film": "state", "dropout": dropout}
     whole, other = (Agent(small_views(), box(2), small_args(**options | more), CPU) for more in ({}, changes))
     torch.set_num_threads(1)
     inputs = random_inputs(whole, 16)

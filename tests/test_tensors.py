@@ -1,6 +1,7 @@
 """common/tensors.py: how PyTorch is set up; running statistics that are numpy's and stand spikes."""
 
 import io
+import threading
 
 import numpy as np
 import pytest
@@ -128,3 +129,28 @@ def test_memory_is_announced_and_refused_in_one_line(monkeypatch, capsys):
 
 def test_free_memory_is_a_number_of_bytes():
     assert 1e7 < tensors.free_memory() < 1e14 or tensors.free_memory() == float("inf")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_call_beside_gives_its_result_once_it_is_asked_for(threads):
+    beside = tensors.Beside(threads, torch.device("cpu"))
+    begun, main = [], threading.get_ident()
+
+    def add(a: int, b: int) -> tuple[int, bool]:
+        begun.append(a)
+        return a + b, threading.get_ident() == main
+
+    first, second = beside(add, 1, 2), beside(add, 10, 20)
+    if threads == 2:  # begins at once, in their order
+        assert second() == (30, False) and begun == [1, 10] and first() == (3, False)
+    else:  # waits for its turn
+        assert begun == [] and second() == (30, True) and begun == [10] and first() == (3, True)
+    with pytest.raises(ZeroDivisionError):
+        beside(lambda: 1 // 0)()
+
+
+def test_the_two_threads_share_pytorchs():
+    threads = torch.get_num_threads()
+    beside = tensors.Beside(4, torch.device("cpu"))
+    assert torch.get_num_threads() == beside(torch.get_num_threads)() == 2
+    torch.set_num_threads(threads)
