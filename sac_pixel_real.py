@@ -57,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
 from common import envs, link, pixels, recording, setup, tensors, vision
-from common.episodes import Recorder, demonstrations, replay, summary
+from common.episodes import Recorder, check_steps, demonstrations, replay, summary
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import Recording, Step, fields_of, write_video
 from common.run import Run
@@ -669,7 +669,7 @@ class ReplayBuffer:
                 terminations=1 - discounts * (1 - self.rows.terminations[after]),
             )
             pairs = zip(longer, batch)
-            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in pairs))
+            batch = Batch(*(torch.where(tensors.expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
         return batch
 
@@ -686,24 +686,11 @@ class ReplayBuffer:
         """Takes the place of what is there; a buffer that is too small grows."""
         *rows, continues = state["columns"]
         self.capacity = max(self.capacity, len(continues))
-        self.rows = Batch(*(fill(column, saved) for column, saved in zip(self.rows, rows)))
-        self.continues = fill(self.continues, continues)
+        self.rows = Batch(*(tensors.fill(column, saved) for column, saved in zip(self.rows, rows)))
+        self.continues = tensors.fill(self.continues, continues)
         self.total = state["total"]
         self.newest = dict(state["newest"])
         self.open_episode = state["open"]
-
-
-def expand(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask (...) with dimensions of size 1 behind, as many as `like` (..., D) has more."""
-    return mask[(...,) + (None,) * (like.ndim - mask.ndim)]
-
-
-def fill(column: Tensor, saved: Tensor) -> Tensor:
-    """`column` that begins with the rows `saved`, or those when it is shorter."""
-    if len(saved) > len(column):
-        return saved
-    column[: len(saved)] = saved
-    return column
 
 
 class FrameBuffer(ReplayBuffer):
@@ -763,7 +750,7 @@ class FrameBuffer(ReplayBuffer):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.windows = fill(self.windows, state["windows"])
+        self.windows = tensors.fill(self.windows, state["windows"])
         self.newest_windows = dict(state["newest_windows"])
         self.frames.load_state_dict(state["frames"])
 
@@ -1161,13 +1148,6 @@ class Agent:
         """Critic updates that the ratio to the environment's steps still asks for."""
         return max(self.args.utd_ratio * (step - self.args.learning_starts) - self.critic_updates, 0)
 
-    def check_steps(self, data: bytes) -> None:
-        """Raises ValueError when packed steps hold numbers that are not finite."""
-        steps = np.frombuffer(data, self.step_type)
-        for name in ("action", "reward", "observation"):
-            if not np.isfinite(steps[name]).all():
-                raise ValueError(f"{name}: numbers are not finite")
-
     def policy_tensors(self) -> list[Tensor]:
         """What acting needs: the parameters of actor, encoder and their averages, of the grasp critic, statistics; and
         how much they have learned from."""
@@ -1357,7 +1337,7 @@ def learner(args: Args) -> None:
     agent, buffer, demos = start_learner(args, run, device)
     interventions = Interventions(demos, agent.step_type)
     size = agent.step_type.itemsize
-    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, agent.check_steps)
+    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, partial(check_steps, agent.step_type))
     run.keep(agent=agent, buffer=buffer, demos=demos, interventions=interventions, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)

@@ -45,7 +45,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import envs, link, pixels, setup, tensors, vision
-from common.episodes import Recorder, check_new_dataset, demonstrations, replay, store_evaluation, summary
+from common.episodes import Recorder, check_new_dataset, check_steps, demonstrations, replay, store_evaluation, summary
 from common.evaluation import evaluate, record_video
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.run import Run, report
@@ -606,7 +606,7 @@ class ReplayBuffer:
                 terminations=1 - discounts * (1 - self.rows.terminations[after]),
             )
             pairs = zip(longer, batch)
-            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in pairs))
+            batch = Batch(*(torch.where(tensors.expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
         return batch
 
@@ -623,24 +623,11 @@ class ReplayBuffer:
         """Takes the place of what is there; a buffer that is too small grows."""
         *rows, continues = state["columns"]
         self.capacity = max(self.capacity, len(continues))
-        self.rows = Batch(*(fill(column, saved) for column, saved in zip(self.rows, rows)))
-        self.continues = fill(self.continues, continues)
+        self.rows = Batch(*(tensors.fill(column, saved) for column, saved in zip(self.rows, rows)))
+        self.continues = tensors.fill(self.continues, continues)
         self.total = state["total"]
         self.newest = dict(state["newest"])
         self.open_episode = state["open"]
-
-
-def expand(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask (...) with dimensions of size 1 behind, as many as `like` (..., D) has more."""
-    return mask[(...,) + (None,) * (like.ndim - mask.ndim)]
-
-
-def fill(column: Tensor, saved: Tensor) -> Tensor:
-    """`column` that begins with the rows `saved`, or those when it is shorter."""
-    if len(saved) > len(column):
-        return saved
-    column[: len(saved)] = saved
-    return column
 
 
 class FrameBuffer(ReplayBuffer):
@@ -700,7 +687,7 @@ class FrameBuffer(ReplayBuffer):
 
     def load_state_dict(self, state: dict) -> None:
         super().load_state_dict(state)
-        self.windows = fill(self.windows, state["windows"])
+        self.windows = tensors.fill(self.windows, state["windows"])
         self.newest_windows = dict(state["newest_windows"])
         self.frames.load_state_dict(state["frames"])
 
@@ -1073,13 +1060,6 @@ class Agent:
         """Critic updates that the ratio to the environment's steps still asks for."""
         return max(self.args.utd_ratio * (step - self.args.learning_starts) - self.critic_updates, 0)
 
-    def check_steps(self, data: bytes) -> None:
-        """Raises ValueError when packed steps hold numbers that are not finite."""
-        steps = np.frombuffer(data, self.step_type)
-        for name in ("action", "reward", "observation"):
-            if not np.isfinite(steps[name]).all():
-                raise ValueError(f"{name}: numbers are not finite")
-
     def policy_tensors(self) -> list[Tensor]:
         """What acting needs: parameters of actor and encoder, and the normalizer's statistics."""
         parameters = [parameter.detach() for parameter in self.acting_parameters]
@@ -1231,7 +1211,7 @@ def learner(args: Args) -> None:
     if args.eval_every >= args.total_timesteps:
         task.close()
     size = agent.step_type.itemsize
-    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, agent.check_steps)
+    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, partial(check_steps, agent.step_type))
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)

@@ -42,7 +42,17 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from common import envs, link, setup, tensors
-from common.episodes import Recorder, check_new_dataset, demonstrations, replay, store_evaluation, summary
+from common.episodes import (
+    Recorder,
+    check_new_dataset,
+    check_steps,
+    demonstrations,
+    pack_step,
+    replay,
+    step_type,
+    store_evaluation,
+    summary,
+)
 from common.evaluation import evaluate, record_video
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
@@ -322,24 +332,6 @@ class Batch(NamedTuple):
     terminations: Tensor  # (B,) 1 where terminated, not truncated; see `ReplayBuffer.follow_up`
 
 
-def step_type(obs_dim: int, action_dim: int) -> np.dtype:
-    """One step as journalled and sent: an action and what followed; `first`: a reset, no action."""
-    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?")]
-    return np.dtype([*fields, ("first", "?"), ("observation", "f4", (obs_dim,))])
-
-
-def pack_step(dtype: np.dtype, action: np.ndarray | None, obs: np.ndarray, reward=0.0, terminated=False) -> np.ndarray:
-    """A step of type `step_type` (); without an action a reset."""
-    step = np.zeros((), dtype)
-    step["observation"] = obs
-    step["first"] = action is None
-    if action is not None:
-        step["action"] = action
-        step["reward"] = reward
-        step["terminated"] = terminated
-    return step
-
-
 class ReplayBuffer:
     """Uniform ring buffer of transitions on the device: sampling is one gather per field."""
 
@@ -399,7 +391,7 @@ class ReplayBuffer:
                 terminations=1 - discounts * (1 - self.rows.terminations[after]),
             )
             pairs = zip(longer, batch)
-            batch = Batch(*(torch.where(expand(goes_on, new), new, old) for new, old in pairs))
+            batch = Batch(*(torch.where(tensors.expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
         return batch
 
@@ -416,24 +408,11 @@ class ReplayBuffer:
         """Takes the place of what is there; a buffer that is too small grows."""
         *rows, continues = state["columns"]
         self.capacity = max(self.capacity, len(continues))
-        self.rows = Batch(*(fill(column, saved) for column, saved in zip(self.rows, rows)))
-        self.continues = fill(self.continues, continues)
+        self.rows = Batch(*(tensors.fill(column, saved) for column, saved in zip(self.rows, rows)))
+        self.continues = tensors.fill(self.continues, continues)
         self.total = state["total"]
         self.newest = dict(state["newest"])
         self.open_episode = state["open"]
-
-
-def expand(mask: Tensor, like: Tensor) -> Tensor:
-    """A mask (...) with dimensions of size 1 behind, as many as `like` (..., D) has more."""
-    return mask[(...,) + (None,) * (like.ndim - mask.ndim)]
-
-
-def fill(column: Tensor, saved: Tensor) -> Tensor:
-    """`column` that begins with the rows `saved`, or those when it is shorter."""
-    if len(saved) > len(column):
-        return saved
-    column[: len(saved)] = saved
-    return column
 
 
 def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
@@ -659,13 +638,6 @@ class Agent:
         """Critic updates that the ratio to the environment's steps still asks for."""
         return max(self.args.utd_ratio * (step - self.args.learning_starts) - self.critic_updates, 0)
 
-    def check_steps(self, data: bytes) -> None:
-        """Raises ValueError when packed steps hold numbers that are not finite."""
-        steps = np.frombuffer(data, self.step_type)
-        for name in ("action", "reward", "observation"):
-            if not np.isfinite(steps[name]).all():
-                raise ValueError(f"{name}: numbers are not finite")
-
     def policy_tensors(self) -> list[Tensor]:
         """What acting needs: the actor's parameters and the normalizer's statistics."""
         statistics = [self.normalizer.mean, self.normalizer.var] if self.args.normalize_observations else []
@@ -805,7 +777,7 @@ def learner(args: Args) -> None:
     if args.eval_every >= args.total_timesteps:
         task.close()
     size = agent.step_type.itemsize
-    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, agent.check_steps)
+    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, partial(check_steps, agent.step_type))
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)

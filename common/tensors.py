@@ -71,6 +71,19 @@ def unpack_tensors(data: bytes, tensors: list[Tensor]) -> None:
         tensor.copy_(values.reshape(tensor.shape))
 
 
+def expand(mask: Tensor, like: Tensor) -> Tensor:
+    """A mask (...) with dimensions of size 1 behind, as many as `like` (..., D) has more."""
+    return mask[(...,) + (None,) * (like.ndim - mask.ndim)]
+
+
+def fill(column: Tensor, saved: Tensor) -> Tensor:
+    """`column` that begins with the rows `saved`, or those when it is shorter."""
+    if len(saved) > len(column):
+        return saved
+    column[: len(saved)] = saved
+    return column
+
+
 def load_generator(generator: torch.Generator, state: Tensor, other_seed: int) -> None:
     """The generator as it was; `other_seed` when the state is a GPU's and is read on a CPU, or vice versa."""
     if state.shape == generator.get_state().shape:

@@ -21,8 +21,9 @@ from forked import popen_forked
 from state_runs import SCRIPT, TASKS, TINY, script, stored
 
 from common import link
+from common.episodes import check_steps, step_type
 from common.link import PROTOCOL, RECORDS_PER_FILE, Actor, Journal, Learner, parse_address
-from sac_state_sim import Agent, Args, step_type
+from sac_state_sim import Agent, Args
 
 HELLO = {"--env-id": "Task-v0", "--hidden-dims": [256, 256]}
 SIZE = 12  # bytes of a record in these tests
@@ -463,16 +464,15 @@ def test_addresses_that_a_learner_cannot_have():
 
 
 def test_steps_of_the_script_must_be_finite():
-    """What `check` is in sac_state_sim.py."""
-    agent = Agent.__new__(Agent)
-    agent.step_type = step_type(3, 2)
-    steps = np.zeros(4, agent.step_type)
-    agent.check_steps(steps.tobytes())
+    """What `check` is in the scripts."""
+    dtype = step_type(3, 2)
+    steps = np.zeros(4, dtype)
+    check_steps(dtype, steps.tobytes())
     for name in ("action", "reward", "observation"):
         wrong = steps.copy()
         wrong[name][2] = np.nan
         with pytest.raises(ValueError, match=name):
-            agent.check_steps(wrong.tobytes())
+            check_steps(dtype, wrong.tobytes())
 
 
 # --- Keys -------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import distributions
 
 import sac_state_sim
 from common import envs
-from common.episodes import spread_starts
+from common.episodes import pack_step, spread_starts, step_type
 from sac_state_sim import (
     MLP,
     TAU,
@@ -33,8 +33,6 @@ from sac_state_sim import (
     ReplayBuffer,
     load_demos,
     make_env,
-    pack_step,
-    step_type,
     wrap_states,
 )
 
