@@ -74,8 +74,6 @@ ACTOR_AHEAD = 100  # actor: steps that it may be ahead of the learner before it 
 # --- Args -------------------------------------------------------------------------------------------------------------
 @dataclass
 class Args(RunArgs):
-    threads: int = 2
-    """CPU threads for PyTorch; with two, actor and critics learn side by side on a CPU"""
     record_dataset: str | None = None
     """store the last evaluation's episodes as this local Minari dataset, e.g. franka/pick-v0"""
     # environment

@@ -49,7 +49,7 @@ class RunArgs:
     compile: bool = True
     """on a GPU: compile the losses and replay each update as one CUDA graph (a CPU is faster without)"""
     threads: int = 2
-    """CPU threads for PyTorch"""
+    """CPU threads for PyTorch; two share an update"""
     amp: bool = False
     """bfloat16 matrix products: faster on a GPU, and on CPUs with AVX512-BF16 or AMX"""
 
