@@ -219,9 +219,9 @@ def replay(episode: Episode, env: gym.Env, wrap: Callable[[gym.Env], gym.Env], c
             return
 
 
-# --- Minari datasets --------------------------------------------------------------------------------------------------
+# --- Steps as they are journalled and sent ----------------------------------------------------------------------------
 def step_type(obs_dim: int, action_dim: int) -> np.dtype:
-    """One step as journalled and sent: an action and what followed; `first`: a reset, no action."""
+    """An action and what followed; `first`: a reset, no action."""
     fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?")]
     return np.dtype([*fields, ("first", "?"), ("observation", "f4", (obs_dim,))])
 
@@ -246,6 +246,7 @@ def check_steps(step_type: np.dtype, data: bytes) -> None:
             raise ValueError(f"{name}: numbers are not finite")
 
 
+# --- Minari datasets --------------------------------------------------------------------------------------------------
 def check_new_dataset(dataset_id: str) -> None:
     """Exits with one line when Minari would refuse this name, which it would do after the training."""
     import minari

@@ -22,6 +22,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from common.envs import is_opengls, looks_like_image, with_remedy
+from common.episodes import pack_step
 from common.evaluation import picture
 from common.setup import Fault, fail
 
@@ -203,14 +204,8 @@ def pixel_step_type(views: Views, action_dim: int, frames: int) -> np.dtype:
 
 def pack_pixels(dtype: np.dtype, action: np.ndarray | None, obs: dict, reward=0.0, terminated=False) -> np.ndarray:
     """A step of type `pixel_step_type` (); without an action a reset."""
-    step = np.zeros((), dtype)
-    step["observation"] = obs["state"].reshape(-1)
+    step = pack_step(dtype, action, obs["state"].reshape(-1), reward, terminated)
     step["frames"] = obs["images"][-len(step["frames"]) :]
-    step["first"] = action is None
-    if action is not None:
-        step["action"] = action
-        step["reward"] = reward
-        step["terminated"] = terminated
     return step
 
 
