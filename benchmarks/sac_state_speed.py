@@ -1,15 +1,19 @@
-"""Training steps per second of sac_state_sim.py beside CleanRL, SB3 and SBX, on one machine, in one go.
+"""Training steps per second of sac_state_sim.py beside CleanRL, LeanRL, SB3 and SBX, on one machine, in one go.
 
     python benchmarks/sac_state_speed.py                                          # ours alone
     python benchmarks/sac_state_speed.py --cleanrl-path CLEANRL --cleanrl-python CLEANRL_VENV/bin/python \\
         --sb3-python SB3_VENV/bin/python --sbx-python SBX_VENV/bin/python         # the table
+    python benchmarks/sac_state_speed.py --gpu --env-id HalfCheetah-v4 --threads 8 --rounds 2 --cleanrl-path CLEANRL \\
+        --cleanrl-python VENV/bin/python --leanrl-path LEANRL --leanrl-python VENV/bin/python      # on a GPU
 
 The same task and settings for all: SAC, two critics, 2 x 256 ReLU units, batches of 256, one update of critics, actor
 and temperature per step. Each measurement is a process of its own on the same cores; the contenders take turns, so
 that a change of the machine's speed meets all alike. The clock runs from `warmup` updates after the random steps to
 the last step: start, compilation and evaluation are outside. The other projects are not part of this one: give a
-checkout of CleanRL (https://github.com/vwxyzjn/cleanrl) and interpreters that can import what they need. CleanRL is
-of gymnasium 0.29; with gymnasium 1.x, its SyncVectorEnv needs autoreset_mode=SAME_STEP and "final_obs".
+checkout of CleanRL (https://github.com/vwxyzjn/cleanrl), of LeanRL (https://github.com/meta-pytorch/LeanRL), and
+interpreters that can import what they need. CleanRL and LeanRL are of gymnasium 0.29, whose cheetah is HalfCheetah-v4;
+with gymnasium 1.x, CleanRL's SyncVectorEnv needs autoreset_mode=SAME_STEP and "final_obs". LeanRL's script is the one
+for torch.compile and CUDA graphs, both switched on with --gpu; a stand-in for wandb notes when it logs.
 
 Run it on a quiet machine. `others_cores` in the file says how many cores other processes used during a measurement:
 OpenMP's two threads wait for each other, so that one foreign process slows a PyTorch contender many times over.
@@ -35,6 +39,11 @@ OURS = """--env-id {env_id} --total-timesteps {total} --learning-starts {learnin
     --target-entropy-per-dim -1.0 --eval-every 1000 --eval-episodes 1
     --final-eval-episodes 1 --no-capture-video"""
 CLEANRL = "--env-id {env_id} --total-timesteps {total} --learning-starts {learning_starts} --batch-size 256"
+WANDB = """
+import json, time
+def init(**settings): pass
+def log(values, step): print(json.dumps([step, time.time()]))
+"""
 # SB3 and SBX share their interface. Prints [[step, seconds], ...] at both ends of the timed part.
 SB3 = """
 import json, sys, time
@@ -65,6 +74,10 @@ class Args:
     """checkout of CleanRL: the folder that holds cleanrl/ and cleanrl_utils/"""
     cleanrl_python: str = sys.executable
     """interpreter for CleanRL"""
+    leanrl_path: Path | None = None
+    """checkout of LeanRL: the folder that holds leanrl/"""
+    leanrl_python: str = sys.executable
+    """interpreter for LeanRL"""
     sb3_python: str | None = None
     """interpreter that can import stable_baselines3"""
     sbx_python: str | None = None
@@ -89,7 +102,7 @@ class Args:
 
 # --- Contenders -------------------------------------------------------------------------------------------------------
 def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
-    """Contender -> command; writes the SB3 and SBX scripts into `folder`."""
+    """Contender -> command; writes the SB3 and SBX scripts and LeanRL's wandb into `folder`."""
     values = {"env_id": args.env_id, "learning_starts": args.learning_starts, "seed": seed}
     values |= {"total": args.learning_starts + args.warmup + args.steps, "start": args.learning_starts + args.warmup}
     found = {}
@@ -101,6 +114,12 @@ def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
         script = args.cleanrl_path.resolve() / "cleanrl" / "sac_continuous_action.py"
         flags = CLEANRL.format(**values | {"total": values["total"] + 1}).split()  # it logs a step after taking it
         found["cleanrl"] = [interpreter(args.cleanrl_python), str(script), *flags, "--seed", str(seed)]
+    if args.leanrl_path:
+        (folder / "wandb.py").write_text(WANDB)
+        script = args.leanrl_path.resolve() / "leanrl" / "sac_continuous_action_torchcompile.py"
+        flags = [*CLEANRL.format(**values | {"total": values["total"] + 1}).split(), "--seed", str(seed)]
+        flags += ["--compile", "--cudagraphs"] if args.gpu else []
+        found["leanrl"] = [interpreter(args.leanrl_python), str(script), *flags]
     for name, package, python in (("sb3", "stable_baselines3", args.sb3_python), ("sbx", "sbx", args.sbx_python)):
         if python:
             (folder / f"{name}_sac.py").write_text(SB3.format(package=package, **values))
@@ -109,16 +128,17 @@ def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
 
 
 def version(contender: str, command: list[str]) -> str:
-    """The versions that matter, as the contender's interpreter finds them; CleanRL's is the hash of its script."""
+    """The versions that matter, as the contender's interpreter finds them; CleanRL's and LeanRL's are hashes of scripts."""
     packages = {
         "ours": ["torch"],
         "ours_bf16": ["torch"],
         "cleanrl": ["torch"],
+        "leanrl": ["torch", "tensordict", "torchrl"],
         "sb3": ["stable_baselines3", "torch"],
         "sbx": ["sbx-rl", "jax"],
     }
     found = versions(command[0], *packages[contender], "gymnasium", "mujoco")
-    if contender == "cleanrl":
+    if contender in ("cleanrl", "leanrl"):
         return f"sha256 {hashlib.sha256(Path(command[1]).read_bytes()).hexdigest()[:8]}, {found}"
     return found
 
@@ -127,6 +147,8 @@ def marks(contender: str, folder: Path, stdout: str) -> list[tuple[int, float]]:
     """(step, time in s) at each moment that a finished run has noted."""
     if contender in ("sb3", "sbx"):
         return [tuple(mark) for mark in json.loads(stdout.splitlines()[-1])]
+    if contender == "leanrl":
+        return [tuple(json.loads(line)) for line in stdout.splitlines() if line.startswith("[")]
     if contender.startswith("ours"):  # its steps per second leave out what it evaluates in between
         with (folder / "runs" / "train.csv").open(newline="") as file:
             rows = [(int(row["global_step"]), float(row["charts/SPS"])) for row in csv.DictReader(file)]
@@ -142,9 +164,10 @@ def marks(contender: str, folder: Path, stdout: str) -> list[tuple[int, float]]:
 # --- Measuring --------------------------------------------------------------------------------------------------------
 def measure(contender: str, args: Args, seed: int) -> dict[str, object]:
     """Runs one contender once: timed steps, their time (s), and the cores that other processes used meanwhile."""
-    env = {"PYTHONPATH": str(args.cleanrl_path.resolve())} if contender == "cleanrl" else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        paths = {"cleanrl": args.cleanrl_path and args.cleanrl_path.resolve(), "leanrl": folder}
+        env = {"PYTHONPATH": str(paths[contender])} if contender in paths else {}
         command = commands(args, seed, folder)[contender]
         stdout, others = run_contender(command, folder, args.threads, args.gpu, **env)
         noted = marks(contender, folder, stdout)
@@ -160,7 +183,8 @@ def main(args: Args) -> None:
     bind(args.threads)
     with tempfile.TemporaryDirectory() as temporary:
         runs = commands(args, 0, Path(temporary))
-    for contender, flag in (("cleanrl", "--cleanrl-path"), ("sb3", "--sb3-python"), ("sbx", "--sbx-python")):
+    flags = {"cleanrl": "--cleanrl-path", "leanrl": "--leanrl-path", "sb3": "--sb3-python", "sbx": "--sbx-python"}
+    for contender, flag in flags.items():
         if contender not in runs:
             print(f"{contender} is left out: {flag} is not given")
     names = {contender: version(contender, command) for contender, command in runs.items()}
