@@ -790,6 +790,7 @@ class Agent:
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
             self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
         """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
@@ -816,22 +817,28 @@ class Agent:
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_images`."""
-        seen = self.one_observation(obs)
+        images, states = self.one_observation(obs)
+        action = self.choose(images, states, deterministic=deterministic)[0].cpu().numpy()
+        if self.args.explore_prob and not deterministic:
+            self.explore(action)
+        return action
+
+    def one_observation(self, obs: dict) -> tuple[Tensor, Tensor]:
+        """Its images (1, T, K, H, W, 3) and states (1, T * S)."""
+        images = torch.as_tensor(obs["images"], device=self.device)[None]
+        states = torch.as_tensor(obs["state"], device=self.device)[None]
+        return images, states.flatten(1)
+
+    def choose(self, images: Tensor, states: Tensor, deterministic: bool) -> Tensor:
+        """Actions (B, A) in [-1, 1] for images (B, T, K, H, W, 3) and states (B, T * S): the averaged policy's means,
+        or drawn."""
+        seen = self.see(images, self.normalizer(states))
         actor = self.mean_actor if deterministic else self.actor
         encoder = self.mean_encoder if deterministic else self.critic.encoder
         mean, std = actor(Features(encoder(seen), seen.states))
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
-        action = mean.tanh()[0].cpu().numpy()
-        if self.args.explore_prob and not deterministic:
-            self.explore(action)
-        return action
-
-    def one_observation(self, obs: dict) -> Observation:
-        """As networks see it, in a batch of one."""
-        images = torch.as_tensor(obs["images"], device=self.device)[None]
-        states = torch.as_tensor(obs["state"], device=self.device)[None]
-        return self.see(images, self.normalizer(states.flatten(1)))
+        return mean.tanh()
 
     def explore(self, action: np.ndarray) -> None:
         """Now and then holds a single dimension at a random value; after arXiv:2006.01782."""
@@ -863,7 +870,8 @@ class Agent:
         """The reward of a step to `obs`: the task's, or 1 where a trained classifier sees success."""
         if self.args.reward == "vice" or self.classifier is None:
             return reward
-        return float(self.classifier(self.one_observation(obs)) > 0)
+        images, states = self.one_observation(obs)
+        return float(self.classifier(self.see(images, self.normalizer(states))) > 0)
 
     @property
     def alpha(self) -> Tensor:

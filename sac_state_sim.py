@@ -472,6 +472,7 @@ class Agent:
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
             self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
 
     def make_buffer(self, capacity: int) -> ReplayBuffer:
         """A buffer of this agent's transitions. Exits with one line where memory is too small."""
@@ -487,17 +488,21 @@ class Agent:
     @torch.inference_mode()
     def act(self, obs: np.ndarray, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation (O,)."""
-        actor = self.mean_actor if deterministic else self.actor
         observations = torch.as_tensor(obs, dtype=torch.float32, device=self.device)[None]  # (1, O)
-        mean, std = actor(self.normalizer(observations))
-        if not deterministic:
-            mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
-        action = mean.tanh()[0].cpu().numpy()
+        action = self.choose(observations, deterministic=deterministic)[0].cpu().numpy()
         if not np.isfinite(action).all():
             fail(f"the policy's actions are {action}: training has diverged; give a smaller --lr or smaller rewards")
         if self.args.explore_prob and not deterministic:
             self.explore(action)
         return action
+
+    def choose(self, observations: Tensor, deterministic: bool) -> Tensor:
+        """Actions (B, A) in [-1, 1] for observations (B, O): the averaged policy's means, or drawn."""
+        actor = self.mean_actor if deterministic else self.actor
+        mean, std = actor(self.normalizer(observations))
+        if not deterministic:
+            mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
+        return mean.tanh()
 
     def explore(self, action: np.ndarray) -> None:
         """Now and then holds a single dimension at a random value; after arXiv:2006.01782."""

@@ -128,7 +128,7 @@ def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
 
 
 def version(contender: str, command: list[str]) -> str:
-    """The versions that matter, as the contender's interpreter finds them; CleanRL's and LeanRL's are hashes of scripts."""
+    """The versions that matter, as the contender's interpreter finds them; of a script that is no package its hash."""
     packages = {
         "ours": ["torch"],
         "ours_bf16": ["torch"],

@@ -116,12 +116,12 @@ class Graphed:
     for each value of the keyword arguments. The results are the same tensors in every call.
     """
 
-    def __init__(self, function: Callable[..., dict[str, Tensor]], generator: torch.Generator, eager: int):
+    def __init__(self, function: Callable[..., Tensor | dict], generator: torch.Generator, eager: int):
         self.function, self.generator, self.eager = function, generator, eager
         self.calls = 0
         self.graphs: dict[tuple, tuple] = {}
 
-    def __call__(self, *inputs: Tensor, **options: bool) -> dict[str, Tensor]:
+    def __call__(self, *inputs: Tensor, **options: bool) -> Tensor | dict:
         self.calls += 1
         if self.calls <= self.eager:
             stream = torch.cuda.Stream()

@@ -1236,6 +1236,10 @@ def test_graphed_updates_on_a_gpu(encoder, changes, tmp_path):
         for _ in range(30):
             lot.append(float(agent.update(buffer, demos, 1)["losses/critic_loss"]))
     assert len(agents[0].update_once.graphs) == 2
+    agents[1].load_state_dict(agents[0].state_dict())
+    acted = [[agent.act(obs, deterministic=True) for _ in range(3)][-1] for agent in agents]
+    np.testing.assert_allclose(*acted, atol=1e-2)
+    assert not np.allclose(*(agents[0].act(obs, deterministic=False) for _ in range(2)))
     assert all(map(math.isfinite, losses[0])) and len(set(losses[0][-15:])) == 15  # a fresh batch each time
     assert moved(before, agents[0].critic, agents[0].actor) == before.keys()
     if not changes:  # whose random numbers a graph draws in another order

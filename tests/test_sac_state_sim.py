@@ -1122,6 +1122,14 @@ def test_graphed_updates_on_a_gpu(dropout):
         if not dropout:
             gap = (parameters_of(getattr(agent, name)) - parameters_of(getattr(eager, name))).abs().mean()
             assert gap < 0.2 * moved, name
+    for _ in range(2):  # the graph of acting follows the weights, and draws anew
+        obs, deterministic = batch.observations[0].numpy(), {"deterministic": True}
+        acted = [agent.act(obs, **deterministic) for _ in range(3)]
+        with torch.inference_mode():
+            expected = agent.choose.function(torch.tensor(obs, device="cuda")[None], **deterministic)
+        assert_close(acted[-1], expected[0].cpu(), 1e-3)
+        assert not np.allclose(agent.act(obs, deterministic=False), agent.act(obs, deterministic=False))
+        agent.mean_actor.load_state_dict(agent.actor.state_dict())
     # the buffer grows: high rewards, which the graph has not seen
     for _ in range(10):
         fill(buffer, batch._replace(rewards=torch.full((200,), 100.0)))
