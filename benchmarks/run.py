@@ -89,6 +89,12 @@ ROWS = {
         "eval/success_rate",
         "at least 0.9; 30 min on two CPU cores",
     ),
+    "pixel_pick_gpu": Row(
+        "from two cameras, 20 scripted demonstrations, on a GPU",
+        "sac_pixel_sim.py --no-capture-video",
+        "eval/success_rate",
+        "at least 0.9; 3 min on an H100",
+    ),
     "pixel_pick_resnet": Row(
         "from two cameras of 128 x 128, ResNet-10, on a GPU",
         "sac_pixel_sim.py --encoder resnet10 --image-size 128 --batch-size 256 --amp",

@@ -109,7 +109,8 @@ def commands(args: Args, seed: int, folder: Path) -> dict[str, list[str]]:
     if args.ours:
         flags = ["--seed", str(seed), "--run-dir", str(folder / "runs")]
         found["ours"] = [sys.executable, str(REPO / "sac_state_sim.py"), *OURS.format(**values).split(), *flags]
-        found["ours_bf16"] = [*found["ours"], "--amp"]
+        if not args.gpu:  # which such small products do not keep busy
+            found["ours_bf16"] = [*found["ours"], "--amp"]
     if args.cleanrl_path:
         script = args.cleanrl_path.resolve() / "cleanrl" / "sac_continuous_action.py"
         flags = CLEANRL.format(**values | {"total": values["total"] + 1}).split()  # it logs a step after taking it
