@@ -12,7 +12,7 @@ import numpy as np
 from gymnasium import spaces
 
 from common.datasets import each, local_dataset, sound, unreadable
-from common.envs import Checked, episode_seed, say_once
+from common.envs import Checked, episode_seed, leaves, looks_like_image, say_once
 from common.evaluation import evaluate
 from common.recording import check_fingerprint, fingerprint, layout
 from common.setup import fail
@@ -91,13 +91,15 @@ def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterat
 def spread_starts(count: int, env: gym.Env, seed: int) -> list[int]:
     """Numbers of `count` episodes that start far from each other, of SPREAD times as many: few of them cover the task.
 
-    Farthest first (Gonzalez 1985), by the first observations, whose entries count in their standard deviations.
+    Farthest first (Gonzalez 1985), by the numbers of the first observations, in their standard deviations. Images do
+    not count: by them the cubes farthest from all others are those near the camera.
     """
+    parts = leaves(env.observation_space)
+    counts = np.concatenate([np.full(spaces.flatdim(part), not looks_like_image(part)) for part in parts])
     starts = []
     for number in range(SPREAD * count):
         obs, _ = env.reset(seed=episode_seed(seed, 2, number))
-        flat = spaces.flatten(env.observation_space, obs)
-        starts.append(flat[:: 1 + flat.size // 1000].astype(float))  # of images a part
+        starts.append(spaces.flatten(env.observation_space, obs)[counts].astype(float))
     scaled = np.stack(starts) / (np.std(starts, 0) + 1e-3)
     chosen = [0]
     nearest = np.full(len(scaled), np.inf)
