@@ -97,7 +97,7 @@ class Args(RunArgs):
     gripper_penalty: float = 0.0
     """subtracted from the reward when the gripper (last action) reverses its motion (SERL: 0.1)"""
     # training
-    total_timesteps: int = 12_000
+    total_timesteps: int = 8_000
     """environment steps"""
     learning_starts: int = 500
     """environment steps with random actions before learning starts"""
