@@ -785,12 +785,16 @@ class Agent:
         # A frozen trunk, most of the work then, has all threads to itself.
         self.beside = tensors.Beside(1 if self.trunk else args.threads, device)
         if args.compile and device.type == "cuda":
-            self.target_q = torch.compile(self.target_q)
-            self.critic.encode = torch.compile(self.critic.encode)
-            self.critic_loss = torch.compile(self.critic_loss)
-            self.actor_loss = torch.compile(self.actor_loss)
-            self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
-            self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
+            self.compile()
+
+    def compile(self) -> None:
+        """For a GPU: the losses compiled; an update, and a choice, as one CUDA graph each."""
+        self.target_q = torch.compile(self.target_q)
+        self.critic.encode = torch.compile(self.critic.encode)
+        self.critic_loss = torch.compile(self.critic_loss)
+        self.actor_loss = torch.compile(self.actor_loss)
+        self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * self.args.policy_delay)
+        self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
         """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
@@ -830,8 +834,7 @@ class Agent:
         return images, states.flatten(1)
 
     def choose(self, images: Tensor, states: Tensor, deterministic: bool) -> Tensor:
-        """Actions (B, A) in [-1, 1] for images (B, T, K, H, W, 3) and states (B, T * S): the averaged policy's means,
-        or drawn."""
+        """Actions (B, A) in [-1, 1] for images and states (B, ...): the averaged policy's means, or drawn."""
         seen = self.see(images, self.normalizer(states))
         actor = self.mean_actor if deterministic else self.actor
         encoder = self.mean_encoder if deterministic else self.critic.encoder

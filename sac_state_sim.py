@@ -469,10 +469,14 @@ class Agent:
         self.critic_updates = 0
         self.beside = tensors.Beside(args.threads, device)
         if args.compile and device.type == "cuda":
-            self.critic_loss = torch.compile(self.critic_loss)
-            self.actor_loss = torch.compile(self.actor_loss)
-            self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
-            self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
+            self.compile()
+
+    def compile(self) -> None:
+        """For a GPU: the losses compiled; an update, and a choice, as one CUDA graph each."""
+        self.critic_loss = torch.compile(self.critic_loss)
+        self.actor_loss = torch.compile(self.actor_loss)
+        self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * self.args.policy_delay)
+        self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
 
     def make_buffer(self, capacity: int) -> ReplayBuffer:
         """A buffer of this agent's transitions. Exits with one line where memory is too small."""

@@ -39,8 +39,8 @@ CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_C
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
-    "sac_state_sim.py": 885,
-    "sac_pixel_sim.py": 1322,
+    "sac_state_sim.py": 894,
+    "sac_pixel_sim.py": 1333,
     "sac_pixel_real.py": 1728,
     "bc_flow_offline.py": 1280,
     "robot_server.py": 2890,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
