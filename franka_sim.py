@@ -467,7 +467,7 @@ class FrankaTask(gym.Env):
     ) -> None:
         """Keyword options of `gym.make`. `reward_type`: "dense", or "sparse", 1 at success, else 0;
         `control_hz`: actions per second; `gripper_action`: only where offered; `image_obs`: observe
-        {state, one image per camera} of `image_size` x `image_size` pixels, not the task's state;
+        {state, one image per camera} of `image_size` x `image_size` pixels, not the task's state (info of a reset);
         `shadows`: and antialiasing, for pictures, many times slower. ValueError for nonsense."""
         if reward_type not in ("dense", "sparse"):
             raise ValueError(f"reward_type must be 'dense' or 'sparse', not {reward_type!r}")
@@ -504,7 +504,8 @@ class FrankaTask(gym.Env):
         self.place()
         if self.render_mode == "human":
             self.render()
-        return self.observe(), {"success": False}
+        hidden = {"start": np.concatenate([*self.task_observation().values()])} if self.image_obs else {}
+        return self.observe(), {"success": False} | hidden
 
     def step(self, action: np.ndarray) -> tuple[dict, float, bool, bool, dict]:
         values = self.checked(action)
@@ -539,8 +540,7 @@ class FrankaTask(gym.Env):
         robot = self.robot_observation()
         if not self.image_obs:
             return robot | self.task_observation()
-        size = self.image_size
-        images = {camera: self.sim.render(camera, size, size) for camera in self.cameras}
+        images = {camera: self.sim.render(camera, self.image_size, self.image_size) for camera in self.cameras}
         return {"state": np.concatenate([*robot.values()])} | images
 
     def robot_observation(self) -> dict[str, np.ndarray]:

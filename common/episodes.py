@@ -92,14 +92,16 @@ def spread_starts(count: int, env: gym.Env, seed: int) -> list[int]:
     """Numbers of `count` episodes that start far from each other, of SPREAD times as many: few of them cover the task.
 
     Farthest first (Gonzalez 1985), by the numbers of the first observations, in their standard deviations. Images do
-    not count: by them the cubes farthest from all others are those near the camera.
+    not count: by them the cubes farthest from all others are those near the camera. What images show, a task may tell
+    as an array, info["start"] of its reset.
     """
     parts = leaves(env.observation_space)
     counts = np.concatenate([np.full(spaces.flatdim(part), not looks_like_image(part)) for part in parts])
     starts = []
     for number in range(SPREAD * count):
-        obs, _ = env.reset(seed=episode_seed(seed, 2, number))
-        starts.append(spaces.flatten(env.observation_space, obs)[counts].astype(float))
+        obs, info = env.reset(seed=episode_seed(seed, 2, number))
+        seen = spaces.flatten(env.observation_space, obs)[counts]
+        starts.append(np.append(seen, info.get("start", ())).astype(float))
     scaled = np.stack(starts) / (np.std(starts, 0) + 1e-3)
     chosen = [0]
     nearest = np.full(len(scaled), np.inf)
