@@ -93,16 +93,20 @@ def spread_starts(count: int, env: gym.Env, seed: int) -> list[int]:
 
     Farthest first (Gonzalez 1985), by the numbers of the first observations, in their standard deviations. Images do
     not count: by them the cubes farthest from all others are those near the camera. What images show, a task may tell
-    as an array, info["start"] of its reset.
+    as an array, info["start"] of its reset. Exits with one line when that is no array of numbers.
     """
     parts = leaves(env.observation_space)
     counts = np.concatenate([np.full(spaces.flatdim(part), not looks_like_image(part)) for part in parts])
-    starts = []
+    starts, told = [], []
     for number in range(SPREAD * count):
         obs, info = env.reset(seed=episode_seed(seed, 2, number))
-        seen = spaces.flatten(env.observation_space, obs)[counts]
-        starts.append(np.append(seen, info.get("start", ())).astype(float))
-    scaled = np.stack(starts) / (np.std(starts, 0) + 1e-3)
+        starts.append(spaces.flatten(env.observation_space, obs)[counts].astype(float))
+        told.append(np.ravel(info.get("start", ())))
+    numbers = all(start.dtype.kind in "biuf" and np.isfinite(start).all() for start in told)
+    if not numbers or len({start.size for start in told}) > 1:
+        fail(f'--demos {count}: info["start"] of a reset must be numbers, always as many, not {info.get("start")}')
+    starts = np.hstack([starts, told])
+    scaled = starts / (np.std(starts, 0) + 1e-3)
     chosen = [0]
     nearest = np.full(len(scaled), np.inf)
     while len(chosen) < count:

@@ -113,6 +113,18 @@ def test_images_do_not_choose_demonstrations():
     assert chosen[0] == chosen[1] != [*range(8)]  # where the cube lies is told, image or not
 
 
+@pytest.mark.parametrize("start", ["left", None, {"x": 1.0}, [1.0, math.nan], "as many as drawn"])
+def test_starts_that_are_no_numbers(start):
+    class Telling(gym.Wrapper):
+        def reset(self, **options):
+            obs, info = self.env.reset(**options)
+            drawn = np.zeros(1 + int(4 * self.np_random.random()))
+            return obs, info | {"start": drawn if start == "as many as drawn" else start}
+
+    with pytest.raises(SystemExit, match=r"--demos 8: info\[.start.\] of a reset must be numbers"):
+        spread_starts(8, Telling(point()), seed=1)
+
+
 @pytest.mark.parametrize("action", [np.zeros(2), 0.0, np.full(3, math.nan), None, "left", (np.zeros(3), {"state": 1})])
 def test_experts_that_say_no_action(monkeypatch, action):
     monkeypatch.setattr(probe_envs.Point, "expert_action", lambda self: action)
