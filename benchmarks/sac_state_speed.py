@@ -13,7 +13,9 @@ the last step: start, compilation and evaluation are outside. The other projects
 checkout of CleanRL (https://github.com/vwxyzjn/cleanrl), of LeanRL (https://github.com/meta-pytorch/LeanRL), and
 interpreters that can import what they need. CleanRL and LeanRL are of gymnasium 0.29, whose cheetah is HalfCheetah-v4;
 with gymnasium 1.x, CleanRL's SyncVectorEnv needs autoreset_mode=SAME_STEP and "final_obs". LeanRL's script is the one
-for torch.compile and CUDA graphs, both switched on with --gpu; a stand-in for wandb notes when it logs.
+for torch.compile and CUDA graphs, both switched on with --gpu; a stand-in for wandb notes when it logs. At commit
+760837e it needs two changes: with tensordict 0.12 its policy may give the action only, `get_action(x)[0]`; with NumPy
+2.4 an episode's return is read by `.item()`.
 
 Run it on a quiet machine. `others_cores` in the file says how many cores other processes used during a measurement:
 OpenMP's two threads wait for each other, so that one foreign process slows a PyTorch contender many times over.
