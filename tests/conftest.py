@@ -36,6 +36,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     alone = hasattr(config, "workerinput") or config.option.file_or_dir or config.option.usepdb
     if config.pluginmanager.hasplugin("xdist") and not alone and config.option.numprocesses is None:
         config.option.numprocesses, config.option.dist = WORKERS, "loadfile"
+        config.option.maxworkerrestart = "0"  # loadfile of 3.8.0 waits forever for a worker that replaces a crashed one
 
 
 @dataclass(frozen=True)

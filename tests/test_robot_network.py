@@ -3,6 +3,7 @@ within 0.3 s and stops within 2 s of its last target, a fault stays, memory stay
 
 import contextlib
 import math
+import multiprocessing
 import os
 import resource
 import signal
@@ -12,16 +13,15 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from subprocess import Popen
 
-import msgpack
 import numpy as np
 import pytest
-import zmq
 from conftest import REPO, popen_script, wait_until
-from robot_peers import PING, REQUEST, Honest, attack, push, raw_peer
+from robot_peers import PING, REQUEST, Honest, attack, push, raw_peer, zmtp
 from robot_wire import Wire, follow, fronts, memory_mb, moved, serving, status_of, watch
 
 
@@ -72,16 +72,16 @@ def test_a_message_without_end(tmp_path, kind):
 
 
 def test_a_message_of_thousands_of_frames(tmp_path):
-    with under_attack(tmp_path) as (process, _), zmq.Context.instance().socket(zmq.DEALER) as peer:
-        peer.setsockopt(zmq.LINGER, 0)
-        peer.setsockopt(zmq.SNDHWM, 10)
-        peer.connect(process.requests)
-        end, sent = time.monotonic() + 2, 0
+    sent, flood = 0, zmtp(*[b"x"] * 3000)
+    with under_attack(tmp_path) as (process, _):
+        end = time.monotonic() + 2
         while time.monotonic() < end:
-            with contextlib.suppress(zmq.Again):
-                peer.send_multipart([b"x"] * 3000, zmq.NOBLOCK)
-                sent += 1
-            time.sleep(0.005)
+            with contextlib.suppress(OSError), raw_peer(process.requests) as peer:  # until it is cut
+                peer.settimeout(1)
+                while time.monotonic() < end:
+                    peer.sendall(flood)
+                    sent += 1
+                    time.sleep(0.005)
     assert sent > 5 and "sends messages of 3001 frames" in (tmp_path / "robot_server.log").read_text()
 
 
@@ -291,53 +291,24 @@ def test_a_front_that_grows_is_replaced(tmp_path, monkeypatch):
 
 
 # --- Floods and hostile messages --------------------------------------------------------------------------------------
-def test_full_queue(tmp_path):
-    """A client that asks and asks and never reads an answer costs little memory, and others are served."""
-    with serving(tmp_path) as process, Wire(process.requests) as wire:
-        before = memory_mb(process.pid)
-        with zmq.Context.instance().socket(zmq.DEALER) as deaf:
-            deaf.setsockopt(zmq.LINGER, 0)
-            deaf.setsockopt(zmq.RCVHWM, 1)
-            deaf.setsockopt(zmq.SNDHWM, 100_000)
-            deaf.connect(process.requests)
-            request = msgpack.packb({"v": 2, "op": "state", "id": 1})
-            start = wire.stream()
-            slowest, sent = 0.0, 0
-            for _ in range(100):
-                for _ in range(200):
-                    try:
-                        deaf.send_multipart([b"", request], zmq.NOBLOCK)
-                        sent += 1
-                    except zmq.Again:
-                        break
-                asked = time.monotonic()
-                wire.ask("target", pose=start)
-                slowest = max(slowest, time.monotonic() - asked)
-            assert sent > 2_000 and slowest < 2.0
-            assert wire.state()["mode"] in ("streaming", "hold")
-        assert memory_mb(process.pid) < before + 60
-
-
 def hostile(tmp_path: Path, count: int) -> dict[str, float]:
-    """While an honest client streams; what was measured."""
-    with serving(tmp_path) as process, Wire(process.requests) as wire:
+    """While an honest client streams; what was measured. The attacker is a process: libzmq may end it (4841)."""
+    another = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    with serving(tmp_path) as process, Wire(process.requests) as wire, another as attackers:
         start = wire.stream()
-        attack(process.requests, 2000, seed=0)  # buffers of libzmq and msgpack reach their size
+        # Buffers of libzmq and msgpack reach their size.
+        attackers.submit(attack, process.requests, 2000, seed=0).result()
         before, started = memory_mb(process.pid), time.monotonic()
-        answers: list[int] = []
-        attacker = threading.Thread(target=lambda: answers.append(attack(process.requests, count, seed=1)))
         wire.take()
         if wire.state()["mode"] != "streaming":
             wire.done("start")
             start = wire.state()["reference"]
-        attacker.start()
-        slow = []
-        while attacker.is_alive():
+        attacker, slow = attackers.submit(attack, process.requests, count, seed=1), []
+        while not attacker.done():
             asked = time.monotonic()
             wire.ask("target", pose=moved(start, y=0.01 * math.sin(asked)))
             slow.append(time.monotonic() - asked)
             time.sleep(0.02)
-        attacker.join()
         seconds = time.monotonic() - started
         assert wire.state()["mode"] == "streaming" and wire.state()["lease"] == "test"
         assert math.dist(wire.state()["tcp_pose"][:3], start[:3]) < 0.02
@@ -346,7 +317,7 @@ def hostile(tmp_path: Path, count: int) -> dict[str, float]:
         grown = memory_mb(process.pid) - before
     return {
         "messages": count,
-        "answers": answers[0],
+        "answers": attacker.result(),
         "seconds": seconds,
         "grown_mb": grown,
         "honest_p50_ms": 1e3 * float(np.median(slow)),
