@@ -64,7 +64,7 @@ from gymnasium import spaces
 from PIL import Image, ImageOps
 from scipy.spatial.transform import Rotation
 
-from robot_server import PROTOCOL_VERSION, Gains, fail, go_first
+from robot_server import PROTOCOL_VERSION, Gains, difference, fail, go_first, shortened, tell
 
 SERVER = "tcp://127.0.0.1:5600"
 KEYS = __doc__[__doc__.index("Keys of the keyboard") : __doc__.index("Expect:")].strip()
@@ -106,22 +106,11 @@ def moved(pose: np.ndarray, motion: np.ndarray) -> np.ndarray:
     return np.append(pose[:3] + motion[:3], turned.as_quat())
 
 
-def motion_between(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """(6,) translation and rotation vector that lead from pose b to pose a."""
-    turn = rotation(a) * rotation(b).inv()
-    return np.append(a[:3] - b[:3], turn.as_rotvec())
-
-
 def relative_pose(pose: np.ndarray, origin: np.ndarray) -> np.ndarray:
     """(7,) `pose` seen from the frame `origin`, with w >= 0."""
     position = rotation(origin).apply(pose[:3] - origin[:3], inverse=True)
     turned = rotation(origin).inv() * rotation(pose)
     return np.append(position, turned.as_quat(canonical=True))
-
-
-def no_longer_than(vector: np.ndarray, length: float) -> np.ndarray:
-    """`vector`, at most this long."""
-    return vector * min(length / max(float(np.linalg.norm(vector)), 1e-9), 1.0)
 
 
 class Pace:
@@ -184,6 +173,17 @@ class RefusedError(RobotError):
     """The server said no. `code` is one of the protocol's, or "failed": a job that went wrong."""
 
 
+class StoppedError(RobotError):
+    """A person stopped the robot, with its button or by another client's `hold` or `stop`."""
+
+    def __init__(self, fault: str):
+        super().__init__(f"{fault}: a person stopped the robot; call reset() again when it may move")
+
+
+def by_person(fault: str) -> bool:
+    return "user_stopped" in fault or "a client asked to" in fault
+
+
 RECOVER = "look at the robot, then call client.job('recover')"
 ACTIVATE = "then call client.job('gripper', action='activate')"
 SOCKET_OPTIONS = {
@@ -205,14 +205,13 @@ def load_keys(folder: str | Path) -> tuple[bytes, bytes, bytes]:
     client, server = Path(folder) / "client.key_secret", Path(folder) / "server.key"
     keys = []
     for path, wanted in ((client, 2), (server, 1)):
-        where = f"--keys {folder}: {path.name}"
         try:
-            pair = zmq.auth.load_certificate(path)
+            pair = zmq.auth.load_certificate(path)[:wanted]
+            if not all(key and len(key) == 40 for key in pair):
+                raise ValueError("no key of 40 characters")
         except (OSError, ValueError) as error:
-            raise RobotError(f"{where}: {error}; copy it from the server's machine") from error
-        if None in pair[:wanted] or any(len(key) != 40 for key in pair[:wanted]):
-            raise RobotError(f"{where}: no key of 40 characters; copy it from the server's machine")
-        keys += pair[:wanted]
+            raise RobotError(f"--keys {folder}: {path.name}: {error}; copy it from the server's machine") from error
+        keys += pair
     return tuple(keys)
 
 
@@ -286,10 +285,10 @@ class RobotClient:
         arrived = time.monotonic()
         try:
             reply = msgpack.unpackb(message)
+            if not reply["ok"]:  # first: what is of another version has no id
+                raise RefusedError(reply["error"]["message"], reply["error"]["code"], reply)
             if reply["id"] != self._requests:
                 raise ValueError(f"answers request {reply['id']}, not {self._requests}")
-            if not reply["ok"]:
-                raise RefusedError(reply["error"]["message"], reply["error"]["code"], reply)
             self._clock = reply["robot_time"] + self.speed * (reply["state_age"] - arrived)
         except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
             problem = "does not speak the protocol of robot_server.py"
@@ -701,10 +700,10 @@ class Terminal:
         try:
             while not self._stop.is_set():
                 if select.select([self.fd], [], [], 0.1)[0]:
-                    typed = os.read(self.fd, 64).decode(errors="ignore")
+                    typed = os.read(self.fd, 64)
                     if not typed:
                         raise OSError("the terminal was closed")
-                    for key in typed.split("\x1b")[0]:  # not what arrow and function keys send
+                    for key in typed.decode(errors="ignore").split("\x1b")[0]:  # not what arrow and function keys send
                         self._note(key, time.monotonic())
         except OSError as error:
             self.fault = f"keyboard: {error}"
@@ -1159,8 +1158,7 @@ class FrankaEnv(gym.Env):
         self.give_up = options.get("give_up", lambda: False)
         if self.stopped:
             stopped, self.stopped = self.stopped, ""
-            remedy = "call reset() again when it may move"
-            raise RobotError(f"{stopped}: a person stopped the robot; {remedy}")
+            raise StoppedError(stopped)
         scene_seed = int(self.np_random.integers(2**31))
         x, y, yaw = self.np_random.uniform(-1, 1, 3) * self.config.random_reset
         start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
@@ -1169,7 +1167,9 @@ class FrankaEnv(gym.Env):
             try:
                 self.prepare(start_pose, None if options.get("keep_scene") else scene_seed)
                 break
-            except (RefusedError, UnreachableError):  # a reflex, a server just started again
+            except (RefusedError, UnreachableError) as error:  # a reflex, a server just started again
+                if by_person(str(error)):
+                    raise StoppedError(str(error)) from error
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
         arrived = time.monotonic()
@@ -1217,6 +1217,8 @@ class FrankaEnv(gym.Env):
         served = self.hello["robot"]["task"]
         if np.linalg.norm(self.scale[:3]) > limits["max_jump"] / 2:
             return f"action_scale {config.action_scale[:3]} is too large for --max-jump"
+        if np.linalg.norm(self.scale[3:]) > limits["max_rotation_jump"] / 2:
+            return f"action_scale {config.action_scale[3:]} is too large for --max-rotation-jump"
         if np.any(self.low[:3] < low) or np.any(self.high[:3] > high):
             return f"the workspace reaches beyond {low}, {high}"
         if config.reward == "task" and not served:
@@ -1262,7 +1264,7 @@ class FrankaEnv(gym.Env):
         stood still there for this long. RefusedError if it does not, RobotError if given up."""
         near, aligned = self.config.reset_tolerance
         start = self.client.state()["reference"]
-        motion = motion_between(pose, start)
+        motion = difference(pose, start)
         way = max(np.linalg.norm(motion[:3]), np.linalg.norm(motion[3:]) / 5)  # 5 rad for each m
         steps = max(math.ceil(RESET_HZ * way / self.config.reset_speed), 1)
         pace = self.client.pace(RESET_HZ)
@@ -1276,10 +1278,10 @@ class FrankaEnv(gym.Env):
                 self.client.call("hold")
                 raise RobotError("the reset was given up, the arm holds")
             state = self.client.state()
-            lag = motion_between(target, state["reference"])
+            lag = difference(target, state["reference"])
             if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
                 step += 1
-            off = motion_between(state["tcp_pose"], pose)
+            off = difference(state["tcp_pose"], pose)
             turn = np.linalg.norm(off[3:])
             speed = np.abs(state["tcp_vel"])
             there = step > steps and np.abs(off[:3]).max() < near and turn < aligned
@@ -1304,7 +1306,9 @@ class FrankaEnv(gym.Env):
             info["period_s"], info["late_s"] = self.pace.wait()
             self.look()
             latched = self.state["fault"]
-            fault = self.state["gripper_fault"] or self.failed_order()
+            fault = self.failed_order()
+            if self.config.gripper != "fixed":
+                fault = self.state["gripper_fault"] or fault
             if latched:
                 fault = latched["message"]
         except RobotError as error:
@@ -1314,7 +1318,7 @@ class FrankaEnv(gym.Env):
         if latched:
             code = latched["code"]
         reflex = code == "reflex"
-        self.stopped = fault if code in ("user_stopped", "held") else ""
+        self.stopped = fault if code == "user_stopped" or by_person(fault) else ""
         self.reflexes += reflex
         self.elapsed_steps += 1
         obs, camera_fault = self.observe()
@@ -1352,7 +1356,7 @@ class FrankaEnv(gym.Env):
         info["limited"] = told["limited"] if told else []  # nothing is told if an answer was lost
         if change and self.config.gripper_wait_s:
             self.wait_for_gripper()
-        executed = self.base_to_action(motion_between(self.target, start))[: self.axes] / self.scale
+        executed = self.base_to_action(difference(self.target, start))[: self.axes] / self.scale
         return np.clip(np.append(executed, values[self.axes :]), -1, 1)
 
     def last_target(self) -> np.ndarray:
@@ -1360,9 +1364,9 @@ class FrankaEnv(gym.Env):
         server's reference. So single actions are carried out in full although the server takes its
         time, and where the arm is blocked or too slow, the target waits for it."""
         reference = self.state["reference"]
-        lead = motion_between(self.target, reference)
-        lead[:3] = no_longer_than(lead[:3], self.scale[:3].max() / 2)
-        lead[3:] = no_longer_than(lead[3:], self.scale[3:].max(initial=0.0) / 2)
+        lead = difference(self.target, reference)
+        lead[:3] = shortened(lead[:3], self.scale[:3].max() / 2)
+        lead[3:] = shortened(lead[3:], self.scale[3:].max(initial=0.0) / 2)
         return moved(reference, lead)
 
     def inside_box(self, pose: np.ndarray) -> np.ndarray:
@@ -1474,13 +1478,13 @@ class FrankaEnv(gym.Env):
         if self.config.reward == "none":
             return False
         near, aligned = self.config.tolerance
-        off = np.abs(motion_between(self.state["tcp_pose"], self.goal_pose))
+        off = np.abs(difference(self.state["tcp_pose"], self.goal_pose))
         return bool(off[:3].max() < near and off[3:].max() < aligned)
 
     def expert_action(self) -> np.ndarray:
         """(A,) action of the simulated task's scripted expert; RefusedError on a real robot."""
         expert = (self.task or self.client.call("task")["result"])["expert"]
-        motion = self.base_to_action(motion_between(np.array(expert["pose"]), self.last_target()))
+        motion = self.base_to_action(difference(np.array(expert["pose"]), self.last_target()))
         action = np.append(motion[: self.axes] / self.scale, 2 * expert["close"] - 1)
         return np.clip(action, -1, 1)[: self.action_space.shape[0]].astype(np.float32)
 
@@ -1515,13 +1519,7 @@ class Doctor:
         self.teleop: Teleop | None = None
 
     def say(self, fine: bool | None, name: str, text: str, remedy: str = "") -> None:
-        """One line: ok, or what is wrong (None: what could be better) and what to do."""
-        if fine:
-            print(f"ok    {name}: {text}", flush=True)
-        else:
-            level = "warn" if fine is None else "FAIL"
-            print(f"{level}  {name}: {text}{remedy and '; '}{remedy}", flush=True)
-            self.failed += fine is False
+        self.failed += tell(fine, name, text, remedy)
 
     def examine(self) -> None:
         names = ("numpy", "gymnasium", "pyzmq", "msgpack")
@@ -1639,7 +1637,8 @@ class Doctor:
 
     def drive(self, end: float) -> None:
         """Let a person move the arm slowly, near where it stands, to feel gains and directions."""
-        limits = self.client.hello()["limits"]
+        hello = self.client.hello()
+        limits = hello["limits"]
         pose = self.client.state()["tcp_pose"]
         around = [pose[:3] - 0.1, pose[:3] + 0.1]
         box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
@@ -1653,6 +1652,7 @@ class Doctor:
             workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3),
             action_scale=(0.01,) * 3 + (0.05,) * 3,
             relative_frame=False,
+            gripper="fixed" if hello["gripper"]["kind"] == "none" else "binary",
             cameras=(),
             reward="none",
             max_episode_steps=sys.maxsize,
@@ -1661,7 +1661,7 @@ class Doctor:
         with contextlib.closing(Intervention(FrankaEnv(config), self.teleop)) as env:
             env.reset(options={"keep_scene": True})
             while time.monotonic() < end and not (terminal and terminal.quits()):
-                _, _, terminated, truncated, info = env.step(np.zeros(7, np.float32))
+                _, _, terminated, truncated, info = env.step(np.zeros(env.action_space.shape, np.float32))
                 self.show(cameras=())
                 if terminated or truncated:
                     raise RobotError(info["fault"])

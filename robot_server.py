@@ -230,7 +230,7 @@ def is_local(host: str) -> bool:
 def check(args: Args) -> None:
     """Exits with one line when a flag makes no sense, or a network would be served without protection."""
     signed = ("reset_joints", "workspace_low", "workspace_high")
-    for name, value in (vars(args) | {f"gains.{name}": value for name, value in vars(args.gains).items()}).items():
+    for name, value in vars(args).items():
         if type(value) in (int, float, tuple):
             if not np.isfinite(value).all() or (np.min(value) < 0 and name not in signed):
                 fail(f"{flag(name)} {value}: give finite numbers{'' if name in signed else ', not negative ones'}")
@@ -255,7 +255,7 @@ def check(args: Args) -> None:
         if wrong:
             fail(message)
     try:
-        check_gains(asdict(args.gains), args)
+        allowed_gains(asdict(args.gains), args)
     except Refused as error:
         fail(f"--gains: {error}")
 
@@ -278,9 +278,11 @@ class Refused(Exception):  # noqa: N818
         self.code = code
 
 
-def check_gains(gains: dict[str, Any], args: Args) -> None:
-    """Raises Refused for gains beyond the limits, too weakly or strongly damped, or with which a spring that is let go
-    outruns the limiter: it reaches stiffness x clip / damping."""
+def allowed_gains(gains: dict[str, Any], args: Args) -> Gains:
+    """Raises Refused for gains that are missing or beyond the limits, too weakly or strongly damped, or with which a
+    spring that is let go outruns the limiter: it reaches stiffness x clip / damping."""
+    if None in gains.values():
+        raise Refused("bad_argument", "gains: some are missing")
     problem = ""
     for prefix, least, most, least_clip, most_clip, fastest in (
         ("", 10.0, args.max_stiffness, 1e-4, args.max_clip, args.max_speed),
@@ -300,13 +302,6 @@ def check_gains(gains: dict[str, Any], args: Args) -> None:
             raise Refused("bad_argument", prefix + problem)
     if not 0 <= gains["nullspace_stiffness"] <= 50:
         raise Refused("bad_argument", f"nullspace_stiffness {gains['nullspace_stiffness']:g}: give 0 to 50")
-
-
-def allowed_gains(gains: dict[str, Any], args: Args) -> Gains:
-    """Raises Refused for what is missing or beyond the limits."""
-    if None in gains.values():
-        raise Refused("bad_argument", "gains: some are missing")
-    check_gains(gains, args)
     return Gains(**gains)
 
 
@@ -353,9 +348,25 @@ def shortened(vector: np.ndarray, most: float) -> np.ndarray:
     return vector * min(1.0, most / max(norm(vector), 1e-12))
 
 
+def refusal(target: Sequence[float], reference: Sequence[float], args: Args) -> str | None:
+    """Why a target (7,) is refused, not limited: None if it is not."""
+    if not all(map(math.isfinite, target)):
+        return "the target is not finite"
+    length = math.hypot(*target[3:])
+    if abs(length - 1) > 0.01:
+        return f"the quaternion of the target has length {length:.4g}, not 1"
+    jump = math.dist(target[:3], reference[:3])
+    if jump > args.max_jump:
+        return f"the target jumps {jump:.4g} m from the reference, --max-jump is {args.max_jump}"
+    cos = sum(a * b for a, b in zip(target[3:], reference[3:])) / length  # of half the angle, either way round
+    turn = 2 * math.acos(min(abs(cos), 1.0))
+    if turn > args.max_rotation_jump:
+        return f"the target turns {turn:.3g} rad from the reference, --max-rotation-jump is {args.max_rotation_jump}"
+    return None
+
+
 class Limiter:
-    """Turns the target, whatever it is, into a reference that an arm may follow. Used by the robot thread only; the
-    front asks another one for `refusal`, which has no memory."""
+    """Turns the target, whatever it is, into a reference that an arm may follow. Used by the robot thread only."""
 
     def __init__(self, args: Args):
         self.args = args
@@ -368,23 +379,6 @@ class Limiter:
         self.reference = pose.copy()
         self.velocity = np.zeros(6)
         self.limited: list[str] = []
-
-    def refusal(self, target: Sequence[float], reference: Sequence[float]) -> str | None:
-        """Why a target (7,) is refused, not limited: None if it is not."""
-        most, most_turn = self.args.max_jump, self.args.max_rotation_jump
-        if not all(map(math.isfinite, target)):
-            return "the target is not finite"
-        length = math.hypot(*target[3:])
-        if abs(length - 1) > 0.01:
-            return f"the quaternion of the target has length {length:.4g}, not 1"
-        jump = math.dist(target[:3], reference[:3])
-        if jump > most:
-            return f"the target jumps {jump:.4g} m from the reference, --max-jump is {most}"
-        cos = sum(a * b for a, b in zip(target[3:], reference[3:])) / length  # of half the angle, either way round
-        turn = 2 * math.acos(min(abs(cos), 1.0))
-        if turn > most_turn:
-            return f"the target turns {turn:.3g} rad from the reference, --max-rotation-jump is {most_turn}"
-        return None
 
     def step(self, target: np.ndarray | None, state: "ArmState", gains: Gains, dt: float) -> None:
         """Moves the reference by `dt` towards the target (7,), or lets it come to rest (None), within all limits: first
@@ -747,7 +741,9 @@ class SdkArm(Arm):
         try:
             yield
         except self.errors as error:
-            raise ArmError(fault_code(str(error)), str(error)) from error
+            text = str(error)  # of what ended libfranka's control loop
+            code = "user_stopped" if "User Stop" in text else "reflex" if "reflex" in text else "sdk"
+            raise ArmError(code, text) from error
 
 
 class FrankyArm(SdkArm):
@@ -913,16 +909,12 @@ class PandaPyArm(SdkArm):
         self.last = ArmState(s.time.to_msec() / 1e3, *arrays, *health(s))
         return self.last
 
-    def run(self, controller: Any) -> None:
-        with self.faults():
-            self.panda.start_controller(controller)
-        self.controller = controller
-
     def start(self, pose: np.ndarray, q: np.ndarray, gains: Gains) -> None:
         self.controller = self.panda_py.controllers.CartesianImpedance(filter_coeff=0.2)
         self.posture = q
         self.set_gains(gains)
-        self.run(self.controller)
+        with self.faults():
+            self.panda.start_controller(self.controller)
         self.controlling = True
         self.stream(pose)
 
@@ -948,7 +940,9 @@ class PandaPyArm(SdkArm):
             self.motion = self.panda_py.motion.JointTrajectory([self.last.q, q], speed_factor=speed)
         except RuntimeError as error:
             raise ArmError("refused", str(error)) from error
-        self.run(self.panda_py.controllers.JointPosition(JOINT_STIFFNESS, JOINT_DAMPING, filter_coeff=0.2))
+        self.controller = self.panda_py.controllers.JointPosition(JOINT_STIFFNESS, JOINT_DAMPING, filter_coeff=0.2)
+        with self.faults():
+            self.panda.start_controller(self.controller)
         self.goal = q
         self.began = self.last.time
         self.controller.set_control(self.last.q, np.zeros(7))
@@ -981,11 +975,6 @@ def sdk_versions(distribution: str) -> dict[str, str | None]:
     versions = [match[1] for name in names if (match := re.search(r"\.so\.([\d.]+)$", name))]
     sdk = f"{distribution} {importlib.metadata.version(distribution)}"
     return {"sdk": sdk, "libfranka": versions[0] if versions else None}
-
-
-def fault_code(message: str) -> str:
-    """Of what ended libfranka's control loop."""
-    return "user_stopped" if "User Stop" in message else "reflex" if "reflex" in message else "sdk"
 
 
 def health(state: Any) -> tuple[str, tuple[str, ...], float]:
@@ -1313,8 +1302,6 @@ GRIPPERS = {"sim": SimGripper, "franka-hand": FrankaHand, "robotiq": Robotiq, "n
 
 # --- Operations and their arguments -----------------------------------------------------------------------------------
 REQUIRED = object()
-
-
 WANTED = {
     "number": "a number from {low:g} to {high:g}",
     "whole": "a whole number from {low:g} to {high:g}",
@@ -1565,9 +1552,6 @@ class Job:
         }
 
 
-NO_LEASE = {"name": None, "token": "", "ttl": 1.0, "seq": None}
-
-
 class Control(threading.Thread):
     """The robot thread: constructs the arm, reads it, obeys the front, limits the reference, watches. The front's
     commands come through `link`, and the state goes the other way; where nobody reads, it is dropped."""
@@ -1587,9 +1571,10 @@ class Control(threading.Thread):
         self.ready = threading.Event()
         self.stopping = threading.Event()
         self.may_block_until = 0.0  # a call into the SDK that takes longer counts as frozen
+        self.deaf_until = -math.inf  # after such a call: that the lease was renewed meanwhile is still to be heard
         # mode
         self.phase = "idle"  # idle streaming hold busy breaking stopping
-        self.held = ""  # why it is held until `start`
+        self.held = ""  # why it is held, or was stopped, until `start`
         self.fault: dict[str, Any] | None = None  # code, message, count
         self.faults = 0
         self.reflexes = 0
@@ -1603,7 +1588,7 @@ class Control(threading.Thread):
         self.number = 0
         self.answer: dict[str, Any] | None = None  # to the last command
         self.asked = ""  # hold or stop
-        self.lease = NO_LEASE
+        self.lease = {"name": None, "token": "", "ttl": 1.0, "seq": None}
         self.lease_until = -math.inf
         self.target: np.ndarray | None = None
         self.target_at = -math.inf
@@ -1735,6 +1720,8 @@ class Control(threading.Thread):
         arguments = from_numbers(op, command.values)
         if op in ("hold", "stop"):
             self.asked = "stop" if self.asked == "stop" else op
+        elif op == "release":
+            self.deaf_until = -math.inf
         elif op == "acquire":
             self.grant(command, arguments["ttl"], now)
         elif op == "target":
@@ -1750,7 +1737,7 @@ class Control(threading.Thread):
         seq = self.lease["seq"]
         if command.text != self.lease["token"] or now > self.lease_until:
             seq = None
-            self.target_at = min(self.target_at, now - self.args.hold_after_s)
+            self.target_at = min(self.target_at, now - self.args.hold_after_s - 0.001)
             if self.job:
                 self.end_job(f"broken off: {command.name} took the lease")
         self.lease = {"name": command.name, "token": command.text, "ttl": ttl, "seq": seq}
@@ -1760,7 +1747,7 @@ class Control(threading.Thread):
         check_mode("target", self.step, self.why)
         if closure is not None and self.gripper.kind == "none":
             raise Refused("unavailable", "there is no gripper")
-        if reason := self.limiter.refusal(pose, self.limiter.reference):
+        if reason := refusal(pose, self.limiter.reference, self.args):
             raise Refused("refused", reason)
         self.target = np.array(pose)
         self.target_at = now
@@ -1847,7 +1834,7 @@ class Control(threading.Thread):
         hold = "a client asked to hold" if asked == "hold" else ""
         stop = "a client asked to stop" if asked == "stop" else ""
         silent = now - self.target_at
-        lost = now > self.lease_until
+        lost = now > max(self.lease_until, self.deaf_until)
         if self.job and (asked or lost):
             self.end_job(f"broken off: {hold or stop or 'the lease ended'}")
         if self.phase not in ("streaming", "hold"):
@@ -1859,7 +1846,7 @@ class Control(threading.Thread):
         if stop or silent > args.stop_after_s:
             log.warning("soft stop: %s", stop or f"no target for {silent:.1f} s")
             self.phase = "breaking"
-            self.held = ""
+            self.held = stop
         elif hold:
             log.warning("hold: %s", hold)
             self.phase = "hold"
@@ -1916,6 +1903,7 @@ class Control(threading.Thread):
 
     def latch(self, code: str, message: str) -> None:
         """The first fault stays until `recover`."""
+        self.asked = ""  # the arm stops anyway; it must not break off what comes later
         if not self.recovering():
             self.end_job(f"{code}: {message}")
         self.note_fault(code, message)
@@ -1932,18 +1920,22 @@ class Control(threading.Thread):
     @contextlib.contextmanager
     def blocking(self, seconds: float = 2.0) -> Iterator[None]:
         """Around a call into the SDK that may take this long without being a frozen robot."""
-        self.may_block_until = time.monotonic() + seconds
+        began = time.monotonic()
+        has_lease = began <= self.lease_until
+        self.may_block_until = began + seconds
         self.publish()  # what has just begun is seen meanwhile
         try:
             yield
         finally:
             self.advanced = time.monotonic()
+            self.deaf_until = self.advanced + 0.1 if has_lease else -math.inf
             self.may_block_until = 0.0
 
     # Jobs: generators, one step per tick
     def settle(self) -> Iterator[None]:
         """Until the arm holds itself; a stop that goes on already is not begun again."""
         self.phase = "busy"
+        self.held = ""
         with self.blocking():
             self.arm.stop()
         give_up = time.monotonic() + 3
@@ -1963,7 +1955,6 @@ class Control(threading.Thread):
         self.target = None
         self.target_at = time.monotonic()
         self.phase = "streaming"
-        self.held = ""
         log.info("streaming with %s", self.gains)
 
     def move_joints(self, q: np.ndarray, speed: float) -> Iterator[None]:
@@ -1987,7 +1978,6 @@ class Control(threading.Thread):
             yield
         yield from self.settle()
         self.fault = None
-        self.held = ""
         self.closure = None
         self.phase = "idle"
 
@@ -2086,7 +2076,8 @@ class Connection:
         acked, self.received = struct.unpack_from("<QQ", info, 120)
         waiting = struct.unpack_from("<I", info, 144)[0]  # bytes that the peer has not taken yet
         if self.heard and drained:
-            self.taken = self.received  # what is not of messages, as heartbeats, does not add up
+            self.taken = self.received
+        self.taken = min(self.taken + 10, self.received)  # what is of no message, as heartbeats, does not add up
         self.heard = False
         if acked != self.acked or not waiting:
             self.acked = acked
@@ -2163,7 +2154,7 @@ class Doors:
                 elif event in (zmq.EVENT_DISCONNECTED, zmq.EVENT_CLOSED):
                     connection = self.connections.get(int(fd))
                     address = connection.address if connection else "somebody who was gone at once"
-                    if self.failed and not (connection and connection.taken):
+                    if self.failed and not (connection and connection.served):
                         self.strangers[f"{address}: {self.failed.pop()}"] += 1
                     self.forget(int(fd))
                 else:  # then comes the end of that connection
@@ -2184,6 +2175,7 @@ class Doors:
             connection.socket.shutdown(socket.SHUT_RDWR)
 
 
+MAX_UNHEARD = 50  # commands, while the robot thread is in its SDK; its queue holds 167, the rest is for requests
 EAGER_S = 2e-4  # after a request: looking costs the processor, sleeping and being woken costs the client
 SDK_BUSY = "the robot's SDK takes its time: ask again"
 
@@ -2198,7 +2190,6 @@ class Front:
         self.buffer = memoryview(bytearray(1 << 18))
         self.newest = json.loads(link.recv(len(self.buffer)))
         self.facts = facts  # what `hello` tells
-        self.limiter = Limiter(args)
         self.alone = False  # the robot process has ended
         self.answered = -math.inf  # when it last answered
         self.unanswered: dict[str, dict[str, Any]] = {}  # a job that the robot thread has not heard of yet
@@ -2258,8 +2249,10 @@ class Front:
             if now < due:
                 continue
             due = max(due + 0.01, now)
-            self.send("state")  # anything tells that the front is alive
-            self.publish()
+            if self.number - self.status()["number"] < MAX_UNHEARD:
+                self.send("state", self.lease_until)  # anything tells that the front is alive
+            with contextlib.suppress(zmq.Again):
+                self.publisher.send(self.packed({"op": "state"}, self.op_state()), zmq.DONTWAIT)
             self.doors.look(now, drained=not self.router.events & zmq.POLLIN)
             self.complain(now)
             if (grown := memory_bytes() - heap) > MAX_GROWTH:
@@ -2287,23 +2280,25 @@ class Front:
             self.newest = json.loads(bytes(self.buffer[:size]))
         return self.newest
 
-    def send(self, op: str, arguments: dict[str, Any] | None = None, text: str = "", name: str = "") -> None:
-        self.number += 1
-        values = to_numbers(op, arguments or {})
-        command = Command(op, self.number, self.lease_until, values, text, name)
+    def send(self, op: str, lease_until: float, **arguments: Any) -> bool:
+        """Whether the robot thread will hear it: its queue is full when it has been in its SDK for long."""
+        text = arguments.get("handle") or arguments.get("token", "")
+        values = to_numbers(op, arguments)
+        command = Command(op, self.number + 1, lease_until, values, text, arguments.get("name", ""))
         try:
             self.link.send(command.pack())
-        except BlockingIOError:  # the robot thread is busy in its SDK; the watchdog looks after it
-            pass
+        except BlockingIOError:
+            return False
         except ConnectionError:
             self.alone = True
+        self.number += 1
+        return True
 
-    def command(
-        self, op: str, arguments: dict[str, Any] | None = None, text: str = "", name: str = ""
-    ) -> dict[str, Any] | None:
+    def command(self, op: str, lease_until: float, **arguments: Any) -> dict[str, Any] | None:
         """Sends it and waits until the robot thread has acted on it, so that the reply shows it. Its answer, or None
         while it is busy in its SDK and will act later; raises Refused."""
-        self.send(op, arguments, text, name)
+        if not self.send(op, lease_until, **arguments):
+            raise Refused("busy", SDK_BUSY)
         give_up = time.monotonic() + 0.05
         while (status := self.status())["number"] < self.number:
             left = give_up - time.monotonic()
@@ -2376,7 +2371,7 @@ class Front:
         if op in JOBS:
             return self.begin(op, arguments)
         if op in ("gains", "hold", "stop"):
-            if not self.command(op, arguments) and op == "gains":
+            if not self.command(op, self.lease_until, **arguments) and op == "gains":
                 raise Refused("busy", SDK_BUSY)
             return arguments
         return getattr(self, f"op_{op}")(**arguments)
@@ -2409,13 +2404,6 @@ class Front:
             }
         )
 
-    def publish(self) -> None:
-        import zmq
-
-        self.status()
-        with contextlib.suppress(zmq.Again):
-            self.publisher.send(self.packed({"op": "state"}, self.op_state()), zmq.DONTWAIT)
-
     # Operations
     def op_hello(self) -> dict[str, Any]:
         return self.facts | {"gains": self.newest["gains"], "lease": self.holder()}
@@ -2436,14 +2424,15 @@ class Front:
             raise Refused("lease_taken", f"{holder} has the lease; takeover=true takes it")
         if is_new:
             log.info("lease: %s%s", name, f", taken from {holder}" if holder else "")
+        until = time.monotonic() + ttl
+        self.command("acquire", until, name=name, token=token, ttl=ttl, takeover=takeover)
         self.lease = {"name": name, "token": token, "ttl": ttl, "seq": None if is_new else self.lease["seq"]}
-        self.lease_until = time.monotonic() + ttl
-        self.command("acquire", {"name": name, "token": token, "ttl": ttl, "takeover": takeover}, token, name)
+        self.lease_until = until
         return {"ttl": ttl}
 
     def op_release(self) -> dict[str, Any]:
+        self.command("release", -math.inf)
         self.lease_until = -math.inf
-        self.command("release")
         return {}
 
     def op_target(self, pose: list[float], seq: int | None, closure: float | None) -> dict[str, Any]:
@@ -2458,13 +2447,12 @@ class Front:
         last = self.lease["seq"]
         if seq is not None and last is not None and seq <= last:
             raise Refused("stale", f"seq {seq} after {last}")
-        if reason := self.limiter.refusal(pose, status["reply"]["reference"]):
+        if reason := refusal(pose, status["reply"]["reference"], self.args):
             raise Refused("refused", reason)
-        arguments = {"pose": pose, "seq": seq, "closure": closure}
-        if status["step"] == "hold" or closure not in (None, status["state"]["gripper_closure"]):
-            self.command("target", arguments)
-        else:
-            self.send("target", arguments)
+        is_more = status["step"] == "hold" or closure not in (None, status["state"]["gripper_closure"])
+        tell = self.command if is_more else self.send
+        if tell("target", self.lease_until, pose=pose, seq=seq, closure=closure) is False:
+            raise Refused("busy", SDK_BUSY)
         if seq is not None:
             self.lease = self.lease | {"seq": int(seq)}
         return self.op_state()
@@ -2475,7 +2463,7 @@ class Front:
                 return job
         waits = self.unanswered.get(handle)
         try:
-            answer = self.command("job", {"handle": handle}, handle)
+            answer = self.command("job", self.lease_until, handle=handle)
         except Refused as error:
             if not waits:
                 raise
@@ -2493,7 +2481,7 @@ class Front:
         known = {job["handle"] for job in (*status["reply"]["jobs"].values(), *self.unanswered.values()) if job}
         if op in FOLLOWS and handle not in known and time.monotonic() - status["ticked"] > 0.05:
             check_mode(op, status["step"], status["why"])  # no job waits for the end of a long call of the SDK
-        if answer := self.command(op, arguments, handle):
+        if answer := self.command(op, self.lease_until, **arguments):
             return answer["job"]
         if len(self.unanswered) > 16:
             self.unanswered.clear()
@@ -2528,6 +2516,9 @@ def run_front(order: str) -> None:
 
 
 # --- Robot process ----------------------------------------------------------------------------------------------------
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the robot process decides when it is over
+
+
 class FrontProcess:
     """A front, or a spare one, as the robot process sees it."""
 
@@ -2538,8 +2529,7 @@ class FrontProcess:
         script = Path(__file__).resolve()
         program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import {script.stem} as server"
         command = [sys.executable, "-c", f"{program}; server.run_front(sys.argv[1])", json.dumps(order)]
-        end_signals = {signal.SIGINT, signal.SIGTERM}  # the robot process decides when it is over
-        signal.pthread_sigmask(signal.SIG_BLOCK, end_signals)  # a new process starts with what is blocked
+        signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # a new process starts with what is blocked
         with open(args.log_file, "ab") as output:
             self.process = subprocess.Popen(
                 command,
@@ -2548,13 +2538,9 @@ class FrontProcess:
                 stderr=output,
                 pass_fds=(theirs.fileno(), *fds),
             )
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, end_signals)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
         theirs.close()
         self.link.setblocking(False)
-
-    def go(self, facts: dict[str, Any]) -> None:
-        with contextlib.suppress(OSError):  # it has ended: the next look sees that
-            self.link.send(json.dumps(facts).encode())
 
     def end(self) -> None:
         self.process.kill()
@@ -2586,8 +2572,8 @@ class Robot:
         except GripperError as error:
             fail(str(error))
         self.control = Control(args, self.gripper)
-        self.front = self.new_front()
-        self.spare = self.new_front()
+        self.front = FrontProcess(args, self.listening)
+        self.spare = FrontProcess(args, self.listening)
         self.gripper.thread.start()
         self.control.start()
         self.control.ready.wait()
@@ -2595,14 +2581,12 @@ class Robot:
             fail(self.control.failure)
         self.enter(self.front)
 
-    def new_front(self) -> FrontProcess:
-        return FrontProcess(self.args, self.listening)
-
     def enter(self, front: FrontProcess) -> None:
         """From now on the robot thread listens to this one, and it learns how things are."""
         self.fronts += 1
         self.silent = 0.0
-        front.go(self.facts())
+        with contextlib.suppress(OSError):  # it has ended: the next look sees that
+            front.link.send(json.dumps(self.facts()).encode())
         self.control.link = front.link
         self.control.publish()
 
@@ -2625,10 +2609,20 @@ class Robot:
         }
 
     def run(self) -> None:
-        """Until a signal."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.signalled)
+        """Until a signal; whatever goes wrong, the arm comes to rest."""
+        failure = ""
+        for number in END_SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as with nohup
+                signal.signal(number, self.signalled)
         go_first()
+        try:
+            self.look_after()
+        except Exception as error:
+            log.exception("robot process")
+            failure = f"internal: {error!r}, see {self.args.log_file}"
+        self.shut_down(failure)
+
+    def look_after(self) -> None:
         shown = 0.0
         before = time.monotonic()
         told = False
@@ -2647,7 +2641,6 @@ class Robot:
             if now - shown > 0.25 and sys.stdout.isatty():
                 shown = now
                 print("\r" + self.status_line() + "\x1b[K", end="", flush=True)
-        self.shut_down()
 
     def watch_front(self, passed: float) -> None:
         """One that has ended, or says nothing for 3 s, is replaced by the spare one."""
@@ -2666,7 +2659,7 @@ class Robot:
         self.front.end()
         self.front = self.spare
         self.enter(self.front)
-        self.spare = self.new_front()
+        self.spare = FrontProcess(self.args, self.listening)
 
     def watch_control(self, passed: float) -> None:
         """The robot thread itself may hang inside an SDK."""
@@ -2750,13 +2743,12 @@ def examine(args: Args) -> Iterator[Finding]:
         yield wrong, "ports", text, "end the other server, or take another port"
     if args.gripper == "robotiq":
         port = args.gripper_port
-        text = f"no permission for {port}"
-        remedy = "sudo usermod -aG dialout $USER, then log in again"
         if not os.path.exists(port):
-            text = f"{port} is missing"
-            remedy = "plug in its USB adapter, or name its --gripper-port"
-        allowed = os.access(port, os.R_OK | os.W_OK)
-        yield allowed, "gripper", f"robotiq at {port}" if allowed else text, remedy
+            yield False, "gripper", f"{port} is missing", "plug in its USB adapter, or name its --gripper-port"
+        elif not os.access(port, os.R_OK | os.W_OK):
+            yield False, "gripper", f"no permission for {port}", "sudo usermod -aG dialout $USER, then log in again"
+        else:
+            yield True, "gripper", f"robotiq at {port}", ""
     if args.robot != "sim":
         yield from examine_machine()
         yield from examine_robot(args.robot_ip)
@@ -2796,15 +2788,18 @@ def examine_robot(ip: str) -> Iterator[Finding]:
     yield times is not None and float(times[2]) < 1, "round trip", text, remedy
 
 
+def tell(fine: bool | None, name: str, text: str, remedy: str = "") -> bool:
+    """Prints a finding as one line: ok, or what is wrong (None: what could be better) and what to do. Whether it
+    has to be mended."""
+    mark = "warn" if fine is None else "ok  " if fine else "FAIL"
+    cure = f"; {remedy}" if remedy and not fine else ""
+    print(f"{mark}  {name}: {text}{cure}", flush=True)
+    return fine is False
+
+
 def run_doctor(args: Args) -> int:
-    """Prints a line per check, in the form of `python robot_client.py`; the number of those that failed."""
-    failed = 0
-    for fine, name, text, remedy in examine(args):
-        if fine:
-            print(f"ok    {name}: {text}", flush=True)
-        else:
-            print(f"{'warn' if fine is None else 'FAIL'}  {name}: {text}; {remedy}", flush=True)
-            failed += fine is False
+    """The number of checks that failed."""
+    failed = sum(tell(*finding) for finding in examine(args))
     print(f"{failed} to fix" if failed else "ready", flush=True)
     return failed
 
@@ -2815,7 +2810,10 @@ def make_keys(folder: Path) -> None:
 
     if folder.exists():
         fail(f"--keygen: {folder} exists; take another folder, or remove it and give every client the new keys")
-    folder.mkdir(parents=True, mode=0o700)
+    try:
+        folder.mkdir(parents=True, mode=0o700)
+    except OSError as error:
+        fail(f"--keygen: {folder}: {error.strerror}")
     for name in ("server", "client"):
         os.chmod(zmq.auth.create_certificates(folder, name)[1], 0o600)
     print(f"wrote {folder}: copy server.key, client.key and client.key_secret to the client's machine, nothing else")
@@ -2853,15 +2851,6 @@ def check_keys(folder: Path) -> None:
         log.warning(message)
 
 
-def in_a_child(function: Callable[..., None], *values: Any) -> None:
-    """Calls it in a process of its own, so that this one never has ZeroMQ; exits as that one does."""
-    child = multiprocessing.get_context("fork").Process(target=function, args=values)
-    child.start()
-    child.join()
-    if child.exitcode:
-        raise SystemExit(1)
-
-
 # --- Main -------------------------------------------------------------------------------------------------------------
 def main(args: Args) -> None:
     check(args)
@@ -2874,8 +2863,12 @@ def main(args: Args) -> None:
     except OSError as error:
         fail(f"--log-file {args.log_file}: {error}")
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO, handlers=[handler])
-    if args.keys:
-        in_a_child(check_keys, Path(args.keys))
+    if args.keys:  # in a process of its own, so that this one never has ZeroMQ
+        child = multiprocessing.get_context("fork").Process(target=check_keys, args=(Path(args.keys),))
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise SystemExit(1)
     sys.setswitchinterval(5e-4)  # a thread that computes gives way to the robot thread after 0.5 ms
     Robot(args).run()
 

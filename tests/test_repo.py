@@ -43,7 +43,7 @@ LONGER = {  # limits, not goals
     "sac_pixel_sim.py": 1333,
     "sac_pixel_real.py": 1728,
     "bc_flow_offline.py": 1280,
-    "robot_server.py": 2890,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "robot_server.py": 2883,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1704,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1230,
 }

@@ -2,6 +2,7 @@
 teleoperation, and the environment against robot_server.py on the simulated arm."""
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
@@ -55,7 +56,7 @@ def test_motion_leads_from_one_pose_to_the_other():
     np.testing.assert_allclose(turned, [0.6, 0, 0.2, 0.5**0.5, 0.5**0.5, 0, 0], atol=1e-12)
     for a, b in zip(quaternions(), quaternions()[::-1]):
         a, b = np.append(RNG.normal(size=3), a), np.append(RNG.normal(size=3), b)
-        motion = rc.motion_between(a, b)
+        motion = rc.difference(a, b)
         assert np.linalg.norm(motion[3:]) <= np.pi
         np.testing.assert_allclose(rc.moved(b, motion)[:3], a[:3], atol=1e-12)
         same_rotation(rc.moved(b, motion)[3:], Rotation.from_quat(a[3:]))
@@ -247,6 +248,14 @@ def test_dead_server_is_told_from_refused_command(fake, client):
     with pytest.raises(rc.UnreachableError, match=r"no answer from .*robot_server.py running"):
         client.target(np.zeros(7))
     assert 0.5 < time.monotonic() - start < 1.0  # 3 tries of 0.2 s
+
+
+def test_a_server_of_another_version_is_named(fake, client):
+    """It cannot tell which request it refuses."""
+    refusal = {"ok": False, "error": {"code": "version", "message": "this server speaks version 3"}}
+    fake.answer = lambda request: refusal | {"id": None}
+    with pytest.raises(rc.RefusedError, match="version: this server speaks version 3"):
+        client.call("state")
 
 
 def test_no_server_at_all():
@@ -935,6 +944,7 @@ def test_keys_for_the_script(terminal, keyboard):
     time.sleep(0.8)
     typed(ours, keys, "p\n")
     assert keys.commands() == ["pause", "go on"]
+    os.write(ours, b"\xe4")  # half of a character
     os.write(ours, b"\x1b[A\x1bOq")
     time.sleep(0.8)
     typed(ours, keys, "yw")
@@ -1342,7 +1352,7 @@ def test_way_to_the_start_does_not_run_ahead_of_an_arm_that_is_slow(clock):
 
     def target(goal):
         leads.append(np.linalg.norm(goal[:3] - pose[:3]))
-        pose[:3] += rc.no_longer_than(goal[:3] - pose[:3], 0.002)  # 4 cm/s
+        pose[:3] += rc.shortened(goal[:3] - pose[:3], 0.002)  # 4 cm/s
         env.state["reference"] = pose.copy()
 
     env.state["reference"] = pose.copy()
@@ -1409,13 +1419,59 @@ def test_reflex_ends_the_episode_and_is_counted(refused):
     [
         ({"fault": {"code": "frozen", "message": "robot time stands still", "count": 1}}, "robot time stands still"),
         ({"gripper_fault": "gripper: no answer on /dev/ttyUSB0"}, "no answer on /dev/ttyUSB0"),
-        ({"refused": {"code": "held", "message": "held by anna"}}, "held by anna"),
+        ({"refused": {"code": "held", "message": "a client asked to hold; start again"}}, "a client asked to hold"),
     ],
 )
 def test_other_faults_truncate(trouble, fault):
     env = scripted_env(**trouble)
     _, _, terminated, truncated, info = env.step(np.zeros(7))
     assert truncated and not terminated and fault in info["fault"] and info["reflexes"] == 0
+
+
+STOPS = {
+    "held": "a client asked to hold; start again",
+    "not_streaming": "a client asked to stop; start again",
+    "fault": "user_stopped: the robot reports user_stopped; look at the robot, then recover",
+}
+
+
+@pytest.mark.parametrize("code", STOPS)
+def test_whoever_stopped_the_robot_is_asked_before_the_next_reset(code):
+    env = scripted_env(refused={"code": code, "message": STOPS[code]})
+    assert env.step(np.zeros(7))[3]
+    with pytest.raises(rc.StoppedError, match=r"a person stopped the robot; call reset\(\) again when it may move"):
+        env.reset()
+    assert not env.client.job.called and not env.client.stop.called
+
+
+@pytest.mark.parametrize("code", STOPS)
+def test_a_reset_does_not_go_on_when_a_person_stops_the_robot(code, monkeypatch):
+    env = scripted_env()
+    env.config = dataclasses.replace(env.config, recover_at_reset=True)
+    tried = []
+
+    def prepare(*_) -> None:
+        tried.append(1)
+        raise rc.RefusedError(STOPS[code], code)
+
+    monkeypatch.setattr(env, "connect", lambda: None)
+    monkeypatch.setattr(env, "prepare", prepare)
+    with pytest.raises(rc.StoppedError):
+        env.reset()
+    assert len(tried) == 1
+
+
+def test_the_force_guard_is_no_person():
+    refused = {"code": "held", "message": "an external force of 31 N exceeded --max-force 30; start again"}
+    env = scripted_env(refused=refused)
+    assert env.step(np.zeros(7))[3] and env.stopped == ""
+
+
+def test_a_gripper_that_no_action_moves_may_be_broken():
+    env = scripted_env(gripper_fault="gripper: not activated")
+    assert env.step(np.zeros(7))[-1]["fault"] == "gripper: not activated"
+    env.config = dataclasses.replace(env.config, gripper="fixed")
+    assert env.step(np.zeros(7))[-1]["fault"] is None
 
 
 def test_step_goes_on_when_the_answer_to_its_target_was_lost():
@@ -1772,6 +1828,7 @@ def test_frozen_camera_ends_the_episode_and_reset_waits_for_it(peg):
     [
         ({"workspace": ((0.1, 0.9), *rc.PEG.workspace[1:])}, {}, "the workspace reaches beyond"),
         ({"action_scale": (0.2, 0.2, 0.2, 0.1, 0.1, 0.1)}, {}, "too large for --max-jump"),
+        ({"action_scale": (0.02, 0.02, 0.02, 0.5, 0.5, 0.5)}, {}, "too large for --max-rotation-jump"),
         ({"reward": "task"}, {"robot": {"task": None}}, "needs a simulated robot"),
         ({}, {"gripper": {"kind": "none"}}, "without a gripper it must be 'fixed'"),
     ],
@@ -1847,6 +1904,14 @@ def test_first_motion_by_keyboard(peg, tmp_path, terminal):
         os.write(ours, b"q")
         process.wait(60)
         assert process.returncode == 0, process.stderr_path.read_text()
+
+
+def test_first_motion_without_a_gripper(tmp_path, terminal):
+    _, theirs = terminal
+    with served(tmp_path, "--gripper", "none") as (address, _):
+        flags = ("--server", address, "--teleop", "keyboard", "--drive", "--seconds", 1)
+        with popen_script("robot_client.py", *flags, cwd=tmp_path / "client", stdin=theirs) as process:
+            assert process.wait(60) == 0, process.stderr_path.read_text()
 
 
 def test_encrypted_connection(tmp_path):

@@ -155,6 +155,7 @@ def test_a_fault_outlives_the_front(tmp_path):
     with serving(tmp_path) as process, Wire(process.requests, timeout=1, tries=60) as wire:
         start = wire.stream()
         wire.ask("target", pose=start, seq=9)
+        time.sleep(0.1)  # the robot thread hears it
         os.kill(fronts(process.pid)[0], signal.SIGKILL)
         assert wire.refused("target", pose=start, seq=9) == "stale"
         wire.ask("target", pose=start, seq=10)
@@ -280,14 +281,41 @@ def test_a_front_that_grows_is_replaced(tmp_path, monkeypatch):
     front = robot_server.Front.__new__(robot_server.Front)
     sizes = iter([100 << 20, 120 << 20, 141 << 20])
     monkeypatch.setattr(robot_server, "memory_bytes", lambda: next(sizes))
-    for name in ("send", "publish", "complain"):
+    for name in ("send", "packed", "op_state", "complain"):
         monkeypatch.setattr(robot_server.Front, name, lambda *_: None)
+    monkeypatch.setattr(robot_server.Front, "status", lambda _: {"number": 0})
     monkeypatch.setattr(robot_server.Front, "answer", lambda front: time.sleep(front.router.rcvtimeo / 1000))
     front.doors = type("Doors", (), {"look": lambda *_, **__: None})()
     front.router = type("Router", (), {"events": 0})()
+    front.publisher = type("Publisher", (), {"send": lambda *_: None})()
     front.alone = False
+    front.number = front.lease_until = 0
     front.serve()
     assert next(sizes, None) is None
+
+
+def test_heartbeats_do_not_add_up():
+    """A subscriber asks nothing: what it sends is of no message, and it must not be cut for that some day."""
+    import robot_server
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        peer = socket.create_connection(server.getsockname())
+        accepted, _ = server.accept()
+        connection = robot_server.Connection(accepted.fileno(), now=0.0)
+
+        def came(size: int) -> bool:
+            connection.look(now=0.0, drained=True)
+            return connection.received == size
+
+        for i in range(1, 50):
+            peer.sendall(bytes(9))
+            wait_until(lambda i=i: came(9 * i), 10.0)
+        assert connection.underway < 20 and not connection.served
+        peer.sendall(bytes(5000))
+        wait_until(lambda: came(9 * 49 + 5000), 10.0)
+        assert connection.underway > 4000  # a flood does
+        for one in (peer, accepted, connection.socket):
+            one.close()
 
 
 # --- Floods and hostile messages --------------------------------------------------------------------------------------

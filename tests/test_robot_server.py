@@ -843,7 +843,7 @@ def test_peg_task(tmp_path):
         assert wire.state()["tcp_pose"][2] - start[2] > 0.02
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_it_cleanly(tmp_path, number):
     with serving(tmp_path, "--log-file", tmp_path / "server.log") as process, Wire(process.requests) as wire:
         start = wire.stream()
@@ -854,6 +854,36 @@ def test_signals_end_it_cleanly(tmp_path, number):
         assert "Traceback" not in output
         log = (tmp_path / "server.log").read_text()
         assert "Traceback" not in log and signal.Signals(number).name in log
+
+
+def test_nohup_is_heeded(tmp_path):
+    script = tmp_path / "ignoring.py"
+    program = f"import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_IGN); sys.path.insert(0, {str(REPO)!r}); "
+    script.write_text(program + "import robot_server; robot_server.main(robot_server.parse_args())")
+    with serving(tmp_path, script=script) as process, Wire(process.requests) as wire:
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.3)
+        assert process.poll() is None and wire.state()["mode"] == "idle"
+
+
+def test_a_bug_in_the_main_thread_lets_the_arm_come_to_rest(tmp_path):
+    script = tmp_path / "broken.py"
+    script.write_text(
+        f"import os, sys; sys.path.insert(0, {str(REPO)!r})\nimport robot_server\n"
+        "def look(robot, passed):\n"
+        "    if os.path.exists('now'):\n"
+        "        raise OSError('no room for a new front')\n"
+        "robot_server.Robot.watch_control = look\n"
+        "robot_server.main(robot_server.parse_args())\n"
+    )
+    with serving(tmp_path, "--log-file", tmp_path / "server.log", script=script) as process:
+        with Wire(process.requests) as wire:
+            wire.stream()
+            (tmp_path / "now").touch()
+            assert process.wait(10) == 1
+        assert "internal: OSError('no room for a new front'), see" in process.stderr_path.read_text()
+        log = (tmp_path / "server.log").read_text()
+        assert "no room for a new front" in log and log.rstrip().endswith("end")
 
 
 def test_the_port_is_taken(tmp_path):
@@ -931,6 +961,13 @@ def test_keygen(keys):
     for name in ("server.key_secret", "client.key_secret"):
         assert stat.S_IMODE((keys / "good" / name).stat().st_mode) == 0o600, "others may read it"
     before = (keys / "good" / "server.key_secret").read_bytes()
+    inside = keys / "good" / "server.key" / "keys"  # in a file
+    wrong = run_script("robot_server.py", "--keygen", "--keys", inside, cwd=keys, timeout=30, check=False)
+    assert (
+        wrong.returncode == 1
+        and wrong.stderr.startswith("robot_server.py: --keygen: ")
+        and "Traceback" not in wrong.stderr
+    )
     again = run_script("robot_server.py", "--keygen", "--keys", keys / "good", cwd=keys, timeout=30, check=False)
     assert again.returncode != 0 and (keys / "good" / "server.key_secret").read_bytes() == before
 

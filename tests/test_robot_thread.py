@@ -282,6 +282,78 @@ def test_a_hold_among_targets_is_not_lost(world, asked):
     with pytest.raises(Refused) as refused:
         world.ask("target", pose=near(start, 0.0, 0.0, 0.0))
     assert refused.value.code == ("not_streaming" if "stop" in asked else "held")
+    assert str(refused.value).startswith("a client asked to")  # so that a program asks a person before it goes on
+    world.job("start")
+    world.tick(5)
+    assert world.control.mode == "streaming" and world.control.held == ""
+
+
+@pytest.mark.parametrize("asked", ["hold", "stop"])
+def test_what_was_asked_during_a_fault_does_not_break_off_its_recovery(world, asked):
+    world.streaming()
+    world.arm.mode = "reflex"
+    world.tick(3)
+    world.ask(asked)
+    world.tick(500)
+    job = world.job("recover")
+    world.tick(20)
+    assert world.ask("job", handle=job)["status"] == "done" and world.control.fault is None
+
+
+def test_a_lease_that_is_renewed_during_a_long_call_of_the_sdk_does_not_end(world, monkeypatch):
+    """The front's queue is full after 1.7 s of beats; what it says then is heard too late."""
+    world.streaming()
+    world.arm.mode = "reflex"
+    world.tick(3)
+    recover = world.arm.recover
+
+    def slow_recover() -> None:
+        beats_until = world.now + 1.0
+        while world.now < beats_until:
+            world.now += 0.01
+            world.front.link.other.queue.append(
+                robot_server.Command("state", world.front.number, world.now + 1.0).pack()
+            )
+        world.now += 3.0  # nothing more fits into the queue
+        recover()
+
+    monkeypatch.setattr(world.arm, "recover", slow_recover)
+    job = world.job("recover")
+    world.tick(1)
+    world.front.lease_until = world.now + 1.0  # the client renewed it all the time
+    for _ in range(20):
+        world.tick()
+        world.front.send("state", world.front.lease_until)
+    assert world.ask("job", handle=job)["status"] == "done" and world.control.fault is None
+
+
+def test_a_lease_that_ended_during_a_long_call_of_the_sdk_has_ended(world, monkeypatch):
+    world.streaming()
+    monkeypatch.setattr(world.arm, "set_gains", lambda gains: setattr(world, "now", world.now + 1.5))
+    world.ask("gains", stiffness=900.0)
+    world.ask("release")
+    world.tick(2)
+    assert world.control.mode == "hold"
+
+
+def test_nothing_is_accepted_that_will_not_be_heard(world, monkeypatch):
+    """The robot thread has been in its SDK for so long that its queue is full: a stop is refused, not lost."""
+    world.streaming()
+
+    def full(_: bytes) -> None:
+        raise BlockingIOError
+
+    monkeypatch.setattr(world.front.link, "send", full)
+    number = world.front.number
+    for op, args in (("stop", {}), ("hold", {}), ("gains", {"stiffness": 900.0}), ("release", {})):
+        with pytest.raises(Refused, match="the robot's SDK takes its time") as refused:
+            world.ask(op, **args)
+        assert refused.value.code == "busy"
+    with pytest.raises(Refused, match="takes its time"):
+        world.ask("target", pose=near(world.reference, 0, 0, 0))
+    with pytest.raises(Refused, match="takes its time"):
+        world.ask("acquire", TOKENS[1], name="another", ttl=1.0, takeover=True)
+    assert world.front.holder() == "test" and world.front.number == number
 
 
 # --- Rotations --------------------------------------------------------------------------------------------------------
@@ -652,7 +724,8 @@ class Watcher:
                 assert step <= rest * max(dt, 0) * 1.01 + 1e-12, f"in hold the reference moves by {step}"
         assert now - self.accepted <= args.stop_after_s + 1e-9, "no soft stop"
         if control.mode == "streaming":
-            assert now <= control.lease_until + 1e-9 and now - self.accepted <= args.hold_after_s + 1e-9, "no watchdog"
+            lease_until = max(control.lease_until, control.deaf_until)
+            assert now <= lease_until + 1e-9 and now - self.accepted <= args.hold_after_s + 1e-9, "no watchdog"
             assert not self.latched, "streaming after a hold without a start"
 
 
