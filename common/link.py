@@ -7,7 +7,6 @@ with a smaller number and the actor goes back to there; what arrives twice is kn
 learned from exactly once, whichever side is killed.
 """
 
-import contextlib
 import ipaddress
 import json
 import math
@@ -99,7 +98,7 @@ class Learner:
         self.held: dict[str, int] = {}
         self.asking: set[str] = set()  # actors that have not been told that it is over
         self.over = False
-        self.in_checkpoint: dict[str, int] = {}
+        self.saves: list[dict[str, int]] = [{}, {}]  # held in the checkpoint before the newest, and in that
         if keys:
             make_keys(Path(keys))
             self.authenticator = ThreadAuthenticator(zmq.Context.instance())
@@ -123,7 +122,7 @@ class Learner:
             identity, *frames = self.router.recv_multipart()
             try:
                 actor, records = self.read(frames, most - len(new))
-                reply = {"held": self.held.get(actor, 0), "saved": self.in_checkpoint.get(actor, 0), "over": self.over}
+                reply = {"held": self.held.get(actor, 0), "saved": self.saves[0].get(actor, 0), "over": self.over}
                 self.asking = self.asking - {actor} if self.over else self.asking | {actor}
                 new += [(actor, record) for record in records]
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -157,8 +156,8 @@ class Learner:
         return actor, records
 
     def saved(self) -> None:
-        """All that was received is in a checkpoint: actors may drop it."""
-        self.in_checkpoint = dict(self.held)
+        """All that was received is in a checkpoint: actors may drop what is in the one before, too."""
+        self.saves = [self.saves[1], dict(self.held)]
 
     def publish(self, version: int, weights: bytes, done: bool = False) -> None:
         """Sends the weights to all actors; `done` ends them."""
@@ -283,8 +282,6 @@ class Actor:
         self.exchange(0)
         while self.journal.written - self.held > self.ahead and not (self.done or self.stop()):
             self.exchange(100)
-            if not self.waiting:  # nothing could be sent
-                time.sleep(0.1)
 
     def stage(self, record: bytes) -> None:
         """Keeps a record back, on the disk, until `release` or `discard`."""
@@ -335,10 +332,13 @@ class Actor:
         records = self.journal.read(self.held, count) if self.held < self.journal.written else b""
         number = len(records) // self.journal.record_bytes
         header = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "first": self.held, "count": number}
-        with contextlib.suppress(self.zmq.Again):  # no learner to queue it for; never wait for one in here
+        try:
             self.dealer.send_multipart([json.dumps(header).encode(), records], self.zmq.NOBLOCK)
-            self.waiting = True
-            self.sent = time.monotonic()
+        except self.zmq.Again:  # no learner to queue it for
+            time.sleep(wait_ms / 1000)
+            return
+        self.waiting = True
+        self.sent = time.monotonic()
 
     def weights(self) -> tuple[int, bytes] | None:
         """Version and weights, if newer ones have come."""

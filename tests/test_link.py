@@ -197,6 +197,7 @@ def test_what_is_saved_is_dropped_by_the_actor(tmp_path):
         assert taken(learner, actor, count)[-1] == record(count - 1)
         assert len(list((tmp_path / "actor" / "journal").iterdir())) == 3
         learner.saved()
+        learner.saved()
         while actor.journal.first < 2 * RECORDS_PER_FILE:
             actor.exchange(0)
             learner.receive(20)
@@ -204,6 +205,28 @@ def test_what_is_saved_is_dropped_by_the_actor(tmp_path):
         learner.held.clear()  # an older checkpoint than the one that was saved
         with pytest.raises(SystemExit, match="the journal begins later: start a new actor"):
             taken(learner, actor, 1)
+
+
+def test_checkpoint_before_the_newest_can_be_gone_on_from(tmp_path):
+    """The newest may be damaged: what only that one has stays in the journals."""
+    port, count = free_port(), 4 * RECORDS_PER_FILE
+    with actor_at(port, tmp_path / "actor") as actor:
+        for number in range(count):
+            actor.journal.append(record(number))
+        with learner_at(port) as learner:
+            older = 2 * RECORDS_PER_FILE
+            got = taken(learner, actor, older, most=older)
+            learner.saved()
+            checkpoint = learner.state_dict()
+            got += taken(learner, actor, count - len(got))
+            learner.saved()
+            while actor.journal.first < older:
+                actor.exchange(0)
+                learner.receive(20)
+        with learner_at(port) as learner:
+            learner.load_state_dict(checkpoint)
+            held = learner.held[actor.name]
+            assert taken(learner, actor, count - held) == [record(number) for number in range(held, count)]
 
 
 def test_an_actor_is_not_too_far_ahead(tmp_path):
