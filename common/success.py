@@ -209,7 +209,7 @@ class SuccessReward(gym.Wrapper):
 
     def step(self, action):
         obs, _, terminated, truncated, info = self.env.step(action)
-        success = self.detector(obs)
+        success = self.detector(obs) and not info.get("fault")  # a fault's frame is an old one
         if not self.only_reward:
             terminated = terminated or success
             info = info | {"success": success}

@@ -115,6 +115,17 @@ def test_reward_of_the_detector():
     assert env.step(0)[1:] == (1.0, False, False, {"a": 1})
 
 
+def test_frame_that_stands_still_because_of_a_fault_is_no_success():
+    detector = SuccessDetector(Brightness(), threshold=0.5, hold=1, fingerprint={}, about={})
+    for fault in (None, "camera wrist: newest picture is 0.4 s old"):
+        slides = Slideshow([50, 200])
+        slides.step = lambda _, fault=fault: (observation(200), 0.0, False, True, {"fault": fault})
+        env = SuccessReward(slides, detector)
+        env.reset()
+        _, reward, terminated, _, info = env.step(0)
+        assert reward == terminated == info["success"] == (fault is None)
+
+
 def test_log_odds_are_those_of_the_last_class():
     logits = torch.tensor([[0.3, -1.0, 2.0], [5.0, 0.0, -2.0]])
     probability = logits.softmax(-1)[:, -1]
