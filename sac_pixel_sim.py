@@ -804,7 +804,7 @@ class Agent:
         tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
         if self.args.frames_dir:
-            path = Path(self.args.frames_dir) / f"{run.dir.name}-{path.name}"
+            path = Path(self.args.frames_dir, "-".join((*run.dir.absolute().parts[-2:], path.name)))
         file = FrameFile(path, self.views.frame_shape, self.device)
         if run.state is None:
             what = f"{name}: {capacity:,} transitions of {self.views.pixels}, {slots:,} frames"

@@ -450,8 +450,10 @@ def test_memory_disk_and_wire_are_announced_before_they_are_taken(tmp_path, monk
 def test_frames_in_another_place(tmp_path):
     args = small_args(frames_dir=str(tmp_path / "disk"))
     agent = Agent(small_views(), box(2), args, CPU)
-    agent.make_buffer("replay", 10, run_stub(tmp_path / "my-run"), 12)
-    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["my-run-replay.frames"]
+    agent.make_buffer("replay", 10, run_stub(tmp_path / "runs" / "mine"), 12)
+    agent.make_buffer("replay", 10, run_stub(tmp_path / "others" / "mine"), 12)
+    names = sorted(path.name for path in (tmp_path / "disk").iterdir())
+    assert names == ["others-mine-replay.frames", "runs-mine-replay.frames"]
 
 
 @pytest.mark.parametrize("case", ["stack1", "stack1_mid", "stack2", "stack2_mid", "stack3_mid", "quirk"])
