@@ -715,9 +715,9 @@ class Terminal:
         if key in COMMANDS and gap > HOLD_S:  # a key that is held is one command
             self._commands.append(COMMANDS[key])
 
-    def commands(self) -> list[str]:
-        """Those of COMMANDS since the last call, in their order."""
-        return [self._commands.popleft() for _ in range(len(self._commands))]
+    def commands(self, most: float = math.inf) -> list[str]:
+        """Those of COMMANDS since the last call, in their order, `most` of them; the rest waits."""
+        return [self._commands.popleft() for _ in range(min(most, len(self._commands)))]
 
     def pressed_at(self, key: str) -> float:
         """When this key was typed last, monotonic s."""
