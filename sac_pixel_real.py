@@ -57,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
 from common import envs, link, pixels, recording, setup, tensors, vision
-from common.episodes import Recorder, check_steps, demonstrations, replay, summary
+from common.episodes import Recorder, check_steps, minari_episodes, replay, summary
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import Recording, Step, fields_of, write_video
 from common.run import Run
@@ -68,7 +68,8 @@ from common.tensors import RunningNormalizer
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
 FIXED_STD = 0.1  # of --std-parameterization fixed
-PUBLISH_EVERY = 50  # learner: updates between two publications of the policy
+UPDATES_AT_ONCE = 50  # learner: then it looks for what has come
+PUBLISH_S = 2.0  # learner: between two publications of the policy
 ALPHA_INIT = 0.01  # temperature at the start
 TARGET_ENTROPY = -0.5  # that the temperature seeks, per dimension of the action; SERL, RLPD
 PROPRIO_DIM = 64  # features of the robot's state; SERL
@@ -225,12 +226,8 @@ class Args(RunArgs):
             fail(f"--grad-accum-steps {self.grad_accum_steps}: must divide {what}")
         if self.gripper == "critic" and rc.TASKS[self.task].gripper == "continuous":
             fail(f"--gripper critic: the gripper of --task {self.task} is continuous; give --gripper continuous")
-        if self.reward not in REWARDS and not Path(self.reward).exists():
-            fail(f"--reward {self.reward}: no such file; give {', '.join(REWARDS)}, or a file of reward_classifier.py")
         if self.total_timesteps <= self.learning_starts:
             fail(f"--total-timesteps {self.total_timesteps}: learning starts after {self.learning_starts}; give more")
-        if self.reward == "person" and self.teleop in ("none", "scripted") and not self.eval_only:
-            fail(f"--reward person: nobody is there with --teleop {self.teleop}")
 
     def num_demos(self) -> int:
         """Demonstrations in each batch."""
@@ -259,10 +256,7 @@ def make_env(args: Args) -> gym.Env:
 
 
 def wrap_robot(env: gym.Env, args: Args) -> gym.Env:
-    """The task with observations {"images": (T, K, H, W, 3) uint8, "state": (T, S)} and actions (A,) in [-1, 1].
-
-    T is --frame-stack.
-    """
+    """The task: {"images": (T, K, H, W, 3) uint8, "state": (T, S)}, T = --frame-stack; actions (A,) in [-1, 1]."""
     env = pixels.ImagesAndState(env, args.task, args.cameras, args.image_size)
     return gym.wrappers.FrameStackObservation(env, args.frame_stack)
 
@@ -271,6 +265,8 @@ def judged(env: gym.Env, args: Args) -> gym.Env:
     """With the classifier's reward, if --reward names one. Exits with one line when it is of another task."""
     if args.reward in REWARDS:
         return env
+    if not Path(args.reward).exists():
+        fail(f"--reward {args.reward}: no such file; give {', '.join(REWARDS)}, or a file of reward_classifier.py")
     return SuccessReward(env, open_detector(args.reward, "--reward", env))
 
 
@@ -283,14 +279,12 @@ def success(info: dict) -> float:
 def reset_robot(env: gym.Env, seed: int, person: "Person", ends: Callable[[], bool]) -> dict | None:
     """The first observation of an episode; None when `ends` says so, which the robot heeds on its way there.
 
-    What a person types meanwhile is thrown away, but for pause and quit. Waits for a robot that refuses, or was there.
-    Raises RobotError, in one line with the remedy, when it has not been there yet.
+    What a person types meanwhile is thrown away, but for pause, which begins there, and quit. Waits for a robot that
+    refuses, or was there. Raises RobotError, in one line with the remedy, when it has not been there yet.
     """
     while not ends():
         try:
             obs, _ = env.reset(seed=seed, options={"give_up": ends})
-            person.forget()
-            return obs
         except rc.RobotError as error:
             if ends():
                 break
@@ -298,6 +292,10 @@ def reset_robot(env: gym.Env, seed: int, person: "Person", ends: Callable[[], bo
                 raise
             print(f"waiting for the robot: {error}", file=sys.stderr, flush=True)
             time.sleep(1)
+        else:
+            person.forget()
+            heed(person, env, ended=False, stopped=ends)
+            return None if ends() else obs
     return None
 
 
@@ -305,26 +303,28 @@ class Person:
     """Whoever stands beside the robot: the teleoperation that may take over, and commands from the keyboard."""
 
     def __init__(self, args: Args, teleop: str):
-        """Raises RobotError when there is no such device."""
+        """Raises RobotError when there is no such device. Exits with one line when nobody can give the verdicts."""
         self.help_until = args.help_until
+        self.quit = False
         self.terminal = rc.Terminal() if sys.stdin.isatty() or teleop == "keyboard" else None
         self.rng = np.random.default_rng(args.seed)
         self.scripted = teleop == "scripted"
         self.teleop: rc.Teleop | None = None
+        if args.reward == "person" and not self.terminal:
+            fail("--reward person: nobody is there, standard input is no terminal; start the script in one")
         if self.terminal:
-            print(rc.KEYS if teleop == "keyboard" else VERDICT_KEYS, flush=True)
+            keys_here = rc.KEYS.replace("z undo the last   t label   ", "")  # those are record_demos.py's
+            print(keys_here if teleop == "keyboard" else VERDICT_KEYS, flush=True)
         if self.scripted:
             self.teleop = rc.ScriptedExpert(0.0, 1, args.seed)
         elif teleop != "none":
             self.teleop = rc.open_teleop(teleop, self.terminal)
+            self.teleop.forget = self.forget  # names what the wrapper throws away at a reset
 
     def begin(self, step: int) -> None:
-        """An episode begins at this step of the run.
-
-        A scripted person lets the policy try, then helps to the end: in all episodes at first, then in ever fewer, as
-        HIL-SERL advises (docs/franka_walkthrough.md).
-        """
-        helps = self.rng.random() >= step / max(self.help_until, 1)
+        """An episode begins at this step of the run. A scripted person lets the policy try, then helps to the end: in
+        all episodes at first, then in ever fewer, as HIL-SERL advises (docs/franka_walkthrough.md)."""
+        helps = step < self.help_until and self.rng.random() >= step / self.help_until
         self.helps_after = self.rng.integers(*HELP_AFTER, endpoint=True) if helps else math.inf
 
     def watch(self, t: int) -> None:
@@ -332,15 +332,25 @@ class Person:
         if self.scripted:
             self.teleop.probability = float(t >= self.helps_after)
 
-    def commands(self) -> list[str]:
-        """What was typed since the last call; a scripted person presses a wrong key now and then."""
+    def command(self) -> str:
+        """The next one that was typed, or ""; a scripted person presses a wrong key now and then."""
         if self.scripted and self.rng.random() < WRONG_KEY_PROB:
-            return [str(self.rng.choice(["failure", "discard"]))]
-        return self.terminal.commands() if self.terminal else []
+            return str(self.rng.choice(["failure", "discard"]))
+        self.quits()  # which is remembered
+        return "".join(self.terminal.commands(most=1)) if self.terminal else ""
 
     def quits(self) -> bool:
-        """Whether "quit" is among the commands that nobody has asked for yet."""
-        return self.terminal is not None and self.terminal.quits()
+        """Whether "quit" was typed, now or before."""
+        self.quit |= self.terminal is not None and self.terminal.quits()
+        return self.quit
+
+    def fault(self) -> str:
+        """What is wrong with the device. Raises RobotError when there is no terminal, or none any more."""
+        device_fault = self.teleop.fault if self.teleop and not self.scripted else ""
+        fault = self.terminal.fault if self.terminal else device_fault
+        if fault:
+            raise rc.RobotError(fault)
+        return device_fault
 
     def forget(self) -> None:
         """Throws away what was typed, but for pause and quit."""
@@ -756,45 +766,22 @@ class FrameBuffer(ReplayBuffer):
 
 
 def robot_step_type(views: Views, action_dim: int) -> np.dtype:
-    """One step as it is journalled and sent: the action that was executed, what followed, and whether a person did it.
-
-    With `first` a reset.
-    """
+    """One step as it is journalled and sent: what was executed and what followed, or a reset; whether by a person."""
     return np.dtype([*pixels.pixel_step_type(views, action_dim, 1).descr, ("intervened", "?")])
 
 
-class Interventions:
-    """Puts what a person did into the demonstrations, as episodes that begin where the person took over."""
-
-    def __init__(self, demos: FrameBuffer, step_type: np.dtype):
-        self.demos = demos
-        self.step_type = step_type
-        # Each actor's steps that the newest observation's stack is of.
-        self.recent: dict[str, list[np.ndarray]] = {}
-
-    def add(self, step: np.ndarray, actor: str) -> int:
-        """Takes in an actor's next step; the number of transitions that were added, 0 or 1."""
-        recent = [] if step["first"] else self.recent.get(actor, [])
-        self.recent[actor] = [*recent, step][-self.demos.stack :]
-        if not recent or not step["intervened"]:
-            return 0
-        if not recent[-1]["intervened"]:  # the person takes over: a segment with its own frames begins
-            frames = np.concatenate([old["frames"] for old in recent])
-            reset = {"first": True, "observation": recent[-1]["observation"], "frames": frames}
-            self.demos.add(reset, actor)
-        return self.demos.add(step, actor)
-
-    def state_dict(self) -> dict:
-        return {
-            actor: [torch.tensor(list(step.tobytes()), dtype=torch.uint8) for step in steps]
-            for actor, steps in self.recent.items()
-        }
-
-    def load_state_dict(self, state: dict) -> None:
-        self.recent = {
-            actor: [np.frombuffer(step.cpu().numpy().tobytes(), self.step_type)[0] for step in steps]
-            for actor, steps in state.items()
-        }
+def add_intervention(demos: FrameBuffer, replay: FrameBuffer, step: np.ndarray, actor: str) -> None:
+    """Adds what a person did to the demonstrations, as episodes that begin where the person took over: with what the
+    replay buffer saw last, which takes in the step afterwards."""
+    before = replay.newest.get(actor)
+    if step["first"] or before is None or not step["intervened"]:
+        demos.newest.pop(actor, None)
+        return
+    if actor not in demos.newest:  # the person takes over: a segment with its own frames begins
+        frames = replay.frames.get(torch.tensor(replay.newest_windows[actor]))
+        reset = {"first": True, "observation": before.cpu().numpy(), "frames": frames.cpu().numpy()}
+        demos.add(reset, actor)
+    demos.add(step, actor)
 
 
 def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
@@ -804,7 +791,7 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     closure = {"open": 0.0, "close": 1.0}.get(config.gripper_at_reset)  # None: as it is
     steps = []
     episodes = []
-    for episode in demonstrations(args.demos, task, args.seed, 0.0):
+    for episode in minari_episodes(args.demos, task):
         if success(episode.info) != 1:
             continue
         penalty = args.gripper_penalty * (config.gripper == "binary")
@@ -915,7 +902,7 @@ class Agent:
         tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
         path = run.dir / f"{name}.frames"
         if self.args.frames_dir:
-            path = Path(self.args.frames_dir) / f"{run.dir.name}-{path.name}"
+            path = Path(self.args.frames_dir, "-".join((*run.dir.absolute().parts[-2:], path.name)))
         file = FrameFile(path, self.views.frame_shape, self.device)
         if run.state is None:
             what = f"{name}: {capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
@@ -933,11 +920,11 @@ class Agent:
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_robot`; the gripper's is the grasp critic's best."""
         seen = self.one_observation(obs)
-        actor = self.mean_actor if deterministic else self.actor
-        encoder = self.mean_encoder if deterministic else self.critic.encoder
-        features = Features(encoder(seen), seen.states)
-        mean, std = actor(features)
-        if not deterministic:
+        features = Features(self.critic.encoder(seen), seen.states)  # which the grasp critic is trained on
+        if deterministic:
+            mean, _ = self.mean_actor(Features(self.mean_encoder(seen), seen.states))
+        else:
+            mean, std = self.actor(features)
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         action = mean.tanh()[0].cpu().numpy()
         gripper = np.zeros(self.action_dim - self.arm_dim, np.float32)
@@ -1149,8 +1136,7 @@ class Agent:
         return max(self.args.utd_ratio * (step - self.args.learning_starts) - self.critic_updates, 0)
 
     def policy_tensors(self) -> list[Tensor]:
-        """What acting needs: the parameters of actor, encoder and their averages, of the grasp critic, statistics; and
-        how much they have learned from."""
+        """Parameters of actor, encoder, their averages, grasp critic; statistics; how much they have learned from."""
         parameters = [*self.acting_parameters, *self.mean_parameters]
         if self.grasp_critic is not None:
             parameters += self.grasp_critic.parameters()
@@ -1223,11 +1209,14 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
         suggested |= bool(info["success"])
         if info["fault"]:
             print(f"the episode was ended: {info['fault']}", file=sys.stderr, flush=True)
+        verdict = judgement(terminated, truncated, info)
+        if verdict == "fault":
             return Outcome("discard", seconds, suggested)
-        ended = terminated or truncated
-        said = heed(person, env, ended)
-        if said or ended:
-            return Outcome(said or ("success" if success(info) == 1 else "failure"), seconds, suggested)
+        said = heed(person, env, bool(verdict), person.quits)
+        if person.quits() and not said:
+            return Outcome("quit", seconds, suggested)
+        if said or verdict:
+            return Outcome(said or ("success" if verdict == "success" else "failure"), seconds, suggested)
 
 
 def evaluate_policy(args: Args) -> None:
@@ -1240,6 +1229,7 @@ def evaluate_policy(args: Args) -> None:
     rc.check_server(args.server, args.server_keys)
     person = Person(args, "none")
     outcomes: list[Outcome] = []
+    table = "episode,success,cycle_s,suggested\n"
     frames: list[np.ndarray] = []
     try:
         while len(outcomes) < args.final_eval_episodes:
@@ -1252,6 +1242,9 @@ def evaluate_policy(args: Args) -> None:
             if outcome.verdict == "discard":
                 continue
             outcomes.append(outcome)
+            won = outcome.verdict == "success"
+            table += f"{number},{won:d},{outcome.seconds:.3f},{outcome.suggested:d}\n"
+            write_atomically(folder / f"evaluation_{args.policy}.csv", table.encode())
             if len(outcomes) <= 4:
                 frames += seen
     except KeyboardInterrupt:
@@ -1261,11 +1254,6 @@ def evaluate_policy(args: Args) -> None:
         env.close()
     if not outcomes:
         fail(f"--eval-only {folder}: no episode has ended, so nothing is written")
-    table = "episode,success,cycle_s,suggested\n"
-    for number, outcome in enumerate(outcomes):
-        won = outcome.verdict == "success"
-        table += f"{number},{won:d},{outcome.seconds:.3f},{outcome.suggested:d}\n"
-    write_atomically(folder / f"evaluation_{args.policy}.csv", table.encode())
     if args.capture_video and frames:
         path = folder / f"evaluation_{args.policy}.mp4"
         write_video(np.stack(frames), path, env.metadata["render_fps"])
@@ -1305,8 +1293,6 @@ def load_policy(agent: Agent, path: Path) -> int:
         if wrong:
             raise ValueError("; ".join(wrong))
         for ours, theirs in zip(agent.policy_tensors(), saved["tensors"], strict=True):
-            if ours.shape != theirs.shape:
-                raise ValueError(f"a tensor of shape {tuple(theirs.shape)} is not {tuple(ours.shape)}")
             ours.copy_(theirs)
         agent.probe = saved["probe"]
         agent.check_answers(saved["answers"])
@@ -1335,14 +1321,13 @@ def learner(args: Args) -> None:
     device = tensors.set_up_torch(args.threads, args.amp)
     run = Run(args, args.task, __file__, device)
     agent, buffer, demos = start_learner(args, run, device)
-    interventions = Interventions(demos, agent.step_type)
     size = agent.step_type.itemsize
     actors = link.Learner(args.address, args.curve_keys, args.shared(), size, partial(check_steps, agent.step_type))
-    run.keep(agent=agent, buffer=buffer, demos=demos, interventions=interventions, actors=actors)
+    run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
-    published, published_at = -math.inf, -math.inf
+    published_at = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
         # Receive: what was taken in is learned from first, so that an actor is an episode ahead at most.
@@ -1353,13 +1338,13 @@ def learner(args: Args) -> None:
         # Store: what a person did goes to the demonstrations as well.
         for actor_name, data in received:
             step = np.frombuffer(data, agent.step_type)[0]
+            add_intervention(demos, buffer, step, actor_name)
             count += buffer.add(step, actor_name)
-            interventions.add(step, actor_name)
         if count:
             agent.observe(buffer.newest_observations(count))
         run.advance(count)
         # Learn.
-        updates = min(agent.owed(run.step), PUBLISH_EVERY)
+        updates = min(agent.owed(run.step), UPDATES_AT_ONCE)
         if updates:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, updates)
@@ -1367,10 +1352,10 @@ def learner(args: Args) -> None:
             if not math.isfinite(loss):
                 fail(f"the critics' loss is {loss} after {agent.critic_updates} updates; {run.dir} has what was before")
         # Publish: also for an actor that has just come.
-        idle = not (updates or received) and time.monotonic() - published_at > 2
-        if agent.critic_updates >= max(published + PUBLISH_EVERY, 1) or (idle and agent.critic_updates):
-            publish(actors, agent, run.step, buffer, demos)
-            published, published_at = agent.critic_updates, time.monotonic()
+        agent.counts.copy_(torch.tensor([run.step, len(buffer), len(demos)]))
+        if agent.critic_updates and time.monotonic() - published_at > PUBLISH_S:
+            actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()))
+            published_at = time.monotonic()
         # Log.
         if run.due(500):
             sizes = {"charts/replay": len(buffer), "charts/demonstrations": len(demos)}
@@ -1381,17 +1366,9 @@ def learner(args: Args) -> None:
             actors.saved()
 
     run.end_of_training()
-    publish(actors, agent, run.step, buffer, demos, done=True)
+    actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done=True)
     run.save(finished=True)
     run.close()
-
-
-def publish(
-    actors: link.Learner, agent: Agent, transitions: int, buffer: FrameBuffer, demos: FrameBuffer, done: bool = False
-) -> None:
-    """The policy, and how much it has learned from, to all actors; `done` ends them."""
-    agent.counts.copy_(torch.tensor([transitions, len(buffer), len(demos)]))
-    actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done)
 
 
 def learner_beside(args: Args, run: Run) -> setup.Child:
@@ -1405,24 +1382,32 @@ def learner_beside(args: Args, run: Run) -> setup.Child:
 class Log:
     """What an actor knows of its episodes: a status line and a row of train.csv for each, the best policy."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: Run, task: Recorder):
         self.run = run
+        self.task = task
         self.unaided: deque[bool] = deque(maxlen=RECENT)  # success of the last episodes without help
         self.helped: deque[float] = deque(maxlen=RECENT)  # share of steps with help
         self.disagreements = 0
         self.best = -1.0
 
-    def add(self, verdict: str, steps: list[Step], agent: Agent, version: int, age_s: float) -> None:
-        """An episode has ended; those that were discarded, stopped, or ended by a fault count for nothing.
+    def add(self, verdict: str, steps: list[Step], agent: Agent, version: int, age_s: float) -> bool:
+        """Takes in an episode; those that were discarded, stopped, or ended by a fault count for nothing.
 
-        `version` and age of the newest weights: 0 and NaN while there are none.
+        Whether with it the last RECENT without help are as good as any before. `version` and age are those of the
+        newest weights, 0 and NaN while there are none.
         """
         share = float(np.mean([step.intervened for step in steps]))
         late = np.array([step.late_s for step in steps])
         won = verdict == "success"
-        if verdict not in ("discard", "fault", "stopped"):
+        counts = verdict not in ("discard", "fault", "stopped")
+        unaided = counts and share == 0
+        if counts:
             self.helped.append(share)
-            self.unaided.extend([won] if share == 0 else [])
+        if unaided:
+            self.unaided.append(won)
+        is_best = unaided and len(self.unaided) == RECENT and self.rate() >= self.best
+        if is_best:
+            self.best = self.rate()
         transitions, replay, demos = agent.counts.tolist()
         scalars = {
             "charts/episodic_return": sum(step.reward for step in steps),
@@ -1451,15 +1436,24 @@ class Log:
             f"overruled {self.disagreements}",
             flush=True,
         )
+        return is_best
 
     def rate(self) -> float:
         return float(np.mean(self.unaided or [math.nan]))
 
-    def is_best(self) -> bool:
-        """Whether the last RECENT episodes without help were as good as any before."""
-        better = len(self.unaided) == RECENT and self.rate() >= self.best
-        self.best = self.rate() if better else self.best
-        return better
+    def record_disagreement(self, steps: list[Step], verdict: str) -> None:
+        """The episode in which person and classifier disagree, for `reward_classifier.py --add RUN`."""
+        won = verdict == "success"
+        attributes = {
+            "verdict": verdict,
+            "success": won,
+            "decided_by": "person",
+            "suggested": not won,
+            "disagreement": True,
+            "attempt": self.run.episode,
+        }
+        dataset = Recording(self.run.dir / "episodes", "run/episodes-v0", self.task, {"mode": "demos", "classes": 2})
+        dataset.add(fields_of(self.task.observations, steps, won), attributes)
 
     def state_dict(self) -> dict:
         return {"unaided": list(self.unaided), "helped": list(self.helped), "best": self.best, "n": self.disagreements}
@@ -1516,60 +1510,49 @@ def actor(args: Args) -> None:
         env = wrap_robot(task, args)
         agent = Agent(views_of(env), env.action_space, args, device)
         run = Run(args, args.task, __file__, device)
-        log = Log(run)
+        log = Log(run, task)
         run.keep(log=log)
-        child = learner_beside(args, run) if args.role == "both" else None
         shared, size = args.shared(), agent.step_type.itemsize
         sender = link.Actor(args.address, args.curve_keys, shared, size, run.dir, timeout_s=600.0)
         sender.release()  # what a crash left of an episode
+        child = learner_beside(args, run) if args.role == "both" else None
         run.open(args.total_timesteps)
-        collect(args, run, log, env, task, Newest(agent, sender, run.dir / "newest.policy"), person, child)
+        collect(args, log, env, Newest(agent, sender, run.dir / "newest.policy"), person, child)
         finished = sender.done
     finally:
         person.close()
         task.close()
         if child and not finished:
             child.end()
-    if child:
-        child.process.wait()
     run.plot(name="train", keys=("charts/success_without_help", "charts/intervention_rate"))
     run.end_of_training()
     run.close()
     print(f"see {run.dir}; evaluate it: python {Path(__file__).name} --eval-only {run.dir}")
 
 
-def collect(
-    args: Args,
-    run: Run,
-    log: Log,
-    env: gym.Env,
-    task: Recorder,
-    policy: Newest,
-    person: Person,
-    child: setup.Child | None,
-) -> None:
-    """Episode after episode, until the learner has what it asked for. `env` wraps `task`."""
-    sender, agent = policy.sender, policy.agent
+def collect(args: Args, log: Log, env: gym.Env, policy: Newest, person: Person, child: setup.Child | None) -> None:
+    """Episode after episode, until the learner has what it asked for."""
+    run, sender, agent = log.run, policy.sender, policy.agent
     seed = args.seed + sender.number
     agent.generator.manual_seed(envs.episode_seed(seed, 0, sender.journal.written))
-    obs = None
+    obs = env.observation_space.sample()  # a policy's answer is saved with it, until there is a real one
     while True:
         catch_up(run, sender, person, child)
-        if sender.done and obs is not None:
-            time.sleep(1)  # the learner's last policy is on its way
+        if sender.done:  # the learner's last policy is on its way
+            if child:
+                child.process.wait()
+            else:
+                time.sleep(1)
             policy.take()
             policy.save(obs, best=False)
         if run.signals or sender.done:
             return
         # Reset.
-        with run.phase("env"):
-            number = sender.journal.written + run.episode  # grows with every episode, also after a crash
-            episode_seed = envs.episode_seed(seed, 0, number)
-            obs = reset_robot(env, episode_seed, person, partial(stop_asked, run, person))
+        number = sender.journal.written + run.episode  # grows with every episode, also after a crash
+        episode_seed = envs.episode_seed(seed, 0, number)
+        obs = reset_robot(env, episode_seed, person, partial(stop_asked, run, person))
         person.begin(run.step)
-        if obs is not None:
-            heed_in_training(run, person, env, ended=False)  # a pause that began during the reset
-        if obs is None or run.signals:
+        if obs is None:
             return
         # Act, step, store.
         steps, verdict, obs = episode(run, env, policy, person, obs)
@@ -1583,12 +1566,12 @@ def collect(
         if args.reward != "person" and verdict in VERDICTS[:2] and suggested != (verdict == "success"):
             log.disagreements += 1
             if args.reward not in REWARDS:
-                record_disagreement(run, task, steps, verdict)
-        log.add(verdict, steps, agent, policy.version, time.monotonic() - policy.came)
-        policy.save(obs, log.is_best())
+                log.record_disagreement(steps, verdict)
+        is_best = log.add(verdict, steps, agent, policy.version, time.monotonic() - policy.came)
+        policy.save(obs, is_best)
         run.episode += 1
         run.save()
-        task.episodes.clear()
+        log.task.episodes.clear()
 
 
 def stop_asked(run: Run, person: Person) -> bool:
@@ -1610,8 +1593,6 @@ def catch_up(run: Run, sender: link.Actor, person: Person, child: setup.Child | 
         sender.exchange(100)
         if sender.answered > asked and sender.held == sender.journal.written:
             return
-        if not sender.waiting:  # nothing could be sent
-            time.sleep(0.1)
         if child and child.finished():
             sender.done = True
 
@@ -1627,16 +1608,16 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
     verdict = ""
     while not verdict:
         # Act, with the newest policy.
-        with run.phase("act"):
-            policy.take()
-            action = policy.act(obs)
+        policy.take()
+        action = policy.act(obs)
         # Step: a person may take over.
         person.watch(len(steps))
-        with run.phase("env"):
-            obs, reward, terminated, truncated, info = env.step(action)
+        obs, reward, terminated, truncated, info = env.step(action)
         run.advance()
         # Heed the person, whose verdict comes before that of classifier or task. Who quits ends the episode at once.
-        said = heed_in_training(run, person, env, ended=(terminated or truncated) and not info["fault"])
+        seen = terminated or not info["fault"]  # what followed the action; after a reflex, too
+        ended = (terminated or truncated) and not info["fault"]
+        said = heed(person, env, ended, partial(stop_asked, run, person))
         if said in ("success", "failure"):
             reward, terminated = float(said == "success"), said == "success"
         verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
@@ -1644,7 +1625,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
         executed = info["executed_action"]
         asked = info["asked_action"]
         intervened = bool(info.get("intervened", False))
-        if verdict != "fault" or terminated:  # else what follows the action is not known
+        if seen:
             step = pack_pixels(step_type, executed, obs, reward + info["grasp_penalty"], terminated)
             step["intervened"] = intervened and asked.any()
             sender.stage(step.tobytes())
@@ -1657,58 +1638,43 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
 
 
 def judgement(terminated: bool, truncated: bool, info: dict) -> str:
-    """The verdict where no person gives one."""
-    if info["fault"]:
-        return "fault"
+    """The verdict where no person gives one. A reflex ends an episode: a failure of whoever acts, not of the robot."""
     if terminated:
         return "success" if success(info) == 1 else "failure"
+    if info["fault"]:
+        return "fault"
     return "time limit" if truncated else ""
 
 
-def heed_in_training(run: Run, person: Person, env: gym.Env, ended: bool) -> str:
-    """A person's verdict, if there is one. Who quits ends the run as Ctrl-C does."""
-    said = heed(person, env, ended, stopped=lambda: run.signals > 0)
-    if said == "quit":
-        run.on_signal()
-    return said if said in VERDICTS else ""
+def heed(person: Person, env: gym.Env, ended: bool, stopped: Callable[[], bool]) -> str:
+    """A person's verdict, if there is one.
 
-
-def heed(person: Person, env: gym.Env, ended: bool, stopped: Callable[[], bool] = lambda: False) -> str:
-    """A person's verdict, or "quit", if there is one.
-
-    A pause lasts until Enter or a verdict; meanwhile the robot stands still. So it does for a moment when the episode
-    has `ended`, for a person who sees it differently.
+    A pause lasts until Enter or a verdict, or until `stopped`; meanwhile the robot stands still, also one that fails:
+    what comes next would move it. So it does for a moment when the episode has `ended`, for a person who sees it
+    differently. A device that fails is a pause. Raises RobotError when there is no terminal to go on in.
     """
     paused = False
     until = time.monotonic() + OVERRULE_S if ended and person.terminal else -math.inf
     while True:
-        for command in person.commands():
-            if command in (*VERDICTS, "quit"):
+        while command := person.command():
+            if command in VERDICTS:
                 return command
             if command == "pause":
                 print("\rpaused, the robot stands still: Enter goes on, y n x end the episode", flush=True)
-            paused = command == "pause" or (paused and command != "go on")
+            if command in ("pause", "go on"):
+                paused = command == "pause"
+        fault = person.fault()
+        if fault and not paused:
+            print(f"\r{fault}: paused, Enter goes on, y n x end the episode", flush=True)
+            paused = True
         if stopped() or not (paused or time.monotonic() < until):
             return ""
         try:
             env.unwrapped.stand_still()
         except rc.RobotError:  # the next step says what is wrong
-            return ""
-
-
-def record_disagreement(run: Run, task: Recorder, steps: list[Step], verdict: str) -> None:
-    """The episode in which person and classifier disagree, for `reward_classifier.py --add RUN`."""
-    won = verdict == "success"
-    attributes = {
-        "verdict": verdict,
-        "success": won,
-        "decided_by": "person",
-        "suggested": not won,
-        "disagreement": True,
-        "attempt": run.episode,
-    }
-    dataset = Recording(run.dir / "episodes", "run/episodes-v0", task, {"mode": "demos", "classes": 2})
-    dataset.add(fields_of(task.observations, steps, won), attributes)
+            if not paused:
+                return ""
+            time.sleep(0.1)
 
 
 def main(args: Args) -> None:

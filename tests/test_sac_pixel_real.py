@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ from conftest import free_port, one_line, popen_script, read_csv, run_script, wa
 
 import robot_client as rc
 import sac_pixel_real as real
-from common import envs, recording, setup
+from common import envs, recording, setup, tensors
 from common.episodes import Recorder
 from common.pixels import FrameFile, Views, pack_pixels
 from common.recording import Recording, dataset_folder
@@ -142,14 +143,18 @@ def contents(buffer: real.FrameBuffer) -> list[tuple]:
     return [(newest[i], frames[i][0], actions[i], frames[i][1][-1]) for i in range(len(buffer))]
 
 
+def add_to_both(replay: real.FrameBuffer, demos: real.FrameBuffer, step: np.ndarray, actor: str = "a") -> int:
+    """As the learner does."""
+    real.add_intervention(demos, replay, step, actor)
+    return replay.add(step, actor)
+
+
 def test_interventions_go_to_both_buffers_as_segments_of_their_own(tmp_path):
     replay = frame_buffer(tmp_path, "replay", 20, VIEWS)
     demos = frame_buffer(tmp_path, "demos", 20, VIEWS)
-    interventions = real.Interventions(demos, real.robot_step_type(VIEWS, 2))
     one, other = steps_of("rpphhphr", 0), steps_of("rhhp", 100)
     order = [*zip("a" * 4, one[:4]), *zip("b" * 2, other[:2]), *zip("a" * 4, one[4:]), *zip("b" * 2, other[2:])]
-    added = [(replay.add(step, actor), interventions.add(step, actor)) for actor, step in order]
-    assert [count for count, _ in added] == [0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
+    assert [add_to_both(replay, demos, step, actor) for actor, step in order] == [0, 1, 1, 1, 0, 1, 1, 1, 1, 0, 1, 1]
     persons = [(2, [2], 3, 3), (100, [100], 101, 101), (3, [3], 4, 4), (5, [5], 6, 6), (101, [101], 102, 102)]
     assert contents(demos) == persons
     assert all(step in contents(replay) for step in persons) and len(replay) == 9
@@ -159,29 +164,34 @@ def test_interventions_go_to_both_buffers_as_segments_of_their_own(tmp_path):
 
 def test_segments_begin_with_the_history_that_was_seen(tmp_path):
     views = VIEWS._replace(stack=3)
+    replay = frame_buffer(tmp_path, "replay", 20, views)
     demos = frame_buffer(tmp_path, "demos", 20, views)
-    interventions = real.Interventions(demos, real.robot_step_type(views, 2))
     for step in steps_of("rpppph", 0, views) + steps_of("rh", 50, views):
-        interventions.add(step, "a")
+        add_to_both(replay, demos, step)
     assert contents(demos) == [(4, [2, 3, 4], 5, 5), (50, [50, 50, 50], 51, 51)]
 
 
 def test_interventions_go_on_in_the_middle_of_a_segment(tmp_path):
     """A learner that is killed goes on from its checkpoint, and its actor sends from there on."""
-    expected = frame_buffer(tmp_path, "whole", 20, VIEWS)
-    whole = real.Interventions(expected, real.robot_step_type(VIEWS, 2))
-    for step in steps_of("rpphhhp", 0):
-        whole.add(step, "a")
-    for at in range(1, 7):
-        demos = frame_buffer(tmp_path, f"demos{at}", 20, VIEWS)
-        before = real.Interventions(demos, real.robot_step_type(VIEWS, 2))
-        for step in steps_of("rpphhhp", 0)[:at]:
-            before.add(step, "a")
-        after = real.Interventions(demos, real.robot_step_type(VIEWS, 2))
-        after.load_state_dict(before.state_dict())
-        for step in steps_of("rpphhhp", 0)[at:]:
-            after.add(step, "a")
+    steps = steps_of("rpphhhphh", 0)
+    replay = frame_buffer(tmp_path, "whole replay", 20, VIEWS)
+    expected = frame_buffer(tmp_path, "whole demos", 20, VIEWS)
+    for step in steps:
+        add_to_both(replay, expected, step)
+    assert len(expected) == 5
+    for at in range(1, len(steps)):
+        before = [frame_buffer(tmp_path, f"{name}{at}", 20, VIEWS) for name in ("replay", "demos")]
+        for step in steps[:at]:
+            add_to_both(*before, step)
+        after = [frame_buffer(tmp_path, f"{name}{at}", 20, VIEWS) for name in ("replay", "demos")]
+        for buffer, same in zip(after, before):
+            buffer.load_state_dict(same.state_dict())
+        for step in steps[at:]:
+            add_to_both(*after, step)
+        assert contents(after[0]) == contents(replay)
+        demos = after[1]
         assert contents(demos) == contents(expected)
+        assert torch.equal(demos.continues[:5], expected.continues[:5])
 
 
 # --- Demonstrations ---------------------------------------------------------------------------------------------------
@@ -219,25 +229,21 @@ def test_demonstrations_are_never_overwritten(tmp_path, monkeypatch):
     assert len(demos) == 10 and len(agent.probe["images"]) == 1  # of the two successes
     assert demos.rows.rewards[:10].tolist() == [0, 0, 0, 0, 1] * 2
     demonstrated = demos.rows.observations[:10].clone()
-    interventions = real.Interventions(demos, agent.step_type)
-    run.keep(agent=agent, buffer=replay, demos=demos, interventions=interventions)
+    run.keep(agent=agent, buffer=replay, demos=demos)
 
     def intervene(count: int) -> None:
         for _ in range(count):
             step = pack_pixels(agent.step_type, np.zeros(7), some_obs(agent))
             step["intervened"] = True
-            replay.add(step, "a")
-            interventions.add(step, "a")
+            add_to_both(replay, demos, step)
 
-    reset = pack_pixels(agent.step_type, None, some_obs(agent))
-    replay.add(reset, "a"), interventions.add(reset, "a")
+    add_to_both(replay, demos, pack_pixels(agent.step_type, None, some_obs(agent)))
     intervene(20)
     run.writer = None
     run.save()
     run.state = torch.load(run.dir / "checkpoint.pt", weights_only=True)
     agent, replay, demos = real.start_learner(args, run, CPU)  # goes on
-    interventions = real.Interventions(demos, agent.step_type)
-    run.keep(agent=agent, buffer=replay, demos=demos, interventions=interventions)
+    run.keep(agent=agent, buffer=replay, demos=demos)
     intervene(10)
     assert len(replay) == 10 and len(demos) == 40
     assert torch.equal(demos.rows.observations[:10], demonstrated)
@@ -247,6 +253,7 @@ def test_demonstrations_are_never_overwritten(tmp_path, monkeypatch):
     ("flags", "demos", "message"),
     [
         ({}, {"verdicts": [False, False]}, "--demos hil/demos-v0: none of its episodes is a success"),
+        ({"demos": "20"}, {"verdicts": [True]}, "--demos 20: "),  # the expert's: the learner drives no robot
         ({"demos": "hil/none-v0"}, {"verdicts": [True]}, "--demos hil/none-v0: is not here; `minari list local` shows"),
         (
             {},
@@ -274,6 +281,16 @@ def test_gripper_that_never_closes_is_noticed(tmp_path, monkeypatch, capsys):
     assert "the gripper is never told to close in them" in capsys.readouterr().err
 
 
+def test_runs_that_share_a_folder_of_frames_share_no_file(tmp_path):
+    """With --role both all learners' folders are called learner."""
+    agent = small_agent(frames_dir=str(tmp_path / "fast disk"))
+    for name in ("one", "two"):
+        run = SimpleNamespace(dir=tmp_path / name / "learner", state=None)
+        agent.make_buffer("replay", 10, run, 10)
+    files = sorted(path.name for path in (tmp_path / "fast disk").iterdir())
+    assert files == ["one-learner-replay.frames", "two-learner-replay.frames"]
+
+
 # --- Policies ---------------------------------------------------------------------------------------------------------
 def test_policy_is_the_same_after_loading(tmp_path):
     agent, other = small_agent(), small_agent(seed=2)
@@ -293,6 +310,24 @@ def test_policy_is_the_same_after_loading(tmp_path):
         real.load_policy(small_agent(frame_stack=2), tmp_path / "newest.policy")
     with pytest.raises(SystemExit, match=r"best.policy: is not there yet; .* best.policy after 20 episodes"):
         real.load_policy(other, tmp_path / "best.policy")
+
+
+def test_grasp_critic_sees_what_it_is_trained_on():
+    """The critics' encoder, also where the average of learned actors acts."""
+    agent = small_agent()
+    with torch.no_grad():
+        for parameter in agent.mean_encoder.parameters():
+            parameter.add_(0.1)
+    seen = []
+    agent.grasp_critic = lambda features: seen.append(features.images) or torch.zeros(1, 3)
+    averaged = agent.act(some_obs(agent), deterministic=True)
+    agent.act(some_obs(agent), deterministic=False)
+    assert torch.equal(seen[0], seen[1])
+    mean_features = agent.mean_encoder(agent.one_observation(some_obs(agent)))
+    assert not torch.allclose(seen[0], mean_features)
+    states = agent.one_observation(some_obs(agent)).states
+    mean, _ = agent.mean_actor(real.Features(mean_features, states))
+    assert np.allclose(averaged[:6], mean.tanh()[0].detach().numpy(), atol=1e-6)
 
 
 def test_agent_is_the_same_after_loading():
@@ -326,17 +361,26 @@ class Desk:
         self.typed = list(typed)
         self.terminal = self
         self.still = 0
+        self.quit = False
+        self.device_fault = ""
         self.run = SimpleNamespace(signals=0, on_signal=self.on_signal)
         self.unwrapped = self
 
-    def commands(self) -> list[str]:
-        return self.typed.pop(0) if self.typed else []
+    def command(self) -> str:
+        """ "" at the end of each list."""
+        command = self.typed[0].pop(0) if self.typed and self.typed[0] else ""
+        self.quit |= command == "quit"
+        self.typed = self.typed if command else self.typed[1:]
+        return command
 
     def quits(self) -> bool:
-        return any("quit" in commands for commands in self.typed)
+        return self.quit or "quit" in sum(self.typed[:1], [])
+
+    def fault(self) -> str:
+        return self.device_fault
 
     def forget(self) -> None:
-        self.typed = [[command for command in commands if command == "quit"] for commands in self.typed]
+        self.typed = [[command for command in commands if command in ("pause", "quit")] for commands in self.typed]
 
     def stand_still(self) -> None:
         self.still += 1
@@ -345,7 +389,7 @@ class Desk:
         self.run.signals += 1
 
     def heed(self, ended: bool = False) -> str:
-        return real.heed_in_training(self.run, self, self, ended)
+        return real.heed(self, self, ended, partial(real.stop_asked, self.run, self))
 
 
 def test_verdict_is_heeded_at_once():
@@ -362,9 +406,117 @@ def test_robot_stands_still_during_a_pause(capsys):
     assert desk.heed() == "failure" and desk.still == 2
     desk = Desk(["pause"], ["quit"])
     assert desk.heed() == "" and desk.run.signals == 1
-    desk = Desk(["pause"])
-    desk.stand_still = lambda: (_ for _ in ()).throw(rc.RobotError("the server is gone"))
-    assert desk.heed() == ""  # the next step says so
+
+
+def test_robot_that_fails_does_not_end_a_pause(monkeypatch):
+    """Else the next reset moves it, although nobody pressed Enter."""
+    monkeypatch.setattr(real.time, "sleep", lambda _: None)
+    for last, said in (("go on", ""), ("discard", "discard"), ("quit", "")):
+        desk = Desk(["pause"], [], [], [last], ["undo"])
+        desk.stand_still = lambda: (_ for _ in ()).throw(rc.RobotError("the server is gone"))
+        assert desk.heed() == said
+        assert ["undo"] in desk.typed and ["go on"] not in desk.typed and len(desk.typed) <= 2
+    assert desk.heed(ended=True) == ""  # without a pause nobody is waited for
+
+
+def test_device_that_fails_is_a_pause(capsys):
+    desk = Desk([], ["go on"], [], ["go on"])
+    desk.device_fault = "SpaceMouse: unplugged"
+
+    def stand_still() -> None:
+        desk.still += 1
+        desk.device_fault = "" if desk.still == 3 else desk.device_fault
+
+    desk.stand_still = stand_still
+    assert desk.heed() == "" and desk.still == 3
+    said = "\rSpaceMouse: unplugged: paused, Enter goes on, y n x end the episode\n"
+    assert capsys.readouterr().out == 2 * said  # as long as it fails
+
+
+def test_device_that_fails_without_a_terminal_ends_the_run():
+    person = real.Person(small_args(), "none")
+    person.teleop = SimpleNamespace(fault="SpaceMouse: unplugged")
+    with pytest.raises(rc.RobotError, match="SpaceMouse: unplugged"):
+        person.fault()
+    person.terminal = SimpleNamespace(fault="")
+    assert person.fault() == "SpaceMouse: unplugged"
+    person.terminal.fault = "keyboard: the terminal was closed"
+    with pytest.raises(rc.RobotError, match="the terminal was closed"):
+        person.fault()
+    person.terminal = None
+    person.scripted = True  # the step says what is wrong with the robot
+    assert person.fault() == ""
+
+
+@pytest.fixture
+def keyboard(monkeypatch):
+    """What a person's terminal would be; `type` waits until the keys have been read."""
+    ours, theirs = os.openpty()
+    terminal = rc.Terminal(theirs)
+
+    def type_keys(keys: str) -> None:
+        terminal._typed.clear()
+        os.write(ours, keys.encode())
+        wait_until(lambda: keys[-1] in terminal._typed, 5)
+
+    terminal.type = type_keys
+    monkeypatch.setattr(rc, "Terminal", lambda: terminal)
+    yield terminal
+    terminal.close()
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_keys_after_a_verdict_are_not_lost(keyboard, capsys):
+    person = real.Person(small_args(), "keyboard")
+    desk = Desk()
+    heed = partial(real.heed, person, desk, False, partial(real.stop_asked, desk.run, person))
+    keyboard.type("yq")
+    assert heed() == "success" and desk.run.signals == 0
+    assert heed() == "" and desk.run.signals == 1 and person.quits()  # it is remembered
+    person = real.Person(small_args(), "keyboard")
+    keyboard.type("np")
+    assert heed.func(person, desk, False, person.quits) == "failure"
+    person.forget()  # the next reset
+    capsys.readouterr()
+    still = desk.stand_still
+
+    def go_on() -> None:
+        still()
+        keyboard.type("\n")
+
+    desk.stand_still = go_on
+    assert heed.func(person, desk, False, person.quits) == "" and desk.still == 1
+    assert "paused, the robot stands still" in capsys.readouterr().out
+
+
+def test_keys_that_have_an_effect_are_shown(keyboard, capsys):
+    real.Person(small_args(), "keyboard")
+    shown = capsys.readouterr().out
+    assert "w s  forward, back" in shown and "space  take over" in shown
+    assert real.VERDICT_KEYS.removeprefix("keys: ") in shown
+    assert "undo" not in shown and "label" not in shown and shown.count("success") == 1
+
+
+def test_keys_that_the_wrapper_throws_away_are_named(keyboard, capsys):
+    person = real.Person(small_args(), "keyboard")
+    env = rc.Intervention(gym.Env(), person.teleop)
+    env.env.reset = lambda **_: (None, {})
+    keyboard.type("wyp")
+    capsys.readouterr()
+    env.reset()
+    person.forget()
+    assert capsys.readouterr().out == "\rpressed during the reset, so without effect: success\n"
+    assert not person.teleop.motion()[0].any() and person.command() == "pause"
+
+
+def test_verdicts_need_somebody_who_gives_them(monkeypatch):
+    for teleop in ("none", "scripted"):
+        with pytest.raises(SystemExit, match="--reward person: nobody is there, standard input is no terminal"):
+            real.Person(small_args(reward="person"), teleop)
+    monkeypatch.setattr(rc, "Terminal", lambda: "a terminal")
+    monkeypatch.setattr(real.sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    assert real.Person(small_args(reward="person"), "none").terminal == "a terminal"
 
 
 def test_end_of_an_episode_may_be_overruled(monkeypatch):
@@ -426,7 +578,7 @@ class Way:
         self.desk = desk
         self.pressed = pressed  # at the third time
         self.asked = 0
-        self.unwrapped = SimpleNamespace(episodes=0)
+        self.unwrapped = SimpleNamespace(episodes=0, stand_still=desk.stand_still)
 
     def reset(self, seed: int, options: dict) -> tuple[dict, dict]:
         for _ in range(5):
@@ -452,7 +604,22 @@ def test_verdict_during_a_reset_has_no_effect():
     desk = Desk()
     way = Way(desk, ["success"])
     assert real.reset_robot(way, 7, desk, partial(real.stop_asked, desk.run, desk)) == {"seed": 7}
-    assert way.asked == 5 and desk.commands() == [] and desk.run.signals == 0
+    assert way.asked == 5 and desk.command() == "" and desk.run.signals == 0
+
+
+def test_pause_during_a_reset_begins_before_the_first_step():
+    for after, obs in ((["go on"], {"seed": 7}), (["quit"], None)):
+        desk = Desk()
+        way = Way(desk, ["success", "pause"])
+        still = desk.stand_still
+
+        def stand_still(desk=desk, after=after, still=still) -> None:
+            still()
+            if desk.still == 3:
+                desk.typed.append(after)
+
+        way.unwrapped.stand_still = stand_still
+        assert real.reset_robot(way, 7, desk, desk.quits) == obs and desk.still == 3
 
 
 def test_scripted_person_helps_ever_less(monkeypatch):
@@ -471,8 +638,11 @@ def test_scripted_person_helps_ever_less(monkeypatch):
             helped += start < 40
         assert least <= helped <= most
     monkeypatch.setattr(real, "WRONG_KEY_PROB", 0.5)
-    keys = [person.commands() for _ in range(100)]
-    assert 20 < sum(map(bool, keys)) < 80 and {key for pressed in keys for key in pressed} == {"failure", "discard"}
+    keys = [person.command() for _ in range(100)]
+    assert 20 < sum(map(bool, keys)) < 80 and set(keys) == {"", "failure", "discard"}
+    person = real.Person(small_args(help_until=0), "scripted")
+    person.begin(0)
+    assert person.helps_after == float("inf")
 
 
 # --- Episodes ---------------------------------------------------------------------------------------------------------
@@ -507,8 +677,10 @@ FAULT = {"fault": "camera front: newest picture is 0.4 s old"}
         ((0.0, False, True, {}), [], "time limit", 0.0, False),
         ((0.0, False, True, {}), ["success"], "success", 1.0, True),
         ((0.0, False, False, {}), ["failure"], "failure", 0.0, False),
-        ((0.0, True, False, FAULT | {"fault": "reflex"}), [], "fault", 0.0, True),
+        ((0.0, True, False, FAULT | {"fault": "reflex"}), [], "failure", 0.0, True),
         ((0.0, False, True, FAULT), [], "fault", None, None),  # what follows the action was not seen
+        ((0.0, False, True, FAULT), ["success"], "success", None, None),
+        ((0.0, False, True, FAULT), ["failure"], "failure", None, None),
     ],
 )
 def test_what_an_episode_leaves(last, said, verdict, reward, terminated):
@@ -516,11 +688,11 @@ def test_what_an_episode_leaves(last, said, verdict, reward, terminated):
     sent: list[bytes] = []
     policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
     policy.act = lambda obs: np.full(7, 0.5, np.float32)
-    person = SimpleNamespace(terminal=None, watch=lambda t: None)
+    person = SimpleNamespace(terminal=None, watch=lambda t: None, fault=str, quits=bool)
     robot = Robot(agent, last)
-    person.commands = lambda: said if robot.steps == 4 else []
-    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
-    run.advance = lambda: None
+    keys = list(said)
+    person.command = lambda: keys.pop() if keys and robot.steps == 4 else ""
+    run = SimpleNamespace(step=0, signals=0, advance=lambda: None)
     steps, got, _ = real.episode(run, robot, policy, person, some_obs(agent))
     stored = np.frombuffer(b"".join(sent), agent.step_type)
     assert got == verdict and len(steps) == 4
@@ -543,9 +715,8 @@ def test_standing_still_is_no_demonstration():
     policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
     policy.act = lambda obs: np.zeros(7, np.float32)
     robot = Robot(agent, (0.0, False, True, {}))
-    run = SimpleNamespace(step=0, signals=0, phase=lambda _: contextlib.nullcontext())
-    run.advance = lambda: None
-    person = SimpleNamespace(terminal=None, watch=lambda t: None, commands=list)
+    run = SimpleNamespace(step=0, signals=0, advance=lambda: None)
+    person = SimpleNamespace(terminal=None, watch=lambda t: None, command=str, fault=str, quits=bool)
     steps, _, _ = real.episode(run, robot, policy, person, some_obs(agent))
     assert [step.intervened for step in steps] == [False, True, False, False]
     assert not np.frombuffer(b"".join(sent), agent.step_type)["intervened"].any()
@@ -554,7 +725,7 @@ def test_standing_still_is_no_demonstration():
 def test_status_line_says_what_is_logged(capsys):
     agent = small_agent()
     rows: list[dict] = []
-    log = real.Log(SimpleNamespace(episode=4, log=lambda table, scalars: rows.append(scalars)))
+    log = real.Log(SimpleNamespace(episode=4, log=lambda table, scalars: rows.append(scalars)), None)
     action = np.zeros(7, np.float32)
 
     def steps(helped: int) -> list[real.Step]:
@@ -586,6 +757,67 @@ def test_status_line_says_what_is_logged(capsys):
     assert times == pytest.approx({"late_steps": 5, "late_p99_ms": 4, "cycle_s": 1})
 
 
+def test_best_policy_is_of_an_episode_that_says_so():
+    """Of the last 20 without help; not of one that a person helped in, or that does not count."""
+    agent = small_agent()
+    log = real.Log(SimpleNamespace(episode=4, log=lambda *_: None), None)
+    action = np.zeros(7, np.float32)
+    alone, helped = ([real.Step(action, action, 0.0, False, kind, False, 0.1, 0.0)] for kind in (False, True))
+    assert not any(log.add("success", alone, agent, 1, 0.0) for _ in range(real.RECENT - 1))
+    assert not log.add("success", helped, agent, 1, 0.0)
+    assert not log.add("discard", alone, agent, 1, 0.0)
+    assert log.add("failure", alone, agent, 1, 0.0) and log.best == 0.95
+    assert not log.add("success", helped, agent, 1, 0.0) and not log.add("fault", alone, agent, 1, 0.0)
+    assert not log.add("failure", alone, agent, 1, 0.0)  # worse
+    assert log.best == 0.95
+
+
+class Collector:
+    """What `collect` needs of a learner that has what it asked for; its last policy comes when the child has ended."""
+
+    def __init__(self):
+        self.weights_of = small_agent(seed=2)
+        self.done = True
+        self.number = 0
+        self.journal = SimpleNamespace(written=0)
+        self.newer: list[tuple] = []
+        self.process = self
+
+    def wait(self) -> None:
+        self.newer.append((9, tensors.pack_tensors(self.weights_of.policy_tensors())))
+
+    def weights(self) -> tuple | None:
+        return self.newer.pop() if self.newer else None
+
+
+def test_last_policy_is_saved_also_when_no_episode_was_needed(tmp_path):
+    args = small_args()
+    env = real.wrap_robot(real.make_env(args), args)
+    collector = Collector()
+    agent = small_agent()
+    policy = real.Newest(agent, collector, tmp_path / "newest.policy")
+    log = SimpleNamespace(run=SimpleNamespace(signals=0), task=None)
+    real.collect(args, log, env, policy, Desk(), collector)
+    other = small_agent(seed=3)
+    assert real.load_policy(other, tmp_path / "newest.policy") == 9
+    obs = some_obs(agent)
+    assert np.array_equal(other.act(obs, True), collector.weights_of.act(obs, True))
+
+
+def test_run_that_still_runs_is_not_gone_on_with(tmp_path, monkeypatch):
+    """It says so before a second learner waits for the first one's end."""
+    args = small_args(teleop="none")
+    new_run(tmp_path, args)
+    args.resume = args.run_dir
+    monkeypatch.setattr(rc, "check_server", lambda *_: None)
+    monkeypatch.setattr(real, "learner_beside", lambda *_: pytest.fail("a learner was started"))
+    with (
+        contextlib.closing(setup.hold(tmp_path / "run" / "actor.lock", "")),
+        pytest.raises(SystemExit, match=f"process {os.getpid()} acts there; end that one first"),
+    ):
+        real.actor(args)
+
+
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["--resume", "--eval-only"])
 def test_another_judge_of_success_may_take_over(tmp_path, kind):
@@ -595,6 +827,10 @@ def test_another_judge_of_success_may_take_over(tmp_path, kind):
     parse = partial(setup.parse, real.Args, real.__doc__, real.Args.MAY_CHANGE)
     assert parse([kind, str(tmp_path)]).reward == "pose"
     assert parse([kind, str(tmp_path), "--reward", "task"]).reward == "task"
+    (tmp_path / "args.json").write_text(json.dumps(saved | {"reward": "classifier that was.pt"}))
+    assert parse([kind, str(tmp_path), "--reward", "task"]).reward == "task"
+    with pytest.raises(SystemExit, match="--reward classifier that was.pt: no such file; give task, pose, person"):
+        real.judged(None, parse([kind, str(tmp_path)]))
     with pytest.raises(SystemExit, match=f"--task: {tmp_path} has pick; leave the flag out"):
         parse([kind, str(tmp_path), "--task", "peg"])
 
@@ -606,6 +842,8 @@ def test_stopped_evaluation_keeps_what_has_ended(tmp_path, monkeypatch, capsys):
     def evaluate_episode(*_):
         if not outcomes:
             raise KeyboardInterrupt
+        if len(outcomes) < 3:  # after each episode: a crash loses nothing
+            assert (tmp_path / "evaluation_newest.csv").read_text().count("\n") == 2
         return outcomes.pop(0)
 
     monkeypatch.setattr(real, "evaluate_episode", evaluate_episode)
@@ -636,6 +874,10 @@ def test_fault_in_an_evaluation_is_named(capsys):
     outcome = real.evaluate_episode(agent, env, 1, real.Person(small_args(), "none"), [])
     assert outcome == ("discard", 0.1, False)
     assert capsys.readouterr().err == "the episode was ended: camera front: newest picture is 0.4 s old\n"
+    env.step = lambda action: (obs, 0.0, True, False, info | {"fault": "reflex"})  # the policy ran into something
+    outcome = real.evaluate_episode(agent, env, 1, real.Person(small_args(), "none"), [])
+    assert outcome == ("failure", 0.1, False)
+    assert capsys.readouterr().err == "the episode was ended: reflex\n"
 
 
 def test_person_may_overrule_the_classifier_in_an_evaluation(monkeypatch):
@@ -643,7 +885,7 @@ def test_person_may_overrule_the_classifier_in_an_evaluation(monkeypatch):
     agent = small_agent()
     obs = some_obs(agent)
     info = {"success": True, "period_s": 0.1, "fault": None}
-    for typed, verdict in (([[], [], ["failure"]], "failure"), ([], "success"), ([["quit"]], "quit")):
+    for typed, verdict in (([[], [], ["failure"]], "failure"), ([], "success"), ([[], [], ["quit"]], "quit")):
         monkeypatch.setattr(real, "OVERRULE_S", 0.05)
         desk = Desk(*typed)
         env = SimpleNamespace(
@@ -652,7 +894,6 @@ def test_person_may_overrule_the_classifier_in_an_evaluation(monkeypatch):
             unwrapped=SimpleNamespace(episodes=1, stand_still=lambda: time.sleep(0.001)),
         )
         desk.forget = lambda: None
-        desk.quits = lambda: False  # not during the reset
         assert real.evaluate_episode(agent, env, 1, desk, []) == (verdict, 0.1, True)
 
 
@@ -667,6 +908,7 @@ def test_disagreements_become_data_of_the_classifier(tmp_path):
     task = Recorder(real.judged(real.make_env(args), args))
     run = SimpleNamespace(dir=tmp_path / "run", episode=5)
     run.dir.mkdir()
+    log = real.Log(run, task)
     for verdict, length in (("failure", 6), ("success", 8)):
         frames = np.zeros((length + 1, 128, 128, 3), np.uint8)
         task.observations = [
@@ -674,7 +916,7 @@ def test_disagreements_become_data_of_the_classifier(tmp_path):
         ]
         action = np.zeros(7, np.float32)
         steps = [real.Step(action, action, 0.0, False, False, verdict == "failure", 0.1, 0.0)] * length
-        real.record_disagreement(run, task, steps, verdict)
+        log.record_disagreement(steps, verdict)
     clips = reward_classifier.recorded_clips("--add", str(run.dir), detector.classifier, detector.fingerprint)
     assert [len(clip.labels) for clip in clips] == [7, 9]
     assert [int(clip.labels.max()) for clip in clips] == [0, 1] and all(clip.added for clip in clips)
