@@ -923,7 +923,8 @@ def stored_frames(run_dir: Path, name: str = "replay", folder: Path | None = Non
     args = sac_pixel_sim.setup.read_flags(Args, str(run_dir), "--resume")
     wrapped = wrap_images(make_env(args), args)
     shape = views_of(wrapped).frame_shape
-    path = folder / f"{run_dir.name}-{name}.frames" if folder else run_dir / f"{name}.frames"
+    file_name = f"{run_dir.parent.name}-{run_dir.name}-{name}.frames"
+    path = folder / file_name if folder else run_dir / f"{name}.frames"
     state = checkpoint(run_dir)["buffer" if name == "replay" else "demos"]
     file = FrameFile(path, shape, CPU)
     file.load_state_dict(state["frames"])
