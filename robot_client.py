@@ -1405,7 +1405,9 @@ class FrankaEnv(gym.Env):
 
     def stand_still(self) -> tuple[dict[str, np.ndarray], str]:
         """Instead of a step, while a script pauses: keep arm and gripper as they are until the next
-        beat. Returns as `observe` does then. Raises RobotError if the robot does not."""
+        beat. Returns as `observe` does then. Raises RobotError if the robot does not, or before a reset."""
+        if not self.episodes:
+            raise RobotError("nothing moves before the first reset")
         self.client.target(self.target, self.ordered)
         self.pace.wait()
         self.look()

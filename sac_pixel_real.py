@@ -280,11 +280,16 @@ def reset_robot(env: gym.Env, seed: int, person: "Person", ends: Callable[[], bo
     """The first observation of an episode; None when `ends` says so, which the robot heeds on its way there.
 
     What a person types meanwhile is thrown away, but for pause, which begins there, and quit. Waits for a robot that
-    refuses, or was there. Raises RobotError, in one line with the remedy, when it has not been there yet.
+    refuses, or was there; when a person stopped it, for Enter. Raises RobotError, in one line with the remedy, when it
+    has not been there yet, or nobody can press Enter.
     """
+    while heed(person, env, ended=False, stopped=ends):  # in a pause from before the robot must not move
+        pass
     while not ends():
         try:
             obs, _ = env.reset(seed=seed, options={"give_up": ends})
+        except rc.StoppedError as error:
+            person.wait(error, ends)
         except rc.RobotError as error:
             if ends():
                 break
@@ -351,6 +356,14 @@ class Person:
         if fault:
             raise rc.RobotError(fault)
         return device_fault
+
+    def wait(self, error: rc.RobotError, ends: Callable[[], bool]) -> None:
+        """For Enter, or until `ends` says so. Raises the error where nobody can press it."""
+        if self.terminal is None:
+            raise error
+        print(f"\r{error}; Enter goes on", flush=True)
+        while not ends() and self.command() != "go on":
+            time.sleep(0.1)
 
     def forget(self) -> None:
         """Throws away what was typed, but for pause and quit."""

@@ -41,10 +41,10 @@ MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 894,
     "sac_pixel_sim.py": 1333,
-    "sac_pixel_real.py": 1694,
+    "sac_pixel_real.py": 1707,
     "bc_flow_offline.py": 1280,
     "robot_server.py": 2883,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
-    "robot_client.py": 1704,  # client, cameras, teleoperation, environment
+    "robot_client.py": 1706,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1230,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}

@@ -379,6 +379,8 @@ class Desk:
     def fault(self) -> str:
         return self.device_fault
 
+    wait = real.Person.wait
+
     def forget(self) -> None:
         self.typed = [[command for command in commands if command in ("pause", "quit")] for commands in self.typed]
 
@@ -620,6 +622,45 @@ def test_pause_during_a_reset_begins_before_the_first_step():
 
         way.unwrapped.stand_still = stand_still
         assert real.reset_robot(way, 7, desk, desk.quits) == obs and desk.still == 3
+
+
+def test_pause_before_a_reset_keeps_the_robot_where_it_is(monkeypatch):
+    asked = []
+    desk = Desk(["failure", "pause"], [], [], ["go on"])
+    way = Way(desk, [])
+    monkeypatch.setattr(desk, "stand_still", lambda: asked.append(way.asked))
+    way.unwrapped.stand_still = desk.stand_still
+    assert real.reset_robot(way, 7, desk, desk.quits) == {"seed": 7}
+    assert asked == [0, 0, 0] and way.asked == 5
+
+
+class Stopped(Way):
+    """A person stops this robot on its way, at the first two times."""
+
+    times = 0
+
+    def reset(self, seed: int, options: dict) -> tuple[dict, dict]:
+        self.times += 1
+        if self.times < 3:
+            raise rc.StoppedError("held: a client asked to hold; start again")
+        return {"seed": seed}, {}
+
+
+def test_who_stopped_the_robot_is_asked_before_it_moves_again(monkeypatch, capsys):
+    waited = []
+    monkeypatch.setattr(real.time, "sleep", waited.append)
+    desk = Desk([], ["success"], ["go on"], [], ["go on"])
+    assert real.reset_robot(Stopped(desk, []), 7, desk, desk.quits) == {"seed": 7}
+    assert len(waited) > 2 and set(waited) == {0.1}  # not for "success"
+    said = "held: a client asked to hold; start again: a person stopped the robot; call reset() again when it may move"
+    assert capsys.readouterr().out == f"\r{said}; Enter goes on\n" * 2
+    desk = Desk([], [], ["quit"])
+    way = Stopped(desk, [])
+    assert real.reset_robot(way, 7, desk, desk.quits) is None and way.times == 1
+    desk = Desk()
+    desk.terminal = None  # nobody can press Enter
+    with pytest.raises(rc.StoppedError, match="a person stopped the robot"):
+        real.reset_robot(Stopped(desk, []), 7, desk, desk.quits)
 
 
 def test_scripted_person_helps_ever_less(monkeypatch):
