@@ -203,7 +203,8 @@ def rehearsal_report(folder: Path) -> str:
     ]
     text = "\n## A day with the robot, rehearsed\n\n"
     text += "`python benchmarks/hil_rehearsal.py` records, trains with a scripted person and evaluates on the\n"
-    text += "simulated robot server; `results/hil_rehearsal*/` have what each episode said.\n\n"
+    text += "simulated robot server; `results/hil_rehearsal*/` have what each episode said. At commit 60ecd69\n"
+    text += "`--help-until 0` still helped in 18 steps of the first episode.\n\n"
     return text + table(head, cells)
 
 
