@@ -1106,7 +1106,7 @@ class Follower(Run):
 def prepare_torch(args: Args) -> torch.device:
     """Seeds, precision, threads and memory for speed, the group of processes; the device."""
     random.seed(args.seed)
-    np.random.seed(args.seed)  # noqa: NPY002  for Dataset.sample, as the original
+    np.random.seed(args.seed % 2**32)  # noqa: NPY002  for Dataset.sample, as the original
     torch.manual_seed(args.seed)
     device = set_up_torch(args.threads // world_size(), args.amp)
     if device.type == "cuda":

@@ -208,7 +208,7 @@ class Args(RunArgs):
 
     MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads total_timesteps final_eval_episodes "
     MAY_CHANGE += "policy server server_keys teleop help_until reward role address curve_keys frames_dir"
-    SHAPING = "task image_size cameras encoder small_channels pooling latent_dim film frame_stack "
+    SHAPING = "task image_size cameras encoder small_channels pooling latent_dim film freeze frame_stack "
     SHAPING += "gripper hidden_dims activation layer_norm normalize_observations std_parameterization"
 
     def check(self) -> None:
@@ -221,6 +221,8 @@ class Args(RunArgs):
         for name in ("hidden_dims", "small_channels"):
             if min(getattr(self, name), default=0) < 1:
                 fail(f"{flag(name)}: give numbers above 0")
+        if self.dropout == 1:
+            fail("--dropout 1: drops everything; give less")
         if self.batch_size % self.grad_accum_steps or self.num_demos() % self.grad_accum_steps:
             what = f"--batch-size {self.batch_size} and its demonstrations, {self.num_demos()}"
             fail(f"--grad-accum-steps {self.grad_accum_steps}: must divide {what}")
@@ -237,6 +239,7 @@ class Args(RunArgs):
         """What shapes task and policy, and so must be the same in actor and learner."""
         flags = {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
         flags["the fingerprint of --task"] = rc.TASKS[self.task].fingerprint()
+        flags["--pretrained"] = recording.file_hash(self.pretrained)
         return json.loads(json.dumps(flags))
 
 
@@ -875,7 +878,7 @@ class Agent:
         if self.critic.encoder.frozen:
             self.trunk = encoder_trunk(args, 3, load).to(device).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
-        self.raw_alpha = nn.Parameter(torch.tensor(math.log(math.expm1(ALPHA_INIT)), device=device))
+        self.raw_alpha = nn.Parameter(torch.tensor(ALPHA_INIT + math.log(-math.expm1(-ALPHA_INIT)), device=device))
         self.target_entropy = TARGET_ENTROPY * self.arm_dim
         self.actor_parameters = list(self.actor.parameters())
         self.acting_parameters = [*self.actor.parameters(), *self.critic.encoder.parameters()]
@@ -984,7 +987,7 @@ class Agent:
         maps = None
         if self.trunk is not None:
             with torch.no_grad(), self.autocast():
-                maps = self.trunk(images.flatten(0, 2)).unflatten(0, images.shape[:3])
+                maps = self.trunk(images.flatten(0, 2)).float().unflatten(0, images.shape[:3])
         return Observation(images, states, maps)
 
     def augmented(self, frames: Tensor) -> Tensor:

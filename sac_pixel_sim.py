@@ -23,7 +23,6 @@ New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to e
 
 import copy
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -48,6 +47,7 @@ from common import envs, link, pixels, setup, tensors, vision
 from common.episodes import Recorder, check_new_dataset, check_steps, demonstrations, replay, store_evaluation, summary
 from common.evaluation import evaluate, record_video
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
+from common.recording import file_hash
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
 from common.success import is_detector, rewarded
@@ -93,7 +93,7 @@ class Args(RunArgs):
     frame_stack: int = 1
     """observations of this many steps are seen at once"""
     action_chunk: int = 1
-    """actions chosen at once and executed one after the other; rewards are summed"""
+    """actions chosen at once and executed one after the other, rewards summed; for all other flags that is one step"""
     gripper_penalty: float = 0.0
     """subtracted from the reward when the gripper (last action) reverses its motion (SERL: 0.1)"""
     # training
@@ -187,10 +187,9 @@ class Args(RunArgs):
     curve_keys: str | None = None
     """directory with CURVE keys, the same on all machines, beyond loop-back; a learner can make it"""
 
-    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads "
-    MAY_CHANGE += "total_timesteps eval_episodes final_eval_episodes role address curve_keys "
-    MAY_CHANGE += "frames_dir"
-    SHAPING = "env_id image_size cameras encoder small_channels pooling latent_dim film "
+    MAY_CHANGE = "run_dir resume eval_only record_dataset capture_video track compile threads amp "
+    MAY_CHANGE += "total_timesteps eval_every eval_episodes final_eval_episodes address curve_keys frames_dir"
+    SHAPING = "env_id image_size cameras encoder small_channels pooling latent_dim film freeze "
     SHAPING += "frame_stack action_chunk gripper_penalty hidden_dims activation layer_norm "
     SHAPING += "normalize_observations std_parameterization"
 
@@ -204,13 +203,19 @@ class Args(RunArgs):
         for name in ("hidden_dims", "small_channels"):
             if min(getattr(self, name), default=0) < 1:
                 fail(f"{flag(name)}: give numbers above 0")
+        if self.dropout == 1:
+            fail("--dropout 1: drops everything; give less")
         if self.reward == "vice" and self.demos == "0":
             fail("--reward vice: has no goal images, the last of successful demonstrations; give --demos")
         if self.reward == "vice" and self.n_step > 1:
             fail(f"--n-step {self.n_step}: --reward vice knows the rewards of single steps only; leave it at 1")
+        if self.reward == "vice" and self.num_demos() == self.batch_size:
+            fail(f"--demo-ratio {self.demo_ratio}: --reward vice also learns from what is no demonstration; give less")
         if self.batch_size % self.grad_accum_steps or self.num_demos() % self.grad_accum_steps:
             what = f"--batch-size {self.batch_size} and its demonstrations, {self.num_demos()}"
             fail(f"--grad-accum-steps {self.grad_accum_steps}: must divide {what}")
+        if self.total_timesteps <= self.learning_starts:
+            fail(f"--total-timesteps {self.total_timesteps}: learning starts after {self.learning_starts}; give more")
         if self.utd_ratio == 0 and self.role == "both":
             fail("--utd-ratio 0: is for --role learner, which learns while an actor acts")
         if self.record_dataset:
@@ -223,9 +228,8 @@ class Args(RunArgs):
     def shared(self) -> dict[str, object]:
         """What shapes task and policy and must be equal in actor and learner; of a file its hash."""
         flags = {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
-        flags["--reward"] = self.reward
-        if self.reward not in ("env", "vice"):
-            flags["--reward"] = hashlib.sha256(Path(self.reward).read_bytes()).hexdigest()
+        flags["--reward"] = file_hash(self.reward)
+        flags["--pretrained"] = file_hash(self.pretrained)
         return json.loads(json.dumps(flags))
 
 
@@ -755,7 +759,7 @@ class Agent:
         if self.critic.encoder.frozen:
             self.trunk = encoder_trunk(args, 3, load).to(device).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
-        self.raw_alpha = nn.Parameter(torch.tensor(math.log(math.expm1(ALPHA_INIT)), device=device))
+        self.raw_alpha = nn.Parameter(torch.tensor(ALPHA_INIT + math.log(-math.expm1(-ALPHA_INIT)), device=device))
         self.target_entropy = TARGET_ENTROPY * self.action_dim
         self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.weight_decay)
         self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.weight_decay)
@@ -823,6 +827,8 @@ class Agent:
         """Action (A,) in [-1, 1] for one observation of `wrap_images`."""
         images, states = self.one_observation(obs)
         action = self.choose(images, states, deterministic=deterministic)[0].cpu().numpy()
+        if not np.isfinite(action).all():
+            fail(f"the policy's actions are {action}: training has diverged; give a smaller --lr or smaller rewards")
         if self.args.explore_prob and not deterministic:
             self.explore(action)
         return action
@@ -888,7 +894,7 @@ class Agent:
         maps = None
         if self.trunk is not None:
             with torch.no_grad(), self.autocast():
-                maps = self.trunk(images.flatten(0, 2)).unflatten(0, images.shape[:3])
+                maps = self.trunk(images.flatten(0, 2)).float().unflatten(0, images.shape[:3])
         return Observation(images, states, maps)
 
     def augmented(self, frames: Tensor) -> Tensor:
@@ -1077,6 +1083,10 @@ class Agent:
         return [*parameters, *self.normalizer.state_dict().values()]
 
     def state_dict(self) -> dict:
+        """Exits with one line, so that it is not saved, when training has diverged."""
+        parameters = [*self.critic_parameters, *self.actor_parameters]
+        if not all(torch.isfinite(parameter).all() for parameter in parameters):
+            fail("the networks' weights are not finite: training has diverged; give a smaller --lr or smaller rewards")
         parts = [name for name in self.PARTS if getattr(self, name) is not None]
         state = {name: getattr(self, name).state_dict() for name in parts}
         state["raw_alpha"] = self.raw_alpha.detach()
@@ -1230,12 +1240,13 @@ def learner(args: Args) -> None:
     published = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: a paced learner first does what its steps ask for; another never waits.
+        # Receive: a paced learner takes no steps while it owes updates, but answers; another never waits.
         count = 0
         with run.phase("env"):
-            wait_ms = 100 if args.utd_ratio else 0
-            most = args.total_timesteps - run.step
-            received = [] if agent.owed(run.step) else actors.receive(wait_ms, most)
+            owed = agent.owed(run.step)
+            wait_ms = 0 if owed or not args.utd_ratio else 100
+            most = 0 if owed else args.total_timesteps - run.step
+            received = actors.receive(wait_ms, most)
         # Store.
         for actor_name, data in received:
             count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)

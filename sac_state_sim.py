@@ -81,7 +81,7 @@ class Args(RunArgs):
     """gymnasium id, also module:Env-v0 or module:namespace/Env-v0, with Box or flattenable Dict
     observations and bounded Box actions"""
     action_chunk: int = 1
-    """actions chosen at once and executed one after the other; rewards are summed"""
+    """actions chosen at once and executed one after the other, rewards summed; for all other flags that is one step"""
     gripper_penalty: float = 0.0
     """subtracted from the reward when the gripper (last action) reverses its motion (SERL: 0.1)"""
     # training
@@ -172,6 +172,8 @@ class Args(RunArgs):
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
         if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or self.dropout == 1:
             fail("--hidden-dims and --alpha-init must be above 0, --dropout below 1")
+        if self.total_timesteps <= self.learning_starts:
+            fail(f"--total-timesteps {self.total_timesteps}: learning starts after {self.learning_starts}; give more")
         if self.utd_ratio == 0 and self.role == "both":
             fail("--utd-ratio 0: is for --role learner, which learns while an actor acts")
         if self.record_dataset:
@@ -453,7 +455,8 @@ class Agent:
         self.critic = Critic(self.obs_dim, self.action_dim, args).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
-        self.raw_alpha = nn.Parameter(torch.tensor(math.log(math.expm1(args.alpha_init)), device=device))
+        raw_alpha = args.alpha_init + math.log(-math.expm1(-args.alpha_init))
+        self.raw_alpha = nn.Parameter(torch.tensor(raw_alpha, device=device))
         self.target_entropy = args.target_entropy_per_dim * self.action_dim
         self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.weight_decay)
         self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.weight_decay)
@@ -792,12 +795,13 @@ def learner(args: Args) -> None:
     published = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: a paced learner first does what its steps ask for; another never waits.
+        # Receive: a paced learner takes no steps while it owes updates, but answers; another never waits.
         count = 0
         with run.phase("env"):
-            wait_ms = 100 if args.utd_ratio else 0
-            most = args.total_timesteps - run.step
-            received = [] if agent.owed(run.step) else actors.receive(wait_ms, most)
+            owed = agent.owed(run.step)
+            wait_ms = 0 if owed or not args.utd_ratio else 100
+            most = 0 if owed else args.total_timesteps - run.step
+            received = actors.receive(wait_ms, most)
         # Store.
         for actor_name, data in received:
             count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from common.datasets import each, local_dataset, sound, unreadable
 from common.envs import Checked, episode_seed, leaves, looks_like_image, say_once
 from common.evaluation import evaluate
-from common.recording import check_fingerprint, fingerprint, layout
+from common.recording import check_fingerprint, dataset_folder, fingerprint, layout
 from common.setup import fail
 
 SPREAD = 5  # starts that are looked at for each demonstration
@@ -257,14 +257,7 @@ def check_steps(step_type: np.dtype, data: bytes) -> None:
 # --- Minari datasets --------------------------------------------------------------------------------------------------
 def check_new_dataset(dataset_id: str) -> None:
     """Exits with one line when Minari would refuse this name, which it would do after the training."""
-    import minari
-    from minari.dataset.minari_dataset import parse_dataset_id
-
-    try:
-        parse_dataset_id(dataset_id)
-    except ValueError as error:
-        fail(f"--record-dataset: {error}")
-    if dataset_id in minari.list_local_datasets():
+    if dataset_folder(dataset_id, "--record-dataset").exists():
         fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
 
 

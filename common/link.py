@@ -22,7 +22,7 @@ PROTOCOL = "records-2"
 DEFAULT_PORT = 5588
 MESSAGE_BYTES = 1 << 25  # records in one message, at most
 RECORDS_PER_FILE = 1024  # of the journal
-TIMEOUT_S = 60.0  # an actor gives up when no learner has answered for so long
+TIMEOUT_S = 600.0  # an actor gives up when no learner has answered for so long; one evaluates meanwhile
 
 
 def parse_address(address: str) -> tuple[str, int]:

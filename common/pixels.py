@@ -235,7 +235,10 @@ class FrameFile:
 
     def check_disk(self, slots: int, what: str, remedy: str) -> None:
         """Says how much disk they take. Exits with one line when there is not so much."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fail(f"--frames-dir {self.path.parent}: {error.strerror}; give another folder")
         needed, free = slots * self.frame_bytes, shutil.disk_usage(self.path.parent).free
         print(f"{what}, {size_text(needed)} of disk in {self.path.parent}", flush=True)
         if needed > free:

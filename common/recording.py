@@ -1,6 +1,7 @@
 """A Minari dataset that grows by whole episodes, whatever happens; its pictures; fingerprints of set-ups."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -299,6 +300,11 @@ def fingerprint(env: gym.Env) -> dict:
         "actions": [env.action_space.low.tolist(), env.action_space.high.tolist()],
     }
     return json.loads(json.dumps(values, default=str))
+
+
+def file_hash(path: str | None) -> str | None:
+    """What tells a file's contents from others; what is no file's path, as it is."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest() if path and Path(path).is_file() else path
 
 
 def check_fingerprint(what: str, theirs: dict, ours: dict) -> None:

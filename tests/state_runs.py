@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import probe_envs
 from conftest import Finished, one_line
 from forked import run_forked
@@ -28,6 +29,26 @@ def script(*flags: object, cwd: Path, **options) -> Finished:
 def refused(*flags: object, cwd: Path, **options) -> str:
     """The error of a run that must end with one line."""
     return one_line(script(*flags, cwd=cwd, check=False, **options), SCRIPT)
+
+
+class AllAtOnce:
+    """In the place of link.Learner: `steps` arrive in one message, as from a journal; keeps what it is asked for."""
+
+    def __init__(self, steps: list[np.ndarray]):
+        self.steps = steps
+        self.asked: list[tuple[int, float]] = []
+
+    def receive(self, wait_ms: int, most: float) -> list[tuple[str, bytes]]:
+        self.asked.append((wait_ms, most))
+        arrived, self.steps = self.steps, []
+        return [("actor", step.tobytes()) for step in arrived]
+
+    def publish(self, *_, **__) -> None: ...
+
+    def saved(self) -> None: ...
+
+    def state_dict(self) -> dict:
+        return {}
 
 
 def stored(state: dict, part: str = "buffer") -> dict:

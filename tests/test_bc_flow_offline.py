@@ -1464,6 +1464,13 @@ def test_two_processes_learn_what_one_does(tmp_path, point_data):
     assert len(list((tmp_path / "two").glob("events*"))) == 1
 
 
+def test_a_seed_of_any_size(monkeypatch):
+    """numpy's old generator takes 32 bits."""
+    monkeypatch.setattr(bc_flow_offline, "set_up_torch", lambda *_: CPU)
+    for seed in (5_000_000_000, 2**63 - 1):
+        assert bc_flow_offline.prepare_torch(Args(seed=seed)) == CPU
+
+
 def test_a_dead_process_ends_the_others(tmp_path, point_data):
     """One line that says so, in seconds; the checkpoint is whole and the run goes on with one process."""
     flags = [*TINY.split(), *POINT, "--offline-steps", 100_000, "--eval-interval", 0, "--run-dir", "run"]

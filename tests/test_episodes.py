@@ -165,8 +165,9 @@ def test_recorded_episodes_become_demonstrations(tmp_path, monkeypatch):
         assert theirs.info["success"] == ours.info["success"]
     with pytest.raises(SystemExit, match="--record-dataset point/expert-v0: exists"):
         check_new_dataset("point/expert-v0")
-    with pytest.raises(SystemExit, match="--record-dataset"):
-        check_new_dataset("no version")
+    for name in ("no version", "no/version"):
+        with pytest.raises(SystemExit, match=f"--record-dataset {name}: is no name that Minari takes"):
+            check_new_dataset(name)
 
 
 gym.register("Limited-v0", "probe_envs:Endless", max_episode_steps=5)

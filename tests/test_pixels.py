@@ -316,6 +316,9 @@ def test_disk_is_announced_and_refused_before_it_is_taken(tmp_path, monkeypatch,
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 10_000_000))
     with pytest.raises(SystemExit, match=r"f.frames needs 19.7 MB of disk, there are 10 MB; lower it"):
         file.check_disk(200, "replay", "lower it")
+    (tmp_path / "taken").touch()
+    with pytest.raises(SystemExit, match=f"--frames-dir {tmp_path}/taken: File exists; give another folder"):
+        FrameFile(tmp_path / "taken" / "f.frames", (2, 128, 128, 3), CPU).check_disk(200, "replay", "lower it")
 
 
 def test_sizes_for_people():

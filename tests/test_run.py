@@ -253,13 +253,13 @@ def test_a_run_in_a_folder_that_is_there(finished, tmp_path, monkeypatch):
     for folder in (volume, here):
         (folder / "lost+found").mkdir(parents=True)  # as a new file system has it
     inode = volume.stat().st_ino
-    run(*POINT, "--total-timesteps", 20, "--run-dir", "volume", cwd=tmp_path)
-    assert volume.stat().st_ino == inode and read_checkpoint(volume)["run"]["step"] == 20
+    run(*POINT, "--total-timesteps", 60, "--run-dir", "volume", cwd=tmp_path)
+    assert volume.stat().st_ino == inode and read_checkpoint(volume)["run"]["step"] == 60
     assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith(".")) == ["here", "volume"]
     half = copy_run(finished, tmp_path)
     (half / "args.json").unlink()
-    run(*POINT, "--total-timesteps", 20, "--run-dir", "run", cwd=tmp_path)
-    assert json.loads((half / "args.json").read_text())["total_timesteps"] == 20
+    run(*POINT, "--total-timesteps", 60, "--run-dir", "run", cwd=tmp_path)
+    assert json.loads((half / "args.json").read_text())["total_timesteps"] == 60
     monkeypatch.chdir(here)
     args = Args(run_dir=".")
     Run(args, "name", str(REPO / SCRIPT))

@@ -33,10 +33,12 @@ from serl_arrays import (
     tree_of,
     write_pickle,
 )
+from state_runs import AllAtOnce
 from test_vision import Malicious
 from torch import Tensor, nn
 
 import sac_pixel_sim
+import sac_state_sim
 from common import vision
 from common.pixels import FrameFile, Views, pack_pixels, pixel_step_type, views_of
 from common.success import SuccessClassifier, SuccessDetector
@@ -636,6 +638,43 @@ def test_pretrained_trunks_stay_or_train(encoder, freeze, tmp_path, monkeypatch)
         Agent(views, box(2), args, CPU)
 
 
+def test_a_frozen_trunk_with_bfloat16(tmp_path, monkeypatch):
+    """Its maps in bfloat16 would not fit the layers behind it, which act in float32."""
+    monkeypatch.setattr(vision, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 8, 16, 16)))
+    torch.save(vision.ResNetTrunk(3).state_dict(), tmp_path / "trunk.pt")
+    args = small_args(encoder="resnet10", pretrained=str(tmp_path / "trunk.pt"), image_size=40, amp=True)
+    agent = Agent(small_views(40), box(2), args, CPU)
+    obs = {"images": np.zeros((1, 2, 40, 40, 3), np.uint8), "state": np.zeros((1, 4), np.float32)}
+    assert np.isfinite(agent.act(obs, deterministic=True)).all()
+    agent.update_once(*random_inputs(agent), with_actor=True)
+
+
+def test_actor_and_learner_have_the_same_pretrained_parameters(tmp_path):
+    """The files are compared, wherever they lie."""
+    contents = {"a": b"1", "b": b"1", "c": b"2"}
+    for name, data in contents.items():
+        (tmp_path / name).write_bytes(data)
+    a, b, c = (small_args(pretrained=str(tmp_path / name)).shared() for name in contents)
+    assert a == b != c
+    assert small_args(freeze=False).shared() != small_args().shared()
+
+
+def test_flags_that_may_change_are_those_of_states():
+    """Not the role: an actor's checkpoint holds no networks."""
+    theirs = sac_state_sim.Args.MAY_CHANGE.split()
+    assert sorted(Args.MAY_CHANGE.split()) == sorted([*theirs, "frames_dir"])
+
+
+def test_divergence_is_named():
+    """The task is not blamed for the actions of a policy that is NaN, and nothing of it is saved."""
+    agent = Agent(small_views(), box(2), small_args(), CPU)
+    agent.actor_parameters[0].data.fill_(np.nan)
+    obs = {"images": np.zeros((1, 2, 20, 20, 3), np.uint8), "state": np.zeros((1, 4), np.float32)}
+    for call in (lambda: agent.act(obs, deterministic=False), agent.state_dict):
+        with pytest.raises(SystemExit, match="diverged; give a smaller --lr"):
+            call()
+
+
 def test_a_camera_has_an_encoder_of_its_own():
     agent = Agent(small_views(), box(2), small_args(), CPU)
     images = torch.randint(256, (1, 1, 2, 20, 20, 3), dtype=torch.uint8)
@@ -1153,6 +1192,24 @@ def test_learner_and_actors(tmp_path):
         assert np.array_equal(window[0], before["frames"]) and np.array_equal(window[1], after["frames"])
 
 
+def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
+    """It takes nothing then, but an actor that hears nothing for long gives up."""
+    obs = {"images": np.zeros((1, 2, 20, 20, 3), np.uint8), "state": np.ones((1, 2), np.float32)}
+    dtype = pixel_step_type(Views(("front", "wrist"), 20, 1, {"state": (0, 2)}), 3, 1)
+    actors = AllAtOnce([pack_pixels(dtype, None if i == 0 else np.zeros(3), obs) for i in range(121)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sac_pixel_sim.link, "Learner", lambda *_: actors)
+    monkeypatch.setattr(sac_pixel_sim.tensors, "set_up_torch", lambda *_: CPU)
+    flags = {"env_id": "probe_envs:PixelPoint-v0", "role": "learner", "run_dir": "run", "capture_video": False}
+    args = small_args(**flags, total_timesteps=120, learning_starts=20, utd_ratio=1, final_eval_episodes=1)
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        sac_pixel_sim.learner(args)
+    assert actors.asked == [(100, 120), (0, 0)]  # 100 updates, 50 at a time
+    assert checkpoint(tmp_path / "run")["agent"]["critic_updates"] == 100
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -1162,6 +1219,9 @@ def test_learner_and_actors(tmp_path):
         ("--encoder resnet10 --image-size 16", "--image-size 16: too small for --encoder resnet10"),
         ("--pretrained nowhere.pkl --encoder resnet10 --image-size 64", "--pretrained nowhere.pkl: refused: "),
         ("--reward vice --demos 0", "--reward vice: has no goal images"),
+        ("--reward vice --demo-ratio 1", "--demo-ratio 1.0: --reward vice also learns from what is no demonstration"),
+        ("--dropout 1", "--dropout 1: drops everything"),
+        ("--learning-starts 60", "--total-timesteps 60: learning starts after 60; give more"),
         ("--reward vice --n-step 3", "--n-step 3: --reward vice knows the rewards of single steps only"),
         ("--reward nowhere.pt", "--reward nowhere.pt: refused: "),
         ("--film gripper", "--film gripper: the observation has no such state, only: state"),

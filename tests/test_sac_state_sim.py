@@ -1,5 +1,6 @@
 """sac_state_sim.py: against SERL's arrays, torch.distributions, cases by hand, tasks of known value, and as a user."""
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -8,6 +9,7 @@ import math
 import os
 import re
 import shutil
+import signal
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 import torch
 from conftest import leaves, read_checkpoint, read_csv, run_script, same
 from gymnasium import spaces
-from state_runs import POINT, SCRIPT, TASKS, TINY, run
+from state_runs import POINT, SCRIPT, TASKS, TINY, AllAtOnce, run
 from torch import distributions
 
 import sac_state_sim
@@ -236,6 +238,11 @@ def test_serl_temperature_and_target_entropy(networks):
     agent = serl_agent(networks)
     assert_close(agent.alpha, networks["out/temperature"], 1e-6)
     assert agent.target_entropy == networks["out/target_entropy"]
+
+
+def test_a_temperature_of_any_size():
+    for alpha in (1e-4, 0.01, 1000.0):
+        assert small_agent(alpha_init=alpha).alpha.item() == pytest.approx(alpha, rel=1e-5)
 
 
 def test_serl_critic_target(networks, losses):
@@ -997,6 +1004,22 @@ def test_divergence_is_named(monkeypatch):
     for call in (lambda: agent.act(np.zeros(3), deterministic=False), agent.state_dict):
         with pytest.raises(SystemExit, match="diverged; give a smaller --lr"):
             call()
+
+
+def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
+    """It takes nothing then, but an actor that hears nothing for long gives up."""
+    steps = [pack_step(step_type(4, 3), None if i == 0 else np.zeros(3), np.ones(4)) for i in range(121)]
+    actors = AllAtOnce(steps)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sac_state_sim.link, "Learner", lambda *_: actors)
+    monkeypatch.setattr(sac_state_sim.tensors, "set_up_torch", lambda *_: CPU)
+    args = point_args(role="learner", total_timesteps=120, learning_starts=20, utd_ratio=2, final_eval_episodes=1)
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        sac_state_sim.learner(dataclasses.replace(args, run_dir="run", capture_video=False))
+    assert actors.asked == [(100, 120), (0, 0), (0, 0), (0, 0)]  # 200 updates, 50 at a time
+    assert read_checkpoint(tmp_path / "run")["agent"]["critic_updates"] == 200
 
 
 # --- Runs: tasks of known value ---------------------------------------------------------------------------------------

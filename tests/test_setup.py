@@ -50,6 +50,7 @@ def test_flags_take_their_types():
         ("--batch-size 0", "--batch-size 0"),
         ("--utd-ratio 0", "--utd-ratio 0 --role"),
         ("--total-timesteps 0", "--total-timesteps 0"),
+        ("--total-timesteps 500", "--total-timesteps 500: 500; more"),
         ("--buffer-size 0", "--buffer-size 0"),
         ("--action-chunk 0", "--action-chunk 0"),
         ("--eval-every 0", "--eval-every 0"),
@@ -108,9 +109,9 @@ def test_flags_of_a_run(tmp_path, option):
         assert getattr(parsed(option, tmp_path, *unchanged), field.name) == value
         error = refused(option, tmp_path, *changed)
         assert f"--{name}" in error and str(tmp_path) in error
-    more = "--total-timesteps 77 --threads 1 --eval-every 7 --no-capture-video --amp --address ::1"
+    more = "--total-timesteps 777 --threads 1 --eval-every 7 --no-capture-video --amp --address ::1"
     args = parsed(option, tmp_path, *more.split())
-    changes = {"total_timesteps": 77, "threads": 1, "eval_every": 7, "capture_video": False, "amp": True}
+    changes = {"total_timesteps": 777, "threads": 1, "eval_every": 7, "capture_video": False, "amp": True}
     changes["address"] = "::1"
     assert args.run_dir == str(tmp_path)
     cleared = {"run_dir": None, "resume": None, "eval_only": None}
@@ -140,7 +141,7 @@ def test_a_closed_stdout_is_one_line(number, monkeypatch):
 def test_a_dataset_is_recorded_when_it_is_asked_for(tmp_path, monkeypatch):
     """A finished run has recorded its dataset; that it is there does not keep the run from being evaluated again."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    monkeypatch.setattr("minari.list_local_datasets", lambda: {"point/mine-v0": {}})
+    (tmp_path / "point" / "mine-v0").mkdir(parents=True)
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(Args()) | {"record_dataset": "point/mine-v0"}))
     assert parsed("--eval-only", tmp_path).record_dataset is None
     assert "exists" in refused("--eval-only", tmp_path, "--record-dataset", "point/mine-v0")
