@@ -517,7 +517,7 @@ def collect_demos(args: Args) -> str:
     def demonstrations() -> Iterator[tuple]:
         attempts = 10 * args.demos
         with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
-            for episode in expert_episodes(range(attempts), env, args.seed, noise=0.0):
+            for episode in expert_episodes(range(attempts), env, args.seed, 0.0, f"--demos {args.demos}"):
                 if success(episode.info) != 0:
                     yield datasets.as_stored(episode)
                     bar.update()
@@ -551,10 +551,11 @@ def choose_episodes(dataset, returns: dict[int, float], held_out_too: bool, args
     return sorted(kept), sorted(held_out)
 
 
-def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], args: Args) -> Dataset:
-    """Episodes of a Minari dataset as rows, actions in [-1, 1]. Exits if they break the bounds."""
+def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], box: spaces.Box, args: Args) -> Dataset:
+    """Episodes of a Minari dataset as rows, the actions in `box` in [-1, 1]. Exits if they break the bounds."""
     lengths = {number: len(rewards[number]) for number in numbers}
-    box, fields = datasets.read_rows(dataset, lengths, arrange, args.action_bounds, args.data_loading, ACTION_CLIP_EPS)
+    bounds, loading = args.action_bounds, args.data_loading
+    fields = datasets.read_rows(dataset, lengths, arrange, box, bounds, loading, ACTION_CLIP_EPS)
     rows = Dataset.create(**fields)
     rows.source = dataset
     rows.box = box
@@ -569,14 +570,15 @@ def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
     rewards = datasets.episode_rewards(dataset)
     returns = {number: float(values.sum()) for number, values in rewards.items()}
     kept, held_out = choose_episodes(dataset, returns, validation_id is None, args)
-    train = load_rows(dataset, rewards, kept, args)
+    box = datasets.action_box(dataset, own_bounds=args.action_bounds == "data")  # for validation, too
+    train = load_rows(dataset, rewards, kept, box, args)
     val = None
     if validation_id is not None:
         other = datasets.local_dataset("--env-name", validation_id)
         other_rewards = datasets.episode_rewards(other)
-        val = load_rows(other, other_rewards, list(other_rewards), args)
+        val = load_rows(other, other_rewards, list(other_rewards), box, args)
     elif held_out:
-        val = load_rows(dataset, rewards, held_out, args)
+        val = load_rows(dataset, rewards, held_out, box, args)
     if rank() == 0:
         where = "in memory"
         if datasets.images_stay_on_disk(dataset, args.data_loading):
@@ -1121,7 +1123,8 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
     """The agent before its first update, its batches, and its evaluation."""
     if rank() > 0:
         dist.barrier()  # rank 0 collects, converts or downloads
-    _, eval_env, train_dataset, val_dataset = make_env_and_datasets(args.env_name, args)
+    train_dataset, val_dataset = load_datasets(args)
+    eval_env = make_env(train_dataset, args, render=True)
     if world_size() > 1 and rank() == 0:
         dist.barrier()
     train_dataset = process_train_dataset(train_dataset)

@@ -38,6 +38,7 @@ from common.envs import HUGE, Checked, looks_like_image, say_once, time_limited,
 from common.evaluation import Foreign, one_line, where_raised
 from common.recording import check_fingerprint, layout
 from common.setup import Fault, fail, write_atomically
+from common.tensors import free_memory
 
 
 # --- Whether data can be learned --------------------------------------------------------------------------------------
@@ -1142,14 +1143,19 @@ def to_unit(actions: np.ndarray, box: spaces.Box) -> np.ndarray:
 
 
 def read_rows(
-    dataset, lengths: dict[int, int], arrange: Callable, action_bounds: str, data_loading: str, margin: float
-) -> tuple[spaces.Box, dict]:
-    """The actions that become -1 and 1, and episodes {number: length} as rows (N, ...) in Q-chunking's layout.
+    dataset,
+    lengths: dict[int, int],
+    arrange: Callable,
+    box: spaces.Box,
+    action_bounds: str,
+    data_loading: str,
+    margin: float,
+) -> dict:
+    """Episodes {number: length} as rows (N, ...) in Q-chunking's layout; the actions in `box` become [-1, 1].
     `arrange(space, observations)` chooses what is observed, actions stay `margin` inside [-1, 1].
 
-    Exits with one line when actions are outside, unless they are to be clipped (--action-bounds).
+    Exits with one line when actions are outside the task's bounds, unless they are to be clipped (--action-bounds).
     """
-    box = action_box(dataset, own_bounds=action_bounds == "data")
     on_disk = images_stay_on_disk(dataset, data_loading)
     total = sum(lengths.values())
     fields = {}
@@ -1158,7 +1164,7 @@ def read_rows(
         steps = len(rewards)
         unit = to_unit(actions, box)
         reach = np.abs(unit).max()
-        if reach > 1.001 and action_bounds != "clip":
+        if reach > 1.001 and action_bounds == "task":
             where = f"{dataset.id}, episode {number}: actions reach {reach:.3g} times the bounds {bounds_of(box)}"
             ways = "--action-bounds clip clips slips; --action-bounds data takes the data's own (absolute actions)"
             fail(f"{where}; {ways}")
@@ -1183,7 +1189,7 @@ def read_rows(
         fields["observations"] = states if isinstance(states, dict) else {"state": states}
         for path, image in image_spaces(dataset.observation_space).items():
             fields["observations"][image_name(path)] = StoredImages(dataset, path, image, lengths)
-    return box, fields
+    return fields
 
 
 def room(count: int, like: np.ndarray) -> np.ndarray:
@@ -1220,8 +1226,7 @@ def images_stay_on_disk(dataset, data_loading: str) -> bool:
     if len(set(names)) < len(names):
         fail(f"{dataset.id}: {', '.join(images)} would share a name; rename one in the data")
     pixels = sum(math.prod(space.shape) for space in images.values())
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # bytes
-    too_large = data_loading == "auto" and pixels * int(dataset.total_steps) > free / 2
+    too_large = data_loading == "auto" and pixels * int(dataset.total_steps) > free_memory() / 2
     on_disk = pixels > 0 and (too_large or data_loading == "workers")
     if on_disk and dataset.storage.FORMAT != "hdf5":
         fail(f"{dataset.id}: is stored as {dataset.storage.FORMAT}, workers read hdf5; --data-loading memory")

@@ -84,8 +84,9 @@ def demonstrations(source: str, env: gym.Env, seed: int, noise: float) -> Iterat
     """
     if not source.isdecimal() or not int(source):
         return minari_episodes(source, env)
-    expert_of(env, f"--demos {source}")
-    return expert_episodes(spread_starts(int(source), env, seed), env, seed, noise)
+    option = f"--demos {source}"
+    expert_of(env, option)
+    return expert_episodes(spread_starts(int(source), env, seed), env, seed, noise, option)
 
 
 def spread_starts(count: int, env: gym.Env, seed: int) -> list[int]:
@@ -135,16 +136,16 @@ def expert_of(env: gym.Env, option: str) -> Callable[[], np.ndarray]:
         )
         if changes:
             name = type(layer).__name__
-            fail(f"{option}: {name} changes actions, so it needs an expert_action() of its own; or give --demos 0")
+            fail(f"{option}: {name} changes actions, so it needs an expert_action() of its own; or give a dataset")
         if not isinstance(layer, gym.Wrapper):
             name = layer.spec.id if layer.spec else layer
             fail(f"{option}: {name} has no expert_action(); give a dataset, or --demos 0")
         layer = layer.env
 
 
-def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: float) -> Iterator[Episode]:
-    """The scripted expert's, of these numbers, with standard deviation `noise` on its actions."""
-    expert = expert_of(env, f"--demos {len(numbers)}")
+def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: float, option: str) -> Iterator[Episode]:
+    """The scripted expert's, of these numbers, with standard deviation `noise` on its actions; `option` asks for it."""
+    expert = expert_of(env, option)
     recorder, space = Recorder(env), env.action_space
     rng = np.random.default_rng(seed)
     for number in numbers:
@@ -158,7 +159,7 @@ def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: floa
             except (TypeError, ValueError):  # text, or a pair
                 action = np.zeros(0)
             if action.shape != space.shape or not np.isfinite(action).all():
-                fail(f"--demos {len(numbers)}: expert_action() gives {said!r}, actions are {space}")
+                fail(f"{option}: expert_action() gives {said!r}, actions are {space}")
             action = np.clip(action + eps, space.low, space.high).astype(space.dtype)
             _, _, terminated, truncated, _ = recorder.step(action)
             done = terminated or truncated

@@ -170,6 +170,8 @@ def means(rollouts: list[Rollout], success: Callable[[dict], float]) -> dict[str
                 known[key] = float(value)
         scalars.append(known)
     stats = {key: float(np.mean([x.get(key, math.nan) for x in scalars])) for key in (scalars or [{}])[0]}
+    if scalars:
+        stats["success_rate"] = success_rate([x["success_rate"] for x in scalars])
     return stats | {"episodes": float(len(rollouts))}
 
 

@@ -1635,6 +1635,31 @@ def test_the_default_needs_no_flag_and_no_network(tmp_path):
     assert table(tmp_path / "run", "offline_agent.csv") == table(tmp_path / "again", "offline_agent.csv")
 
 
+class TwoFingers(probe_envs.Point):
+    """Its expert gives actions of another size."""
+
+    def expert_action(self):
+        return np.zeros(2)
+
+
+gym.register("TwoFingers-v0", f"{__name__}:TwoFingers", disable_env_checker=True, max_episode_steps=20)
+
+
+def test_an_expert_that_is_no_help_is_named_with_the_flag_that_was_given():
+    with pytest.raises(SystemExit, match=r"--demos 3: expert_action\(\) gives array"):
+        dataset_ids(Args(env_name="TwoFingers-v0", demos=3))
+
+
+def test_a_run_makes_its_task_once(point_data, monkeypatch):
+    """With pictures; it may own a port or a robot."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(point_data))
+    made = []
+    make = bc_flow_offline.make_env
+    monkeypatch.setattr(bc_flow_offline, "make_env", lambda *a, **k: made.append(make(*a, **k)) or made[-1])
+    *_, evaluation = bc_flow_offline.prepare(Args(env_name="point/expert-v0", hidden_dims=(8,)), CPU)
+    assert evaluation.envs == made and made[0].render_mode == "rgb_array"
+
+
 def test_kill_while_demonstrations_are_collected(tmp_path):
     """Half a data set is never taken for a whole one."""
     flags = "--demos 40 --offline-steps 5 --eval-interval 0 --eval-episodes 1 --hidden-dims 8 --threads 1"

@@ -433,6 +433,17 @@ def test_ogbench_through_its_package(stand_ins):
     assert len([call for call in ogbench.calls if not call[2]]) == count == 1  # loaded through the package once
 
 
+def test_validation_actions_are_scaled_as_those_of_training(stand_ins):
+    """By the training data's own range, in which not all of them need to lie."""
+    import ogbench
+
+    _, _, train, val = make_env_and_datasets("reach-play-singletask-v0", Args(action_bounds="data"))
+    raw = ogbench.rows(5, 1)["actions"]
+    scaled = datasets.to_unit(raw, train.box)
+    assert np.abs(scaled).max() != pytest.approx(1, abs=1e-3)
+    np.testing.assert_allclose(val["actions"], scaled.clip(-1 + 1e-5, 1 - 1e-5), atol=1e-6)
+
+
 def test_ogbench_with_only_the_training_part_stored(stand_ins, tmp_path):
     """A run that was killed between the two parts."""
     make_env_and_datasets("reach-play-singletask-v0", Args())
@@ -791,7 +802,7 @@ def test_images_from_disk_are_those_in_memory(camera_data):
 
 def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch, capsys):
     for free, expected in ((10**12, False), (1000, True)):
-        monkeypatch.setattr("os.sysconf", lambda name, free=free: free if name == "SC_AVPHYS_PAGES" else 1)
+        monkeypatch.setattr(datasets, "free_memory", lambda free=free: free)
         assert datasets.images_stay_on_disk(camera_data, "auto") == expected
         assert not datasets.images_stay_on_disk(camera_data, "memory")
         bc_flow_offline.load_datasets(Args(env_name=camera_data.id))

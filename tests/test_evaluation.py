@@ -10,7 +10,7 @@ import pytest
 from gymnasium import spaces
 
 from common import envs
-from common.evaluation import evaluate, film, record_video, roll_out, success_rate
+from common.evaluation import evaluate, film, means, record_video, roll_out, success_rate
 
 
 class Count(gym.Env):
@@ -76,6 +76,16 @@ def test_means_over_the_episodes():
         "eval/success_rate": np.mean([n > 2 for n in expected]),
         "eval/episodes": 8,
     }
+
+
+def test_an_episode_that_says_nothing_has_failed():
+    """In both tables: many tasks say success only."""
+    envs.say_once.cache_clear()
+    says = lambda info: 1.0 if info["success"] else math.nan  # noqa: E731
+    rate = np.mean([n > 2 for n in lengths(8, 3)])
+    assert 0 < rate < 1
+    assert means(roll_out(step_number, [Count()], 8, 3), says)["success_rate"] == rate
+    assert evaluate(step_number, [Count()], 8, 3, says)["eval/success_rate"] == rate
 
 
 def test_an_evaluation_ends_when_it_is_told_to():
