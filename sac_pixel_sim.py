@@ -50,7 +50,7 @@ from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import file_hash
 from common.run import Run, report
 from common.setup import RunArgs, ends_well, fail, flag, parse
-from common.success import is_detector, rewarded
+from common.success import rewarded
 from common.tensors import RunningNormalizer
 
 try:
@@ -89,7 +89,7 @@ class Args(RunArgs):
     """names of the images to learn from (default: all); render: the rendered picture of the task"""
     reward: str = "env"
     """env: the task's; vice: of a classifier that learns along from the demonstrations' last images;
-    or a file with a trained one: of reward_classifier.py, or checkpoint.pt of a run with vice"""
+    or the file of one that reward_classifier.py has trained"""
     frame_stack: int = 1
     """observations of this many steps are seen at once"""
     action_chunk: int = 1
@@ -253,7 +253,7 @@ def wrap_images(env: gym.Env, args: Args) -> gym.Env:
     envs.check_actions(env, args.env_id)
     if not isinstance(env, envs.Checked):  # wrappers of your own
         env = envs.Checked(env, args.env_id)
-    if is_detector(args.reward):
+    if args.reward not in ("env", "vice"):
         env = rewarded(env, args.reward)
     env = envs.ScaledActions(env)
     if args.gripper_penalty:
@@ -499,14 +499,10 @@ class PixelCritic(Critic):
 
 
 class Classifier(nn.Module):
-    """Probability of success, as a logit, from images alone."""
-
-    ARGUMENTS = ("encoder", "small_channels", "pooling", "latent_dim")
+    """VICE's: probability of success, as a logit, from images alone."""
 
     def __init__(self, views: Views, args: Args, load: bool = True):
         super().__init__()
-        self.about = {name: getattr(args, name) for name in self.ARGUMENTS}
-        self.about |= {"cameras": views.cameras, "image_size": views.size, "frame_stack": views.stack}
         self.encoder = Encoder(views, dataclasses.replace(args, film=None), load)
         self.hidden = nn.Linear(self.encoder.out_dim, args.latent_dim)
         self.norm = nn.LayerNorm(args.latent_dim)
@@ -518,28 +514,6 @@ class Classifier(nn.Module):
 
     def forward(self, obs: Observation) -> Tensor:
         return self.logit(self.encoder(obs))
-
-
-def load_classifier(saved: dict | str, views: Views, args: Args, trunk: nn.Module | None) -> Classifier:
-    """A success classifier of a file or a run's checkpoint: `classifier`, and what it is,
-    `classifier_about`. Exits with one line when it was trained on other images, or on the maps of
-    another frozen trunk than `trunk`."""
-    try:
-        if isinstance(saved, str):
-            saved = torch.load(saved, map_location="cpu", weights_only=True)
-            saved = saved.get("agent", saved)
-        about = saved["classifier_about"]
-        here = {"cameras": views.cameras, "image_size": views.size, "frame_stack": views.stack}
-        here["trunk"] = vision.trunk_hash(trunk) if trunk else None
-        for name, value in here.items():
-            if about[name] != value:
-                raise ValueError(f"was trained with {name} {about[name]}, here it is {value}")
-        arguments = {name: about[name] for name in Classifier.ARGUMENTS}
-        classifier = Classifier(views, dataclasses.replace(args, **arguments), load=False)
-        classifier.load_state_dict(saved["classifier"])
-    except Exception as error:  # noqa: BLE001  a damaged or hostile file raises what it likes
-        fail(f"--reward {args.reward}: refused: {str(error).splitlines()[0]}")
-    return classifier
 
 
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
@@ -703,7 +677,6 @@ def load_pixel_demos(
     steps, episodes, goals = [], [], []
     for episode in demonstrations(args.demos, task, args.seed, DEMO_NOISE):
         for action, obs, reward, terminated in replay(episode, task, wrap, args.action_chunk):
-            reward = reward if action is None else agent.judge(obs, reward)
             steps.append(pack_pixels(agent.step_type, action, obs, reward, terminated))
         if success(episode.info) != 0:  # also where the task does not say
             goals.append(torch.from_numpy(obs["images"]))
@@ -777,9 +750,6 @@ class Agent:
             self.classifier = Classifier(views, args, load).to(device)
             self.classifier_optimizer = self.make_optimizer(self.classifier.parameters(), 0.0)
             self.optimizers.append(self.classifier_optimizer)
-        elif args.reward != "env" and not is_detector(args.reward):
-            self.classifier = load_classifier(saved or args.reward, views, args, self.trunk).to(device)
-            self.classifier.requires_grad_(False)
         self.num_demos = args.num_demos()
         self.imitates = self.num_demos > 0 and args.bc_weight > 0
         self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
@@ -825,19 +795,14 @@ class Agent:
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_images`."""
-        images, states = self.one_observation(obs)
+        images = torch.as_tensor(obs["images"], device=self.device)[None]  # (1, T, K, H, W, 3)
+        states = torch.as_tensor(obs["state"], device=self.device)[None].flatten(1)  # (1, T * S)
         action = self.choose(images, states, deterministic=deterministic)[0].cpu().numpy()
         if not np.isfinite(action).all():
             fail(f"the policy's actions are {action}: training has diverged; give a smaller --lr or smaller rewards")
         if self.args.explore_prob and not deterministic:
             self.explore(action)
         return action
-
-    def one_observation(self, obs: dict) -> tuple[Tensor, Tensor]:
-        """Its images (1, T, K, H, W, 3) and states (1, T * S)."""
-        images = torch.as_tensor(obs["images"], device=self.device)[None]
-        states = torch.as_tensor(obs["state"], device=self.device)[None]
-        return images, states.flatten(1)
 
     def choose(self, images: Tensor, states: Tensor, deterministic: bool) -> Tensor:
         """Actions (B, A) in [-1, 1] for images and states (B, ...): the averaged policy's means, or drawn."""
@@ -873,14 +838,6 @@ class Agent:
         """Takes states (N, T * S) into the running statistics."""
         if isinstance(self.normalizer, RunningNormalizer):
             self.normalizer.update(observations)
-
-    @torch.inference_mode()
-    def judge(self, obs: dict, reward: float) -> float:
-        """The reward of a step to `obs`: the task's, or 1 where a trained classifier sees success."""
-        if self.args.reward == "vice" or self.classifier is None:
-            return reward
-        images, states = self.one_observation(obs)
-        return float(self.classifier(self.see(images, self.normalizer(states))) > 0)
 
     @property
     def alpha(self) -> Tensor:
@@ -1094,9 +1051,6 @@ class Agent:
         state["generator"] = self.generator.get_state()
         state["held"] = (self.held_steps.tolist(), self.held.tolist())
         state["goals"] = self.goals
-        if self.classifier is not None:
-            trunk = None if self.trunk is None else vision.trunk_hash(self.trunk)
-            state["classifier_about"] = self.classifier.about | {"trunk": trunk}
         return state
 
     def load_state_dict(self, state: dict) -> None:
@@ -1191,7 +1145,6 @@ def train(args: Args) -> None:
         with run.phase("env"):
             obs, reward, terminated, truncated, info = env.step(action)
         # Store: `terminated` cuts the bootstrap, `truncated` does not.
-        reward = agent.judge(obs, reward)
         buffer.add(pack_pixels(agent.step_type, action, obs, reward, terminated))
         agent.observe(buffer.newest_observations(1))
         run.advance()
@@ -1310,7 +1263,6 @@ def actor(args: Args) -> None:
         with run.phase("env"):
             obs, reward, terminated, truncated, info = env.step(action)
         # Send.
-        reward = agent.judge(obs, reward)
         with run.phase("update"):
             learner_end.send(pack_pixels(agent.step_type, action, obs, reward, terminated).tobytes())
         run.advance()

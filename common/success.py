@@ -181,15 +181,6 @@ def open_detector(path: str, option: str, env: gym.Env) -> SuccessDetector:
         fail(f"{option} {error}")
 
 
-def is_detector(path: str) -> bool:
-    """Whether this is a file of reward_classifier.py."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, map_location="cpu", weights_only=True)["kind"] == SuccessDetector.KIND
-    except Exception:  # noqa: BLE001  no such file, or whatever a foreign file raises
-        return False
-
-
 class SuccessReward(gym.Wrapper):
     """Reward 1 at every step after which the detector sees success, else 0; the first one ends the episode.
 

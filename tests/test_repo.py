@@ -40,7 +40,7 @@ BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 898,
-    "sac_pixel_sim.py": 1344,
+    "sac_pixel_sim.py": 1296,
     "sac_pixel_real.py": 1710,
     "bc_flow_offline.py": 1282,
     "robot_server.py": 2883,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives

@@ -48,7 +48,6 @@ from sac_pixel_sim import (
     Args,
     Batch,
     Bottleneck,
-    Classifier,
     FrameBuffer,
     Observation,
     load_pixel_demos,
@@ -886,62 +885,6 @@ class MeanImage(nn.Module):
         return obs.images.float().flatten(1).mean(1, keepdim=True)
 
 
-def classifier_file(path: Path, views: Views, args: Args, bias: float, trunk: str | None = None) -> Path:
-    classifier = Classifier(views, args)
-    nn.init.zeros_(classifier.out.weight)
-    nn.init.constant_(classifier.out.bias, bias)
-    torch.save({"classifier_about": classifier.about | {"trunk": trunk}, "classifier": classifier.state_dict()}, path)
-    return path
-
-
-@pytest.mark.parametrize("bias", [-1.0, 1.0])
-def test_classifier_replaces_rewards(tmp_path, bias):
-    """Its shape comes from its file, not from the flags."""
-    views = small_views()
-    path = classifier_file(tmp_path / "c.pt", views, small_args(latent_dim=7, pooling="softmax"), bias)
-    agent = Agent(views, box(2), small_args(reward=str(path)), CPU)
-    obs = {"images": np.zeros((1, *views.frame_shape), np.uint8), "state": np.zeros((1, 4), np.float32)}
-    assert agent.judge(obs, 0.3) == float(bias > 0)
-    assert all(not parameter.requires_grad for parameter in agent.classifier.parameters())
-    assert Agent(views, box(2), small_args(), CPU).judge(obs, 0.3) == 0.3
-
-
-@pytest.mark.parametrize(
-    ("views", "words"),
-    [
-        (small_views(cameras=("front", "side")), "was trained with cameras ('front', 'wrist'), here it is"),
-        (small_views(24), "was trained with image_size 20, here it is 24"),
-    ],
-)
-def test_classifier_of_other_images_is_refused(tmp_path, views, words):
-    path = classifier_file(tmp_path / "c.pt", small_views(), small_args(), 0)
-    with pytest.raises(SystemExit, match=re.escape(f"--reward {path}: refused: {words}")):
-        Agent(views, box(2), small_args(reward=str(path)), CPU)
-
-
-def test_classifier_on_another_frozen_trunk_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(vision, "ResNetTrunk", lambda channels: ResNetTrunk(channels, (8, 8, 16, 16)))
-    for name in ("one", "other"):
-        torch.save(vision.ResNetTrunk(3).state_dict(), tmp_path / f"{name}.pt")
-    options, views = {"encoder": "resnet10", "image_size": 40}, small_views(40)
-    args = small_args(**options, pretrained=str(tmp_path / "one.pt"))
-    trunk = vision.trunk_hash(Agent(views, box(2), args, CPU).trunk)
-    path = classifier_file(tmp_path / "c.pt", views, args, 1.0, trunk)
-    obs = {"images": np.zeros((1, *views.frame_shape), np.uint8), "state": np.zeros((1, 4), np.float32)}
-    assert Agent(views, box(2), dataclasses.replace(args, reward=str(path)), CPU).judge(obs, 0.0) == 1
-    for pretrained in (str(tmp_path / "other.pt"), None):
-        other = small_args(**options, pretrained=pretrained, reward=str(path))
-        with pytest.raises(SystemExit, match=f"--reward {path}: refused: was trained with trunk {trunk}, here it is "):
-            Agent(views, box(2), other, CPU)
-
-
-def test_malicious_classifier_is_refused(tmp_path):
-    path = write_pickle(tmp_path / "c.pt", Malicious(tmp_path / "marker"), 2)
-    with pytest.raises(SystemExit, match="refused"):
-        Agent(small_views(), box(2), small_args(reward=str(path)), CPU)
-    assert not (tmp_path / "marker").exists()
-
-
 # --- Runs -------------------------------------------------------------------------------------------------------------
 TINY = "--env-id probe_envs:PixelPoint-v0 --image-size 32 --small-channels 4 6 --latent-dim 16 --hidden-dims 32 32"
 TINY += " --batch-size 16 --utd-ratio 1 --demos 2 --threads 1 --buffer-size 1000 --learning-starts 50"
@@ -1097,19 +1040,6 @@ def test_recorded_dataset_becomes_demonstrations(tmp_path):
     assert "'wrist'" in other.stderr and "'side'" in other.stderr
 
 
-def test_the_classifier_of_a_vice_run_gives_rewards(tmp_path):
-    run("--total-timesteps", 80, "--reward", "vice", "--run-dir", "vice", cwd=tmp_path)
-    flags = ("--reward", "vice/checkpoint.pt", "--total-timesteps", 80)
-    run(*flags, "--run-dir", "classified", cwd=tmp_path)
-    (tmp_path / "vice" / "checkpoint.pt").rename(tmp_path / "elsewhere.pt")  # the run has the classifier now
-    run_forked(SCRIPT, "--resume", "classified", "--total-timesteps", 90, cwd=tmp_path, env=TASKS)
-    (tmp_path / "elsewhere.pt").rename(tmp_path / "vice" / "checkpoint.pt")
-    state = checkpoint(tmp_path / "classified")
-    assert set(state["buffer"]["columns"][REWARDS].tolist()) <= {0.0, 1.0}
-    theirs, ours = (checkpoint(tmp_path / name)["agent"]["classifier"] for name in ("vice", "classified"))
-    assert all(torch.equal(value, ours[name]) for name, value in theirs.items())
-
-
 def detector_file(path: Path, bias: float, cameras: tuple[str, ...] = ("front", "wrist")) -> str:
     """A file of reward_classifier.py that sees success always, or with a negative `bias` never."""
     classifier = SuccessClassifier(cameras, 32)
@@ -1134,8 +1064,28 @@ def test_a_file_of_reward_classifier_gives_rewards(tmp_path, bias, rewards):
     assert [step[0] for step in results[0]] == rewards
     assert [step[1:3] for step in results[0]] == [step[1:3] for step in results[1]]
     assert [step[3].get("success") for step in results[0]] == [step[3].get("success") for step in results[1]]
-    agent = Agent(views_of(env), env.action_space, args, CPU)
-    assert agent.classifier is None and agent.judge({}, 0.7) == 0.7
+
+
+def test_a_run_with_a_file_of_reward_classifier(tmp_path):
+    """It goes on, and is evaluated, as any other; its buffer holds the classifier's rewards."""
+    run("--total-timesteps", 70, "--reward", detector_file(tmp_path / "c.pt", 50.0), "--run-dir", "run", cwd=tmp_path)
+    run_forked(SCRIPT, "--resume", "run", "--total-timesteps", 80, cwd=tmp_path, env=TASKS)
+    rewards = checkpoint(tmp_path / "run")["buffer"]["columns"][REWARDS]
+    assert rewards.tolist() == [1.0] * 80
+    result = run_forked(SCRIPT, "--eval-only", "run", cwd=tmp_path, env=TASKS)
+    assert "checkpoint: eval/success_rate" in result.stdout
+
+
+def test_files_that_give_no_rewards(tmp_path):
+    """A run with vice keeps its classifier to itself; a hostile file is not executed."""
+    agent = Agent(small_views(), box(2), small_args(reward="vice"), CPU)
+    torch.save({"agent": agent.state_dict()}, tmp_path / "checkpoint.pt")
+    write_pickle(tmp_path / "hostile.pt", Malicious(tmp_path / "marker"), 2)
+    for name in ("checkpoint.pt", "hostile.pt"):
+        args = small_args(env_id="probe_envs:PixelPoint-v0", reward=str(tmp_path / name))
+        with pytest.raises(SystemExit, match=f"--reward {tmp_path}/{name}: no .*; reward_classifier.py trains one"):
+            wrap_images(make_env(args), args)
+    assert not (tmp_path / "marker").exists()
 
 
 def test_a_file_of_reward_classifier_for_other_cameras_is_refused(tmp_path):
@@ -1223,7 +1173,7 @@ def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
         ("--dropout 1", "--dropout 1: drops everything"),
         ("--learning-starts 60", "--total-timesteps 60: learning starts after 60; give more"),
         ("--reward vice --n-step 3", "--n-step 3: --reward vice knows the rewards of single steps only"),
-        ("--reward nowhere.pt", "--reward nowhere.pt: refused: "),
+        ("--reward nowhere.pt", "--reward nowhere.pt: not there; reward_classifier.py trains one"),
         ("--film gripper", "--film gripper: the observation has no such state, only: state"),
         ("--grad-accum-steps 3", "--grad-accum-steps 3: must divide --batch-size"),
         ("--small-channels 4 0", "--small-channels: give numbers above 0"),

@@ -16,7 +16,6 @@ from common.success import (
     SuccessDetector,
     SuccessReward,
     differences_of_pictures,
-    is_detector,
     log_odds,
 )
 
@@ -211,14 +210,6 @@ def test_files_that_are_none(saved, tmp_path):
         with pytest.raises(ValueError, match="reward_classifier.py trains one") as error:
             SuccessDetector.load(str(tmp_path / name))
         assert fault in str(error.value) and "\n" not in str(error.value)
-
-
-def test_what_is_a_file_of_a_detector(saved, tmp_path):
-    torch.save({"kind": "another"}, tmp_path / "other.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    assert is_detector(str(saved))
-    assert not any(is_detector(str(tmp_path / name)) for name in ("other.pt", "list.pt", "gone.pt"))
-    assert not is_detector("env")
 
 
 class Touch:
