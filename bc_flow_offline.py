@@ -69,9 +69,9 @@ from common.evaluation import (
     say_no_video,
     write_grid,
 )
-from common.run import Run, write_atomically
-from common.setup import Fault, RunArgs, check_new_folder, ends_well, fail, flag, go_on, parse
-from common.tensors import Graphed, RunningNormalizer, set_up_torch
+from common.run import Run, quality, write_atomically
+from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, go_on, parse
+from common.tensors import Graphed, RunningNormalizer, load_generator, set_up_torch
 from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 try:
@@ -179,7 +179,6 @@ class Args(RunArgs):
     MAY_CHANGE = "run_dir resume eval_only capture_video track compile threads offline_steps "
     MAY_CHANGE += "eval_episodes eval_envs video_episodes video_frame_skip save_interval num_workers "
     MAY_CHANGE += "data_loading dataset_path save_dir execution_horizon flow_steps flow_solver"
-    MAY_BE_ZERO = ("seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers")
 
     @classmethod
     def recipe(cls, given: dict[str, str]) -> dict[str, Any]:
@@ -193,13 +192,9 @@ class Args(RunArgs):
 
     def check(self) -> None:
         """Exits with one line about a flag that makes no sense."""
-        for name, value in vars(self).items():
-            least = 1 if type(value) is int and name not in Args.MAY_BE_ZERO else 0
-            if type(value) in (int, float) and name != "save_interval" and not least <= value < math.inf:
-                fail(f"{flag(name)} {value}: give at least {least}")
-        for name in ("dataset_proportion", "top_fraction", "validation_fraction", "ema", "discount"):
-            if getattr(self, name) > 1:
-                fail(f"{flag(name)} {getattr(self, name)}: give at most 1")
+        may_be_zero = {"seed", "eval_interval", "video_episodes", "execution_horizon", "num_workers"}
+        fractions = {"dataset_proportion", "top_fraction", "validation_fraction", "ema", "discount"}
+        check_numbers(self, may_be_zero, fractions, any_sign={"save_interval"})
         for name, nothing in (("dataset_proportion", 0), ("top_fraction", 0), ("validation_fraction", 1), ("ema", 1)):
             if getattr(self, name) == nothing:
                 fail(f"{flag(name)} {getattr(self, name)}: leaves nothing to learn from")
@@ -944,10 +939,7 @@ class BCAgent:
         group["lr"] = self.lr
         group["capturable"] = self.device.type == "cuda"
         self.updates.fill_(state["step"])
-        if state["generator"].shape == self.generator.get_state().shape:
-            self.generator.set_state(state["generator"].cpu())
-        else:  # from a GPU to a CPU, or back: the run goes on, with other random numbers
-            self.generator.manual_seed(self.args.seed + state["step"])
+        load_generator(self.generator, state["generator"], self.args.seed + state["step"])
 
     def save(self, path: str | Path) -> None:
         """Writes a checkpoint that loads with weights_only=True."""
@@ -1060,7 +1052,7 @@ class Evaluation:
         stats = self.scores(agent, run.impatient)
         if not stats:
             return stats
-        if rating(stats) >= rating(run.best):
+        if quality(stats, "") >= quality(run.best, ""):
             run.best = stats
         wanted = ("success_rate", "episodic_return")
         known = [key for key in wanted if math.isfinite(stats.get(key, math.nan))]
@@ -1072,12 +1064,6 @@ class Evaluation:
     def close(self) -> None:
         for env in self.envs:
             env.close()
-
-
-def rating(stats: dict[str, float]) -> tuple[float, float]:
-    """What makes an evaluation better than another: success, then return; unknown is worst."""
-    values = (stats.get(key, math.nan) for key in ("success_rate", "episodic_return"))
-    return tuple(-math.inf if math.isnan(value) else value for value in values)
 
 
 def summarize(name: str, stats: dict[str, float]) -> None:

@@ -44,7 +44,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import envs, link, pixels, setup, tensors, vision
-from common.episodes import Recorder, check_new_dataset, check_steps, demonstrations, replay, store_evaluation, summary
+from common.episodes import check_new_dataset, check_steps, demonstrations, last_evaluation, replay, summary
 from common.evaluation import evaluate, record_video
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import file_hash
@@ -236,14 +236,18 @@ class Args(RunArgs):
 # --- Environment ------------------------------------------------------------------------------------------------------
 def make_env(args: Args, render: bool = False) -> gym.Env:
     """The task, as it is demonstrated and recorded."""
+    rendered = args.cameras == ("render",)
     options = {}
-    if args.env_id.startswith("Franka") and args.cameras != ("render",):  # TASK: options of your task
+    if args.env_id.startswith("Franka") and not rendered:  # TASK: options of your task
         options = {"image_obs": True, "image_size": args.image_size}
-    with pixels.one_line_without_opengl(args.env_id):
-        env = envs.make(args.env_id, render or args.cameras == ("render",), **options)
-        if args.cameras == ("render",):
-            env = pixels.Rendered(env)
-        env.reset()
+
+    def made() -> gym.Env:
+        env = envs.make(args.env_id, render or rendered, **options)
+        env = pixels.Rendered(env) if rendered else env
+        env.reset()  # where some tasks first need OpenGL
+        return env
+
+    env = envs.with_opengl(made, f"--env-id {args.env_id}", render or rendered)
     return env  # TASK: wrappers of your own; one that changes actions has its own expert_action()
 
 
@@ -758,17 +762,13 @@ class Agent:
         self.critic_updates = 0
         # A frozen trunk, most of the work then, has all threads to itself.
         self.beside = tensors.Beside(1 if self.trunk else args.threads, device)
-        if args.compile and device.type == "cuda":
-            self.compile()
-
-    def compile(self) -> None:
-        """For a GPU: the losses compiled; an update, and a choice, as one CUDA graph each."""
-        self.target_q = torch.compile(self.target_q)
-        self.critic.encode = torch.compile(self.critic.encode)
-        self.critic_loss = torch.compile(self.critic_loss)
-        self.actor_loss = torch.compile(self.actor_loss)
-        self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * self.args.policy_delay)
-        self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
+        if args.compile and device.type == "cuda":  # an update, and a choice, are one CUDA graph each
+            self.target_q = torch.compile(self.target_q)
+            self.critic.encode = torch.compile(self.critic.encode)
+            self.critic_loss = torch.compile(self.critic_loss)
+            self.actor_loss = torch.compile(self.actor_loss)
+            self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
         """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
@@ -1080,12 +1080,8 @@ def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: 
 
 def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
-    task = Recorder(make_env(args)) if args.record_dataset else make_env(args)
-    env = wrap(task)
-    scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
-    if args.record_dataset:
-        store_evaluation(args.record_dataset, task, env, args.seed, success)
-    task.close()
+    episodes, dataset_id = args.final_eval_episodes, args.record_dataset
+    scalars = last_evaluation(agent.policy, make_env(args), wrap, episodes, args.seed, success, dataset_id)
     if args.capture_video:
         record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars
@@ -1126,9 +1122,8 @@ def train(args: Args) -> None:
         return report("checkpoint", final_evaluation(args, agent, run, wrap))
     run.keep(agent=agent, buffer=buffer, demos=demos)
     env = wrap(task)
-    eval_env = None  # a second one only where it is needed: a task may own a robot or a port
-    if args.eval_every < args.total_timesteps:
-        eval_env = wrap(make_env(args))
+    # A second one only where it is needed: a task may own a robot or a port.
+    eval_env = wrap(make_env(args)) if args.eval_every < args.total_timesteps else None
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
@@ -1233,15 +1228,9 @@ def actor(args: Args) -> None:
     agent = Agent(views_of(env), env.action_space, args, device)
     run = Run(args, args.env_id, __file__, device)
     run.keep()
-    learner_end = link.Actor(
-        args.address,
-        args.curve_keys,
-        args.shared(),
-        agent.step_type.itemsize,
-        run.dir,
-        ahead=ACTOR_AHEAD if args.utd_ratio else math.inf,
-        stop=lambda: run.signals > 0,
-    )
+    shared, size = args.shared(), agent.step_type.itemsize
+    ahead = ACTOR_AHEAD if args.utd_ratio else math.inf
+    learner_end = link.Actor(args.address, args.curve_keys, shared, size, run.dir, ahead, lambda: run.signals > 0)
     run.open(args.total_timesteps)
     # What it wrote before gives an actor its seeds, so that no two episodes are the same.
     written, seed = learner_end.journal.written, args.seed + learner_end.number

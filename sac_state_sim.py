@@ -43,14 +43,13 @@ from torch import Tensor, nn
 
 from common import envs, link, setup, tensors
 from common.episodes import (
-    Recorder,
     check_new_dataset,
     check_steps,
     demonstrations,
+    last_evaluation,
     pack_step,
     replay,
     step_type,
-    store_evaluation,
     summary,
 )
 from common.evaluation import evaluate, record_video
@@ -471,15 +470,11 @@ class Agent:
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
         self.critic_updates = 0
         self.beside = tensors.Beside(args.threads, device)
-        if args.compile and device.type == "cuda":
-            self.compile()
-
-    def compile(self) -> None:
-        """For a GPU: the losses compiled; an update, and a choice, as one CUDA graph each."""
-        self.critic_loss = torch.compile(self.critic_loss)
-        self.actor_loss = torch.compile(self.actor_loss)
-        self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * self.args.policy_delay)
-        self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
+        if args.compile and device.type == "cuda":  # an update, and a choice, are one CUDA graph each
+            self.critic_loss = torch.compile(self.critic_loss)
+            self.actor_loss = torch.compile(self.actor_loss)
+            self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
+            self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
 
     def make_buffer(self, capacity: int) -> ReplayBuffer:
         """A buffer of this agent's transitions. Exits with one line where memory is too small."""
@@ -690,12 +685,8 @@ def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: 
 
 def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
-    task = Recorder(make_env(args)) if args.record_dataset else make_env(args)
-    env = wrap(task)
-    scalars = evaluate(agent.policy, [env], args.final_eval_episodes, args.seed, success)
-    if args.record_dataset:
-        store_evaluation(args.record_dataset, task, env, args.seed, success)
-    task.close()
+    episodes, dataset_id = args.final_eval_episodes, args.record_dataset
+    scalars = last_evaluation(agent.policy, make_env(args), wrap, episodes, args.seed, success, dataset_id)
     if args.capture_video:
         record_video(agent.policy, lambda: wrap(make_env(args, render=True)), run.dir / "video.mp4", args.seed)
     return scalars
@@ -728,9 +719,8 @@ def train(args: Args) -> None:
         task.close()
         return report("checkpoint", final_evaluation(args, agent, run, wrap))
     env = wrap(task)
-    eval_env = None  # a second one only where it is needed: a task may own a robot or a port
-    if args.eval_every < args.total_timesteps:
-        eval_env = wrap(make_env(args))
+    # A second one only where it is needed: a task may own a robot or a port.
+    eval_env = wrap(make_env(args)) if args.eval_every < args.total_timesteps else None
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
@@ -835,15 +825,9 @@ def actor(args: Args) -> None:
     agent = Agent(env.observation_space, env.action_space, args, device)
     run = Run(args, args.env_id, __file__, device)
     run.keep()
-    learner_end = link.Actor(
-        args.address,
-        args.curve_keys,
-        args.shared(),
-        agent.step_type.itemsize,
-        run.dir,
-        ahead=ACTOR_AHEAD if args.utd_ratio else math.inf,
-        stop=lambda: run.signals > 0,
-    )
+    shared, size = args.shared(), agent.step_type.itemsize
+    ahead = ACTOR_AHEAD if args.utd_ratio else math.inf
+    learner_end = link.Actor(args.address, args.curve_keys, shared, size, run.dir, ahead, lambda: run.signals > 0)
     run.open(args.total_timesteps)
     # What it wrote before gives an actor its seeds, so that no two episodes are the same.
     written, seed = learner_end.journal.written, args.seed + learner_end.number

@@ -70,7 +70,7 @@ def with_opengl(make_task: Callable[[], gym.Env], name: str, render: bool) -> gy
     try:
         return make_task()
     except Exception as error:
-        if not is_opengls(error):
+        if isinstance(error, Fault) or not is_opengls(error):
             raise
         raise Fault(f"{name}: {with_remedy(error)}") from error
 

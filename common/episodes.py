@@ -13,7 +13,7 @@ from gymnasium import spaces
 
 from common.datasets import each, local_dataset, sound, unreadable
 from common.envs import Checked, episode_seed, leaves, looks_like_image, say_once
-from common.evaluation import evaluate
+from common.evaluation import Policy, evaluate
 from common.recording import check_fingerprint, dataset_folder, fingerprint, layout
 from common.setup import fail
 
@@ -289,19 +289,32 @@ def record(
     minari.create_dataset_from_buffers(dataset_id, buffers, env=spec, **both, **about)
 
 
-def store_evaluation(
-    dataset_id: str, recorder: Recorder, env: gym.Env, seed: int, success: Callable[[dict], float]
-) -> None:
-    """Stores what `recorder` kept as a Minari dataset; random actions in `env`, which wraps it, are its lower score."""
-    episodes = list(recorder.episodes)
-    random = evaluate(lambda _, rngs: rngs[0].uniform(-1, 1, env.action_space.shape), [env], 10, seed, success)
-    record(
-        dataset_id,
-        episodes,
-        recorder,
-        success,
-        algorithm_name="SAC",
-        ref_min_score=random["eval/episodic_return"],
-        ref_max_score=float(np.mean([episode.rewards.sum() for episode in episodes])),
-        description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
-    )
+def last_evaluation(
+    policy: Policy,
+    task: gym.Env,
+    wrap: Callable[[gym.Env], gym.Env],
+    count: int,
+    seed: int,
+    success: Callable[[dict], float],
+    dataset_id: str | None,
+) -> dict[str, float]:
+    """`evaluate` in `task`, which is closed. With a name for it the episodes become a Minari dataset, whose lower score
+    is that of random actions."""
+    recorder = Recorder(task) if dataset_id else task
+    env = wrap(recorder)
+    scalars = evaluate(policy, [env], count, seed, success)
+    if dataset_id:
+        episodes = list(recorder.episodes)
+        random = evaluate(lambda _, rngs: rngs[0].uniform(-1, 1, env.action_space.shape), [env], 10, seed, success)
+        record(
+            dataset_id,
+            episodes,
+            recorder,
+            success,
+            algorithm_name="SAC",
+            ref_min_score=random["eval/episodic_return"],
+            ref_max_score=float(np.mean([episode.rewards.sum() for episode in episodes])),
+            description="Reference scores: mean return of 10 episodes of random actions, and of this dataset.",
+        )
+    task.close()
+    return scalars

@@ -5,7 +5,6 @@ file = FrameFile(run_dir / "replay.frames", (K, 48, 48, 3), device)
 slot = file.put(frame)                                        # what a checkpoint refers to stays
 """
 
-import contextlib
 import math
 import os
 import shutil
@@ -21,24 +20,13 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor
 
-from common.envs import is_opengls, looks_like_image, with_remedy
+from common.envs import looks_like_image
 from common.episodes import pack_step
 from common.evaluation import picture
 from common.setup import Fault, fail
 
 
 # --- Observations -----------------------------------------------------------------------------------------------------
-@contextlib.contextmanager
-def one_line_without_opengl(env_id: str) -> Iterator[None]:
-    """Exits with one line when what is inside needs OpenGL and there is none; a task's other errors are its own."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, Fault) or not is_opengls(error):
-            raise
-        fail(f"--env-id {env_id}: {with_remedy(error)}")
-
-
 class Rendered(gym.ObservationWrapper):
     """The rendered picture, called "render", in the place of a task's observation."""
 

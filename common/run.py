@@ -329,9 +329,9 @@ def drop_rows_after(path: Path, newest: int) -> None:
     write_atomically(path, "".join(line + "\n" for line in [header, *kept]).encode())
 
 
-def quality(scalars: dict[str, float]) -> tuple[float, float]:
+def quality(scalars: dict[str, float], prefix: str = "eval/") -> tuple[float, float]:
     """What makes an evaluation better than another: success, then return; unknown is worst."""
-    values = [scalars.get(key, math.nan) for key in ("eval/success_rate", "eval/episodic_return")]
+    values = [scalars.get(prefix + key, math.nan) for key in ("success_rate", "episodic_return")]
     return tuple(-math.inf if math.isnan(value) else value for value in values)
 
 

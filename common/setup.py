@@ -138,7 +138,7 @@ def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_
     """Exits with one line about a whole number below 1, a negative or infinite number, or a fraction above 1."""
     for name, value in vars(args).items():
         least = 0 if name in may_be_zero else 1
-        if type(value) is int and not least <= value < 2**63:
+        if type(value) is int and name not in any_sign and not least <= value < 2**63:
             fail(f"{flag(name)} {value}: give at least {least}, and less than 2**63")
         if type(value) is float and name not in any_sign and not 0 <= value < float("inf"):
             fail(f"{flag(name)} {value}: give a number that is not negative")

@@ -137,6 +137,8 @@ class FatalError(Exception):
             "Arm-v0: an OpenGL .* set MUJOCO_GL=egl; .*: apt",
         ),
         (FatalError("gladLoadGL error"), "Arm-v0: gladLoadGL error; set MUJOCO_GL=egl"),
+        (RuntimeError("OpenGL, run: apt-get install x"), "^Arm-v0: OpenGL, run: apt-get install x$"),
+        (Fault("Arm-v0 has no OpenGL"), "^Arm-v0 has no OpenGL$"),
         (FatalError("the simulation is unstable"), "^the simulation is unstable$"),
         (ValueError("gear"), "^gear$"),
     ],

@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 
 from common import pixels as module
-from common.pixels import FrameFile, ImagesAndState, Rendered, image_axes, one_line_without_opengl, size_text
+from common.pixels import FrameFile, ImagesAndState, Rendered, image_axes, size_text
 from common.setup import Fault
 
 CPU = torch.device("cpu")
@@ -198,17 +198,6 @@ def test_the_rendered_picture_as_observation(as_list):
     assert seen.cameras == ("render",) and np.array_equal(seen.reset()[0]["images"], picture[None])
     with pytest.raises(Fault, match="--cameras render: render\\(\\) gives NoneType"):
         Rendered(Shows(VECTOR, np.zeros(2), None))
-
-
-def test_only_opengl_s_errors_become_one_line():
-    """P6: another error of the task keeps its traceback."""
-    line = "--env-id T-v0: Images need OpenGL.*apt-get install -y libegl1"
-    with pytest.raises(SystemExit, match=line), one_line_without_opengl("T-v0"):
-        raise RuntimeError("Images need OpenGL")
-    with pytest.raises(SystemExit, match="apt-get install x$"), one_line_without_opengl("T-v0"):
-        raise RuntimeError("Images need OpenGL, run: apt-get install x")  # has its remedy
-    with pytest.raises(RuntimeError, match="camera 2"), one_line_without_opengl("T-v0"):
-        raise RuntimeError("camera 2: frame timeout")
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------
