@@ -57,18 +57,7 @@ from tqdm import tqdm
 from common import datasets, envs
 from common.datasets import StoredImages, each
 from common.episodes import expert_episodes
-from common.evaluation import (
-    CsvLogger,
-    LoggingHelper,
-    Watched,
-    film,
-    get_wandb_video,
-    means,
-    plot_curves,
-    roll_out,
-    say_no_video,
-    write_grid,
-)
+from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, roll_out
 from common.run import Run, quality, write_atomically
 from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, go_on, parse
 from common.tensors import Graphed, RunningNormalizer, load_generator, set_up_torch
@@ -1034,18 +1023,9 @@ class Evaluation:
     def video(self, agent: BCAgent, episodes: int, path: Path) -> None:
         """Writes a video of the first evaluation episodes; a line says so where that fails."""
         args = self.args
-        try:
-            if self.envs and episodes:
-                renders = film(agent.act, self.envs[0], episodes, args.video_frame_skip, args.seed)
-                fps = max(int(30 / args.video_frame_skip), 1)
-                if args.track and not args.eval_only:
-                    import wandb
-
-                    wandb.log({"eval/video": get_wandb_video(renders, fps, path)})
-                else:
-                    write_grid(renders, path, fps)
-        except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; training goes on
-            say_no_video(error, args.run_dir)
+        if self.envs and episodes:
+            track = args.track and not args.eval_only
+            record_grid(agent.act, self.envs[0], episodes, args.video_frame_skip, args.seed, path, track)
 
     def log(self, agent: BCAgent, run: Run, logger: LoggingHelper) -> dict[str, float]:
         """A row of eval.csv, with video_episodes a video beside it."""

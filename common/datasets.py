@@ -22,6 +22,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -35,7 +36,6 @@ import numpy as np
 from gymnasium import spaces
 
 from common.envs import HUGE, Checked, looks_like_image, say_once, time_limited, with_opengl
-from common.evaluation import Foreign, one_line, where_raised
 from common.recording import check_fingerprint, layout
 from common.setup import Fault, fail, write_atomically
 from common.tensors import free_memory
@@ -787,6 +787,35 @@ def download_minari(name: str, also_known: Iterable[str]) -> str:
 
 
 # --- What a dataset is of ---------------------------------------------------------------------------------------------
+class Foreign(gym.Wrapper):
+    """Somebody else's task: whatever its code raises becomes a Fault, in one line with the place that raised it."""
+
+    def reset(self, **kwargs):
+        return self.guarded(self.env.reset, **kwargs)
+
+    def step(self, action):
+        return self.guarded(self.env.step, action)
+
+    def guarded(self, function: Callable, *args, **kwargs):
+        try:
+            return function(*args, **kwargs)
+        except Fault:
+            raise
+        except Exception as error:
+            raise Fault(f"the task fails: {where_raised(error)}") from error
+
+
+def one_line(error: BaseException, length: int = 300) -> str:
+    """The message of an error of somebody else's code, or its name where it has none."""
+    return " ".join(str(error).split())[:length] or type(error).__name__
+
+
+def where_raised(error: Exception) -> str:
+    """An error of somebody else's code in one line, with the place that raised it."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {'/'.join(Path(place.filename).parts[-2:])}:{place.lineno}: {one_line(error)}"
+
+
 class RobosuiteTask(gym.Env):
     """A robosuite task as a robomimic file describes it: low-dimensional observations, success ends the episode."""
 

@@ -1,10 +1,9 @@
-"""Seeded roll-outs of a policy, side by side, also in somebody else's task; their tables, curve and video."""
+"""Seeded roll-outs of a policy, side by side; their tables, curve and video."""
 
 import contextlib
 import math
 import sys
 import tempfile
-import traceback
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -233,6 +232,24 @@ def write_grid(renders: list[np.ndarray], path: Path, fps: int) -> None:
             video.append_data(frame)
 
 
+def record_grid(
+    policy: Policy, env: gym.Env, episodes: int, frame_skip: int, seed: int, path: Path, track: bool
+) -> None:
+    """Writes the first evaluation episodes side by side as an mp4, to `track` also to Weights & Biases; says so when it
+    cannot."""
+    try:
+        renders = film(policy, env, episodes, frame_skip, seed)
+        fps = max(int(30 / frame_skip), 1)
+        if track:
+            import wandb
+
+            wandb.log({"eval/video": get_wandb_video(renders, fps, path)})
+        else:
+            write_grid(renders, path, fps)
+    except Exception as error:  # noqa: BLE001  OpenGL fails in many ways; training goes on
+        say_no_video(error, path.parent)
+
+
 def get_wandb_video(renders: list[np.ndarray], fps: int = 15, path: Path | None = None):
     """A grid of videos for Weights & Biases, written to `path`, or to a temporary file."""
     import wandb
@@ -311,33 +328,3 @@ class LoggingHelper:
         if self.writer is not None:
             for key, value in only_numbers(data).items():
                 self.writer.add_scalar(f"{prefix}/{key}", value, step)
-
-
-# --- Tasks of somebody else's ----------------------------------------------------------------------------------------
-class Foreign(gym.Wrapper):
-    """Somebody else's task: whatever its code raises becomes a Fault, in one line with the place that raised it."""
-
-    def reset(self, **kwargs):
-        return self.guarded(self.env.reset, **kwargs)
-
-    def step(self, action):
-        return self.guarded(self.env.step, action)
-
-    def guarded(self, function: Callable, *args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except Fault:
-            raise
-        except Exception as error:
-            raise Fault(f"the task fails: {where_raised(error)}") from error
-
-
-def one_line(error: BaseException, length: int = 300) -> str:
-    """The message of an error of somebody else's code, or its name where it has none."""
-    return " ".join(str(error).split())[:length] or type(error).__name__
-
-
-def where_raised(error: Exception) -> str:
-    """An error of somebody else's code in one line, with the place that raised it."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__} at {'/'.join(Path(place.filename).parts[-2:])}:{place.lineno}: {one_line(error)}"

@@ -258,6 +258,8 @@ def test_a_run_that_goes_on_is_the_run_that_did_not_stop(datasets):
     script.main(Args(run_dir="parts", resume="parts", updates=40, threads=1, data=("hil/frames-v0",)))
     whole, parts = (torch.load(f"{name}/classifier.pt", weights_only=True) for name in ("whole", "parts"))
     assert read_csv(Path("parts"), "train.csv")["global_step"] == [20, 40]
+    with pytest.raises(SystemExit, match="parts is finished: --updates 40: it has 40"):
+        script.main(Args(run_dir="parts", resume="parts", updates=40, threads=1, data=("hil/frames-v0",)))
     for name, tensor in whole["weights"].items():
         assert torch.equal(tensor, parts["weights"][name]), name
     assert whole["threshold"] == parts["threshold"]
