@@ -34,7 +34,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 from common import datasets, envs
 from common.datasets import StoredImages, each
-from common.episodes import expert_episodes
+from common.episodes import collect
 from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, roll_out
 from common.run import Run, quality, write_atomically
 from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, go_on, parse
@@ -488,36 +488,11 @@ class Dataset(dict):
         return batch
 
 
-def collect_demos(args: Args) -> str:
-    """Successful demonstrations of the scripted expert as a local Minari dataset; its id."""
-    settings = f"{args.env_name}, {args.demos} successes, noise 0.0, seed {args.seed}"
-    dataset_id = datasets.id_for("scripted", args.env_name, settings)
-    if datasets.is_here(dataset_id):
-        return dataset_id
-    env = envs.make(args.env_name, option="--env-name")
-    if not hasattr(env.unwrapped, "expert_action"):
-        fail(f"--env-name {args.env_name}: has no expert_action(); name a dataset of it (`minari list local`)")
-
-    def demonstrations() -> Iterator[tuple]:
-        attempts = 10 * args.demos
-        with tqdm(total=args.demos, desc="demonstrations", unit="episode") as bar:
-            for episode in expert_episodes(range(attempts), env, args.seed, 0.0, f"--demos {args.demos}"):
-                if success(episode.info) != 0:
-                    yield datasets.as_stored(episode)
-                    bar.update()
-                if bar.n == args.demos:
-                    return
-        fail(f"--env-name {args.env_name}: its scripted expert succeeds in {bar.n} of {attempts} episodes only")
-
-    about = {"env": gym.spec(args.env_name), "algorithm_name": "scripted expert", "description": settings}
-    return datasets.store(dataset_id, demonstrations(), **about)
-
-
 def dataset_ids(args: Args) -> tuple[str, str | None]:
     """Ids of the local Minari datasets, for training and for validation, that `env_name` means."""
     is_task = args.env_name in gym.registry and not args.dataset_path
     if is_task and not datasets.is_here(args.env_name):
-        return collect_demos(args), None
+        return collect(args.env_name, args.demos, args.seed, success), None
     return datasets.find_dataset(args.env_name, args.dataset_path, also_known=RECIPES)
 
 

@@ -11,8 +11,8 @@ import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
 
-from common.datasets import each, local_dataset, sound, unreadable
-from common.envs import Checked, episode_seed, leaves, looks_like_image, say_once
+from common.datasets import as_stored, each, id_for, is_here, local_dataset, sound, store, unreadable
+from common.envs import Checked, episode_seed, leaves, looks_like_image, make, say_once
 from common.evaluation import Policy, evaluate
 from common.recording import check_fingerprint, dataset_folder, fingerprint, layout
 from common.setup import fail
@@ -164,6 +164,33 @@ def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: floa
             _, _, terminated, truncated, _ = recorder.step(action)
             done = terminated or truncated
         yield recorder.episodes.pop()
+
+
+def collect(env_name: str, count: int, seed: int, success: Callable[[dict], float]) -> str:
+    """`count` successful demonstrations of a task's scripted expert as a local Minari dataset; its id."""
+    from tqdm import tqdm
+
+    settings = f"{env_name}, {count} successes, noise 0.0, seed {seed}"
+    dataset_id = id_for("scripted", env_name, settings)
+    if is_here(dataset_id):
+        return dataset_id
+    env = make(env_name, option="--env-name")
+    if not hasattr(env.unwrapped, "expert_action"):
+        fail(f"--env-name {env_name}: has no expert_action(); name a dataset of it (`minari list local`)")
+
+    def successes() -> Iterator[tuple]:
+        attempts = 10 * count
+        with tqdm(total=count, desc="demonstrations", unit="episode") as bar:
+            for episode in expert_episodes(range(attempts), env, seed, 0.0, f"--demos {count}"):
+                if success(episode.info) != 0:
+                    yield as_stored(episode)
+                    bar.update()
+                if bar.n == count:
+                    return
+        fail(f"--env-name {env_name}: its scripted expert succeeds in {bar.n} of {attempts} episodes only")
+
+    about = {"env": gym.spec(env_name), "algorithm_name": "scripted expert", "description": settings}
+    return store(dataset_id, successes(), **about)
 
 
 def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
