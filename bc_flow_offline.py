@@ -37,7 +37,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,7 +60,17 @@ from common.episodes import collect
 from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, roll_out
 from common.run import Run, quality, write_atomically
 from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, go_on, parse
-from common.tensors import Graphed, RunningNormalizer, load_generator, set_up_torch
+from common.tensors import (
+    Graphed,
+    RunningNormalizer,
+    any_process,
+    join_processes,
+    load_generator,
+    mean_over_processes,
+    rank,
+    set_up_torch,
+    world_size,
+)
 from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 try:
@@ -212,15 +222,6 @@ RECIPES: dict[str, dict[str, Any]] = {  # TASK: defaults of your task where they
         "hidden_dims": (256, 256, 256),
     },
 }
-
-
-def world_size() -> int:
-    """Processes that learn together: `torchrun --nproc-per-node N bc_flow_offline.py ...`."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -729,10 +730,9 @@ class BCAgent:
                 if name != "state":
                     observations = observations | {name: random_crop(x, offsets, CROP_PADDING)}
         loss, gradients = self.gradient(observations, x_1, valid, x_0, t)
+        loss, *gradients = mean_over_processes([loss, *gradients])
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = gradient
-        if world_size() > 1:
-            loss = self.average_gradients(loss)
         if self.args.lr_schedule == "cosine":
             done = (self.updates / self.args.offline_steps).clamp(max=1)
             self.lr.copy_(self.args.lr * 0.5 * (1 + torch.cos(math.pi * done)))
@@ -759,15 +759,6 @@ class BCAgent:
         losses, gradients = zip(*run(part, range(count)))
         sums = [sum(terms[1:], terms[0]) for terms in zip(*gradients)]
         return torch.stack(losses).sum(), sums
-
-    def average_gradients(self, loss: Tensor) -> Tensor:
-        """Mean of gradients and loss over the processes, in one message."""
-        flat = torch.cat([loss.view(1), *(p.grad.view(-1) for p in self.parameters)])
-        dist.all_reduce(flat)
-        loss, *gradients = (flat / world_size()).split([1, *(p.numel() for p in self.parameters)])
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad.copy_(gradient.view_as(parameter))
-        return loss[0]
 
     def learn(self, samples: tuple) -> dict[str, Tensor]:
         """K updates from `Batches.take`; their mean loss and the last gradient's size, detached."""
@@ -1052,11 +1043,7 @@ def prepare_torch(args: Args) -> torch.device:
     np.random.seed(args.seed % 2**32)  # noqa: NPY002  for Dataset.sample, as the original
     torch.manual_seed(args.seed)
     device = set_up_torch(args.threads // world_size(), args.amp)
-    if device.type == "cuda":
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    if world_size() > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may evaluate long
+    join_processes(device)
     return device
 
 
@@ -1089,15 +1076,6 @@ def until_event(step: int, args: Args) -> int:
     return min(args.offline_steps - step, *(every - step % every for every in intervals if every > 0))
 
 
-def stopped(run: Run, device: torch.device) -> bool:
-    """Whether any process was asked to stop; all of them learn it after the same update."""
-    if world_size() == 1:
-        return run.signals > 0
-    signals = torch.tensor(float(run.signals), device=device)
-    dist.all_reduce(signals)
-    return bool(signals > 0)
-
-
 def get_exp_name(seed: int) -> str:
     """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; milliseconds, so that no two runs share it."""
     names = [name for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ]
@@ -1122,7 +1100,7 @@ def train(
     args: Args, run: Run, agent: BCAgent, batches: Batches, evaluation: Evaluation, logger: LoggingHelper | None
 ) -> None:
     """The loop. Only the first process has a logger."""
-    while run.step < args.offline_steps and not stopped(run, agent.device):
+    while run.step < args.offline_steps and not any_process(run.signals > 0, agent.device):
         # Learn: as many updates as until the next event, at most one launch's.
         to_event = until_event(run.step, args)
         count = min(to_event, UPDATES_PER_LAUNCH - run.step % UPDATES_PER_LAUNCH)

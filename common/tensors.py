@@ -1,15 +1,19 @@
-"""PyTorch on this machine: device, memory, tensors as bytes, a second thread, CUDA graphs; observations, scaled."""
+"""PyTorch on this machine: device, memory, tensors as bytes, a second thread, CUDA graphs, several processes;
+observations, scaled."""
 
 import contextlib
 import ctypes
+import os
 import re
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from common.setup import fail
@@ -196,3 +200,42 @@ class RunningNormalizer(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
+
+
+# --- Processes that learn together ------------------------------------------------------------------------------------
+def world_size() -> int:
+    """How many there are: `torchrun --nproc-per-node N SCRIPT ...`."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def rank() -> int:
+    """Which of them this one is; the first is 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def join_processes(device: torch.device) -> None:
+    """Each has a GPU of its own, where there are any; waits for the others where there are any."""
+    if device.type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if world_size() > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may evaluate long
+
+
+def any_process(yes: bool, device: torch.device) -> bool:
+    """Whether any process says yes; all of them learn it at the same call."""
+    if world_size() == 1:
+        return yes
+    count = torch.tensor(float(yes), device=device)
+    dist.all_reduce(count)
+    return bool(count > 0)
+
+
+def mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
+    """Of each tensor, in one message."""
+    if world_size() == 1:
+        return tensors
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    means = (flat / world_size()).split([tensor.numel() for tensor in tensors])
+    return [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)]

@@ -42,7 +42,7 @@ LONGER = {  # limits, not goals
     "sac_state_sim.py": 882,
     "sac_pixel_sim.py": 1285,
     "sac_pixel_real.py": 1710,
-    "bc_flow_offline.py": 1223,
+    "bc_flow_offline.py": 1201,
     "robot_server.py": 2883,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1706,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1262,
@@ -516,7 +516,7 @@ print(sorted(open(f"/proc/self/task/{thread}/comm").read() for thread in os.list
 """
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if "init_process_group" in (REPO / name).read_text()])
+@pytest.mark.parametrize("script", [name for name in SCRIPTS if "destroy_process_group" in (REPO / name).read_text()])
 def test_a_process_group_ends_when_it_is_destroyed(script):
     """Its threads otherwise drop tensors while Python ends, and then and again abort the program."""
     command = [sys.executable, "-c", ONE_PROCESS, REPO, Path(script).stem]
