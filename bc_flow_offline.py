@@ -55,7 +55,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common import datasets, envs
-from common.datasets import StoredImages, each
+from common.datasets import Batches, StoredImages, each
 from common.episodes import collect
 from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, roll_out
 from common.run import Run, quality, write_atomically
@@ -577,82 +577,9 @@ def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
     return ds
 
 
-class Batches(torch.utils.data.Dataset):
-    """The training samples of each update. Which rows they are depends on seed and update only, so that a resumed run,
-    worker processes and several GPUs all draw the same."""
-
-    def __init__(self, dataset: Dataset, args: Args, device: torch.device):
-        self.args = args
-        self.count = dataset.size - args.horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
-        starts, ends = dataset.bounds()
-        longest = (ends - starts).max() + 1
-        if args.horizon > longest:  # nothing would teach a chunk's last actions
-            fail(f"--horizon-length {args.horizon}: the longest episode of the data has {longest} steps")
-        arrays = [dataset["actions"], *datasets.arrays(dataset["observations"])]
-        self.on_disk = any(isinstance(x, StoredImages) for x in arrays)
-        fits = False
-        if device.type == "cuda" and not self.on_disk:
-            fits = sum(x.nbytes for x in arrays) < torch.cuda.mem_get_info()[0] / 2
-        self.device = device if fits else torch.device("cpu")
-        self.observations = each(self.tensor, dataset["observations"])
-        self.actions = self.tensor(dataset["actions"])
-        self.starts, self.ends = self.tensor(starts), self.tensor(ends)
-
-    def tensor(self, x):
-        return x if isinstance(x, StoredImages) else torch.from_numpy(x).to(self.device)
-
-    def rows(self, step: int) -> np.ndarray:
-        """(B,) the rows of an update's samples, of this process."""
-        rng = np.random.default_rng([self.args.seed, step])
-        return rng.integers(self.count, size=self.args.batch_size)[rank() :: world_size()]
-
-    def gather(self, rows: Tensor) -> tuple:
-        """Observations (..., O), chunks (..., h * A) and their valid steps (..., h) at rows (...)."""
-        chunk = rows.unsqueeze(-1) + torch.arange(self.args.horizon, device=self.device)  # (..., h)
-        back = torch.arange(self.args.frame_stack - 1, -1, -1, device=self.device)
-        stack = torch.maximum(rows.unsqueeze(-1) - back, self.starts[rows].unsqueeze(-1))  # (..., N)
-
-        def stacked(x) -> Tensor:
-            frames = torch.from_numpy(x[stack.numpy()]) if isinstance(x, StoredImages) else x[stack]
-            return frames.movedim(rows.ndim, -2).flatten(-2)  # (..., H, W, N * C)
-
-        valid = (chunk <= self.ends[rows].unsqueeze(-1)).float()
-        return each(stacked, self.observations), self.actions[chunk].flatten(-2), valid
-
-    def __getitem__(self, step: int) -> tuple:
-        return self.gather(torch.from_numpy(self.rows(step)))
-
-    def open(self, start: int, stop: int, pin_memory: bool) -> None:
-        """Starts the workers, if images are on disk, for updates `start` to `stop`."""
-        if not self.on_disk:
-            return
-        options = {"batch_size": None, "sampler": range(start, stop), "num_workers": self.args.num_workers}
-        if self.args.num_workers:
-            options |= {"prefetch_factor": 4, "persistent_workers": True}
-        self.loader = iter(torch.utils.data.DataLoader(self, pin_memory=pin_memory, **options))
-
-    def close(self) -> None:
-        """Ends the workers."""
-        self.loader = None
-
-    def take(self, step: int, count: int, device: torch.device) -> tuple:
-        """Of `count` updates from `step`: observations (K, B, ...), chunks (K, B, hA), valid (K, B, h)."""
-        if self.on_disk:
-            parts = zip(*(next(self.loader) for _ in range(count)))  # of each update
-
-            def moved(*xs: Tensor) -> Tensor:  # from pinned memory, so before they are stacked
-                return torch.stack([x.to(device, non_blocking=True) for x in xs])
-
-            return tuple(each(moved, *part) for part in parts)
-        rows = np.stack([self.rows(step + k) for k in range(count)])
-        samples = self.gather(torch.from_numpy(rows).to(self.device))
-        return tuple(each(lambda x: x.to(device), part) for part in samples)
-
-    def fixed(self, count: int, device: torch.device) -> tuple:
-        """The same samples (count, B, ...) at every call, to validate on."""
-        rows = np.random.default_rng(0).integers(self.count, size=(count, self.args.batch_size))
-        samples = self.gather(torch.from_numpy(rows).to(self.device))
-        return tuple(each(lambda x: x.to(device), part) for part in samples)
+def make_batches(dataset: Dataset, args: Args, device: torch.device) -> Batches:
+    """The samples of each update."""
+    return Batches(dataset, args.horizon, args.frame_stack, args.batch_size, args.seed, args.num_workers, device)
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
@@ -1056,7 +983,7 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
     if world_size() > 1 and rank() == 0:
         dist.barrier()
     train_dataset = process_train_dataset(train_dataset)
-    batches = Batches(train_dataset, args, device)
+    batches = make_batches(train_dataset, args, device)
     example_batch = train_dataset.sample_sequence(args.batch_size, args.horizon, args.discount)
     observation_shape = each(lambda x: x.shape[1:], example_batch["observations"])
     agent = BCAgent.create(observation_shape, example_batch["actions"].shape[-1], args, device)
@@ -1066,7 +993,7 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
         agent.observe(torch.from_numpy(states))
     validation = None
     if val_dataset is not None:
-        validation = Batches(val_dataset, args, device).fixed(10, device)
+        validation = make_batches(val_dataset, args, device).fixed(10, device)
     return agent, batches, Evaluation(args, train_dataset, eval_env, validation)
 
 

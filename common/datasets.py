@@ -4,6 +4,7 @@ find_dataset       ids of the local datasets that a name means: D4RL, robomimic,
 store              writes episodes as a local Minari dataset, all of it or nothing
 make_task          the environment of a dataset; reference_scores: the returns that count as 0 and 100
 read_rows          episodes as rows in the layout of Q-chunking, images in memory or as StoredImages on disk
+Batches            the samples of each update
 """
 
 import contextlib
@@ -33,12 +34,15 @@ from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import torch
+import torch.utils.data
 from gymnasium import spaces
+from torch import Tensor
 
 from common.envs import HUGE, Checked, looks_like_image, say_once, time_limited, with_opengl
 from common.recording import check_fingerprint, layout
 from common.setup import Fault, fail, write_atomically
-from common.tensors import free_memory
+from common.tensors import free_memory, rank, world_size
 
 
 # --- Whether data can be learned --------------------------------------------------------------------------------------
@@ -1260,3 +1264,100 @@ def images_stay_on_disk(dataset, data_loading: str) -> bool:
     if on_disk and dataset.storage.FORMAT != "hdf5":
         fail(f"{dataset.id}: is stored as {dataset.storage.FORMAT}, workers read hdf5; --data-loading memory")
     return on_disk
+
+
+# --- Batches ----------------------------------------------------------------------------------------------------------
+class Batches(torch.utils.data.Dataset):
+    """The training samples of each update. Which rows they are depends on seed and update only, so that a resumed run,
+    worker processes and several GPUs all draw the same."""
+
+    def __init__(
+        self,
+        data,
+        horizon: int,
+        frame_stack: int,
+        batch_size: int,
+        seed: int,
+        num_workers: int,
+        device: torch.device,
+    ):
+        """Chunks of `horizon` actions, and observations of `frame_stack` steps, of rows in Q-chunking's layout; batches
+        of `batch_size` over all processes. `num_workers` processes read the images that are on disk.
+
+        Exits with one line when no episode is as long as a chunk.
+        """
+        self.horizon = horizon
+        self.frame_stack = frame_stack
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.count = data.size - horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
+        starts, ends = data.bounds()
+        longest = (ends - starts).max() + 1
+        if horizon > longest:  # nothing would teach a chunk's last actions
+            fail(f"--horizon-length {horizon}: the longest episode of the data has {longest} steps")
+        parts = [data["actions"], *arrays(data["observations"])]
+        self.on_disk = any(isinstance(x, StoredImages) for x in parts)
+        fits = False
+        if device.type == "cuda" and not self.on_disk:
+            fits = sum(x.nbytes for x in parts) < torch.cuda.mem_get_info()[0] / 2
+        self.device = device if fits else torch.device("cpu")
+        self.observations = each(self.tensor, data["observations"])
+        self.actions = self.tensor(data["actions"])
+        self.starts, self.ends = self.tensor(starts), self.tensor(ends)
+
+    def tensor(self, x):
+        return x if isinstance(x, StoredImages) else torch.from_numpy(x).to(self.device)
+
+    def rows(self, step: int) -> np.ndarray:
+        """(B,) the rows of an update's samples, of this process."""
+        rng = np.random.default_rng([self.seed, step])
+        return rng.integers(self.count, size=self.batch_size)[rank() :: world_size()]
+
+    def gather(self, rows: Tensor) -> tuple:
+        """Observations (..., O), chunks (..., h * A) and their valid steps (..., h) at rows (...)."""
+        chunk = rows.unsqueeze(-1) + torch.arange(self.horizon, device=self.device)  # (..., h)
+        back = torch.arange(self.frame_stack - 1, -1, -1, device=self.device)
+        stack = torch.maximum(rows.unsqueeze(-1) - back, self.starts[rows].unsqueeze(-1))  # (..., N)
+
+        def stacked(x) -> Tensor:
+            frames = torch.from_numpy(x[stack.numpy()]) if isinstance(x, StoredImages) else x[stack]
+            return frames.movedim(rows.ndim, -2).flatten(-2)  # (..., H, W, N * C)
+
+        valid = (chunk <= self.ends[rows].unsqueeze(-1)).float()
+        return each(stacked, self.observations), self.actions[chunk].flatten(-2), valid
+
+    def __getitem__(self, step: int) -> tuple:
+        return self.gather(torch.from_numpy(self.rows(step)))
+
+    def open(self, start: int, stop: int, pin_memory: bool) -> None:
+        """Starts the workers, if images are on disk, for updates `start` to `stop`."""
+        if not self.on_disk:
+            return
+        options = {"batch_size": None, "sampler": range(start, stop), "num_workers": self.num_workers}
+        if self.num_workers:
+            options |= {"prefetch_factor": 4, "persistent_workers": True}
+        self.loader = iter(torch.utils.data.DataLoader(self, pin_memory=pin_memory, **options))
+
+    def close(self) -> None:
+        """Ends the workers."""
+        self.loader = None
+
+    def take(self, step: int, count: int, device: torch.device) -> tuple:
+        """Of `count` updates from `step`: observations (K, B, ...), chunks (K, B, hA), valid (K, B, h)."""
+        if self.on_disk:
+            parts = zip(*(next(self.loader) for _ in range(count)))  # of each update
+
+            def moved(*xs: Tensor) -> Tensor:  # from pinned memory, so before they are stacked
+                return torch.stack([x.to(device, non_blocking=True) for x in xs])
+
+            return tuple(each(moved, *part) for part in parts)
+        rows = np.stack([self.rows(step + k) for k in range(count)])
+        samples = self.gather(torch.from_numpy(rows).to(self.device))
+        return tuple(each(lambda x: x.to(device), part) for part in samples)
+
+    def fixed(self, count: int, device: torch.device) -> tuple:
+        """The same samples (count, B, ...) at every call, to validate on."""
+        rows = np.random.default_rng(0).integers(self.count, size=(count, self.batch_size))
+        samples = self.gather(torch.from_numpy(rows).to(self.device))
+        return tuple(each(lambda x: x.to(device), part) for part in samples)

@@ -31,13 +31,13 @@ from torch import distributions, nn
 import bc_flow_offline
 from bc_flow_offline import (
     Args,
-    Batches,
     BCAgent,
     BCAgentConfig,
     Dataset,
     FourierFeatures,
     dataset_ids,
     evaluate,
+    make_batches,
     make_env_and_datasets,
     process_train_dataset,
 )
@@ -402,7 +402,7 @@ def test_batch_update_is_one_update_after_the_other():
 def test_many_updates_at_once_are_single_updates():
     """However updates are grouped into launches, the same numbers come out: a resumed run may group them otherwise."""
     one, other = small_agent(), small_agent()
-    batches = Batches(toy_dataset(), small_args(), CPU)
+    batches = make_batches(toy_dataset(), small_args(), CPU)
     one.learn(batches.take(0, 6, CPU))
     for step, count in ((0, 1), (1, 3), (4, 2)):
         other.learn(batches.take(step, count, CPU))
@@ -517,7 +517,7 @@ def test_one_spike_does_not_flatten_a_feature():
 def test_validation_loss_is_of_the_averaged_policy_with_noise_of_its_own():
     """The same number at every call, and training does not notice."""
     agent = small_agent(ema=0.9, lr=1e-2)
-    samples = Batches(toy_dataset(), small_args(batch_size=64), CPU).take(0, 3, CPU)
+    samples = make_batches(toy_dataset(), small_args(batch_size=64), CPU).take(0, 3, CPU)
     before = agent.generator.get_state()
     first = agent.validation_loss(samples)
     assert agent.validation_loss(samples) == first and torch.equal(agent.generator.get_state(), before)
@@ -943,7 +943,9 @@ def test_proportion_keeps_the_first_rows():
     for key in ds:
         np.testing.assert_array_equal(ds[key], whole[key][:13], err_msg=key)
     assert ds.sample_sequence(1, 3, 0.99, idxs=np.array([9]))["valid"].tolist() == [[1, 0, 0]]
-    _, _, valid = Batches(ds, small_args(action_chunking=True, horizon_length=3), CPU).gather(torch.tensor([9, 10]))
+    _, _, valid = make_batches(ds, small_args(action_chunking=True, horizon_length=3), CPU).gather(
+        torch.tensor([9, 10])
+    )
     assert valid.tolist() == [[1, 0, 0], [1, 1, 1]]
 
 
@@ -980,19 +982,19 @@ def test_proportion_that_leaves_nothing():
 
 # --- Batches ----------------------------------------------------------------------------------------------------------
 def test_batches_depend_on_seed_and_update_only():
-    batches = Batches(toy_dataset(), small_args(), CPU)
+    batches = make_batches(toy_dataset(), small_args(), CPU)
     one, later = batches.take(0, 6, CPU), batches.take(4, 2, CPU)
     for ours, theirs in zip(one, later):
         assert torch.equal(ours[4:], theirs)
     assert not torch.equal(one[0][0], one[0][1])
-    other = Batches(toy_dataset(), small_args(seed=1), CPU).take(0, 6, CPU)
+    other = make_batches(toy_dataset(), small_args(seed=1), CPU).take(0, 6, CPU)
     assert not torch.equal(one[0], other[0])
 
 
 def test_batches_are_chunks_of_the_dataset():
     """What sample_sequence gives for the same rows."""
     dataset, args = toy_dataset(), small_args(action_chunking=True, horizon_length=5, batch_size=500)
-    batches = Batches(dataset, args, CPU)
+    batches = make_batches(dataset, args, CPU)
     rows = batches.rows(3)
     assert rows.min() == 0 and rows.max() == 35 and np.bincount(rows, minlength=36).min() > 2
     observations, actions, valid = batches.take(3, 1, CPU)
@@ -1005,18 +1007,20 @@ def test_batches_are_chunks_of_the_dataset():
 def test_frame_stacks_stop_at_the_episodes_start():
     dataset = toy_dataset()
     dataset["observations"] = np.arange(40, dtype=np.float32)[:, None]
-    observations, _, _ = Batches(dataset, small_args(frame_stack=3), CPU).gather(torch.tensor([0, 1, 9, 10, 11, 25]))
+    observations, _, _ = make_batches(dataset, small_args(frame_stack=3), CPU).gather(
+        torch.tensor([0, 1, 9, 10, 11, 25])
+    )
     assert observations.tolist() == [[0, 0, 0], [0, 0, 1], [7, 8, 9], [10, 10, 10], [10, 10, 11], [23, 24, 25]]
 
 
 def test_data_shorter_than_a_chunk():
     args = small_args(action_chunking=True, horizon_length=5)
-    _, actions, valid = Batches(toy_dataset(6, (0, 5)), args, CPU).gather(
+    _, actions, valid = make_batches(toy_dataset(6, (0, 5)), args, CPU).gather(
         torch.tensor([1])
     )  # episodes of 1 and 5 steps
     assert actions.shape == (1, 10) and valid.tolist() == [[1, 1, 1, 1, 1]]
     with pytest.raises(SystemExit, match="--horizon-length 5: the longest episode of the data has 3 steps"):
-        Batches(toy_dataset(5, (0, 1, 4)), args, CPU)
+        make_batches(toy_dataset(5, (0, 1, 4)), args, CPU)
 
 
 def test_padding_is_flaxs_same():
@@ -1853,7 +1857,7 @@ def test_graphed_updates_on_a_gpu(policy, monkeypatch):
     monkeypatch.setattr(bc_flow_offline, "UPDATES_PER_LAUNCH", 5)
     options = {"policy": policy, "lr_schedule": "cosine", "offline_steps": 60, "ema": 0.9}
     graphed, eager = on_gpu(compile=True, **options), on_gpu(**options)
-    batches = Batches(toy_dataset(), graphed.args, torch.device("cuda"))
+    batches = make_batches(toy_dataset(), graphed.args, torch.device("cuda"))
     before, losses = parameters_of(graphed.actor), []
     for step in range(0, 40, 5):
         infos = [agent.learn(batches.take(step, 5, torch.device("cuda"))) for agent in (graphed, eager)]

@@ -29,7 +29,7 @@ from gymnasium import spaces
 from offline_data import EPISODES, d4rl_rows, serve, write_hdf5, write_minari, write_robomimic
 
 import bc_flow_offline
-from bc_flow_offline import Args, Batches, make_env_and_datasets, process_train_dataset
+from bc_flow_offline import Args, make_batches, make_env_and_datasets, process_train_dataset
 from common import datasets, envs
 from common.setup import Fault
 
@@ -81,7 +81,7 @@ def assert_no_chunk_crosses(dataset, episode_of: np.ndarray, horizon: int) -> No
     batch = dataset.sample_sequence(len(rows), horizon, 0.99, idxs=rows)
     np.testing.assert_array_equal(batch["valid"], inside)
     args = Args(action_chunking=True, horizon_length=horizon)
-    _, actions, valid = Batches(dataset, args, CPU).gather(torch.from_numpy(rows))
+    _, actions, valid = make_batches(dataset, args, CPU).gather(torch.from_numpy(rows))
     np.testing.assert_array_equal(valid, inside)
     np.testing.assert_array_equal(actions, batch["actions"].reshape(len(rows), -1))
 
@@ -815,7 +815,7 @@ def test_workers_give_the_batches_of_memory(camera_data, workers):
     taken = []
     for how in ("memory", "workers"):
         args = Args(**options, data_loading=how, dataset_proportion=0.9)
-        batches = Batches(process_train_dataset(make_env_and_datasets("own/camera-v0", args)[2], args), args, CPU)
+        batches = make_batches(process_train_dataset(make_env_and_datasets("own/camera-v0", args)[2], args), args, CPU)
         batches.open(2, 6, False)
         taken.append([batches.take(2, 3, CPU), batches.take(5, 1, CPU)])
         batches.loader = None  # ends the workers
@@ -1675,9 +1675,9 @@ def test_s1_observations_that_never_change_and_black_pictures_are_said(capsys):
 def test_r9_a_chunk_longer_than_every_episode():
     """Nothing would teach its last actions, which are executed all the same."""
     ds = train_rows(steps_dataset())
-    Batches(ds, Args(action_chunking=True, horizon_length=6), CPU)
+    make_batches(ds, Args(action_chunking=True, horizon_length=6), CPU)
     with pytest.raises(SystemExit, match="--horizon-length 7: the longest episode of the data has 6 steps"):
-        Batches(ds, Args(action_chunking=True, horizon_length=7), CPU)
+        make_batches(ds, Args(action_chunking=True, horizon_length=7), CPU)
 
 
 def test_b11_actions_beyond_the_tasks_bounds_are_said(tmp_path, capsys):
