@@ -47,7 +47,7 @@ LONGER = {  # limits, not goals
     "robot_client.py": 1706,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1363,
 }
-MAX_FLAGS = {"sac_state_sim.py": 882, "sac_pixel_sim.py": 60}
+MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
 
 # Appended to every command that the README or a header shows, to run it in seconds. tyro takes the last of two flags.
 # Commands with a comment that says `# needs ...` (a GPU, hardware, a network, another process) are parsed, not run.
