@@ -676,12 +676,13 @@ class ReplayBuffer:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
         """Transitions (*shape, ...) of n_step steps, uniformly with replacement."""
         slots = torch.randint(len(self), shape, generator=generator, device=self.device)
-        return self.follow_up(slots)
+        return self.follow_up(slots)[0]
 
-    def follow_up(self, slots: Tensor) -> Batch:
+    def follow_up(self, slots: Tensor) -> tuple[Batch, Tensor]:
         """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
         `terminations` becomes the part of the next observation's value that the target loses.
-        Shorter where the episode or the buffer ends, or another actor's steps come between."""
+        Shorter where the episode or the buffer ends, or another actor's steps come between.
+        Also the slots (...) of their last steps."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -697,7 +698,7 @@ class ReplayBuffer:
             pairs = zip(longer, batch)
             batch = Batch(*(torch.where(tensors.expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
-        return batch
+        return batch, last
 
     def newest_observations(self, count: int) -> Tensor:
         """Observations (count, O) of the newest transitions, oldest first."""
@@ -753,19 +754,12 @@ class FrameBuffer(ReplayBuffer):
         self.newest_windows[actor] = window
         return count
 
-    def ends(self, slots: Tensor) -> Tensor:
-        """Slots of the last of n_step steps that begin in `slots` (...), as in `follow_up`."""
-        newest = (self.total - 1) % self.capacity
-        for _ in range(1, self.n_step):
-            after = (slots + 1) % self.capacity
-            slots = torch.where(self.continues[after] & (slots != newest), after, slots)
-        return slots
-
     def sample_frames(self, count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
         """Uniformly: transitions (count, ...) of n_step steps, frames (count, 2 * T, K, H, W, 3)."""
         slots = torch.randint(len(self), (count,), generator=generator, device=self.device)
-        windows = torch.cat([self.windows[slots, 0], self.windows[self.ends(slots), 1]], 1)
-        return self.follow_up(slots), self.frames.get(windows)
+        batch, last = self.follow_up(slots)
+        windows = torch.cat([self.windows[slots, 0], self.windows[last, 1]], 1)
+        return batch, self.frames.get(windows)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {
@@ -827,7 +821,7 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     demos = agent.make_buffer("demonstrations", count + args.total_timesteps, run, len(steps))
     for step in steps:
         demos.add(step)
-    agent.observe(demos.newest_observations(len(demos)))
+    agent.normalizer.update(demos.newest_observations(len(demos)))
     agent.probe = {"images": torch.from_numpy(obs["images"]), "state": torch.from_numpy(obs["state"])}
     print(f"demonstrations: {summary(episodes, success)}", flush=True)
     return demos
@@ -866,9 +860,7 @@ class Agent:
         self.step_type = robot_step_type(views, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
-        normalize = args.normalize_observations and views.state_dim
-        normalizer = RunningNormalizer(views.state_dim) if normalize else nn.Identity()
-        self.normalizer = normalizer.to(device)
+        self.normalizer = RunningNormalizer(views.state_dim, args.normalize_observations).to(device)
         self.actor = PixelActor(views, self.arm_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = PixelCritic(views, self.arm_dim, args, load).to(device)
@@ -969,11 +961,6 @@ class Agent:
         images = torch.as_tensor(obs["images"], device=self.device)[None]
         states = torch.as_tensor(obs["state"], device=self.device)[None]
         return self.see(images, self.normalizer(states.flatten(1)))
-
-    def observe(self, observations: Tensor) -> None:
-        """Takes states (N, T * S) into the running statistics."""
-        if isinstance(self.normalizer, RunningNormalizer):
-            self.normalizer.update(observations)
 
     @property
     def alpha(self) -> Tensor:
@@ -1357,7 +1344,7 @@ def learner(args: Args) -> None:
             add_intervention(demos, buffer, step, actor_name)
             count += buffer.add(step, actor_name)
         if count:
-            agent.observe(buffer.newest_observations(count))
+            agent.normalizer.update(buffer.newest_observations(count))
         run.advance(count)
         # Learn.
         updates = min(agent.owed(run.step), UPDATES_AT_ONCE)

@@ -569,12 +569,13 @@ class ReplayBuffer:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
         """Transitions (*shape, ...) of n_step steps, uniformly with replacement."""
         slots = torch.randint(len(self), shape, generator=generator, device=self.device)
-        return self.follow_up(slots)
+        return self.follow_up(slots)[0]
 
-    def follow_up(self, slots: Tensor) -> Batch:
+    def follow_up(self, slots: Tensor) -> tuple[Batch, Tensor]:
         """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
         `terminations` becomes the part of the next observation's value that the target loses.
-        Shorter where the episode or the buffer ends, or another actor's steps come between."""
+        Shorter where the episode or the buffer ends, or another actor's steps come between.
+        Also the slots (...) of their last steps."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -590,7 +591,7 @@ class ReplayBuffer:
             pairs = zip(longer, batch)
             batch = Batch(*(torch.where(tensors.expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
-        return batch
+        return batch, last
 
     def newest_observations(self, count: int) -> Tensor:
         """Observations (count, O) of the newest transitions, oldest first."""
@@ -646,19 +647,12 @@ class FrameBuffer(ReplayBuffer):
         self.newest_windows[actor] = window
         return count
 
-    def ends(self, slots: Tensor) -> Tensor:
-        """Slots of the last of n_step steps that begin in `slots` (...), as in `follow_up`."""
-        newest = (self.total - 1) % self.capacity
-        for _ in range(1, self.n_step):
-            after = (slots + 1) % self.capacity
-            slots = torch.where(self.continues[after] & (slots != newest), after, slots)
-        return slots
-
     def sample_frames(self, count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
         """Uniformly: transitions (count, ...) of n_step steps, frames (count, 2 * T, K, H, W, 3)."""
         slots = torch.randint(len(self), (count,), generator=generator, device=self.device)
-        windows = torch.cat([self.windows[slots, 0], self.windows[self.ends(slots), 1]], 1)
-        return self.follow_up(slots), self.frames.get(windows)
+        batch, last = self.follow_up(slots)
+        windows = torch.cat([self.windows[slots, 0], self.windows[last, 1]], 1)
+        return batch, self.frames.get(windows)
 
     def state_dict(self) -> dict:
         return super().state_dict() | {
@@ -691,7 +685,7 @@ def load_pixel_demos(
     demos = agent.make_buffer("demonstrations", count, run, len(episodes) + count * agent.new_frames)
     for step in steps:
         demos.add(step)
-    agent.observe(demos.newest_observations(len(demos)))
+    agent.normalizer.update(demos.newest_observations(len(demos)))
     print(f"demonstrations: {summary(episodes, success)}", flush=True)
     if args.reward == "vice" and not goals:
         fail(f"--reward vice: none of the demonstrations of --demos {args.demos} ends in success")
@@ -724,9 +718,7 @@ class Agent:
         self.step_type = pixels.pixel_step_type(views, self.action_dim, self.new_frames)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
-        normalize = args.normalize_observations and views.state_dim
-        normalizer = RunningNormalizer(views.state_dim) if normalize else nn.Identity()
-        self.normalizer = normalizer.to(device)
+        self.normalizer = RunningNormalizer(views.state_dim, args.normalize_observations).to(device)
         self.actor = PixelActor(views, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = PixelCritic(views, self.action_dim, args, load).to(device)
@@ -833,11 +825,6 @@ class Agent:
     def policy(self, observations: list, rngs: list) -> np.ndarray:
         """The deterministic actions (N, A) that are evaluated."""
         return np.stack([self.act(obs, deterministic=True) for obs in observations])
-
-    def observe(self, observations: Tensor) -> None:
-        """Takes states (N, T * S) into the running statistics."""
-        if isinstance(self.normalizer, RunningNormalizer):
-            self.normalizer.update(observations)
 
     @property
     def alpha(self) -> Tensor:
@@ -1141,7 +1128,7 @@ def train(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Store: `terminated` cuts the bootstrap, `truncated` does not.
         buffer.add(pack_pixels(agent.step_type, action, obs, reward, terminated))
-        agent.observe(buffer.newest_observations(1))
+        agent.normalizer.update(buffer.newest_observations(1))
         run.advance()
         # Reset: each episode has its own seed, so that a run goes on here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
@@ -1189,17 +1176,15 @@ def learner(args: Args) -> None:
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
         # Receive: a paced learner takes no steps while it owes updates, but answers; another never waits.
-        count = 0
         with run.phase("env"):
             owed = agent.owed(run.step)
             wait_ms = 0 if owed or not args.utd_ratio else 100
             most = 0 if owed else args.total_timesteps - run.step
             received = actors.receive(wait_ms, most)
         # Store.
-        for actor_name, data in received:
-            count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
+        count = sum(buffer.add(np.frombuffer(data, agent.step_type)[0], name) for name, data in received)
         if count:
-            agent.observe(buffer.newest_observations(count))
+            agent.normalizer.update(buffer.newest_observations(count))
         run.advance(count)
         # Learn.
         updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY

@@ -371,12 +371,13 @@ class ReplayBuffer:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
         """Transitions (*shape, ...) of n_step steps, uniformly with replacement."""
         slots = torch.randint(len(self), shape, generator=generator, device=self.device)
-        return self.follow_up(slots)
+        return self.follow_up(slots)[0]
 
-    def follow_up(self, slots: Tensor) -> Batch:
+    def follow_up(self, slots: Tensor) -> tuple[Batch, Tensor]:
         """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
         `terminations` becomes the part of the next observation's value that the target loses.
-        Shorter where the episode or the buffer ends, or another actor's steps come between."""
+        Shorter where the episode or the buffer ends, or another actor's steps come between.
+        Also the slots (...) of their last steps."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -392,7 +393,7 @@ class ReplayBuffer:
             pairs = zip(longer, batch)
             batch = Batch(*(torch.where(tensors.expand(goes_on, new), new, old) for new, old in pairs))
             last = torch.where(goes_on, after, last)
-        return batch
+        return batch, last
 
     def newest_observations(self, count: int) -> Tensor:
         """Observations (count, O) of the newest transitions, oldest first."""
@@ -426,7 +427,7 @@ def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.En
     demos = agent.make_buffer(len(steps) - len(episodes))
     for step in steps:
         demos.add(step)
-    agent.observe(demos.newest_observations(len(demos)))
+    agent.normalizer.update(demos.newest_observations(len(demos)))
     print(f"demonstrations: {summary(episodes, success)}", flush=True)
     return demos
 
@@ -447,8 +448,7 @@ class Agent:
         self.step_type = step_type(self.obs_dim, self.action_dim)
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
-        normalizer = RunningNormalizer(self.obs_dim) if args.normalize_observations else nn.Identity()
-        self.normalizer = normalizer.to(device)
+        self.normalizer = RunningNormalizer(self.obs_dim, args.normalize_observations).to(device)
         self.actor = Actor(self.obs_dim, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(self.obs_dim, self.action_dim, args).to(device)
@@ -525,11 +525,6 @@ class Agent:
     def policy(self, observations: list, rngs: list) -> np.ndarray:
         """The deterministic actions (N, A) that are evaluated."""
         return np.stack([self.act(obs, deterministic=True) for obs in observations])
-
-    def observe(self, observations: Tensor) -> None:
-        """Takes observations (N, O) into the running statistics."""
-        if self.args.normalize_observations:
-            self.normalizer.update(observations)
 
     @property
     def alpha(self) -> Tensor:
@@ -645,8 +640,7 @@ class Agent:
 
     def policy_tensors(self) -> list[Tensor]:
         """What acting needs: the actor's parameters and the normalizer's statistics."""
-        statistics = [self.normalizer.mean, self.normalizer.var] if self.args.normalize_observations else []
-        return [*self.actor.state_dict().values(), *statistics]
+        return [*self.actor.state_dict().values(), self.normalizer.mean, self.normalizer.var]
 
     def state_dict(self) -> dict:
         """Exits with one line, so that it is not saved, when training has diverged."""
@@ -738,7 +732,7 @@ def train(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Store: `terminated` cuts the bootstrap, `truncated` does not.
         buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
-        agent.observe(buffer.newest_observations(1))
+        agent.normalizer.update(buffer.newest_observations(1))
         run.advance()
         # Reset: each episode has its own seed, so that a run goes on here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
@@ -786,17 +780,15 @@ def learner(args: Args) -> None:
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
         # Receive: a paced learner takes no steps while it owes updates, but answers; another never waits.
-        count = 0
         with run.phase("env"):
             owed = agent.owed(run.step)
             wait_ms = 0 if owed or not args.utd_ratio else 100
             most = 0 if owed else args.total_timesteps - run.step
             received = actors.receive(wait_ms, most)
         # Store.
-        for actor_name, data in received:
-            count += buffer.add(np.frombuffer(data, agent.step_type)[0], actor_name)
+        count = sum(buffer.add(np.frombuffer(data, agent.step_type)[0], name) for name, data in received)
         if count:
-            agent.observe(buffer.newest_observations(count))
+            agent.normalizer.update(buffer.newest_observations(count))
         run.advance(count)
         # Learn.
         updates = min(agent.owed(run.step), PUBLISH_EVERY) if args.utd_ratio else PUBLISH_EVERY

@@ -157,8 +157,9 @@ class RunningNormalizer(nn.Module):
 
     FIRST, REACH = 32, 10
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, enabled: bool = True):
         super().__init__()
+        self.enabled = enabled  # else the identity
         self.register_buffer("count", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("var", torch.ones(dim))
@@ -169,7 +170,7 @@ class RunningNormalizer(nn.Module):
 
     def update(self, obs: Tensor) -> None:
         """Takes in observations (N, O)."""
-        if obs.shape[1] == 0:  # images only
+        if not self.enabled or obs.shape[1] == 0:  # images only
             return
         parts = [obs]
         if self.count == 0:
@@ -199,6 +200,8 @@ class RunningNormalizer(nn.Module):
         self.count.copy_(total)
 
     def forward(self, obs: Tensor) -> Tensor:
+        if not self.enabled:
+            return obs
         return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
 
 

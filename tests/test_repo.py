@@ -39,9 +39,9 @@ CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_C
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
-    "sac_state_sim.py": 882,
-    "sac_pixel_sim.py": 1285,
-    "sac_pixel_real.py": 1710,
+    "sac_state_sim.py": 874,
+    "sac_pixel_sim.py": 1270,
+    "sac_pixel_real.py": 1697,
     "bc_flow_offline.py": 1128,
     "robot_server.py": 2883,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1706,  # client, cameras, teleoperation, environment

@@ -636,7 +636,7 @@ def test_updates_depend_on_the_seed_only(options):
 def test_agent_state_round_trip_is_exact():
     options = {"dropout": 0.1, "lr_warmup": 20, "policy_delay": 3}
     one, buffer = small_agent(**options), filled_buffer()
-    one.observe(buffer.newest_observations(50))
+    one.normalizer.update(buffer.newest_observations(50))
     one.update(buffer, None, 7)
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
@@ -714,7 +714,7 @@ def test_steps_that_follow_are_added_up_within_their_episode(n_step):
             assert buffer.add(pack_step(STEP, None, observations[0]), actor) == 0
         assert buffer.add(pack_step(STEP, np.zeros(2), observations[t + 1], rewards[t], ends[t]), actor) == 1
         numbers[observations[t].tobytes()] = number
-    batch, lengths = buffer.follow_up(torch.arange(capacity)), set()
+    (batch, _), lengths = buffer.follow_up(torch.arange(capacity)), set()
     for slot in range(capacity):
         number = numbers[batch.observations[slot].numpy().tobytes()]
         i, t = steps[number]
@@ -746,7 +746,7 @@ def test_normalized_agent_sees_normalized_observations():
     agent, scale, shift = small_agent(), torch.tensor([10.0, 0.1, 3.0]), torch.tensor([5.0, -1.0, 100.0])
     plain, obs = small_agent(normalize_observations=False), torch.randn(2000, 3)
     batch = random_batch(2000)._replace(observations=obs * scale + shift)
-    agent.observe(batch.observations)
+    agent.normalizer.update(batch.observations)
     for row in ((obs[:5] - obs.mean(0)) / obs.std(0)).numpy():
         shifted = row * (scale * obs.std(0)).numpy() + (shift + scale * obs.mean(0)).numpy()
         np.testing.assert_allclose(agent.act(shifted, True), plain.act(row, True), atol=2e-3)
@@ -1112,7 +1112,7 @@ def test_compiled_losses_are_the_eager_ones():
 def on_gpu(agent_args: Args, batch: Batch) -> tuple[Agent, ReplayBuffer]:
     device = torch.device("cuda")
     agent, buffer = Agent(box(3), box(2), agent_args, device), fill(ReplayBuffer(5000, 3, 2, device), batch)
-    agent.observe(buffer.newest_observations(len(buffer)))
+    agent.normalizer.update(buffer.newest_observations(len(buffer)))
     return agent, buffer
 
 
