@@ -234,6 +234,7 @@ def run_ours(job: Job, referee: Referee) -> None:
         return {"eval/success_rate": scores["success"], "eval/episodic_return": scores["return"]}
 
     sac_state_sim.evaluate = evaluate
+    sac_state_sim.last_evaluation = evaluate
     sac_state_sim.main(own)
 
 
