@@ -8,6 +8,7 @@ Batches            the samples of each update
 """
 
 import contextlib
+import dataclasses
 import difflib
 import errno
 import fcntl
@@ -37,6 +38,7 @@ import numpy as np
 import torch
 import torch.utils.data
 from gymnasium import spaces
+from gymnasium.envs.registration import EnvSpec
 from torch import Tensor
 
 from common.envs import HUGE, Checked, looks_like_image, say_once, time_limited, with_opengl
@@ -171,6 +173,17 @@ def as_stored(episode) -> tuple:
     """An episode of Recorder as `store` takes it."""
     observations = each(lambda *steps: np.stack(steps), *episode.observations)
     return observations, episode.actions, episode.rewards, episode.terminations, episode.truncations
+
+
+def storable(spec: EnvSpec) -> EnvSpec:
+    """What makes the task, by its name: so Minari wants it."""
+    entry = spec.entry_point
+    if not callable(entry):
+        return spec
+    if not hasattr(entry, "__name__"):  # a partial, as shimmy's
+        kwargs = spec.kwargs | {"task": f"{entry.func.__module__}:{spec.id}"}
+        return dataclasses.replace(spec, entry_point="common.envs:made_again", kwargs=kwargs)
+    return dataclasses.replace(spec, entry_point=f"{entry.__module__}:{entry.__name__}")
 
 
 def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:

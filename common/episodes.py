@@ -10,8 +10,9 @@ from typing import NamedTuple
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from tqdm import tqdm
 
-from common.datasets import as_stored, each, id_for, is_here, local_dataset, sound, store, unreadable
+from common.datasets import as_stored, each, id_for, is_here, local_dataset, sound, storable, store, unreadable
 from common.envs import Checked, episode_seed, leaves, looks_like_image, make, say_once
 from common.evaluation import Policy, evaluate
 from common.recording import check_fingerprint, dataset_folder, fingerprint, layout
@@ -168,8 +169,6 @@ def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: floa
 
 def collect(env_name: str, count: int, seed: int, success: Callable[[dict], float]) -> str:
     """`count` successful demonstrations of a task's scripted expert as a local Minari dataset; its id."""
-    from tqdm import tqdm
-
     settings = f"{env_name}, {count} successes, noise 0.0, seed {seed}"
     dataset_id = id_for("scripted", env_name, settings)
     if is_here(dataset_id):
@@ -189,8 +188,8 @@ def collect(env_name: str, count: int, seed: int, success: Callable[[dict], floa
                     return
         fail(f"--env-name {env_name}: its scripted expert succeeds in {bar.n} of {attempts} episodes only")
 
-    about = {"env": gym.spec(env_name), "algorithm_name": "scripted expert", "description": settings}
-    return store(dataset_id, successes(), **about)
+    about = {"algorithm_name": "scripted expert", "description": settings}
+    return store(dataset_id, successes(), env=storable(gym.spec(env_name)), **about)
 
 
 def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
@@ -307,13 +306,8 @@ def record(
             infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
     spec = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)  # the wrapper's limit
-    if callable(spec.entry_point) and not hasattr(spec.entry_point, "__name__"):  # a partial, as shimmy's
-        task = f"{spec.entry_point.func.__module__}:{spec.id}"
-        spec = dataclasses.replace(spec, entry_point="common.envs:made_again", kwargs=spec.kwargs | {"task": task})
-    if callable(spec.entry_point):  # a class, where Minari wants its name
-        spec.entry_point = f"{spec.entry_point.__module__}:{spec.entry_point.__name__}"
     both = {"observation_space": space, "action_space": env.action_space}
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=spec, **both, **about)
+    minari.create_dataset_from_buffers(dataset_id, buffers, env=storable(spec), **both, **about)
 
 
 def last_evaluation(

@@ -17,6 +17,7 @@ from common.episodes import (
     Episode,
     Recorder,
     check_new_dataset,
+    collect,
     demonstrations,
     record,
     spread_starts,
@@ -219,6 +220,17 @@ def test_demonstrations_of_another_task_are_refused(tmp_path, monkeypatch, task)
         next(demonstrations("other/expert-v0", point(), seed=0, noise=0.0))
     with pytest.raises(SystemExit, match="--demos no/such-v0: "):
         next(demonstrations("no/such-v0", point(), seed=0, noise=0.0))
+
+
+def test_demonstrations_for_cloning_of_a_task_that_a_class_makes(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    gym.register("PointClass-v7", probe_envs.Point, max_episode_steps=20)
+    dataset_id = collect("PointClass-v7", 2, seed=1, success=lambda info: envs.truth(info, "success"))
+    dataset = minari.load_dataset(dataset_id)
+    assert (
+        dataset.total_episodes == 2 and dataset.recover_environment().unwrapped.spec.entry_point == "probe_envs:Point"
+    )
+    assert gym.spec("PointClass-v7").entry_point is probe_envs.Point
 
 
 gym.register("Other-v3", "probe_envs:Point", max_episode_steps=20)
