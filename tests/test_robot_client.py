@@ -1329,6 +1329,9 @@ def test_pausing_stands_still_at_the_rate_of_the_steps(clock):
     env = posed_env(np.array([0.5, 0, 0.14, 1, 0, 0, 0]))
     env.client, env.pace, env.ordered = mock.Mock(), rc.Pace(10, lambda: clock.now), 1.0
     env.look, env.observe = mock.Mock(), mock.Mock(return_value=("what is seen now", ""))
+    with pytest.raises(rc.RobotError, match="nothing moves before the first reset"):
+        env.stand_still()
+    env.episodes = 1
     for _ in range(5):
         assert env.stand_still() == ("what is seen now", "")
     assert clock.now == pytest.approx(100.501)

@@ -926,7 +926,11 @@ def test_person_may_overrule_the_classifier_in_an_evaluation(monkeypatch):
     agent = small_agent()
     obs = some_obs(agent)
     info = {"success": True, "period_s": 0.1, "fault": None}
-    for typed, verdict in (([[], [], ["failure"]], "failure"), ([], "success"), ([[], [], ["quit"]], "quit")):
+    for typed, verdict in (
+        ([[], [], [], ["failure"]], "failure"),
+        ([], "success"),
+        ([[], [], [], ["quit"]], "quit"),
+    ):
         monkeypatch.setattr(real, "OVERRULE_S", 0.05)
         desk = Desk(*typed)
         env = SimpleNamespace(
