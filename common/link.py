@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
+from common.envs import say_once
 from common.setup import fail, hold, write_atomically
 
 PROTOCOL = "records-2"
@@ -282,6 +283,8 @@ class Actor:
         self.exchange(0)
         while self.journal.written - self.held > self.ahead and not (self.done or self.stop()):
             self.exchange(100)
+            if time.monotonic() - self.answered > 10:
+                say_once(f"waiting for a learner at {self.address}, where none answers")
 
     def stage(self, record: bytes) -> None:
         """Keeps a record back, on the disk, until `release` or `discard`."""
@@ -320,10 +323,8 @@ class Actor:
             self.journal.drop(reply["saved"])
             self.waiting = False
             self.answered = time.monotonic()
-        silence = time.monotonic() - self.answered
-        if silence > self.timeout_s:
-            where = f"no learner at {self.address} for {silence:.0f} s"
-            fail(f"{where}; start one there with --role learner, or give --address HOST:PORT")
+        if time.monotonic() - self.answered > self.timeout_s:
+            fail(f"no learner at {self.address}; start one there with --role learner, or give --address HOST:PORT")
         if self.waiting and time.monotonic() - self.sent < 2:  # a message to a learner that was killed is lost
             return
         if self.held < self.journal.first:

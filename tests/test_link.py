@@ -255,9 +255,19 @@ def test_an_actor_gives_up_when_no_learner_answers(tmp_path):
     with actor_at(port, tmp_path / "actor", timeout_s=0.5) as actor:
         actor.send(record(0))
         time.sleep(0.6)
-        with pytest.raises(SystemExit, match=f"no learner at 127.0.0.1:{port} .* --role learner"):
+        with pytest.raises(SystemExit, match=f"no learner at 127.0.0.1:{port}; .* --role learner"):
             actor.send(record(1))
         assert actor.journal.written == 2  # nothing is lost
+
+
+def test_an_actor_says_that_it_waits(tmp_path, capsys):
+    port = free_port()
+    asked = iter([False, False, True])
+    with actor_at(port, tmp_path / "actor", ahead=0, stop=lambda: next(asked)) as actor:
+        actor.answered -= 11
+        actor.send(record(0))
+    said = capsys.readouterr().err
+    assert said == f"waiting for a learner at 127.0.0.1:{port}, where none answers\n"  # once
 
 
 def test_weights_reach_the_actor(tmp_path):
