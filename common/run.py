@@ -184,7 +184,8 @@ class Run:
 
             config = dataclasses.asdict(self.args)
             wandb.init(project="robot-learning", name=self.dir.name, config=config, dir=self.dir, sync_tensorboard=True)
-        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
+        folder = self.dir.resolve()  # its thread opens the file anew for each record, wherever the program then is
+        self.writer = SummaryWriter(folder, purge_step=self.step + 1)
         interval = 0.2 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(total=total, initial=self.step, unit=unit, mininterval=interval)
         self.started = time.perf_counter()

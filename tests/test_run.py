@@ -518,6 +518,23 @@ def test_files_are_replaced_never_overwritten(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
+def test_a_task_that_changes_the_folder(tmp_path, monkeypatch):
+    """TensorBoard's thread opens its file anew for each record; a relative folder was then another one."""
+    monkeypatch.chdir(tmp_path)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    run = Run(Args(run_dir="run"), "name", str(REPO / SCRIPT))
+    run.open(10)
+    run.log("eval", {"eval/success_rate": 0.5})
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run.advance()
+    run.log("eval", {"eval/success_rate": 1.0})
+    run.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert read_scalars(tmp_path / "run")["eval/success_rate"] == [(0, 0.5), (1, 1.0)]
+
+
 def test_the_better_of_two_evaluations():
     rows = [(0.5, -3.0), (0.5, -2.0), (0.9, -9.0), (math.nan, 100.0)]
     scalars = [{"eval/success_rate": rate, "eval/episodic_return": value} for rate, value in rows]
