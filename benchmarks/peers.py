@@ -1,8 +1,8 @@
-"""Success of sac_state_sim.py beside SERL's agent, SB3, SBX and CleanRL: over steps and over wall-clock, same task.
+"""Success of sac_state_sim.py beside SERL, LeRobot, SB3, SBX and CleanRL: over steps and over wall-clock, same task.
 
     python benchmarks/peers.py --seeds 1 2 3                        # ours alone, three seeds
     python benchmarks/peers.py --sb3-python SB3_VENV/bin/python --sbx-python SBX_VENV/bin/python \\
-        --serl-path SERL --serl-python SERL_VENV/bin/python \\
+        --serl-path SERL --serl-python SERL_VENV/bin/python --lerobot-python LEROBOT_VENV/bin/python \\
         --cleanrl-path CLEANRL --cleanrl-python CLEANRL_VENV/bin/python       # one seed of all
     python benchmarks/peers.py --draw                               # only the picture, from the file
 
@@ -19,31 +19,38 @@ serl_demos, serl: serl_launcher's make_sac_agent, with the flags of examples/asy
     no demonstrations. Here one loop does both, one tick of the learner (eight critic updates, one of the actor) per
     --serl-steps environment steps; with demonstrations half of every minibatch is theirs, as in its scripts for images.
     They are those that ours collects with the same seed, made before the clock runs; ours collects within its time.
+lerobot_demos, lerobot: the learner's loop of LeRobot's HIL-SERL as it is, with the settings that its guides give for
+    simulation: batches of 256, two critic updates per tick. Where it would take in what an actor has sent, it takes one
+    environment step with its newest policy, so that a tick is a step. The gripper's action is continuous, as the task
+    has it, not one of three. Demonstrations as for SERL; its own code takes half of every batch from them.
 sb3, sbx: SAC's defaults and 10,000 random steps, as rl-baselines3-zoo has them for MuJoCo (hyperparams/sac.yml).
 cleanrl: sac_continuous_action.py as it is, with its own task's defaults.
 
 The peers are not part of this project. Give checkouts of SERL (https://github.com/rail-berkeley/serl) and CleanRL
 (https://github.com/vwxyzjn/cleanrl), and interpreters that can import what each needs, and mujoco, gymnasium and tyro
-for the task; SERL's needs agentlace too, and an old JAX (0.4.30 works); CleanRL's needs gymnasium 0.29. Run it on a
-quiet machine: `others_cores` in the file says how many cores other processes used since the run began. Two rows of
-contenders may go side by side, `taskset -c 0` and `taskset -c 1`, with --threads 1 and an --output each. A run that is
-killed keeps its lines; one that is begun again, with the same contender, task and seed, replaces them.
+for the task; SERL's needs agentlace too, and an old JAX (0.4.30 works); LeRobot's needs lerobot[hilserl], and a C++
+compiler; CleanRL's needs gymnasium 0.29. Run it on a quiet machine: `others_cores` in the file says how many cores
+other processes used since the run began. Two rows of contenders may go side by side, `taskset -c 0` and `taskset -c 1`,
+with --threads 1 and an --output each. A run that is killed keeps its lines; one that is begun again, with the same
+contender, task and seed, replaces them.
 """
 
 import contextlib
 import csv
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -84,6 +91,8 @@ class Args:
     """interpreter for SERL"""
     serl_steps: int = 1
     """environment steps per tick of SERL's learner"""
+    lerobot_python: str | None = None
+    """interpreter that can import lerobot.rl.learner"""
     sb3_python: str | None = None
     """interpreter that can import stable_baselines3"""
     sbx_python: str | None = None
@@ -209,7 +218,8 @@ def compete(job: dict) -> None:
     import_tasks()
     referee = Referee(job)
     name = job.contender.partition("_")[0]
-    drivers = {"ours": run_ours, "serl": run_serl, "sb3": run_sb3, "sbx": run_sb3, "cleanrl": run_cleanrl}
+    drivers = {"ours": run_ours, "serl": run_serl, "lerobot": run_lerobot}
+    drivers |= {"sb3": run_sb3, "sbx": run_sb3, "cleanrl": run_cleanrl}
     with contextlib.suppress(TimeUpError):
         drivers[name](job, referee)
 
@@ -337,6 +347,61 @@ def mixed(buffers: list, batch_size: int, utd_ratio: int) -> dict[str, np.ndarra
     return batch
 
 
+def run_lerobot(job: Job, referee: Referee) -> None:
+    """LeRobot's learner with an environment in the place of the queue that an actor fills; see the header."""
+    import torch
+    from lerobot.configs.types import FeatureType, PolicyFeature
+    from lerobot.policies.sac.configuration_sac import SACConfig
+    from lerobot.policies.sac.modeling_sac import SACPolicy
+    from lerobot.rl import learner
+
+    task = Training(job, referee)
+    torch.manual_seed(job.seed)
+    inputs = {"observation.state": PolicyFeature(FeatureType.STATE, task.observation_space.shape)}
+    outputs = {"action": PolicyFeature(FeatureType.ACTION, task.action_space.shape)}
+    settings = {"discount": 0.97, "temperature_init": 0.01, "utd_ratio": 2, "device": "cpu", "push_to_hub": False}
+    config = SACConfig(input_features=inputs, output_features=outputs, **settings)
+    policy = SACPolicy(config)
+
+    def seen(obs: np.ndarray) -> dict[str, torch.Tensor]:
+        return {"observation.state": torch.as_tensor(obs)[None]}
+
+    def deterministic(obs: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            _, _, means = policy.actor(seen(obs))  # before tanh
+        return means[0].tanh().numpy()
+
+    task.policy = deterministic
+    obs, _ = task.reset(seed=job.seed)
+
+    def take_step(replay_buffer, **_) -> None:
+        nonlocal obs
+        action = policy.select_action(seen(obs))
+        next_obs, reward, terminated, truncated, _ = task.step(action[0].numpy())
+        replay_buffer.add(seen(obs), action, float(reward), seen(next_obs), terminated, truncated)
+        obs = task.reset()[0] if terminated or truncated else next_obs
+
+    def demonstrations(cfg, device, storage_device):
+        buffer = learner.initialize_replay_buffer(cfg, device, storage_device)
+        demos = dict(np.load(f"{job.folder}/demos.npz"))
+        for row in range(len(demos["rewards"])):
+            before, action, after = (demos[name][row] for name in ("observations", "actions", "next_observations"))
+            terminated, over = bool(demos["masks"][row] == 0), bool(demos["dones"][row])
+            reward = float(demos["rewards"][row])
+            buffer.add(seen(before), torch.as_tensor(action)[None], reward, seen(after), terminated, over)
+        return buffer
+
+    learner.make_policy = lambda **_: policy
+    learner.process_transitions = take_step
+    learner.initialize_offline_replay_buffer = demonstrations
+    facts = {"batch_size": 256, "log_freq": 200, "save_freq": 2_000, "save_checkpoint": False, "resume": False}
+    dataset = SimpleNamespace(repo_id="demos") if job.contender == "lerobot_demos" else None
+    env = SimpleNamespace(fps=10, task=job.env_id)
+    cfg = SimpleNamespace(policy=config, env=env, dataset=dataset, output_dir=job.folder, **facts)
+    nowhere = SimpleNamespace(put=lambda data: None)  # the policy's way to an actor
+    learner.add_actor_information_and_train(cfg, None, threading.Event(), queue.Queue(), queue.Queue(), nowhere)
+
+
 def write_demos(path: Path, env_id: str, seed: int) -> None:
     """The demonstrations that sac_state_sim.py collects with this seed, as SERL's buffer takes them."""
     import_tasks()
@@ -363,6 +428,9 @@ def contenders(args: Args) -> dict[str, tuple[str, str, str]]:
         suffix = "" if args.serl_steps == 1 else f"_{args.serl_steps}"
         for name in ("serl_demos", "serl"):
             found[name + suffix] = (args.serl_python, str(args.serl_path.resolve()), ["jax", "flax"])
+    if args.lerobot_python:
+        for name in ("lerobot_demos", "lerobot"):
+            found[name] = (args.lerobot_python, "", ["lerobot", "torch"])
     if args.sb3_python:
         found["sb3"] = (args.sb3_python, "", ["stable_baselines3", "torch"])
     if args.sbx_python:
@@ -432,7 +500,7 @@ def run_contender(contender: str, python: str, path: str, version: str, seed: in
     begin(args.output, contender, args.env_id, seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        if contender.startswith("serl_demos"):
+        if contender.startswith(("serl_demos", "lerobot_demos")):
             write_demos(folder / "demos.npz", args.env_id, seed)
         job = Job(contender, args.env_id, seed, args.budget_s, time.time(), temporary, path)
         job.serl_steps, job.threads = args.serl_steps, args.threads

@@ -38,6 +38,8 @@ PEERS = {  # the contenders of peers.py, whose header says more about their sett
     "ours": "`sac_state_sim.py`, the row `sac_pick_scratch`",
     "serl_demos": "SERL's SAC agent (JAX), its settings for states, half of each batch from the same 20 demonstrations",
     "serl": "SERL's SAC agent (JAX), its settings for states",
+    "lerobot_demos": "LeRobot's SAC, its guides' settings, half of each batch from the same 20 demonstrations",
+    "lerobot": "LeRobot's SAC, its guides' settings for simulation",
     "sb3": "Stable-Baselines3's SAC, rl-zoo's settings for MuJoCo",
     "sbx": "SBX's SAC (JAX), rl-zoo's settings for MuJoCo",
     "cleanrl": "CleanRL's `sac_continuous_action.py`, its defaults",

@@ -381,6 +381,50 @@ if __name__ == "__main__":
 """
 
 
+FAKE_LEROBOT = {
+    "configs/types.py": """
+from enum import Enum
+FeatureType = Enum("FeatureType", ["STATE", "ACTION"])
+def PolicyFeature(type, shape): return type, shape
+""",
+    "policies/sac/configuration_sac.py": """
+from types import SimpleNamespace
+def SACConfig(**settings): return SimpleNamespace(**settings)
+""",
+    "policies/sac/modeling_sac.py": """
+import torch
+class SACPolicy:
+    def __init__(self, config):
+        assert len(config.input_features) == len(config.output_features) == 1
+        _, self.shape = config.input_features["observation.state"]
+    def actor(self, obs):
+        assert obs["observation.state"].shape == (1, *self.shape) and obs["observation.state"].dtype == torch.float32
+        return None, None, torch.tensor([[0.0, 0.0, -9.0, 9.0]])  # before tanh: down
+    def select_action(self, obs):
+        return torch.zeros(1, 4)
+""",
+    "rl/learner.py": """
+class Buffer(list):
+    def add(self, *transition): self.append(transition)
+def initialize_replay_buffer(cfg, device, storage_device): return Buffer()
+def add_actor_information_and_train(cfg, logger, shutdown, transitions, interactions, parameters):
+    assert make_policy(cfg=cfg.policy, env_cfg=cfg.env).shape == (OBS,)
+    if cfg.dataset is not None:
+        demos = initialize_offline_replay_buffer(cfg=cfg, device="cpu", storage_device="cpu")
+        assert [over for *_, over in demos].count(True) == 1 and len(demos) == 100
+        (obs, action, reward, next_obs, terminated, over) = demos[0]
+        assert (obs["observation.state"] == 0).all() and (action == 1).all() and (reward, terminated) == (2.0, False)
+    buffer = Buffer()
+    for count in range(1, 106):
+        process_transitions(transition_queue=transitions, replay_buffer=buffer, offline_replay_buffer=None)
+        assert len(buffer) == count and buffer[-1][-1] is (count == 100)  # the task's time limit
+    before, after = buffer[-2][3], buffer[-1][0]
+    assert (before["observation.state"] == after["observation.state"]).all()
+    parameters.put(b"")
+""",
+}
+
+
 def a_job(tmp_path, contender="ours", **changes) -> peers.Job:
     job = peers.Job(contender, "FrankaPickCube-v0", 3, 600.0, time.time(), str(tmp_path))
     return dataclasses.replace(job, **changes)
@@ -495,6 +539,26 @@ def test_cleanrls_script_runs_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(peers, "EPISODES", 1)
     expected = peers.Referee(job).evaluate(lambda _: np.float32([0, 0, -1, 1]), 1)
     assert line["step"] == 1 and line["return"] == expected["return"]
+
+
+@pytest.mark.parametrize("contender", ["lerobot", "lerobot_demos"])
+def test_lerobots_learner_runs_as_it_is(tmp_path, monkeypatch, contender):
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    job = a_job(tmp_path, contender)
+    task = peers.make_task(job.env_id)
+    for name, text in FAKE_LEROBOT.items():
+        path = tmp_path / "lerobot" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text.replace("OBS", str(task.observation_space.shape[0])))
+    count, obs = 100, np.zeros((100, *task.observation_space.shape), np.float32)
+    demos = {"observations": obs, "next_observations": obs, "actions": np.ones((count, 4), np.float32)}
+    demos |= {"rewards": np.full(count, 2.0), "masks": np.ones(count), "dones": np.arange(count) == count - 1}
+    np.savez(tmp_path / "demos.npz", **demos)
+    lines = child_lines(job, "peers.EPISODES = 1; peers.EVERY = 40")
+    monkeypatch.setattr(peers, "EPISODES", 1)
+    expected = peers.Referee(job).evaluate(lambda _: np.tanh(np.float32([0, 0, -9, 9])), 1)
+    assert [line["step"] for line in lines] == [40, 80]
+    assert [line["return"] for line in lines] == pytest.approx([expected["return"]] * 2)
 
 
 @pytest.mark.parametrize("result", ["", "the peer fell"])
