@@ -60,13 +60,14 @@ def make_socket(kind: int, ip: str, role: str, keys: str | None):
     sock.maxmsgsize = 1 << 30
     if kind == zmq.SUB:
         sock.conflate = True  # the newest weights only
-    if keys is None:
+    if not keys:
         return sock
     try:
-        sock.curve_publickey, sock.curve_secretkey = zmq.auth.load_certificate(Path(keys) / f"{role}.key_secret")
         if role == "learner":
+            make_keys(Path(keys))
             sock.curve_server = True
-        else:
+        sock.curve_publickey, sock.curve_secretkey = zmq.auth.load_certificate(Path(keys) / f"{role}.key_secret")
+        if role == "actor":
             sock.curve_serverkey = zmq.auth.load_certificate(Path(keys) / "learner.key")[0]
     except (OSError, ValueError, TypeError, zmq.ZMQError) as error:
         fail(f"--curve-keys {keys}: {error}; the learner makes the keys, copy its folder to every actor")
@@ -100,13 +101,12 @@ class Learner:
         self.asking: set[str] = set()  # actors that have not been told that it is over
         self.over = False
         self.saves: list[dict[str, int]] = [{}, {}]  # held in the checkpoint before the newest, and in that
+        self.router = make_socket(zmq.ROUTER, ip, "learner", keys)
+        self.publisher = make_socket(zmq.PUB, ip, "learner", keys)
         if keys:
-            make_keys(Path(keys))
             self.authenticator = ThreadAuthenticator(zmq.Context.instance())
             self.authenticator.start()
             self.authenticator.configure_curve(domain="*", location=keys)
-        self.router = make_socket(zmq.ROUTER, ip, "learner", keys)
-        self.publisher = make_socket(zmq.PUB, ip, "learner", keys)
         try:
             self.router.bind(endpoint(ip, port))
             self.publisher.bind(endpoint(ip, port + 1))

@@ -532,6 +532,9 @@ def test_curve_keys(tmp_path, monkeypatch):
             actor.lock.close()
         with pytest.raises(SystemExit, match="--curve-keys nowhere: "):
             Actor(f"127.0.0.1:{port}", "nowhere", HELLO, SIZE, place)
+        (tmp_path / "file").touch()
+        with pytest.raises(SystemExit, match="--curve-keys .*file: "):
+            Learner(f"127.0.0.1:{free_port()}", str(tmp_path / "file"), HELLO, SIZE)
     finally:
         learner.authenticator.stop()
         learner.router.close(0)
