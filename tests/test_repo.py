@@ -470,6 +470,7 @@ OPTIONAL = {"ogbench", "robosuite"}  # imported where used, behind a line that n
 PEERS = {
     "gym",
     "jax",
+    "lerobot",
     "sbx",
     "serl_launcher",
     "stable_baselines3",
