@@ -19,11 +19,14 @@ serl_demos, serl: serl_launcher's make_sac_agent, with the flags of examples/asy
     no demonstrations. Here one loop does both, one tick of the learner (eight critic updates, one of the actor) per
     --serl-steps environment steps; with demonstrations half of every minibatch is theirs, as in its scripts for images.
     They are those that ours collects with the same seed, made before the clock runs; ours collects within its time.
-lerobot_demos, lerobot: the learner's loop of LeRobot's HIL-SERL as it is, with the settings of the examples that its
-    guides name (lerobot/config_examples, train_config.json): batches of 256, two critic updates per tick, a temperature
-    of 0.01 at first. Where it would take in what an actor has sent, it takes one environment step with its newest
-    policy, so that a tick is a step. The gripper's action is continuous, as the task has it, not one of three.
-    Demonstrations as for SERL; its own code takes half of every batch from them.
+lerobot_demos, lerobot: the learner's loop of LeRobot's HIL-SERL as it is. SACConfig's defaults but for the discount
+    (0.97), the first temperature (0.01), two critic updates per tick and batches of 256, which are those of its example
+    for a real SO-100, train_config_hilserl_so100.json, read in a copy by others; the one for simulation was not at
+    hand. Where it would take in what an actor has sent, it takes one environment step with its newest policy, so that a
+    tick is a step. The gripper's action is continuous, as the task has it, not one of three. Demonstrations as for
+    SERL; its own code takes half of every batch from them. Measured with torch 2.13, where lerobot 0.4.4 asks for less
+    than 2.11, with a torchvision whose compiled operators were taken out, and with torch.compile's cache filled by a
+    run before, which no first user has.
 sb3, sbx: SAC's defaults and 10,000 random steps, as rl-baselines3-zoo has them for MuJoCo (hyperparams/sac.yml).
 cleanrl: sac_continuous_action.py as it is, with its own task's defaults.
 
