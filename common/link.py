@@ -19,7 +19,7 @@ from pathlib import Path
 from common.envs import say_once
 from common.setup import fail, hold, write_atomically
 
-PROTOCOL = "records-2"
+PROTOCOL = "records-3"
 DEFAULT_PORT = 5588
 MESSAGE_BYTES = 1 << 25  # records in one message, at most
 RECORDS_PER_FILE = 1024  # of the journal
@@ -161,9 +161,9 @@ class Learner:
         self.saves = [self.saves[1], dict(self.held)]
 
     def publish(self, version: int, weights: bytes, done: bool = False) -> None:
-        """Sends the weights to all actors; `done` ends them."""
-        header = {"protocol": PROTOCOL, "version": version}
-        self.publisher.send(json.dumps(header).encode() + b"\n" + weights)
+        """Sends the weights to all actors; `done` ends them, also one that takes long to ask again."""
+        header = json.dumps({"version": version, "done": done}).encode()
+        self.publisher.send(header + b"\n" + weights)
         if done:
             self.end()
 
@@ -201,11 +201,10 @@ class Journal:
         self.folder, self.record_bytes = folder, record_bytes
         folder.mkdir(exist_ok=True)
         files = self.files() or [0]
-        self.first = files[0]  # older ones were dropped
-        first = files[-1]
-        self.file = self.path(first).open("ab")
-        self.written = first + self.file.tell() // record_bytes
-        self.file.truncate((self.written - first) * record_bytes)  # without what a crash cut off
+        self.first, newest = files[0], files[-1]  # older ones were dropped
+        self.file = self.path(newest).open("ab")
+        self.written = newest + self.file.tell() // record_bytes
+        self.file.truncate((self.written - newest) * record_bytes)  # without what a crash cut off
 
     def path(self, first: int) -> Path:
         return self.folder / f"{first:012d}.records"
@@ -319,7 +318,7 @@ class Actor:
             if "error" in reply:
                 fail(f"the learner says: {reply['error']}")
             self.held = reply["held"]
-            self.done = reply["over"]
+            self.done = self.done or reply["over"]
             self.journal.drop(reply["saved"])
             self.waiting = False
             self.answered = time.monotonic()
@@ -347,4 +346,5 @@ class Actor:
             return None
         header, _, weights = self.subscriber.recv().partition(b"\n")
         header = json.loads(header)
+        self.done = self.done or header["done"]
         return header["version"], weights

@@ -28,12 +28,12 @@ def random_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
 
     DrQ arXiv:2004.13649, SERL vision/data_augmentations.py:7.
     """
-    (count, height, width, channels), device = images.shape, images.device
-    rows = (torch.arange(height, device=device) + offsets[:, :1] - padding).clamp(0, height - 1)  # (N, H)
-    columns = (torch.arange(width, device=device) + offsets[:, 1:] - padding).clamp(0, width - 1)  # (N, W)
-    rows = torch.arange(count, device=device)[:, None] * height + rows  # of all images, one below the other
-    pixels = rows[..., None] * width + columns[:, None]  # (N, H, W)
-    return images.reshape(-1, channels).index_select(0, pixels.flatten()).view_as(images)
+    count, height, width, channels = images.shape
+    rows = (torch.arange(height, device=images.device) + offsets[:, :1] - padding).clamp(0, height - 1)  # (N, H)
+    rows = rows + height * torch.arange(count, device=images.device)[:, None]  # of all images, one below the other
+    padded = torch.cat([images[:, :, :1]] * padding + [images] + [images[:, :, -1:]] * padding, 2)
+    cuts = padded.flatten().unfold(0, width * channels, channels)  # a row of the result may begin at any pixel
+    return cuts.index_select(0, (rows * padded.shape[2] + offsets[:, 1:]).flatten()).view_as(images)
 
 
 def color_jitter(images: Tensor, strength: float, draws: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class SmallTrunk(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = images.permute(0, 3, 1, 2) / 255
         for conv in self.convs:
-            x = conv(x).relu()
+            x = conv(x).relu_()
         return x
 
 

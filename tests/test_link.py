@@ -284,6 +284,21 @@ def test_weights_reach_the_actor(tmp_path):
         wait_until(lambda: actor.weights() == (6, b"newer"), timeout=30)
 
 
+def test_the_end_reaches_an_actor_that_asks_late(tmp_path):
+    """In a long reset it asks nothing, until the learner is gone. (A subscription takes a moment: hence the loop.)"""
+    port = free_port()
+    with actor_at(port, tmp_path / "actor") as actor:
+        with learner_at(port) as learner:
+            actor.send(record(0))
+            wait_until(lambda: learner.publish(5, b"five") or actor.weights(), timeout=30)
+            learner.end = lambda: None  # its patience is over
+            learner.publish(6, b"six", done=True)
+        assert not actor.done
+        wait_until(lambda: actor.weights() == (6, b"six"), timeout=30)
+        assert actor.done
+        actor.send(record(1))  # waits for nobody
+
+
 class CrashError(Exception):
     """Stands for kill -9: what comes after it does not happen."""
 
