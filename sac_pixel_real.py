@@ -594,15 +594,11 @@ class PixelActor(Actor):
 
 
 class PixelCritic(Critic):
-    """E Q functions on the features of one encoder, which they train together, and the states."""
+    """E Q functions on the encoder's features, which they train together, and the states."""
 
-    def __init__(self, views: Views, action_dim: int, args: Args, load: bool = True):
+    def __init__(self, views: Views, action_dim: int, args: Args):
         super().__init__(feature_dim(views, args), action_dim, args)
-        self.encoder = Encoder(views, args, load)
         self.proprio = proprioception(views)
-
-    def encode(self, obs: Observation) -> Features:
-        return Features(self.encoder(obs), obs.states)
 
     def forward(self, seen: Features, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1), actions, generator)
@@ -841,7 +837,7 @@ def grasp_penalties(actions: np.ndarray, closure: float | None, penalty: float) 
 class Agent:
     """SAC from images for the arm and double DQN for the gripper, with the options of DrQ, RLPD and SERL."""
 
-    PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic")
+    PARTS = ("normalizer", "encoder", "mean_encoder", "actor", "mean_actor", "critic", "target_critic")
     PARTS += ("trunk", "grasp_critic", "target_grasp_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
     METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/grasp_loss",)
@@ -861,19 +857,20 @@ class Agent:
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
         self.normalizer = RunningNormalizer(views.state_dim, args.normalize_observations).to(device)
+        self.encoder = Encoder(views, args, load).to(device)
+        self.mean_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.actor = PixelActor(views, self.arm_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = PixelCritic(views, self.arm_dim, args, load).to(device)
-        self.mean_encoder = copy.deepcopy(self.critic.encoder).requires_grad_(False)
+        self.critic = PixelCritic(views, self.arm_dim, args).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.trunk = None  # the frozen one, for all cameras
-        if self.critic.encoder.frozen:
+        if self.encoder.frozen:
             self.trunk = encoder_trunk(args, 3, load).to(device).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
         self.raw_alpha = nn.Parameter(torch.tensor(ALPHA_INIT + math.log(-math.expm1(-ALPHA_INIT)), device=device))
         self.target_entropy = TARGET_ENTROPY * self.arm_dim
         self.actor_parameters = list(self.actor.parameters())
-        self.acting_parameters = [*self.actor.parameters(), *self.critic.encoder.parameters()]
+        self.acting_parameters = [*self.actor.parameters(), *self.encoder.parameters()]
         self.mean_parameters = [*self.mean_actor.parameters(), *self.mean_encoder.parameters()]
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
@@ -883,8 +880,9 @@ class Agent:
             self.target_grasp_critic = copy.deepcopy(self.grasp_critic).requires_grad_(False)
             self.critic_parameters += self.grasp_critic.parameters()
             self.target_parameters += self.target_grasp_critic.parameters()
-        self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.weight_decay)
-        self.critic_optimizer = self.make_optimizer(self.critic_parameters, args.weight_decay)
+        self.value_parameters = [*self.encoder.parameters(), *self.critic_parameters]
+        self.actor_optimizer = self.make_optimizer(self.actor_parameters, args.weight_decay)
+        self.critic_optimizer = self.make_optimizer(self.value_parameters, args.weight_decay)
         self.alpha_optimizer = self.make_optimizer([self.raw_alpha], 0.0)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
         self.num_demos = args.num_demos()
@@ -897,7 +895,7 @@ class Agent:
         self.beside = tensors.Beside(1 if self.trunk else args.threads, device)
         if args.compile and device.type == "cuda":
             self.target_q = torch.compile(self.target_q)
-            self.critic.encode = torch.compile(self.critic.encode)
+            self.encode = torch.compile(self.encode)
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
             self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
@@ -928,7 +926,7 @@ class Agent:
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_robot`; the gripper's is the grasp critic's best."""
         seen = self.one_observation(obs)
-        features = Features(self.critic.encoder(seen), seen.states)  # which the grasp critic is trained on
+        features = self.encode(seen)  # which the grasp critic is trained on
         if deterministic:
             mean, _ = self.mean_actor(Features(self.mean_encoder(seen), seen.states))
         else:
@@ -949,7 +947,7 @@ class Agent:
     def answers(self) -> Tensor:
         """What the policy and its average, and the grasp critic, make of the stored observation."""
         seen = self.one_observation(self.probe)
-        features = Features(self.critic.encoder(seen), seen.states)
+        features = self.encode(seen)
         answers = [self.actor(features)[0].tanh()]
         answers += [self.mean_actor(Features(self.mean_encoder(seen), seen.states))[0].tanh()]
         if self.grasp_critic is not None:
@@ -977,6 +975,9 @@ class Agent:
                 maps = self.trunk(images.flatten(0, 2)).float().unflatten(0, images.shape[:3])
         return Observation(images, states, maps)
 
+    def encode(self, obs: Observation) -> Features:
+        return Features(self.encoder(obs), obs.states)
+
     def augmented(self, frames: Tensor) -> Tensor:
         """Frames (B, N, K, H, W, 3) with --augment."""
         padding = max(1, round(CROP * self.views.size))
@@ -993,18 +994,23 @@ class Agent:
         )
 
     @torch.no_grad()
-    def target_q(self, batch: Batch, eps: Tensor, subset: Tensor) -> Tensor:
-        """Soft Bellman target (B,) with noise eps (B, A) and target critics `subset` (M,)."""
+    def target_q(self, batch: Batch, eps: Tensor, subset: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Soft Bellman target (B,) with noise eps (B, A) and target critics `subset` (M,); the grasp critic's (B,)."""
         generator = self.generator if self.args.dropout else None
-        # arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
-        next_features = self.critic.encode(batch.next_observations)
+        # arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1; the encoder has no target: arXiv:2107.09645
+        next_features = self.encode(batch.next_observations)
         next_actions, next_log_pi = self.actor.sample(next_features, eps)  # (B, A), (B,)
-        next_features = self.target_critic.encode(batch.next_observations)
         next_q_values = self.target_critic(next_features, next_actions, generator)  # (E, B)
         next_q = next_q_values[subset].amin(0)  # (B,)
         if self.args.backup_entropy:
             next_q = next_q - self.alpha * next_log_pi
-        return batch.rewards + self.args.gamma * (1 - batch.terminations) * next_q
+        discounts = self.args.gamma * (1 - batch.terminations)  # (B,)
+        grasp_target = None
+        if self.grasp_critic is not None:  # double DQN, arXiv:1509.06461 eq. 4: it chooses, its target values
+            best = self.grasp_critic(next_features).argmax(-1, keepdim=True)  # (B, 1)
+            next_grasp_q = self.target_grasp_critic(next_features).gather(1, best).squeeze(1)  # (B,)
+            grasp_target = batch.rewards + discounts * next_grasp_q
+        return batch.rewards + discounts * next_q, grasp_target
 
     def critic_loss(self, seen: Features, actions: Tensor, target_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared soft Bellman error."""
@@ -1030,38 +1036,32 @@ class Agent:
             loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
-    def grasp_loss(self, batch: Batch, seen: Features) -> Tensor:
-        """Double DQN, arXiv:1509.06461 eq. 4: this critic chooses the next motion, its target values it."""
-        with torch.no_grad():
-            next_features = self.critic.encode(batch.next_observations)
-            best = self.grasp_critic(next_features).argmax(-1, keepdim=True)  # (B, 1)
-            next_features = self.target_critic.encode(batch.next_observations)
-            next_q = self.target_grasp_critic(next_features).gather(1, best).squeeze(1)  # (B,)
-            target_q = batch.rewards + self.args.gamma * (1 - batch.terminations) * next_q
-        chosen = grasp_index(batch.actions[:, -1:])  # (B, 1)
-        q = self.grasp_critic(seen).gather(1, chosen).squeeze(1)
+    def grasp_loss(self, seen: Features, grasps: Tensor, target_q: Tensor) -> Tensor:
+        """Squared Bellman error of what the gripper was told, (B, 1) in [-1, 1]."""
+        q = self.grasp_critic(seen).gather(1, grasp_index(grasps)).squeeze(1)  # (B,)
         return (q - target_q).square().mean()
 
     def gradients(self, batch: Batch, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
         """Of the critics and, by imitation too, of the encoder; `with_actor` also of actor and temperature, which take
         the same features. On a second thread, where there is one: the targets, then the actor's gradient."""
         actions = batch.actions[:, : self.arm_dim]  # (B, A) of the arm
-        target_q = self.beside(self.autocast()(self.target_q), batch, eps[:, 0], subset)
+        targets = self.beside(self.autocast()(self.target_q), batch, eps[:, 0], subset)
         with self.autocast():
-            seen = self.critic.encode(batch.observations)
+            seen = self.encode(batch.observations)
         if with_actor:
             detached = Features(seen.images.detach(), seen.states)
             actor = self.beside(self.actor_gradient, detached, actions, eps[:, 1])
         with self.autocast():
-            loss, metrics = self.critic_loss(seen, actions, target_q())
+            target_q, grasp_target = targets()
+            loss, metrics = self.critic_loss(seen, actions, target_q)
             if self.imitates:
                 mean, _ = self.actor(seen)
                 loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, actions)
             if self.grasp_critic is not None:
-                grasp_loss = self.grasp_loss(batch, seen)
+                grasp_loss = self.grasp_loss(seen, batch.actions[:, -1:], grasp_target)
                 metrics["losses/grasp_loss"] = grasp_loss.detach()
                 loss = loss + grasp_loss
-        (loss / self.args.grad_accum_steps).backward(inputs=self.critic_parameters)
+        (loss / self.args.grad_accum_steps).backward(inputs=self.value_parameters)
         return metrics | actor() if with_actor else metrics
 
     def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:

@@ -16,8 +16,8 @@ VICE arXiv:1805.11686, arXiv:1904.07854; FiLM arXiv:1709.07871; spatial softmax 
 arXiv:1905.02244.
 Differs from SERL (serl_launcher, commit cd5f7e7), beside what sac_state_sim.py says: every frame has a crop of its own;
 actor and critics each have a layer of their own for the robot's state; each critic has a last layer of its own; no
-dropout; actor and critics see the same augmented images; imitation trains the encoder, too; VICE's reward is the
-classifier's probability, and mixup and gradient penalty act on the encoder's output.
+dropout; actor and critics see the same augmented images; targets are made with the one encoder, as in DrQ-v2; imitation
+trains it, too; VICE's reward is the classifier's probability, mixup and gradient penalty act on the encoder's output.
 New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit. common/ holds what is not learning.
 """
 
@@ -97,7 +97,7 @@ class Args(RunArgs):
     gripper_penalty: float = 0.0
     """subtracted from the reward when the gripper (last action) reverses its motion (SERL: 0.1)"""
     # training
-    total_timesteps: int = 8_000
+    total_timesteps: int = 7_000
     """environment steps"""
     learning_starts: int = 500
     """environment steps with random actions before learning starts"""
@@ -488,15 +488,11 @@ class PixelActor(Actor):
 
 
 class PixelCritic(Critic):
-    """E Q functions on the features of one encoder, which they train together, and the states."""
+    """E Q functions on the encoder's features, which they train together, and the states."""
 
-    def __init__(self, views: Views, action_dim: int, args: Args, load: bool = True):
+    def __init__(self, views: Views, action_dim: int, args: Args):
         super().__init__(feature_dim(views, args), action_dim, args)
-        self.encoder = Encoder(views, args, load)
         self.proprio = proprioception(views)
-
-    def encode(self, obs: Observation) -> Features:
-        return Features(self.encoder(obs), obs.states)
 
     def forward(self, seen: Features, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1), actions, generator)
@@ -698,7 +694,7 @@ def load_pixel_demos(
 class Agent:
     """SAC from images with the options of DrQ, RLPD, VICE and SERL."""
 
-    PARTS = ("normalizer", "actor", "mean_actor", "mean_encoder", "critic", "target_critic")
+    PARTS = ("normalizer", "encoder", "mean_encoder", "actor", "mean_actor", "critic", "target_critic")
     PARTS += ("trunk", "classifier")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer", "classifier_optimizer")
     METRICS = ("losses/critic_loss", "losses/q_values")
@@ -719,25 +715,27 @@ class Agent:
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
         self.normalizer = RunningNormalizer(views.state_dim, args.normalize_observations).to(device)
+        self.encoder = Encoder(views, args, load).to(device)
+        self.mean_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.actor = PixelActor(views, self.action_dim, args).to(device)
         self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = PixelCritic(views, self.action_dim, args, load).to(device)
-        self.mean_encoder = copy.deepcopy(self.critic.encoder).requires_grad_(False)
+        self.critic = PixelCritic(views, self.action_dim, args).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.trunk = None  # the frozen one, for all cameras
-        if self.critic.encoder.frozen:
+        if self.encoder.frozen:
             self.trunk = encoder_trunk(args, 3, load).to(device).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
         self.raw_alpha = nn.Parameter(torch.tensor(ALPHA_INIT + math.log(-math.expm1(-ALPHA_INIT)), device=device))
         self.target_entropy = TARGET_ENTROPY * self.action_dim
-        self.actor_optimizer = self.make_optimizer(self.actor.parameters(), args.weight_decay)
-        self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.weight_decay)
-        self.alpha_optimizer = self.make_optimizer([self.raw_alpha], 0.0)
         self.actor_parameters = list(self.actor.parameters())
-        self.acting_parameters = [*self.actor.parameters(), *self.critic.encoder.parameters()]
+        self.acting_parameters = [*self.actor.parameters(), *self.encoder.parameters()]
         self.mean_parameters = [*self.mean_actor.parameters(), *self.mean_encoder.parameters()]
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
+        self.value_parameters = [*self.encoder.parameters(), *self.critic_parameters]
+        self.actor_optimizer = self.make_optimizer(self.actor_parameters, args.weight_decay)
+        self.critic_optimizer = self.make_optimizer(self.value_parameters, args.weight_decay)
+        self.alpha_optimizer = self.make_optimizer([self.raw_alpha], 0.0)
         self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
         self.classifier = self.classifier_optimizer = None
         # Goal images (G, T, K, H, W, 3).
@@ -756,7 +754,7 @@ class Agent:
         self.beside = tensors.Beside(1 if self.trunk else args.threads, device)
         if args.compile and device.type == "cuda":  # an update, and a choice, are one CUDA graph each
             self.target_q = torch.compile(self.target_q)
-            self.critic.encode = torch.compile(self.critic.encode)
+            self.encode = torch.compile(self.encode)
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
             self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
@@ -800,7 +798,7 @@ class Agent:
         """Actions (B, A) in [-1, 1] for images and states (B, ...): the averaged policy's means, or drawn."""
         seen = self.see(images, self.normalizer(states))
         actor = self.mean_actor if deterministic else self.actor
-        encoder = self.mean_encoder if deterministic else self.critic.encoder
+        encoder = self.mean_encoder if deterministic else self.encoder
         mean, std = actor(Features(encoder(seen), seen.states))
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
@@ -841,6 +839,9 @@ class Agent:
                 maps = self.trunk(images.flatten(0, 2)).float().unflatten(0, images.shape[:3])
         return Observation(images, states, maps)
 
+    def encode(self, obs: Observation) -> Features:
+        return Features(self.encoder(obs), obs.states)
+
     def augmented(self, frames: Tensor) -> Tensor:
         """Frames (B, N, K, H, W, 3) with --augment."""
         padding = max(1, round(CROP * self.views.size))
@@ -859,10 +860,9 @@ class Agent:
     def target_q(self, batch: Batch, eps: Tensor, subset: Tensor) -> Tensor:
         """Soft Bellman target (B,) with noise eps (B, A) and target critics `subset` (M,)."""
         generator = self.generator if self.args.dropout else None
-        # arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1
-        next_features = self.critic.encode(batch.next_observations)
+        # arXiv:1812.05905 eq. 3; subsets: arXiv:2101.05982 alg. 1; the encoder has no target: arXiv:2107.09645
+        next_features = self.encode(batch.next_observations)
         next_actions, next_log_pi = self.actor.sample(next_features, eps)  # (B, A), (B,)
-        next_features = self.target_critic.encode(batch.next_observations)
         next_q_values = self.target_critic(next_features, next_actions, generator)  # (E, B)
         next_q = next_q_values[subset].amin(0)  # (B,)
         if self.args.backup_entropy:
@@ -898,7 +898,7 @@ class Agent:
         the same features. On a second thread, where there is one: the targets, then the actor's gradient."""
         target_q = self.beside(self.autocast()(self.target_q), batch, eps[:, 0], subset)
         with self.autocast():
-            seen = self.critic.encode(batch.observations)
+            seen = self.encode(batch.observations)
         if with_actor:
             detached = Features(seen.images.detach(), seen.states)
             actor = self.beside(self.actor_gradient, detached, batch.actions, eps[:, 1])
@@ -907,7 +907,7 @@ class Agent:
             if self.imitates:
                 mean, _ = self.actor(seen)
                 loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, batch.actions)
-        (loss / self.args.grad_accum_steps).backward(inputs=self.critic_parameters)
+        (loss / self.args.grad_accum_steps).backward(inputs=self.value_parameters)
         return metrics | actor() if with_actor else metrics
 
     def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
@@ -1028,7 +1028,7 @@ class Agent:
 
     def state_dict(self) -> dict:
         """Exits with one line, so that it is not saved, when training has diverged."""
-        parameters = [*self.critic_parameters, *self.actor_parameters]
+        parameters = [*self.value_parameters, *self.actor_parameters]
         if not all(torch.isfinite(parameter).all() for parameter in parameters):
             fail("the networks' weights are not finite: training has diverged; give a smaller --lr or smaller rewards")
         parts = [name for name in self.PARTS if getattr(self, name) is not None]

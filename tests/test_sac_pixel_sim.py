@@ -100,7 +100,7 @@ def test_serl_pooling(encoders):
     bottleneck = Bottleneck(384, 32)
     set_bottleneck(bottleneck, tree)
     assert_close(bottleneck(embeddings(features)), encoders["head/bottleneck/out"])
-    head = Agent(small_views(), box(2), small_args(pooling="average"), CPU).critic.encoder.heads[0]
+    head = Agent(small_views(), box(2), small_args(pooling="average"), CPU).encoder.heads[0]
     assert_close(head[0](features), encoders["head/avg/out"])
 
 
@@ -147,7 +147,7 @@ def drq_agent(arrays: dict[str, np.ndarray], monkeypatch, tmp_path) -> Agent:
     agent = Agent(views, box(4), args, CPU)
     for k, camera in enumerate(views.cameras):
         pool, bottleneck = SpatialEmbeddings(64, 2, 2, 4), Bottleneck(256, 24)  # with 4 embeddings, not 8
-        agent.critic.encoder.heads[k] = nn.Sequential(pool, bottleneck)
+        agent.encoder.heads[k] = nn.Sequential(pool, bottleneck)
         set_embeddings(pool, encoder[f"encoder_{camera}"]["SpatialLearnedEmbeddings_0"]["kernel"])
         set_bottleneck(bottleneck, encoder[f"encoder_{camera}"])
     for network, name in ((agent.actor, "actor"), (agent.critic, "critic")):
@@ -174,7 +174,7 @@ def test_serl_pixel_actor_and_critic(encoders, monkeypatch, tmp_path):
     agent = drq_agent(encoders, monkeypatch, tmp_path)
     frames = np.stack([encoders["drq/in/front"], encoders["drq/in/wrist"]], 2)  # (B, 1, K, H, W, 3)
     states, actions = (torch.from_numpy(encoders[f"drq/in/{name}"]) for name in ("state", "actions"))
-    obs = agent.critic.encode(agent.see(torch.from_numpy(frames), states[:, 0]))
+    obs = agent.encode(agent.see(torch.from_numpy(frames), states[:, 0]))
     mean, std = agent.actor(sac_pixel_sim.Features(obs.images.detach(), obs.states))
     assert_close(mean, encoders["drq/out/mean"])
     assert_close(std, encoders["drq/out/std"])
@@ -190,8 +190,8 @@ def test_serl_pixel_actor_and_critic(encoders, monkeypatch, tmp_path):
     ):
         stored = encoders[prefix + name]
         np.testing.assert_allclose(gradient, stored, rtol=0, atol=1e-5 * abs(stored).max(), err_msg=name)
-    assert all(parameter.grad is None for parameter in agent.critic.parameters())
-    agent.mean_encoder, agent.mean_actor = agent.critic.encoder, agent.actor
+    assert all(parameter.grad is None for parameter in agent.value_parameters)
+    agent.mean_encoder, agent.mean_actor = agent.encoder, agent.actor
     action = agent.act({"images": frames[1], "state": states[1].numpy()}, deterministic=True)
     assert_close(action, np.tanh(encoders["drq/out/mean"][1]))
 
@@ -590,12 +590,12 @@ def test_every_encoder_trains(encoder, pooling, film, monkeypatch):
     options = {"augment": (), "lr": 3e-3, "actor_ema": 0.5}
     args = small_args(encoder=encoder, pooling=pooling, film=film, image_size=size, **options)
     agent = Agent(small_views(size), box(2), args, CPU)
-    networks = (agent.critic, agent.actor, agent.target_critic, agent.mean_actor, agent.mean_encoder)
+    networks = (agent.critic, agent.actor, agent.target_critic, agent.mean_actor, agent.mean_encoder, agent.encoder)
     before, inputs = copies(*networks), random_inputs(agent)
     for _ in range(3):  # FiLM's weights move what is before them from the second step on
         metrics = agent.update_once(*inputs, with_actor=False)
     still = {name for name in before if name[0] in "134"}
-    assert moved(before, *networks) == before.keys() - still  # critics, encoder and their targets, nothing else
+    assert moved(before, *networks) == before.keys() - still  # critics, their targets and encoder, nothing else
     before = copies(*networks)
     metrics |= agent.update_once(*inputs, with_actor=True)
     assert moved(before, *networks) == before.keys()
@@ -616,16 +616,16 @@ def test_pretrained_trunks_stay_or_train(encoder, freeze, tmp_path, monkeypatch)
     args = small_args(encoder=encoder, pretrained=str(path), freeze=freeze, film="state", image_size=40)
     agent = Agent(views, box(2), args, CPU)
     inputs = random_inputs(agent)
-    trunks = [agent.trunk] if freeze else list(agent.critic.encoder.trunks)
+    trunks = [agent.trunk] if freeze else list(agent.encoder.trunks)
     assert len(trunks) == (1 if freeze else 2)  # frozen: one for all cameras
     for one in trunks:
         assert all(torch.equal(value, trunk.state_dict()[name]) for name, value in one.state_dict().items())
-    before, heads = copies(*trunks), copies(agent.critic.encoder.heads, agent.critic.encoder.films)
+    before, heads = copies(*trunks), copies(agent.encoder.heads, agent.encoder.films)
     for _ in range(3):
         agent.update_once(*inputs, with_actor=True)
     parameters = {f"{i}.{name}" for i, one in enumerate(trunks) for name, _ in one.named_parameters()}
     assert moved(before, *trunks) == (set() if freeze else parameters)  # never the statistics of BatchNorm
-    assert moved(heads, agent.critic.encoder.heads, agent.critic.encoder.films) == heads.keys()
+    assert moved(heads, agent.encoder.heads, agent.encoder.films) == heads.keys()
     # A checkpoint holds them: the file is not needed again.
     path.unlink()
     state = agent.state_dict()
@@ -677,29 +677,29 @@ def test_divergence_is_named():
 def test_a_camera_has_an_encoder_of_its_own():
     agent = Agent(small_views(), box(2), small_args(), CPU)
     images = torch.randint(256, (1, 1, 2, 20, 20, 3), dtype=torch.uint8)
-    features = agent.critic.encoder(Observation(images, torch.zeros(1, 4)))
+    features = agent.encoder(Observation(images, torch.zeros(1, 4)))
     images[:, :, 1] = 0
-    other = agent.critic.encoder(Observation(images, torch.zeros(1, 4)))
+    other = agent.encoder(Observation(images, torch.zeros(1, 4)))
     assert torch.equal(features[:, :12], other[:, :12]) and not torch.equal(features[:, 12:], other[:, 12:])
 
 
 def test_stacked_frames_are_told_apart():
     agent = Agent(small_views(stack=3), box(2), small_args(frame_stack=3), CPU)
     images, states = torch.randint(256, (1, 3, 2, 20, 20, 3), dtype=torch.uint8), torch.zeros(1, 12)
-    one, other = (agent.critic.encoder(Observation(x, states)) for x in (images, images.flip(1)))
+    one, other = (agent.encoder(Observation(x, states)) for x in (images, images.flip(1)))
     assert not torch.allclose(one, other)
 
 
 def test_film_sees_the_state_that_it_is_given(monkeypatch):
     agent = Agent(small_views(stack=2), box(2), small_args(film="state", frame_stack=2), CPU)
-    for film in agent.critic.encoder.films:
+    for film in agent.encoder.films:
         nn.init.normal_(film.scale.weight)
     images = torch.randint(256, (1, 2, 2, 20, 20, 3), dtype=torch.uint8)
     changed = []
     for i in range(8):  # states of two steps: gripper, then state (3,)
         states = torch.zeros(1, 8)
         states[0, i] = 1
-        one, other = (agent.critic.encoder(Observation(images, x)) for x in (states, torch.zeros(1, 8)))
+        one, other = (agent.encoder(Observation(images, x)) for x in (states, torch.zeros(1, 8)))
         changed.append(not torch.equal(one, other))
     assert changed == [False, True, True, True] * 2
 
@@ -714,39 +714,43 @@ def test_actor_gradients_stop_at_the_features():
 
 
 def test_imitation_trains_the_encoder_beside_the_critics():
-    """The critics' own layers learn from their loss alone, the actor's from its own."""
+    """The critics learn from their loss alone, the actor from its own."""
     options = {"demos": "1", "augment": ()}
     agent, without = (Agent(small_views(), box(2), small_args(**options, bc_weight=w), CPU) for w in (1.0, 0.0))
     inputs = random_inputs(agent)
     batch = prepared(agent, inputs)
-    mean, _ = agent.actor(agent.critic.encode(batch.observations))
+    mean, _ = agent.actor(agent.encode(batch.observations))
     count = agent.num_demos
     distance = (mean[-count:].tanh() - batch.actions[-count:]).square().sum(1).mean()
-    named = dict(agent.critic.encoder.named_parameters(prefix="critic.encoder"))
+    named = dict(agent.encoder.named_parameters(prefix="encoder"))
     added = dict(zip(named, torch.autograd.grad(distance, named.values()), strict=True))
     with_it, critics = gradients(agent, inputs), gradients(without, inputs)
     assert any(gradient.abs().max() > 1e-4 for gradient in added.values())
     for name, gradient in critics.items():
-        if name.startswith("critic."):
+        if name.startswith(("critic.", "encoder.")):
             expected = gradient + sac_pixel_sim.ENCODER_IMITATION * added.get(name, 0)
             assert_close(with_it[name], expected, 1e-5)
 
 
-def test_the_target_is_made_by_the_target_critics_encoder():
-    """And the next action by the policy on the critic's encoder; Q(s, a) is not asked for it."""
+def test_the_target_is_the_target_critics_on_the_one_encoder():
+    """Q(s, a) is not asked for it; nothing of it reaches a gradient."""
     agent = Agent(small_views(), box(2), small_args(gamma=0.5, augment=()), CPU)
     batch, eps, subset = prepared(agent, random_inputs(agent)), torch.zeros(8, 2), torch.tensor([0, 1])
-    actions, _ = agent.actor.sample(agent.critic.encode(batch.next_observations), eps)
-    values = agent.target_critic(agent.target_critic.encode(batch.next_observations), actions).amin(0)
+    actions, _ = agent.actor.sample(agent.encode(batch.next_observations), eps)
+    values = agent.target_critic(agent.encode(batch.next_observations), actions).amin(0)
     assert_close(agent.target_q(batch, eps, subset), (batch.rewards + 0.5 * values).detach())
     target = agent.target_q(batch, eps, subset)
     with torch.no_grad():
-        for parameter in agent.target_critic.encoder.parameters():
+        for parameter in agent.critic.parameters():
+            parameter.mul_(1.5)
+    assert torch.equal(agent.target_q(batch, eps, subset), target) and not target.requires_grad
+    with torch.no_grad():
+        for parameter in agent.target_critic.parameters():
             parameter.mul_(1.5)
     assert not torch.allclose(agent.target_q(batch, eps, subset), target)
 
 
-def test_target_encoder_follows_slowly(monkeypatch):
+def test_target_critic_follows_slowly(monkeypatch):
     monkeypatch.setattr(sac_pixel_sim, "TAU", 0.25)
     agent = Agent(small_views(), box(2), small_args(), CPU)
     before = copies(agent.target_critic)
@@ -760,7 +764,8 @@ def gradients(agent: Agent, inputs, with_actor: bool = True) -> dict[str, Tensor
     """Of all parameters, from one update that changes nothing."""
     agent.step_critic = agent.step_actor = lambda: None
     agent.update_once(*inputs, with_actor=with_actor)
-    named = [*agent.critic.named_parameters(prefix="critic"), *agent.actor.named_parameters(prefix="actor")]
+    parts = ("encoder", "critic", "actor")
+    named = [named for part in parts for named in getattr(agent, part).named_parameters(prefix=part)]
     return {name: parameter.grad.clone() for name, parameter in named} | {"alpha": agent.raw_alpha.grad.clone()}
 
 
@@ -1289,7 +1294,7 @@ def test_what_a_gpu_compiles_is_whole_and_compiled_before_it_is_captured(changes
     whole = partial(torch.compile, backend="aot_eager", fullgraph=True)
     for name in ("target_q", "critic_loss", "actor_loss"):
         setattr(agent, name, whole(getattr(agent, name)))
-    agent.critic.encode = whole(agent.critic.encode)
+    agent.encode = whole(agent.encode)
     for i in range(3 * agent.args.policy_delay + 4):
         with torch._dynamo.config.patch(error_on_recompile=i >= 3 * agent.args.policy_delay):
             metrics = agent.update_once(*random_inputs(agent, seed=i), with_actor=i % agent.args.policy_delay == 1)
@@ -1305,7 +1310,7 @@ def test_compiled_losses_are_the_eager_ones():
     eager = gradients(agent, inputs)
     for name in ("target_q", "critic_loss", "actor_loss"):
         setattr(agent, name, torch.compile(getattr(agent, name)))
-    agent.critic.encode = torch.compile(agent.critic.encode)
+    agent.encode = torch.compile(agent.encode)
     for name, gradient in gradients(agent, inputs).items():
         assert (gradient - eager[name]).abs().max() <= 1e-4 * eager[name].abs().max(), name
 
