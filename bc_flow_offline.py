@@ -29,7 +29,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -52,15 +51,15 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from gymnasium import spaces
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from common import datasets, envs
 from common.datasets import Batches, StoredImages, each
 from common.episodes import collect
 from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, roll_out
-from common.run import Run, quality, write_atomically
+from common.run import Run, quality, report, write_atomically
 from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, go_on, parse
 from common.tensors import (
+    Follower,
     Graphed,
     RunningNormalizer,
     any_process,
@@ -497,20 +496,6 @@ def dataset_ids(args: Args) -> tuple[str, str | None]:
     return datasets.find_dataset(args.env_name, args.dataset_path, also_known=RECIPES)
 
 
-def choose_episodes(dataset, returns: dict[int, float], held_out_too: bool, args: Args) -> tuple[list[int], list[int]]:
-    """Numbers of episodes to learn from, and of those `held_out_too` for validation_fraction."""
-    held_out = []
-    if args.validation_fraction and held_out_too:
-        order = np.random.default_rng(args.seed).permutation(list(returns)).tolist()
-        count = math.ceil(args.validation_fraction * len(order))
-        held_out = dataset.storage.metadata.get("validation") or order[:count]
-    best_first = sorted(set(returns) - set(held_out), key=lambda number: (-returns[number], number))
-    kept = best_first[: math.ceil(args.top_fraction * len(best_first))]
-    if not kept:
-        fail(f"{dataset.id}: no episode is left to learn from; --validation-fraction {args.validation_fraction}")
-    return sorted(kept), sorted(held_out)
-
-
 def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], box: spaces.Box, args: Args) -> Dataset:
     """Episodes of a Minari dataset as rows, the actions in `box` in [-1, 1]. Exits if they break the bounds."""
     lengths = {number: len(rewards[number]) for number in numbers}
@@ -529,7 +514,8 @@ def load_datasets(args: Args) -> tuple[Dataset, Dataset | None]:
     dataset = datasets.local_dataset("--env-name", train_id)
     rewards = datasets.episode_rewards(dataset)
     returns = {number: float(values.sum()) for number, values in rewards.items()}
-    kept, held_out = choose_episodes(dataset, returns, validation_id is None, args)
+    fraction = args.validation_fraction if validation_id is None else 0.0
+    kept, held_out = datasets.choose_episodes(dataset, returns, fraction, args.top_fraction, args.seed)
     box = datasets.action_box(dataset, own_bounds=args.action_bounds == "data")  # for validation, too
     train = load_rows(dataset, rewards, kept, box, args)
     val = None
@@ -939,31 +925,7 @@ class Evaluation:
             env.close()
 
 
-def summarize(name: str, stats: dict[str, float]) -> None:
-    """One line for the terminal about an evaluation."""
-    known = ("success_rate", "episodic_return", "validation_loss")
-    shown = [key for key in stats if (key in known or key.startswith("normalized")) and math.isfinite(stats[key])]
-    numbers = ", ".join(f"{key} {stats[key]:.4g}" for key in shown)
-    print(f"{name}: {numbers or 'no evaluation'} over {stats.get('episodes', 0):.0f} episodes")
-
-
 # --- Main -------------------------------------------------------------------------------------------------------------
-class Follower(Run):
-    """The run as processes beside the first see it: they read its checkpoint and write nothing."""
-
-    def create(self) -> None:
-        pass
-
-    def open(self, total: int, unit: str = "step") -> None:
-        self.bar = tqdm(disable=True)
-        self.restart_timer()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.on_signal)
-
-    def save(self, finished: bool = False) -> None:
-        pass
-
-
 def prepare_torch(args: Args) -> torch.device:
     """Seeds, precision, threads and memory for speed, the group of processes; the device."""
     random.seed(args.seed)
@@ -1020,7 +982,7 @@ def evaluate_only(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation) 
             fail(str(error))
     stats = evaluation.scores(agent)
     evaluation.video(agent, (args.video_episodes or 4) * args.capture_video, run.dir / "video.mp4")
-    summarize(f"{path.name}, update {int(agent.updates)}", stats)
+    report(f"{path.name}, update {int(agent.updates)}", stats)
 
 
 def train(
@@ -1068,8 +1030,8 @@ def complete(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation, logge
     write_atomically(run.dir / "token.tk", (url or str(run.dir.resolve())).encode())
     run.save(finished=True)
     run.close()
-    summarize("last", last)
-    summarize("best", run.best)
+    report("last", last)
+    report("best", run.best)
     print(f"{run.elapsed():.0f} s in all; see {run.dir}")
 
 

@@ -906,15 +906,9 @@ class Agent:
         numbers = 2 * self.views.state_dim + self.action_dim + 2
         small = 4 * capacity * numbers + 16 * capacity * self.views.stack
         tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
-        path = run.dir / f"{name}.frames"
-        if self.args.frames_dir:
-            path = Path(self.args.frames_dir, "-".join((*run.dir.absolute().parts[-2:], path.name)))
-        file = FrameFile(path, self.views.frame_shape, self.device)
-        if run.state is None:
-            what = f"{name}: {capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
-            sizes = f"{size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
-            file.check_disk(slots, f"{what}; {sizes}", "give a smaller --buffer-size, or another --frames-dir")
-            file.make_room(slots)
+        what = f"{capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
+        what += f"; {size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
+        file = pixels.frame_file(name, slots, what, self.views, run, self.args.frames_dir, self.device)
         return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:

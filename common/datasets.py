@@ -974,6 +974,25 @@ def remember(path: Path, rows) -> None:
         write_atomically(path, json.dumps(facts).encode())
 
 
+def choose_episodes(
+    dataset, returns: dict[int, float], validation_fraction: float, top_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Numbers of episodes to learn from, the best `top_fraction` by return, and of those held out for validation.
+
+    A file that names its own held-out ones, as robomimic's, is followed. Exits with one line when nothing is left.
+    """
+    held_out = []
+    if validation_fraction:
+        order = np.random.default_rng(seed).permutation(list(returns)).tolist()
+        count = math.ceil(validation_fraction * len(order))
+        held_out = dataset.storage.metadata.get("validation") or order[:count]
+    best_first = sorted(set(returns) - set(held_out), key=lambda number: (-returns[number], number))
+    kept = best_first[: math.ceil(top_fraction * len(best_first))]
+    if not kept:
+        fail(f"{dataset.id}: no episode is left to learn from; --validation-fraction {validation_fraction}")
+    return sorted(kept), sorted(held_out)
+
+
 # --- Rows -------------------------------------------------------------------------------------------------------------
 def entries(
     space: spaces.Space, observations, path: str = "observations"

@@ -307,6 +307,23 @@ class FrameFile:
         self.free = deque(sorted(set(np.flatnonzero(self.uses == 0).tolist()) - set(self.dropped_before)))
 
 
+def frame_file(
+    name: str, slots: int, what: str, views: Views, run, frames_dir: str | None, device: torch.device
+) -> FrameFile:
+    """The file of `name` in the run's folder, or in `frames_dir`, with `slots` frames or as a run left it that goes on.
+
+    Says how much disk `what` takes before it is taken. Exits with one line when there is not so much.
+    """
+    path = run.dir / f"{name}.frames"
+    if frames_dir:
+        path = Path(frames_dir, "-".join((*run.dir.absolute().parts[-2:], path.name)))
+    file = FrameFile(path, views.frame_shape, device)
+    if run.state is None:
+        file.check_disk(slots, f"{name}: {what}", "give a smaller --buffer-size, or another --frames-dir")
+        file.make_room(slots)
+    return file
+
+
 def size_text(count: float) -> str:
     """Bytes for people: 19.7 GB."""
     units = ["B", "kB", "MB", "GB", "TB"]

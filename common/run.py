@@ -338,6 +338,8 @@ def quality(scalars: dict[str, float], prefix: str = "eval/") -> tuple[float, fl
 
 def report(name: str, scalars: dict[str, float]) -> None:
     """One line for the terminal about an evaluation."""
-    keys = [key for key in ("eval/success_rate", "eval/episodic_return") if key in scalars]
-    numbers = ", ".join(f"{key} {scalars[key]:.3g}" for key in keys)
-    print(f"{name}: {numbers or 'no evaluation'} over {scalars.get('eval/episodes', 0):.0f} episodes")
+    known = ("success_rate", "episodic_return", "validation_loss", "normalized_score")
+    shown = [key for start in known for key in scalars if key.removeprefix("eval/").startswith(start)]
+    numbers = ", ".join(f"{key} {scalars[key]:.5g}" for key in shown if math.isfinite(scalars[key]))
+    episodes = scalars.get("eval/episodes", scalars.get("episodes", 0))
+    print(f"{name}: {numbers or 'no evaluation'} over {episodes:.0f} episodes")

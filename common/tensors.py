@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from tqdm import tqdm
 
+from common.run import Run
 from common.setup import fail
 
 
@@ -223,6 +226,22 @@ def join_processes(device: torch.device) -> None:
     if world_size() > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(hours=2))  # rank 0 may evaluate long
+
+
+class Follower(Run):
+    """The run as processes beside the first see it: they read its checkpoint and write nothing."""
+
+    def create(self) -> None:
+        pass
+
+    def open(self, total: int, unit: str = "step") -> None:
+        self.bar = tqdm(disable=True)
+        self.restart_timer()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.on_signal)
+
+    def save(self, finished: bool = False) -> None:
+        pass
 
 
 def any_process(yes: bool, device: torch.device) -> bool:

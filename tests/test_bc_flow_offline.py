@@ -1173,7 +1173,7 @@ def test_the_printed_numbers_are_those_of_eval_csv(finished):
     best = max(range(3), key=lambda i: (columns["success_rate"][i], columns["episodic_return"][i]))
     for word, row in (("last", 2), ("best", best)):
         line = next(line for line in finished.stdout.splitlines() if line.startswith(f"{word}: "))
-        assert f"episodic_return {columns['episodic_return'][row]:.4g}" in line and "over 10 episodes" in line
+        assert f"episodic_return {columns['episodic_return'][row]:.5g}" in line and "over 10 episodes" in line
 
 
 def test_tensorboard_has_the_numbers_of_the_csv_files(finished):

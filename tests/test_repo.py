@@ -40,12 +40,12 @@ BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 874,
-    "sac_pixel_sim.py": 1270,
-    "sac_pixel_real.py": 1697,
-    "bc_flow_offline.py": 1128,
+    "sac_pixel_sim.py": 1263,
+    "sac_pixel_real.py": 1691,
+    "bc_flow_offline.py": 1090,
     "robot_server.py": 2883,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1706,  # client, cameras, teleoperation, environment
-    "common/datasets.py": 1376,
+    "common/datasets.py": 1395,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
 

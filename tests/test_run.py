@@ -79,7 +79,7 @@ def test_numbers_stand_in_csv_tensorboard_and_terminal(finished):
     best = max(zip(evals["eval/success_rate"], returns))[1]
     for word, episodic_return in (("last", returns[-1]), ("best", best)):
         line = line_of(finished.stdout, word)
-        assert f"{episodic_return:.3g}" in line and "over 2 episodes" in line
+        assert f"{episodic_return:.5g}" in line and "over 2 episodes" in line
 
 
 def test_run_directory_names_its_origin_and_holds_the_code(finished):
