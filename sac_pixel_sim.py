@@ -96,7 +96,7 @@ class Args(RunArgs):
     gripper_penalty: float = 0.0
     """subtracted from the reward when the gripper (last action) reverses its motion (SERL: 0.1)"""
     # training
-    total_timesteps: int = 7_000
+    total_timesteps: int = 6_000
     """environment steps"""
     learning_starts: int = 500
     """environment steps with random actions before learning starts"""
@@ -144,8 +144,8 @@ class Args(RunArgs):
     # algorithm
     gamma: float = 0.97
     """discount factor per environment step"""
-    n_step: int = 1
-    """steps whose rewards a critic's target sums before it bootstraps (SAC: 1)"""
+    n_step: int = 0
+    """steps whose rewards a critic's target sums before it bootstraps (SAC: 1; 0: 3, with --reward vice 1)"""
     hidden_dims: tuple[int, ...] = (256, 256)
     """units of the hidden layers"""
     activation: Literal["relu", "tanh", "silu", "gelu"] = "relu"
@@ -194,7 +194,7 @@ class Args(RunArgs):
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
-        may_be_zero = {"seed", "lr_warmup", "lr_decay", "utd_ratio"}
+        may_be_zero = {"seed", "lr_warmup", "lr_decay", "utd_ratio", "n_step"}
         fractions = {"gamma", "demo_ratio", "dropout", "explore_prob", "actor_ema"}
         setup.check_numbers(self, may_be_zero, fractions)
         if self.num_min_qs > self.num_qs:
@@ -219,6 +219,10 @@ class Args(RunArgs):
             fail("--utd-ratio 0: is for --role learner, which learns while an actor acts")
         if self.record_dataset:
             check_new_dataset(self.record_dataset)
+
+    def target_steps(self) -> int:
+        """Steps of a critic's target."""
+        return self.n_step or (1 if self.reward == "vice" else 3)
 
     def num_demos(self) -> int:
         """Demonstrations in each batch."""
@@ -768,7 +772,7 @@ class Agent:
         what = f"{capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
         what += f"; {size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
         file = pixels.frame_file(name, slots, what, self.views, run, self.args.frames_dir, self.device)
-        return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
+        return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.target_steps(), self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
         lr = torch.tensor(self.args.lr, device=self.device)  # a tensor: a CUDA graph follows it
