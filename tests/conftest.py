@@ -27,6 +27,7 @@ import pytest
 REPO = Path(__file__).resolve().parent.parent
 WORKERS = 2  # processes that share the whole suite, a file at a time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell, and their children, ignore it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # what nohup starts, ignores it
 sys.path.insert(0, str(REPO))  # so that tests import from the scripts: `from sac_state_sim import Actor`
 
 

@@ -343,7 +343,7 @@ def test_agent_is_the_same_after_loading():
         small_agent().load_state_dict(state | {"actor": small_agent(seed=3).actor.state_dict()})
     with pytest.raises(ValueError, match="the task is another one: hz is 20"):
         small_agent().load_state_dict(state | {"fingerprint": dataclasses.replace(PEG, hz=20).fingerprint()})
-    del state["critic"]["encoder.heads.0.1.0.weight"]  # strictly
+    del state["encoder"]["heads.0.1.0.weight"]  # strictly
     with pytest.raises(RuntimeError, match="Missing key"):
         small_agent().load_state_dict(state)
 
