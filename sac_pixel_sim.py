@@ -207,7 +207,7 @@ class Args(RunArgs):
         if self.reward == "vice" and self.demos == "0":
             fail("--reward vice: has no goal images, the last of successful demonstrations; give --demos")
         if self.reward == "vice" and self.n_step > 1:
-            fail(f"--n-step {self.n_step}: --reward vice knows the rewards of single steps only; leave it at 1")
+            fail(f"--n-step {self.n_step}: --reward vice knows the rewards of single steps only; leave it out")
         if self.reward == "vice" and self.num_demos() == self.batch_size:
             fail(f"--demo-ratio {self.demo_ratio}: --reward vice also learns from what is no demonstration; give less")
         if self.batch_size % self.grad_accum_steps or self.num_demos() % self.grad_accum_steps:
