@@ -103,10 +103,10 @@ ROWS = {
     ),
     "pixel_peg_default": Row(
         "from two cameras, sparse reward, 20 scripted demonstrations",
-        "sac_pixel_sim.py --env-id FrankaPegInsert-v0 --total-timesteps 12000",
+        "sac_pixel_sim.py --env-id FrankaPegInsert-v0 --total-timesteps 10000",
         "eval/success_rate",
         "at least 0.9",
-        formerly="sac_pixel_sim.py --env-id FrankaPegInsert-v0",
+        formerly="sac_pixel_sim.py --env-id FrankaPegInsert-v0 --total-timesteps 12000",
     ),
     "pixel_pick_vice": Row(
         "the reward learned from images of success",
@@ -117,8 +117,8 @@ ROWS = {
     ),
     "pixel_pick_scratch": Row(
         "from two cameras, without demonstrations",
-        "sac_pixel_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.01 --utd-ratio 4"
-        " --policy-delay 2 --amp --n-step 1",
+        "sac_pixel_sim.py --demos 0 --total-timesteps 30000 --learning-starts 2000 --explore-prob 0.01 --utd-ratio 4"
+        " --policy-delay 2",
         "eval/success_rate",
         "learns",
         formerly="sac_pixel_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.01"
