@@ -87,10 +87,14 @@ class Run:
                 target = self.dir / file.relative_to(root)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, target)
-            flags = dataclasses.asdict(self.args) | {"run_dir": None}
-            write_atomically(self.dir / "args.json", json.dumps(flags, indent=2).encode())
+            self.write_flags()
         except OSError as error:
             fail(f"--run-dir {self.dir}: cannot be written ({error}); give another folder")
+
+    def write_flags(self) -> None:
+        """What --resume and --eval-only take; those that --resume changed stay changed."""
+        flags = dataclasses.asdict(self.args) | {"run_dir": None, "resume": None}
+        write_atomically(self.dir / "args.json", json.dumps(flags, indent=2).encode())
 
     def about(self) -> dict[str, object]:
         """What beside code and flags a run depends on."""
@@ -174,6 +178,7 @@ class Run:
 
         if self.state and self.state["finished"] and self.step >= total:
             fail(f"{self.dir} is finished: {option} {total}: it has {self.step}; give a larger number to go on")
+        self.write_flags()
         for path in self.dir.glob("*.csv"):
             newest = self.step
             if path.stem == "eval" and self.step >= total:  # the last evaluation comes after the checkpoint

@@ -467,6 +467,7 @@ def test_resume_of_a_run_without_a_checkpoint_and_of_a_finished_one(finished, tm
     assert {key: column[:6] for key, column in longer.items()} == table(finished.run_dir, "train.csv")
     assert longer["global_step"][-1] == "350.0"
     assert read_csv(run_dir, "eval.csv")["global_step"] == [100, 200, 300, 350]
+    assert "is finished: --total-timesteps 350: it has 350" in refused("--resume", "run", cwd=tmp_path)  # it remembers
 
 
 def test_resume_after_kills_at_the_end_of_a_checkpoint(finished, tmp_path):
