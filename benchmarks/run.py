@@ -117,8 +117,8 @@ ROWS = {
     ),
     "pixel_pick_scratch": Row(
         "from two cameras, without demonstrations",
-        "sac_pixel_sim.py --demos 0 --total-timesteps 30000 --learning-starts 2000 --explore-prob 0.01 --utd-ratio 4"
-        " --policy-delay 2",
+        "sac_pixel_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.01 --utd-ratio 4"
+        " --policy-delay 2 --amp --n-step 1",
         "eval/success_rate",
         "learns",
         formerly="sac_pixel_sim.py --demos 0 --total-timesteps 40000 --learning-starts 2000 --explore-prob 0.01"
