@@ -55,8 +55,8 @@ from torch import Tensor, nn
 from common import datasets, envs
 from common.datasets import Batches, StoredImages, each
 from common.episodes import collect
-from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, roll_out
-from common.run import Run, quality, report, write_atomically
+from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, report, roll_out
+from common.run import Run, quality, write_atomically
 from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, go_on, parse
 from common.tensors import (
     Follower,

@@ -52,8 +52,8 @@ from common.episodes import (
     step_type,
     summary,
 )
-from common.evaluation import evaluate, record_video
-from common.run import Run, report
+from common.evaluation import evaluate, record_video, report
+from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
 from common.tensors import RunningNormalizer
 

@@ -121,6 +121,15 @@ def evaluate(
     }
 
 
+def report(name: str, scalars: dict[str, float]) -> None:
+    """One line for the terminal about an evaluation."""
+    known = ("success_rate", "episodic_return", "validation_loss", "normalized_score")
+    shown = [key for start in known for key in scalars if key.removeprefix("eval/").startswith(start)]
+    numbers = ", ".join(f"{key} {scalars[key]:.5g}" for key in shown if math.isfinite(scalars[key]))
+    episodes = scalars.get("eval/episodes", scalars.get("episodes", 0))
+    print(f"{name}: {numbers or 'no evaluation'} over {episodes:.0f} episodes")
+
+
 def success_rate(verdicts: list[float]) -> float:
     """Their mean; NaN where none is known. Where some are, the others have failed: many tasks say success only."""
     unknown = np.isnan(verdicts)

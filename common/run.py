@@ -5,7 +5,6 @@ A copy of the code, flags, CSV, TensorBoard, checkpoints, curve; progress bar, t
 
 import contextlib
 import dataclasses
-import io
 import json
 import math
 import os
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.evaluation import plot_curves, success_rate
+from common.evaluation import plot_curves, report, success_rate
 from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, write_atomically
 
 CURVES = ("eval/episodic_return", "eval/success_rate")  # of curve.png
@@ -61,7 +60,7 @@ class Run:
         self.elapsed_before = 0.0  # s, until the checkpoint
         self.saved_at = 0  # step of the newest checkpoint
         self.parts: dict[str, object] = {}
-        self.files: dict[str, io.TextIOBase] = {}
+        self.files = {}  # open tables, by name
         self.bar = None
         self.writer = None
         self.started = time.perf_counter()
@@ -159,9 +158,8 @@ class Run:
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"run": progress}
         if self.writer is not None:
             self.writer.flush()  # what a checkpoint is behind of, is not written again
-        data, path = io.BytesIO(), self.dir / "checkpoint.pt"
-        torch.save(state, data)
-        write_atomically(path.with_suffix(".new"), data.getbuffer())
+        path = self.dir / "checkpoint.pt"
+        write_tensors(path.with_suffix(".new"), state)
         if path.exists():
             path.replace(path.with_suffix(".previous"))
         path.with_suffix(".new").replace(path)
@@ -324,6 +322,17 @@ class Run:
         plot_curves(self.dir, {name: keys}, x, self.elapsed())
 
 
+def write_tensors(path: Path, state: dict) -> None:
+    """A file that is whole when this returns, without a second copy of the tensors in memory."""
+    with path.open("wb") as file:
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch says, whose writer does not expect a full disk
+            raise error.__context__ or error from None
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def drop_rows_after(path: Path, newest: int) -> None:
     """Keeps a CSV file's rows up to step `newest`, without a row that a crash cut off."""
     lines = path.read_text().split("\n")[:-1]  # what follows the last newline was cut off
@@ -339,12 +348,3 @@ def quality(scalars: dict[str, float], prefix: str = "eval/") -> tuple[float, fl
     """What makes an evaluation better than another: success, then return; unknown is worst."""
     values = [scalars.get(prefix + key, math.nan) for key in ("success_rate", "episodic_return")]
     return tuple(-math.inf if math.isnan(value) else value for value in values)
-
-
-def report(name: str, scalars: dict[str, float]) -> None:
-    """One line for the terminal about an evaluation."""
-    known = ("success_rate", "episodic_return", "validation_loss", "normalized_score")
-    shown = [key for start in known for key in scalars if key.removeprefix("eval/").startswith(start)]
-    numbers = ", ".join(f"{key} {scalars[key]:.5g}" for key in shown if math.isfinite(scalars[key]))
-    episodes = scalars.get("eval/episodes", scalars.get("episodes", 0))
-    print(f"{name}: {numbers or 'no evaluation'} over {episodes:.0f} episodes")

@@ -11,6 +11,7 @@ import shutil
 import signal
 import threading
 import time
+import tracemalloc
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -35,7 +36,7 @@ from state_runs import POINT, SCRIPT, TASKS, TINY, WITH_DEMOS, refused, run, scr
 
 import sac_state_sim
 from common import run as run_module
-from common.run import Run, drop_rows_after, quality, write_atomically
+from common.run import Run, drop_rows_after, quality, write_atomically, write_tensors
 from common.setup import RunArgs, ends_well
 from sac_state_sim import Args
 
@@ -517,6 +518,16 @@ def test_files_are_replaced_never_overwritten(tmp_path):
     write_atomically(path, b"new and longer")
     assert (path.read_bytes(), link.read_bytes()) == (b"new and longer", b"old")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_checkpoint_is_written_without_a_copy_of_it(tmp_path):
+    """A buffer may fill most of the memory."""
+    tracemalloc.start()
+    write_tensors(tmp_path / "file", {"buffer": torch.ones(5_000_000)})
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 5e6 and (tmp_path / "file").stat().st_size > 20e6
+    assert torch.load(tmp_path / "file", weights_only=True)["buffer"].sum() == 5e6
 
 
 def test_a_task_that_changes_the_folder(tmp_path, monkeypatch):
