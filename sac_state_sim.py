@@ -478,8 +478,8 @@ class Agent:
 
     def make_buffer(self, capacity: int) -> ReplayBuffer:
         """A buffer of this agent's transitions. Exits with one line where memory is too small."""
-        needed = 4 * capacity * (2 * self.obs_dim + self.action_dim + 2)
-        tensors.check_memory(needed, f"replay buffer of {capacity:,} transitions", "give a smaller --buffer-size")
+        size = 8 * capacity * (2 * self.obs_dim + self.action_dim + 2)
+        tensors.check_memory(size, f"buffer of {capacity:,} transitions and checkpoint", "give a smaller --buffer-size")
         return ReplayBuffer(capacity, self.obs_dim, self.action_dim, self.device, self.args.n_step, self.args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:

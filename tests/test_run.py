@@ -694,9 +694,8 @@ def test_a_wide_state_takes_the_memory_of_the_steps_asked_for(tmp_path, monkeypa
     assert buffer.capacity == 60
     agent.obs_dim = 4096
     monkeypatch.setattr("common.tensors.free_memory", lambda: 16e9)
-    with pytest.raises(
-        SystemExit, match="replay buffer of 1,000,000 transitions needs 32.8 GB, 16.0 GB are free; give"
-    ):
+    line = "buffer of 1,000,000 transitions and checkpoint needs 65.6 GB, 16.0 GB are free; give a smaller --buffer-"
+    with pytest.raises(SystemExit, match=line):
         agent.make_buffer(args.buffer_size)
     assert agent.make_buffer(60).rows.observations.shape == (60, 4096)
 
