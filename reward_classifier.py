@@ -382,9 +382,11 @@ def show_counts(parts: dict[str, list[Clip]], classes: tuple[str, ...]) -> None:
 class Trainer:
     """Network, optimizer, and the best weights so far by the loss of held-out episodes."""
 
-    def __init__(self, classifier: SuccessClassifier, args: Args, device: torch.device):
+    def __init__(self, classifier: SuccessClassifier, args: Args, device: torch.device, held_out: list[str]):
+        """`held_out`: names of the episodes that nothing may be learned from."""
         self.classifier = classifier.to(device)
         self.args = args
+        self.held_out = held_out
         self.generator = torch.Generator(device).manual_seed(args.seed)
         parameters = [parameter for parameter in classifier.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.Adam(parameters, LEARNING_RATE)
@@ -429,9 +431,13 @@ class Trainer:
             "best_loss": self.best_loss,
             "best_weights": self.best_weights,
             "looks": self.looks,
+            "held_out": self.held_out,
         }
 
     def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError when it may have learned from what is held out now."""
+        if state["held_out"] != self.held_out:
+            raise ValueError("--data has other episodes now, so that others are held out; start a new run")
         self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.generator.set_state(state["generator"].cpu())
@@ -744,7 +750,7 @@ def train(args: Args, device: torch.device) -> None:
         parts["another light"] = elsewhere
     show_counts(parts, args.classes)
     run = Run(args, "classifier", __file__, device)
-    trainer = Trainer(classifier, args, device)
+    trainer = Trainer(classifier, args, device, [clip.name for clip in held_out])
     fit(run, trainer, learned, held_out, device)
     run.save(finished=True)
     classifier.load_state_dict(trainer.best_weights)

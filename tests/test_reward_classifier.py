@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import termios
 import time
 from dataclasses import replace
@@ -263,6 +264,10 @@ def test_a_run_that_goes_on_is_the_run_that_did_not_stop(datasets):
     for name, tensor in whole["weights"].items():
         assert torch.equal(tensor, parts["weights"][name]), name
     assert whole["threshold"] == parts["threshold"]
+    shutil.rmtree("minari/hil/frames-v0")
+    write_frames("hil/frames-v0", episodes=24)  # now it may hold out what it has learned from
+    with pytest.raises(SystemExit, match="--data has other episodes now, so that others are held out; start a new run"):
+        script.main(Args(run_dir="parts", resume="parts", updates=60, threads=1, data=("hil/frames-v0",)))
 
 
 def test_the_simulated_peg_without_any_data(tmp_path):
