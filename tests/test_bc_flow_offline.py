@@ -1419,7 +1419,7 @@ def test_kill_during_the_last_evaluation_of_a_continued_run(finished, tmp_path, 
         wait_until(learned)
         time.sleep(0.3)
         process.kill()
-    run_forked(*go_on, cwd=tmp_path, **env_of(point_data))
+    run_forked(*go_on, "--eval-episodes", 2, cwd=tmp_path, **env_of(point_data))  # it remembers the million
     assert checkpoint(run_dir)["step"] == 350 and read_csv(run_dir, "eval.csv")["step"] == [100, 200, 300, 350]
 
 
