@@ -645,7 +645,7 @@ class BCAgent:
         loss, gradients = self.gradient(observations, x_1, valid, x_0, t)
         loss, *gradients = mean_over_processes([loss, *gradients])
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
+            parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in its layout: fused AdamW sees memory only
         if self.args.lr_schedule == "cosine":
             done = (self.updates / self.args.offline_steps).clamp(max=1)
             self.lr.copy_(self.args.lr * 0.5 * (1 + torch.cos(math.pi * done)))

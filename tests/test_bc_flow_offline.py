@@ -1584,6 +1584,26 @@ def test_encoders_learn(tmp_path, camera_data, encoder):
     assert all(map(math.isfinite, read_csv(tmp_path / "run", "offline_agent.csv")["actor/actor_loss"]))
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("encoder", ["small", "resnet10", "impala_small"])
+def test_an_update_from_images_is_that_of_a_plain_optimizer(encoder, threads):
+    """Gradients of convolutions lie in memory in another order than their weights, which fused AdamW does not see."""
+    args = small_args(encoder=encoder, threads=threads)
+    agent = BCAgent.create({"front": (64, 64, 3), "state": (1,)}, 1, args)
+    plain = copy.deepcopy(agent.actor)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 64, 64, 3), generator=generator, dtype=torch.uint8)
+    observations = {"front": images, "state": torch.randn(8, 1, generator=generator)}
+    agent.step(observations, torch.rand(8, 1, generator=generator), torch.ones(8, 1))
+    for parameter, other in zip(plain.parameters(), agent.parameters, strict=True):
+        parameter.grad = other.grad.contiguous()
+        parameter.data = parameter.data.contiguous()
+    options = {"lr": args.lr, "weight_decay": args.weight_decay}
+    torch.optim.AdamW(plain.parameters(), fused=False, foreach=False, **options).step()
+    for (name, parameter), other in zip(plain.named_parameters(), agent.parameters, strict=True):
+        assert torch.allclose(parameter, other, rtol=0, atol=1e-3 * args.lr), name
+
+
 def test_images_are_learned(tmp_path, camera_data):
     """The side is only in the image."""
     flags = [*CAMERA.split(), "--encoder", "impala_small", "--offline-steps", 120, "--run-dir", "run"]
