@@ -946,7 +946,7 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
         dist.barrier()
     train_dataset = process_train_dataset(train_dataset)
     batches = make_batches(train_dataset, args, device)
-    example_batch = train_dataset.sample_sequence(args.batch_size, args.horizon, args.discount)
+    example_batch = train_dataset.sample_sequence(1, args.horizon, args.discount)  # for its shapes
     observation_shape = each(lambda x: x.shape[1:], example_batch["observations"])
     agent = BCAgent.create(observation_shape, example_batch["actions"].shape[-1], args, device)
     observations = train_dataset["observations"]

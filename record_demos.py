@@ -66,7 +66,7 @@ class Args:
     frames: int = 200
     """mode classifier: it ends when the dataset has this many frames of each label, twice as many without success"""
     classes: int = 2
-    """mode classifier: number of labels; with 2 they are no success and success"""
+    """mode classifier: number of labels, the last one is success"""
     margin: int = 3
     """mode classifier: steps on either side of a change of label that get no label"""
     classifier: str | None = None
@@ -178,19 +178,20 @@ def make_hand(args: Args, env: gym.Env) -> tuple[rc.Teleop, rc.Terminal | None]:
 
 
 # --- Labels -----------------------------------------------------------------------------------------------------------
-def near_misses(labels: np.ndarray, steps: int) -> np.ndarray:
+def near_misses(labels: np.ndarray, success: int, steps: int) -> np.ndarray:
     """(T,) whether a frame shows no success, but is at most so many steps before or after one."""
     near = np.zeros(len(labels), bool)
-    for t in np.flatnonzero(labels == 1):
+    for t in np.flatnonzero(labels == success):
         near[max(t - steps, 0) : t + steps + 1] = True
-    return near & (labels == 0)
+    return near & (labels >= 0) & (labels != success)
 
 
 def count_labels(labels: list[np.ndarray], classes: int, hz: float) -> dict[str, int]:
     """Frames of each kind in the labels (T,) of several episodes."""
     together = np.concatenate([np.zeros(0, np.int8), *labels])
     counts = {f"label {label}": int((together == label).sum()) for label in range(classes)}
-    counts["near misses"] = sum(int(near_misses(part, round(NEAR_S * hz)).sum()) for part in labels)
+    near = [near_misses(part, classes - 1, round(NEAR_S * hz)) for part in labels]
+    counts["near misses"] = sum(int(part.sum()) for part in near)
     return counts
 
 
@@ -384,6 +385,7 @@ class Session:
             say(f"episode {len(self.recording.episodes)}, step {step}: {info['fault']}")
             return "fault"
         verdict = self.heed(observations)
+        self.decided_by = "person" if self.person or verdict else "task"
         if verdict or self.args.mode == "classifier":
             return verdict or ("none" if ended else "")
         if self.person:
@@ -431,15 +433,15 @@ class Session:
             "attempt": self.attempt,
             "verdict": verdict if demos else "none",
             "success": won,
-            "decided_by": "person" if self.person else "task",
+            "decided_by": self.decided_by,
             "recorded_at": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
             "git_commit": self.commit,
         }
         if not demos:
             labels = np.array([step.label for step in steps], np.int8)
             infos["label"] = settled(labels, self.args.margin)
-            fields["rewards"] = (infos["label"] == 1).astype(float)
-        elif not self.person:  # the task says what it rewards, and whether it ends
+            fields["rewards"] = (infos["label"] == self.args.classes - 1).astype(float)
+        elif self.decided_by == "task":  # the task says what it rewards, and whether it ends
             fields["rewards"] = np.array([step.reward for step in steps])
             fields["terminations"] = np.array([step.terminated for step in steps])
             fields["truncations"][-1] = not steps[-1].terminated
@@ -509,7 +511,7 @@ def sum_up_demos(lengths: np.ndarray, won: np.ndarray) -> None:
 def sum_up_labels(recording: Recording, hz: float) -> None:
     counts = count_labels(recording.labels, recording.metadata["classes"], hz)
     print("frames: " + ", ".join(f"{count} of {name}" for name, count in counts.items()))
-    print(f"near misses are those of label 0 at most {NEAR_S:g} s before or after label 1")
+    print(f"near misses are at most {NEAR_S:g} s before or after label {recording.metadata['classes'] - 1}, success")
     left_out = sum(int((labels < 0).sum()) for labels in recording.labels)
     print(f"left out, close to a change of label: {left_out} frames")
 

@@ -752,11 +752,9 @@ def train(args: Args, device: torch.device) -> None:
     run = Run(args, "classifier", __file__, device)
     trainer = Trainer(classifier, args, device, [clip.name for clip in held_out])
     fit(run, trainer, learned, held_out, device)
-    run.save(finished=True)
     classifier.load_state_dict(trainer.best_weights)
     del parts["to learn from"]
     threshold, scores = grade(run, classifier, parts)
-    run.close()
     together = scores["held out"]["together"]
     seen, succeeded = together["seen_successes"], together["successful_episodes"]
     wrong, failed = together["false_successes"], together["failed_episodes"]
@@ -768,6 +766,8 @@ def train(args: Args, device: torch.device) -> None:
     file = io.BytesIO()
     torch.save(detector.contents(), file)
     write_atomically(run.dir / "classifier.pt", file.getvalue())
+    run.save(finished=True)
+    run.close()
     print(f"\nsuccess: p >= {probability:.4f} in {args.hold} frames in a row")
     recall = f"{seen} of {succeeded} successes seen (recall {seen / succeeded:.0%})"
     print(f"held out: {recall}, {wrong} false ones in {failed} failed episodes; {delay_ms(detector):.1f} ms a frame")

@@ -174,10 +174,10 @@ class RefusedError(RobotError):
 
 
 class StoppedError(RobotError):
-    """A person stopped the robot, with its button or by another client's `hold` or `stop`."""
+    """A person stopped the robot, with its button or by another client's `hold` or `stop`, or must look at it."""
 
-    def __init__(self, fault: str):
-        super().__init__(f"{fault}: a person stopped the robot; call reset() again when it may move")
+    def __init__(self, fault: str, who: str = "a person stopped the robot"):
+        super().__init__(f"{fault}: {who}; call reset() again when it may move")
 
 
 def by_person(fault: str) -> bool:
@@ -556,19 +556,21 @@ class RealSense(Camera):
             streams = [profile.stream_type() for profile in sensor.get_stream_profiles()]
             if self.rs.stream.color in streams:
                 break
-        for name, value in (  # what is automatic is switched off before its value is set
-            (option.enable_auto_exposure, float(config.exposure is None)),
-            (option.exposure, config.exposure),
-            (option.gain, config.gain),
-            (option.enable_auto_white_balance, float(config.white_balance is None)),
-            (option.white_balance, config.white_balance),
+        # A colour sensor of its own counts exposure in 100 us, librealsense issue 8243.
+        exposure_unit = 1 if self.rs.stream.depth in streams else 100  # us
+        for name, value, unit in (  # what is automatic is switched off before its value is set
+            (option.enable_auto_exposure, float(config.exposure is None), 1),
+            (option.exposure, config.exposure, exposure_unit),
+            (option.gain, config.gain, 1),
+            (option.enable_auto_white_balance, float(config.white_balance is None), 1),
+            (option.white_balance, config.white_balance, 1),
         ):
             if value is not None and sensor.supports(name):
                 limits = sensor.get_option_range(name)
-                if not limits.min <= value <= limits.max:
-                    possible = f"this camera takes {limits.min} to {limits.max}"
+                if not limits.min <= value / unit <= limits.max:
+                    possible = f"this camera takes {limits.min * unit} to {limits.max * unit}"
                     raise RobotError(f"{name} {value}: {possible}")
-                sensor.set_option(name, value)
+                sensor.set_option(name, value / unit)
 
     def grab(self) -> tuple[np.ndarray, int]:
         arrived, frames = self.pipeline.try_wait_for_frames(round(1000 * self.config.timeout_s))
@@ -1102,6 +1104,15 @@ def task_named(name: str, **changes: Any) -> TaskConfig:
     return replace(TASKS[name], **changes)
 
 
+def closure_after(value: float, closure: float | None, gripper: str) -> float | None:
+    """The gripper's closure, 0 to 1, that the last number of an action asks for (None: not known)."""
+    if gripper == "continuous" and closure is not None:
+        return float(np.clip(closure + value, 0, 1))
+    if gripper == "binary" and abs(value) >= GRIPPER_THRESHOLD:
+        return float(value > 0)
+    return closure
+
+
 class FrankaEnv(gym.Env):
     """The robot behind robot_server.py as SERL's FrankaEnv; `reset` is the first to contact it.
 
@@ -1146,7 +1157,7 @@ class FrankaEnv(gym.Env):
         self.origin = self.reset_pose  # of the observed pose, in a relative frame
         self.closure = 0.0  # of the gripper, as commanded
         self.ordered: float | None = None  # the closure in targets: none until an action changes it
-        self.stopped = ""  # how a person stopped the robot
+        self.told = False  # whether reset() has said that a person stopped the robot
         self.give_up: Callable[[], bool] = lambda: False  # whether a reset shall end on its way
 
     # Reset
@@ -1156,9 +1167,6 @@ class FrankaEnv(gym.Env):
         super().reset(seed=seed)
         options = options or {}
         self.give_up = options.get("give_up", lambda: False)
-        if self.stopped:
-            stopped, self.stopped = self.stopped, ""
-            raise StoppedError(stopped)
         scene_seed = int(self.np_random.integers(2**31))
         x, y, yaw = self.np_random.uniform(-1, 1, 3) * self.config.random_reset
         start_pose = moved(self.reset_pose, np.array([x, y, 0, 0, 0, yaw]))
@@ -1169,9 +1177,12 @@ class FrankaEnv(gym.Env):
                 break
             except (RefusedError, UnreachableError) as error:  # a reflex, a server just started again
                 if by_person(str(error)):
-                    raise StoppedError(str(error)) from error
+                    raise self.stopped(str(error)) from error
+                if attempt == 2 and "reflex" in str(error):
+                    raise self.stopped(str(error), "three times on the way to the start") from error
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
+        self.told = False
         arrived = time.monotonic()
         for camera in self.cameras:
             camera.wait_newer(arrived, 1.0)
@@ -1180,7 +1191,9 @@ class FrankaEnv(gym.Env):
         self.target = self.state["reference"]
         self.elapsed_steps = 0
         closure = self.measured_closure()
-        self.closure = round(closure) if self.config.gripper == "binary" else closure
+        if self.config.gripper == "binary":
+            closure = float(self.state["gripper_holding"] or closure > 0.5)  # what it holds may be wide
+        self.closure = closure
         self.ordered = None
         self.episodes += 1
         obs, fault = self.observe()
@@ -1189,6 +1202,11 @@ class FrankaEnv(gym.Env):
         self.pace = self.client.pace(self.config.hz)
         info = {"success": False, "fault": None, "reflexes": self.reflexes}
         return obs, info | {"robot_time": self.state["robot_time"]}
+
+    def stopped(self, *why: str) -> StoppedError:
+        """To be raised, once: with the next reset() the robot may move."""
+        self.told = True
+        return StoppedError(*why)
 
     def connect(self) -> None:
         """Find server and cameras, check that the task fits, become the robot's commander."""
@@ -1234,7 +1252,11 @@ class FrankaEnv(gym.Env):
         """Bring all to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
         state = client.state()
-        if fault := state["fault"]:
+        fault = state["fault"]
+        stop = f"{fault['code']}: {fault['message']}" if fault else state.get("held") or ""
+        if self.episodes and not self.told and by_person(stop):
+            raise self.stopped(stop)
+        if fault:
             if not config.recover_at_reset:
                 raise RefusedError(f"{fault['message']}; {RECOVER}", "fault")
             client.job("recover")
@@ -1300,7 +1322,6 @@ class FrankaEnv(gym.Env):
         info: dict[str, Any] = {"limited": [], "grasp_penalty": 0.0, "period_s": 0.0, "late_s": 0.0}
         info["asked_action"] = asked.astype(np.float32)
         info["executed_action"] = np.zeros(asked.shape, np.float32)
-        code = ""
         try:
             info["executed_action"] = self.command(asked, info).astype(np.float32)
             info["period_s"], info["late_s"] = self.pace.wait()
@@ -1314,11 +1335,7 @@ class FrankaEnv(gym.Env):
         except RobotError as error:
             latched = error.reply.get("fault")
             fault = str(error)
-            code = error.code
-        if latched:
-            code = latched["code"]
-        reflex = code == "reflex"
-        self.stopped = fault if code == "user_stopped" or by_person(fault) else ""
+        reflex = bool(latched) and latched["code"] == "reflex"
         self.reflexes += reflex
         self.elapsed_steps += 1
         obs, camera_fault = self.observe()
@@ -1347,7 +1364,7 @@ class FrankaEnv(gym.Env):
         motion[: self.axes] = values[: self.axes] * self.scale
         start = self.last_target()
         self.target = self.inside_box(moved(start, self.action_to_base(motion)))
-        closure = self.closure_after(values[-1])
+        closure = closure_after(values[-1], self.closure, self.config.gripper)
         change = abs(closure - self.closure)
         if change:
             self.closure = self.ordered = closure
@@ -1378,14 +1395,6 @@ class FrankaEnv(gym.Env):
             euler = (turn * reset.inv()).as_euler("xyz")
             turn = Rotation.from_euler("xyz", np.clip(euler, self.low[3:], self.high[3:])) * reset
         return np.append(position, turn.as_quat())
-
-    def closure_after(self, value: float) -> float:
-        """The gripper's closure that the last number of an action asks for."""
-        if self.config.gripper == "fixed":
-            return self.closure
-        if self.config.gripper == "continuous":
-            return float(np.clip(self.closure + value, 0, 1))
-        return float(value > 0) if abs(value) >= GRIPPER_THRESHOLD else self.closure
 
     def wait_for_gripper(self) -> None:
         """Until the fingers stand, at most `gripper_wait_s`; targets keep the watchdog content."""
@@ -1641,6 +1650,7 @@ class Doctor:
         """Let a person move the arm slowly, near where it stands, to feel gains and directions."""
         hello = self.client.hello()
         limits = hello["limits"]
+        gains = Gains(**hello["gains"])
         pose = self.client.state()["tcp_pose"]
         around = [pose[:3] - 0.1, pose[:3] + 0.1]
         box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
@@ -1652,6 +1662,8 @@ class Doctor:
             reset_joints_every=0,
             recover_at_reset=False,
             workspace=(*map(tuple, box), *[(-0.3, 0.3)] * 3),
+            compliance=gains,
+            precision=gains,
             action_scale=(0.01,) * 3 + (0.05,) * 3,
             relative_frame=False,
             gripper="fixed" if hello["gripper"]["kind"] == "none" else "binary",

@@ -21,8 +21,9 @@ A request is one frame, a msgpack map {v: 2, op, id, token, args: {...}}, of at 
 256 bytes per text, text keys, no binary data. Frames before an empty one are the sender's envelope and come back, so
 that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     v, id, op, ok; error: {code, message} or None; result: map or None; and always, of the last control tick:
-    server_id (new at every start), server_time (s), robot_time (s), state_age (s), mode, reference (7; the pose that
-    is commanded after all limits, the measured one when idle), lease (its holder's name or None), seq (the last
+    server_id (new at every start), server_time (s), robot_time (s), state_age (s), mode, held (who asked to hold or
+    stop since the last job, or what else holds the arm until `start`; text or None), reference (7; the pose that is
+    commanded after all limits, the measured one when idle), lease (its holder's name or None), seq (the last
     accepted), fault: {code, message, count} or None; jobs: {arm, gripper}, the one that goes on or else the last one,
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
@@ -1574,7 +1575,7 @@ class Control(threading.Thread):
         self.deaf_until = -math.inf  # after such a call: that the lease was renewed meanwhile is still to be heard
         # mode
         self.phase = "idle"  # idle streaming hold busy breaking stopping
-        self.held = ""  # why it is held, or was stopped, until `start`
+        self.held = ""  # why it is held, or was stopped, until the next job
         self.fault: dict[str, Any] | None = None  # code, message, count
         self.faults = 0
         self.reflexes = 0
@@ -1588,6 +1589,7 @@ class Control(threading.Thread):
         self.number = 0
         self.answer: dict[str, Any] | None = None  # to the last command
         self.asked = ""  # hold or stop
+        self.asker = ""  # who did: the lease's holder, by its name, or a client
         self.lease = {"name": None, "token": "", "ttl": 1.0, "seq": None}
         self.lease_until = -math.inf
         self.target: np.ndarray | None = None
@@ -1720,6 +1722,7 @@ class Control(threading.Thread):
         arguments = from_numbers(op, command.values)
         if op in ("hold", "stop"):
             self.asked = "stop" if self.asked == "stop" else op
+            self.asker = command.name or "a client"
         elif op == "release":
             self.deaf_until = -math.inf
         elif op == "acquire":
@@ -1831,26 +1834,25 @@ class Control(threading.Thread):
         args = self.args
         asked = self.asked
         self.asked = ""
-        hold = "a client asked to hold" if asked == "hold" else ""
-        stop = "a client asked to stop" if asked == "stop" else ""
+        hold = f"{self.asker} asked to hold" if asked == "hold" else ""
+        stop = f"{self.asker} asked to stop" if asked == "stop" else ""
         silent = now - self.target_at
         lost = now > max(self.lease_until, self.deaf_until)
         if self.job and (asked or lost):
             self.end_job(f"broken off: {hold or stop or 'the lease ended'}")
+        self.held = hold or stop or self.held
         if self.phase not in ("streaming", "hold"):
             return
         force = norm(self.state.wrench[:3])
         if 0 < args.max_force < force and not self.held:
-            hold = f"an external force of {force:.0f} N exceeded --max-force {args.max_force:g}"
+            self.held = hold = f"an external force of {force:.0f} N exceeded --max-force {args.max_force:g}"
             self.limiter.seed(self.state.tcp_pose)
         if stop or silent > args.stop_after_s:
             log.warning("soft stop: %s", stop or f"no target for {silent:.1f} s")
             self.phase = "breaking"
-            self.held = stop
         elif hold:
             log.warning("hold: %s", hold)
             self.phase = "hold"
-            self.held = hold
         elif self.phase == "streaming" and (silent > args.hold_after_s or lost):
             log.warning("hold: %s", "the lease ended" if lost else f"no target for {silent:.2f} s")
             self.phase = "hold"
@@ -2002,6 +2004,7 @@ class Control(threading.Thread):
             "reply": {  # part of every reply
                 "robot_time": self.state.time,
                 "mode": self.mode,
+                "held": self.held or None,
                 "reference": self.limiter.reference.tolist(),
                 "fault": self.fault,
                 "jobs": jobs,
@@ -2361,7 +2364,8 @@ class Front:
             raise Refused("unknown_op", f"{op!r:.40}: there are {' '.join(OPERATIONS)}")
         arguments = checked(op, request.get("args", {}))
         holder = self.holder()
-        if holder and self.is_holders(request.get("token", "")):
+        is_commander = holder and self.is_holders(request.get("token", ""))
+        if is_commander:
             self.lease_until = time.monotonic() + self.lease["ttl"]
         elif op in LEASED:
             raise Refused("no_lease", f"the lease is {holder}'s" if holder else "acquire a lease first: yours ended")
@@ -2371,7 +2375,8 @@ class Front:
         if op in JOBS:
             return self.begin(op, arguments)
         if op in ("gains", "hold", "stop"):
-            if not self.command(op, self.lease_until, **arguments) and op == "gains":
+            asker = holder if is_commander else ""
+            if not self.command(op, self.lease_until, **arguments, name=asker) and op == "gains":
                 raise Refused("busy", SDK_BUSY)
             return arguments
         return getattr(self, f"op_{op}")(**arguments)

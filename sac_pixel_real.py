@@ -283,8 +283,8 @@ def reset_robot(env: gym.Env, seed: int, person: "Person", ends: Callable[[], bo
     """The first observation of an episode; None when `ends` says so, which the robot heeds on its way there.
 
     What a person types meanwhile is thrown away, but for pause, which begins there, and quit. Waits for a robot that
-    refuses, or was there; when a person stopped it, for Enter. Raises RobotError, in one line with the remedy, when it
-    has not been there yet, or nobody can press Enter.
+    refuses, or was there; when a person stopped it, or must look, for Enter. Raises RobotError, in one line with the
+    remedy, when it has not been there yet, refuses the task's gains, or nobody can press Enter.
     """
     while heed(person, env, ended=False, stopped=ends):  # in a pause from before the robot must not move
         pass
@@ -296,7 +296,8 @@ def reset_robot(env: gym.Env, seed: int, person: "Person", ends: Callable[[], bo
         except rc.RobotError as error:
             if ends():
                 break
-            if env.unwrapped.episodes == 0 and not isinstance(error, rc.RefusedError):
+            never_there = env.unwrapped.episodes == 0 and not isinstance(error, rc.RefusedError)
+            if never_there or error.code == "bad_argument":
                 raise
             print(f"waiting for the robot: {error}", file=sys.stderr, flush=True)
             time.sleep(1)
@@ -800,8 +801,7 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     for episode in minari_episodes(args.demos, task):
         if success(episode.info) != 1:
             continue
-        penalty = args.gripper_penalty * (config.gripper == "binary")
-        penalties = grasp_penalties(episode.actions, closure, penalty)
+        penalties = grasp_penalties(episode.actions, closure, config)
         replayed = replay(episode, task, partial(wrap_robot, args=args))
         for (action, obs, reward, terminated), extra in zip(replayed, [0.0, *penalties]):
             steps.append(pack_pixels(agent.step_type, action, obs, reward + extra, terminated))
@@ -823,12 +823,13 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     return demos
 
 
-def grasp_penalties(actions: np.ndarray, closure: float | None, penalty: float) -> list[float]:
+def grasp_penalties(actions: np.ndarray, closure: float | None, config: rc.TaskConfig) -> list[float]:
     """Of the steps (T,) of an episode with actions (T, A), as FrankaEnv counts them; `closure` before it, if known."""
     rewards = []
     for value in actions[:, -1]:
-        asked = float(value > 0) if abs(value) >= rc.GRIPPER_THRESHOLD else closure
-        rewards.append(-penalty if closure is not None and asked != closure else 0.0)
+        asked = rc.closure_after(value, closure, config.gripper)
+        change = 0.0 if closure is None else abs(asked - closure)
+        rewards.append(-config.gripper_penalty * change)
         closure = asked
     return rewards
 

@@ -1085,7 +1085,7 @@ def start_pixels(
     capacity = min(args.buffer_size, args.total_timesteps)
     slots = capacity * agent.new_frames + capacity // 64 + args.frame_stack
     if capacity < args.total_timesteps:  # what two checkpoints refer to is kept
-        slots += 4 * args.eval_every * agent.new_frames
+        slots += min(4 * args.eval_every, args.total_timesteps - capacity) * agent.new_frames
     buffer = agent.make_buffer("replay", capacity, run, slots)
     demos = None
     if args.demos != "0" and run.state:

@@ -82,7 +82,7 @@ def sound(where: str, observations, actions, rewards, terminations, truncations)
             for x in arrays(part):
                 check_values(name, np.asarray(x))
         lengths = {len(x) for x in arrays(observations)}
-        if not steps or lengths != {steps + 1}:
+        if not steps or lengths - {steps + 1}:  # images that stay on disk are not among them
             raise Misfit(f"{steps} actions need {steps + 1} observations, there are {sorted(lengths)}")
         ends = {"terminations": terminations, "truncations": truncations}
         ends = [as_flags(name, per_step(name, x, steps)) for name, x in ends.items()]
@@ -95,7 +95,7 @@ def sound(where: str, observations, actions, rewards, terminations, truncations)
 
 def suspect(observations: list[np.ndarray], actions: np.ndarray) -> None:
     """Says once what is seldom meant: observations that never change, pictures that are black."""
-    if all((x == x[:1]).all() for x in observations) and (actions != actions[:1]).any():
+    if observations and all((x == x[:1]).all() for x in observations) and (actions != actions[:1]).any():
         say_once("the data has episodes whose observations never change; were they kept without a copy?")
     pictures = [x for x in observations if x.dtype == np.uint8 and x.ndim > 2]
     if any(x.size and x.max() <= 1 for x in pictures):
@@ -286,8 +286,6 @@ WAYS_ON = (
 
 
 # --- Which data a name means ------------------------------------------------------------------------------------------
-
-
 def find_dataset(
     env_name: str, dataset_path: str | None = None, also_known: Iterable[str] = ()
 ) -> tuple[str, str | None]:
@@ -491,8 +489,10 @@ def convert_hdf5(env_name: str, path: Path) -> str:
         name, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name), "15" if kind == "robomimic" else "0"
     try:
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()[:8]
-        dataset_id = f"{kind}/{name}-{digest}-v{version}"
+            digest = hashlib.file_digest(file, "sha256")
+        if kind == "file" and env_name in gym.registry:  # the dataset will name the task
+            digest.update(storable(gym.spec(env_name)).to_json().encode())
+        dataset_id = f"{kind}/{name}-{digest.hexdigest()[:8]}-v{version}"
         if is_here(dataset_id):
             return dataset_id
         check_space(minari_root(), 1.5 * path.stat().st_size, dataset_id)
@@ -556,7 +556,7 @@ def store_d4rl(dataset_id: str, name: str, file) -> str:
                 yield obs, actions[rows], rewards[rows], terminals[rows], truncations & ~terminals[rows]
             first = last + 1
 
-    about = {"env": gym.spec(name)} if name in gym.registry else {}
+    about = {"env": storable(gym.spec(name))} if name in gym.registry else {}
     metadata = {}
     if family:
         metadata = {"ref_min_score": family.worst, "ref_max_score": family.best, "reference": "D4RL", "d4rl": kind}
@@ -984,10 +984,10 @@ def choose_episodes(
     held_out = []
     if validation_fraction:
         order = np.random.default_rng(seed).permutation(list(returns)).tolist()
-        count = math.ceil(validation_fraction * len(order))
+        count = math.ceil(validation_fraction * len(order) - 1e-9)
         held_out = dataset.storage.metadata.get("validation") or order[:count]
     best_first = sorted(set(returns) - set(held_out), key=lambda number: (-returns[number], number))
-    kept = best_first[: math.ceil(top_fraction * len(best_first))]
+    kept = best_first[: math.ceil(top_fraction * len(best_first) - 1e-9)]  # 0.56 * 25 is a little more than 14
     if not kept:
         fail(f"{dataset.id}: no episode is left to learn from; --validation-fraction {validation_fraction}")
     return sorted(kept), sorted(held_out)
@@ -1233,7 +1233,7 @@ def read_rows(
             where = f"{dataset.id}, episode {number}: actions reach {reach:.3g} times the bounds {bounds_of(box)}"
             ways = "--action-bounds clip clips slips; --action-bounds data takes the data's own (absolute actions)"
             fail(f"{where}; {ways}")
-        arranged = arrange(space, observations)  # (T + 1, ...)
+        arranged = arrange(space, observations) if arrays(observations) else {}  # (T + 1, ...)
         values = {
             "observations": each(lambda x: x[:-1], arranged),
             "actions": unit.clip(margin - 1, 1 - margin),
@@ -1290,7 +1290,7 @@ def images_stay_on_disk(dataset, data_loading: str) -> bool:
     names = [image_name(path) for path in images]
     if len(set(names)) < len(names):
         fail(f"{dataset.id}: {', '.join(images)} would share a name; rename one in the data")
-    pixels = sum(math.prod(space.shape) for space in images.values())
+    pixels = world_size() * sum(math.prod(space.shape) for space in images.values())  # each process loads a copy
     too_large = data_loading == "auto" and pixels * int(dataset.total_steps) > free_memory() / 2
     on_disk = pixels > 0 and (too_large or data_loading == "workers")
     if on_disk and dataset.storage.FORMAT != "hdf5":

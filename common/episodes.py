@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -168,12 +169,15 @@ def expert_episodes(numbers: Sequence[int], env: gym.Env, seed: int, noise: floa
 
 
 def collect(env_name: str, count: int, seed: int, success: Callable[[dict], float]) -> str:
-    """`count` successful demonstrations of a task's scripted expert as a local Minari dataset; its id."""
+    """`count` successful demonstrations of a task's scripted expert as a local Minari dataset; its id. They are
+    collected once, and anew when the file that holds the task has changed."""
+    env = make(env_name, option="--env-name")
+    spec = storable(gym.spec(env_name))
     settings = f"{env_name}, {count} successes, noise 0.0, seed {seed}"
-    dataset_id = id_for("scripted", env_name, settings)
+    code = Path(inspect.getfile(type(env.unwrapped))).read_bytes()
+    dataset_id = id_for("scripted", env_name, f"{settings} {spec.to_json()} {code}")
     if is_here(dataset_id):
         return dataset_id
-    env = make(env_name, option="--env-name")
     if not hasattr(env.unwrapped, "expert_action"):
         fail(f"--env-name {env_name}: has no expert_action(); name a dataset of it (`minari list local`)")
 
@@ -189,7 +193,7 @@ def collect(env_name: str, count: int, seed: int, success: Callable[[dict], floa
         fail(f"--env-name {env_name}: its scripted expert succeeds in {bar.n} of {attempts} episodes only")
 
     about = {"algorithm_name": "scripted expert", "description": settings}
-    return store(dataset_id, successes(), env=storable(gym.spec(env_name)), **about)
+    return store(dataset_id, successes(), env=spec, **about)
 
 
 def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:

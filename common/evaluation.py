@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import random
 import sys
 import tempfile
 from collections import defaultdict, deque
@@ -105,7 +106,10 @@ def evaluate(
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Means over seeded episodes, as `eval/...`; empty when `stop` gave them up. `success` reads the last info."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002  which each reset seeds, see envs.Checked
     rollouts = roll_out(policy, envs, episodes, seed, stop)
+    random.setstate(before[0])
+    np.random.set_state(before[1])  # noqa: NPY002  an episode of training goes on
     if not rollouts:
         return {}
     verdicts = [success(rollout.info) for rollout in rollouts]
@@ -138,6 +142,12 @@ def success_rate(verdicts: list[float]) -> float:
     if unknown.any():
         say_once("episodes whose last info does not say whether they succeeded count as failures")
     return float(np.mean(np.nan_to_num(verdicts)))
+
+
+def quality(scalars: dict[str, float], prefix: str = "eval/") -> tuple[float, float]:
+    """What makes an evaluation better than another: success, then return; unknown is worst."""
+    values = [scalars.get(prefix + key, math.nan) for key in ("success_rate", "episodic_return")]
+    return tuple(-math.inf if math.isnan(value) else value for value in values)
 
 
 def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: int, episodes: int = 4) -> None:
@@ -175,7 +185,7 @@ def means(rollouts: list[Rollout], success: Callable[[dict], float]) -> dict[str
         }
         for key, value in rollout.info.items():
             if isinstance(value, int | float | np.number | np.bool_):
-                known[key] = float(value)
+                known.setdefault(key, float(value))
         scalars.append(known)
     stats = {key: float(np.mean([x.get(key, math.nan) for x in scalars])) for key in (scalars or [{}])[0]}
     if scalars:
@@ -306,7 +316,7 @@ class CsvLogger:
         self.columns = header.split(",") if header else []
 
     def log(self, row: dict, step: int) -> None:
-        numbers = {"step": step} | only_numbers(row)
+        numbers = {"step": step} | only_numbers(row) | {"step": step}  # whatever a task calls step
         if not self.columns:
             self.columns = list(numbers)
             self.file.write(",".join(self.columns) + "\n")

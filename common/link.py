@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from common.envs import say_once
-from common.setup import fail, hold, write_atomically
+from common.setup import fail, write_atomically
 
 PROTOCOL = "records-3"
 DEFAULT_PORT = 5588
@@ -256,7 +256,6 @@ class Actor:
 
         self.zmq = zmq
         self.address, self.hello, self.ahead, self.stop, self.timeout_s = address, hello, ahead, stop, timeout_s
-        self.lock = hold(folder / "actor.lock", f"{folder}: process PID acts there; end that one first")
         name_file = folder / "actor_name"
         if not name_file.exists():
             write_atomically(name_file, uuid.uuid4().hex.encode())
@@ -265,10 +264,10 @@ class Actor:
         self.journal = Journal(folder / "journal", record_bytes)
         self.staged = folder / "staged.records"
         self.held = self.journal.first  # what came before was saved
+        self.most = self.journal.written  # that the learner can have: nothing is sent before its first answer
         self.done = False
-        self.waiting = False  # for a reply
         self.answered = time.monotonic()
-        self.sent = 0.0
+        self.sent = -math.inf  # what waits for a reply
         ip, port = parse_address(address)
         self.dealer = make_socket(zmq.DEALER, ip, "actor", keys)
         self.subscriber = make_socket(zmq.SUB, ip, "actor", keys)
@@ -313,22 +312,23 @@ class Actor:
 
     def exchange(self, wait_ms: int) -> None:
         """Takes the learner's answer if it is there, and sends records. Exits when it is silent for too long."""
-        if self.waiting and self.dealer.poll(wait_ms):
+        if self.sent > -math.inf and self.dealer.poll(wait_ms):
             reply = json.loads(self.dealer.recv())
             if "error" in reply:
                 fail(f"the learner says: {reply['error']}")
             self.held = reply["held"]
+            if not self.journal.first <= self.held <= self.most:  # a new learner; or a power cut, an older copy
+                fail(f"the learner has {self.held} of this actor's records, its journal does not fit: start a new one")
+            self.most = math.inf
             self.done = self.done or reply["over"]
             self.journal.drop(reply["saved"])
-            self.waiting = False
+            self.sent = -math.inf
             self.answered = time.monotonic()
         if time.monotonic() - self.answered > self.timeout_s:
             fail(f"no learner at {self.address}; start one there with --role learner, or give --address HOST:PORT")
-        if self.waiting and time.monotonic() - self.sent < 2:  # a message to a learner that was killed is lost
+        if time.monotonic() - self.sent < 2:  # a message to a learner that was killed is lost
             return
-        if self.held < self.journal.first:
-            fail(f"the learner has {self.held} of this actor's records and the journal begins later: start a new actor")
-        count = max(1, MESSAGE_BYTES // self.journal.record_bytes)
+        count = max(1, MESSAGE_BYTES // self.journal.record_bytes) if self.most == math.inf else 0
         records = self.journal.read(self.held, count) if self.held < self.journal.written else b""
         number = len(records) // self.journal.record_bytes
         header = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "first": self.held, "count": number}
@@ -337,7 +337,6 @@ class Actor:
         except self.zmq.Again:  # no learner to queue it for
             time.sleep(wait_ms / 1000)
             return
-        self.waiting = True
         self.sent = time.monotonic()
 
     def weights(self) -> tuple[int, bytes] | None:

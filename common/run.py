@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.evaluation import plot_curves, report, success_rate
-from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, write_atomically
+from common.evaluation import plot_curves, quality, report, success_rate
+from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, hold, write_atomically
 
 CURVES = ("eval/episodic_return", "eval/success_rate")  # of curve.png
 PATIENCE_S = 10.0  # after Ctrl-C: how long an episode or an evaluation may take to end
@@ -80,6 +80,7 @@ class Run:
         try:
             check_new_folder(self.dir)
             self.dir.mkdir(parents=True, exist_ok=True)
+            self.claim()
             root = self.script.parent
             write_atomically(self.dir / "run.json", json.dumps(self.about(), indent=2).encode())
             for file in {self.script, *own_modules(root)}:
@@ -89,6 +90,10 @@ class Run:
             self.write_flags()
         except OSError as error:
             fail(f"--run-dir {self.dir}: cannot be written ({error}); give another folder")
+
+    def claim(self) -> None:
+        """For this process alone."""
+        self.lock = hold(self.dir / "run.lock", f"{self.dir}: process PID works there; end that one first")
 
     def write_flags(self) -> None:
         """What --resume and --eval-only take; those that --resume changed stay changed."""
@@ -109,6 +114,8 @@ class Run:
 
     def load(self, device: torch.device | str) -> dict | None:
         """The newest checkpoint, or None when the run has none yet. Exits when it cannot be read."""
+        if not self.args.eval_only:
+            self.claim()
         path, previous = self.dir / "checkpoint.pt", self.dir / "checkpoint.previous"
         if previous.exists() and not path.exists():  # killed between `save`'s two renames
             path = previous
@@ -140,10 +147,9 @@ class Run:
             self.recent = [tuple(row) for row in progress["recent"]]
             self.best = progress["best"]
             self.elapsed_before = progress["elapsed"]
-            finished = progress["finished"]
+            self.state = {"finished": progress["finished"]}  # the rest is loaded, and its memory can go
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             fail(f"{self.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
-        self.state = {"finished": finished}  # the rest is loaded, and its memory can go
 
     def save(self, finished: bool = False) -> None:
         """Writes checkpoint.pt, and keeps the one before as checkpoint.previous."""
@@ -342,9 +348,3 @@ def drop_rows_after(path: Path, newest: int) -> None:
     header, *rows = lines
     kept = [row for row in rows if row and int(row.split(",")[0]) <= newest]
     write_atomically(path, "".join(line + "\n" for line in [header, *kept]).encode())
-
-
-def quality(scalars: dict[str, float], prefix: str = "eval/") -> tuple[float, float]:
-    """What makes an evaluation better than another: success, then return; unknown is worst."""
-    values = [scalars.get(prefix + key, math.nan) for key in ("success_rate", "episodic_return")]
-    return tuple(-math.inf if math.isnan(value) else value for value in values)

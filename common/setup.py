@@ -135,13 +135,14 @@ def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
 
 
 def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_sign: set[str] = frozenset()) -> None:
-    """Exits with one line about a whole number below 1, a negative or infinite number, or a fraction above 1."""
+    """Exits with one line about a whole number below 1, a negative or no finite number, or a fraction above 1."""
     for name, value in vars(args).items():
         least = 0 if name in may_be_zero else 1
         if type(value) is int and name not in any_sign and not least <= value < 2**63:
             fail(f"{flag(name)} {value}: give at least {least}, and less than 2**63")
-        if type(value) is float and name not in any_sign and not 0 <= value < float("inf"):
-            fail(f"{flag(name)} {value}: give a number that is not negative")
+        lowest = -sys.float_info.max if name in any_sign else 0
+        if type(value) is float and not lowest <= value <= sys.float_info.max:
+            fail(f"{flag(name)} {value}: give a number that is {'finite' if lowest else 'not negative'}")
         if name in fractions and value > 1:
             fail(f"{flag(name)} {value}: give a number from 0 to 1")
 
@@ -198,12 +199,10 @@ def usage(name: str, hint: object, default: object) -> str:
 def check_new_folder(folder: str | Path) -> None:
     """Exits with one line when a run cannot be written there; makes nothing."""
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        fail(f"--run-dir {folder}: cannot be written, it is a file; give another name")
-    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if "args.json" in names:
         fail(f"--run-dir {folder}: has a run; --resume it, or give another name")
-    if names - {"lost+found", "run.json.tmp"} and "run.json" not in names:  # with it: a run that was killed in there
+    if names - {"lost+found", "run.json.tmp", "run.lock"} and "run.json" not in names:  # with it: one that was killed
         fail(f"--run-dir {folder}: is not empty; give another name")
     parent = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
@@ -273,12 +272,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def hold(path: Path, message: str) -> typing.IO[str]:
     """The open file `path`, locked while this process lives. Exits with `message`, PID being its holder's, if taken."""
-    file = path.open("a")
+    file = path.open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, what was forked does not have it
     except BlockingIOError:
         fail(message.replace("PID", path.read_text()))
-    path.write_text(str(os.getpid()))
+    file.truncate(0)
+    print(os.getpid(), end="", file=file, flush=True)
     return file
 
 

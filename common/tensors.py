@@ -234,6 +234,9 @@ class Follower(Run):
     def create(self) -> None:
         pass
 
+    def claim(self) -> None:
+        pass
+
     def open(self, total: int, unit: str = "step") -> None:
         self.bar = tqdm(disable=True)
         self.restart_timer()

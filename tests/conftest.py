@@ -142,6 +142,17 @@ def wait_until(condition: Callable[[], object], timeout: float = 120.0) -> None:
         time.sleep(0.05)
 
 
+@contextlib.contextmanager
+def held_elsewhere(path: Path) -> Iterator[int]:
+    """Another process has this lock; its number."""
+    code = "import pathlib, sys; from common.setup import hold; file = hold(pathlib.Path(sys.argv[1]), ''); "
+    command = [sys.executable, "-c", code + "print(flush=True); input()", path]
+    with subprocess.Popen(command, cwd=REPO, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"\n"
+        yield process.pid
+        process.kill()
+
+
 # --- Runs read back ---------------------------------------------------------------------------------------------------
 TIMES = ("wall_s", "charts/SPS", "time/act_ms", "time/env_ms", "time/update_ms")
 

@@ -159,6 +159,17 @@ def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path):
     assert train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(path, other))).size == 7
 
 
+def test_a_file_of_ones_own_for_a_task_of_ones_own(tmp_path, capsys):
+    """Also one that is registered after the first try, and by a class: Minari wants a text."""
+    path = str(write_hdf5(tmp_path / "own.hdf5", d4rl_rows()))
+    before = train_rows("Own-v0", dataset_path=path)
+    assert before.source.env_spec is None
+    gym.register("Own-v0", offline_data.Steps)
+    after = train_rows("Own-v0", dataset_path=path)
+    assert after.source.env_spec.entry_point == "offline_data:Steps"
+    np.testing.assert_array_equal(before["actions"], after["actions"])
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "worst", "best"),
     [
@@ -750,6 +761,15 @@ def test_top_fraction_keeps_the_episodes_of_the_highest_return():
     np.testing.assert_array_equal(train["rewards"], np.float32(kept))
 
 
+def test_shares_of_episodes_are_not_rounded_up_by_accident():
+    """0.56 * 25 is 14.000000000000002."""
+    returns = {number: float(-number) for number in range(25)}
+    kept, _ = datasets.choose_episodes(None, returns, 0.0, 0.56, seed=0)
+    assert kept == list(range(14))
+    kept, _ = datasets.choose_episodes(None, returns, 0.0, 0.561, seed=0)
+    assert kept == list(range(15))
+
+
 def test_validation_part_is_apart_from_training():
     write_minari("steps/data-v0", gym.make("offline_data:Steps-v0"), episodes=10)
     _, _, train, val = make_env_and_datasets("steps/data-v0", Args(validation_fraction=0.3, seed=1))
@@ -807,6 +827,25 @@ def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch, caps
         assert not datasets.images_stay_on_disk(camera_data, "memory")
         bc_flow_offline.load_datasets(Args(env_name=camera_data.id))
         assert ("images read by 2 workers, for memory is short" in capsys.readouterr().out) == expected
+
+
+def test_memory_is_shared_by_the_processes_of_a_job(camera_data, monkeypatch):
+    size = int(camera_data.total_steps) * 40 * 40 * 3
+    monkeypatch.setattr(datasets, "free_memory", lambda: 6 * size)
+    for processes, on_disk in ((1, False), (2, False), (4, True)):
+        monkeypatch.setattr(datasets, "world_size", lambda processes=processes: processes)
+        assert datasets.images_stay_on_disk(camera_data, "auto") == on_disk
+
+
+def test_images_without_states_are_read_by_workers():
+    write_minari("own/pictures-v0", gym.make("offline_data:Pictures-v0"), episodes=3)
+    memory = train_rows("own/pictures-v0", data_loading="memory")
+    disk = train_rows("own/pictures-v0", data_loading="workers")
+    (name,) = memory["observations"]
+    rows = np.array([0, 29, 10])
+    np.testing.assert_array_equal(disk["observations"][name][rows], memory["observations"][name][rows])
+    for key in ("actions", "rewards", "terminals", "masks"):
+        np.testing.assert_array_equal(disk[key], memory[key])
 
 
 @pytest.mark.parametrize("workers", [0, 2])

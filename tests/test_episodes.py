@@ -233,6 +233,22 @@ def test_demonstrations_for_cloning_of_a_task_that_a_class_makes(tmp_path, monke
     assert gym.spec("PointClass-v7").entry_point is probe_envs.Point
 
 
+def test_demonstrations_are_collected_anew_when_the_task_has_changed(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "changing_task.py"
+    file.write_text("import probe_envs\n\n\nclass Mine(probe_envs.Point):\n    pass\n")
+    gym.register("Mine-v0", "changing_task:Mine", max_episode_steps=20)
+
+    def collected(count: int = 2) -> str:
+        return collect("Mine-v0", count, seed=1, success=lambda info: envs.truth(info, "success"))
+
+    first = collected()
+    assert collected() == first and len(minari.list_local_datasets()) == 1
+    file.write_text(file.read_text().replace("pass", "speed = 2"))
+    assert collected() != first and len(minari.list_local_datasets()) == 2
+
+
 gym.register("Other-v3", "probe_envs:Point", max_episode_steps=20)
 
 

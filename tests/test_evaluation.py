@@ -1,16 +1,18 @@
 """common/evaluation.py: seeded roll-outs, side by side, in chunks, given up, filmed."""
 
 import math
+import random
 
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import probe_envs
 import pytest
+from conftest import read_csv
 from gymnasium import spaces
 
 from common import envs
-from common.evaluation import evaluate, film, means, record_video, roll_out, success_rate
+from common.evaluation import CsvLogger, evaluate, film, means, record_video, roll_out, success_rate
 
 
 class Count(gym.Env):
@@ -76,6 +78,44 @@ def test_means_over_the_episodes():
         "eval/success_rate": np.mean([n > 2 for n in expected]),
         "eval/episodes": 8,
     }
+
+
+class Luck(Count):
+    """Draws from the generators of all, as old tasks do."""
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        luck = random.random() + np.random.rand()  # noqa: NPY002
+        return obs, luck, terminated, truncated, info
+
+
+def test_an_evaluation_leaves_the_generators_of_a_training_episode_alone():
+    training, evaluating = (envs.Checked(Luck(), "Luck-v0") for _ in range(2))
+    rewards = []
+    for evaluates in (False, True):
+        training.reset(seed=next(s for s in range(50) if lengths(1, s) == [5]))
+        if evaluates:
+            first = evaluate(step_number, [evaluating], 3, 3, lambda info: 1.0)
+            assert first == evaluate(step_number, [evaluating], 3, 3, lambda info: 1.0)
+        rewards.append(training.step(np.zeros(1, np.float32))[1])
+    assert rewards[0] == rewards[1]
+
+
+def test_what_a_task_calls_its_numbers_does_not_hide_ours(tmp_path):
+    class Named(Count):
+        def step(self, action):
+            obs, reward, terminated, truncated, info = super().step(action)
+            theirs = {"step": 0.5, "episodic_return": -1.0, "episodic_length": -1.0, "success_rate": -1.0, "force": 2.0}
+            return obs, reward, terminated, truncated, info | theirs
+
+    stats = means(roll_out(step_number, [Named()], 4, 3), lambda info: 1.0)
+    assert stats["episodic_return"] > 0 < stats["episodic_length"]
+    assert stats["success_rate"] == 1 and stats["force"] == 2
+    logger = CsvLogger(tmp_path / "eval.csv")
+    for step in (20, 40):
+        logger.log(stats, step)
+    logger.close()
+    assert read_csv(tmp_path, "eval.csv")["step"] == [20, 40]
 
 
 def test_an_episode_that_says_nothing_has_failed():

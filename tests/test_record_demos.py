@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import imageio.v3 as imageio
@@ -381,6 +382,24 @@ def test_keys_decide_about_episodes(tmp_path, monkeypatch):
     assert episode.infos["intervened"][0] and episode.actions[0].tolist() == pytest.approx([0.125, 0, 0])
 
 
+def test_verdict_on_an_experts_episode_is_the_persons(tmp_path, monkeypatch):
+    """The task had not rewarded it."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    args = record_demos.Args(teleop="expert", env_id="recorded_tasks:Reach-v0", episodes=1, dataset="hil/demos-v0")
+    env = record_demos.make_env(args)
+    folder = recording.dataset_folder(args.dataset, "--dataset")
+    kept = recording.Recording(folder, args.dataset, env, {"mode": "demos", "classes": 2})
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    typed = iter([[], [], ["success"]])
+    terminal = SimpleNamespace(fault="", commands=lambda: next(typed, []), forget=list, quits=lambda: False)
+    record_demos.Session(args, env, kept, robot_client.ScriptedExpert(seed=1), terminal).run()
+    (episode,) = load(tmp_path, monkeypatch).iterate_episodes()
+    (attributes,) = kept.episodes
+    assert attributes["decided_by"] == "person" and attributes["verdict"] == "success"
+    assert len(episode) == 2
+    assert episode.rewards.tolist() == [0.0] * (len(episode) - 1) + [1.0] and episode.terminations[-1]
+
+
 def test_failure_and_time_limit_truncate(tmp_path, monkeypatch):
     with Person(tmp_path, "--max-episode-steps", 35) as person:
         person.waits_for("ready")
@@ -524,10 +543,12 @@ def test_undo_does_not_reach_an_earlier_session(tmp_path, monkeypatch):
 # --- Frames for a classifier ------------------------------------------------------------------------------------------
 def test_near_misses_are_frames_beside_a_success():
     labels = np.array([0, 0, 0, -1, 1, -1, 0, 0, 0, 0], np.int8)
-    near = record_demos.near_misses(labels, 3)
+    near = record_demos.near_misses(labels, 1, 3)
     assert np.flatnonzero(near).tolist() == [1, 2, 6, 7]
-    assert record_demos.count_labels([labels, labels[:3]], 3, 1.0) == {
-        "label 0": 10, "label 1": 1, "label 2": 0, "near misses": 2,
+    assert record_demos.count_labels([labels, labels[:3]], 2, 1.0) == {"label 0": 10, "label 1": 1, "near misses": 2}
+    labels = np.array([0] * 6 + [1] * 4 + [2] * 4, np.int8)  # success is the last one
+    assert record_demos.count_labels([labels], 3, 1.0) == {
+        "label 0": 6, "label 1": 4, "label 2": 4, "near misses": 2,
     }  # fmt: skip
 
 

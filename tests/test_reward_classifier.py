@@ -195,6 +195,22 @@ def test_learns_from_labelled_frames(datasets, capsys):
         assert picture.std() > 5
 
 
+def test_what_ends_while_it_is_graded_is_gone_on_with(datasets, monkeypatch):
+    write_frames("hil/frames-v0", episodes=6)
+    grade = script.grade
+
+    def interrupted(*_) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "grade", interrupted)
+    with pytest.raises(SystemExit, match="go on with --resume run"):
+        run(updates=20)
+    monkeypatch.setattr(script, "grade", grade)
+    assert run(updates=20, resume="run")["about"]["scores"]
+    with pytest.raises(SystemExit, match="run is finished"):
+        run(updates=20, resume="run")
+
+
 def test_serving_gives_the_logits_of_training(datasets):
     """From the dataset to logits, as in training, and frame by frame, as on the robot: the same numbers."""
     write_frames("hil/frames-v0", episodes=6)

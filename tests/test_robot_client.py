@@ -638,10 +638,11 @@ def realsense(monkeypatch):
     fake = mock.Mock(spec=rs, stream=rs.stream, format=rs.format, option=rs.option, camera_info=rs.camera_info)
     state = types.SimpleNamespace(rs=fake, log=[], frame=0, arrives=True, longest=10_000.0)
     sensors = []
-    for name, stream in (("stereo", rs.stream.depth), ("rgb", rs.stream.color)):
+    state.streams = {"stereo": [rs.stream.depth], "rgb": [rs.stream.color]}
+    for name in state.streams:
         sensor = mock.Mock(spec=rs.sensor)
-        sensor.get_stream_profiles.return_value = [
-            mock.Mock(spec=rs.stream_profile, **{"stream_type.return_value": stream})
+        sensor.get_stream_profiles.side_effect = lambda name=name: [
+            mock.Mock(spec=rs.stream_profile, **{"stream_type.return_value": stream}) for stream in state.streams[name]
         ]
         sensor.get_option_range.side_effect = lambda option: types.SimpleNamespace(
             min=0.0, max=state.longest if option == rs.option.exposure else 1.0
@@ -687,7 +688,15 @@ def test_realsense_fixes_the_exposure_of_the_colour_sensor(realsense):
     assert frame.number >= 6  # warm-up
     np.testing.assert_array_equal(frame.image, realsense.image)
     options = ["enable_auto_exposure", "exposure", "enable_auto_white_balance"]  # automatic off, before the value
-    assert realsense.log == ["start", *(("rgb", option, value) for option, value in zip(options, (0.0, 8000.0, 1.0)))]
+    values = (0.0, 80.0, 1.0)  # a colour sensor counts 100 us
+    assert realsense.log == ["start", *(("rgb", option, value) for option, value in zip(options, values))]
+
+
+def test_realsense_that_has_colour_in_the_stereo_module_counts_microseconds(realsense):
+    """A D405."""
+    realsense.streams = {"stereo": [*realsense.streams["stereo"], *realsense.streams["rgb"]], "rgb": []}
+    realsense.camera.start()
+    assert ("stereo", "exposure", 8000.0) in realsense.log
 
 
 def test_realsense_frames_are_copied_out_of_the_cameras_pool():
@@ -720,7 +729,7 @@ def test_realsense_frames_are_copied_out_of_the_cameras_pool():
 
 
 def test_realsense_names_an_impossible_exposure(realsense):
-    realsense.longest = 5000.0
+    realsense.longest = 50.0
     with pytest.raises(
         rc.RobotError, match="camera wrist: no new picture .*Exposure 8000.0: this camera takes 0.0 to 5000.0"
     ):
@@ -1400,7 +1409,7 @@ def scripted_env(*, refused: dict | None = None, **state) -> FrankaEnv:
     env = posed_env(np.array([0.5, 0, 0.14, 1, 0, 0, 0]))
     env.client = mock.Mock()
     env.client.target.return_value = TARGET
-    env.client.state.return_value = env.state | {"fault": None, "gripper_fault": None} | state
+    env.client.state.return_value = env.state | {"fault": None, "held": None, "gripper_fault": None} | state
     if refused:
         env.client.target.side_effect = rc.RefusedError(refused["message"], refused["code"], {"fault": refused})
     return env
@@ -1438,13 +1447,60 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("code", STOPS)
-def test_whoever_stopped_the_robot_is_asked_before_the_next_reset(code):
-    env = scripted_env(refused={"code": code, "message": STOPS[code]})
-    assert env.step(np.zeros(7))[3]
-    with pytest.raises(rc.StoppedError, match=r"a person stopped the robot; call reset\(\) again when it may move"):
+def on_its_way(env: FrankaEnv, monkeypatch) -> list[str]:
+    """What a reset of a scripted environment does, from its second episode on."""
+    done: list[str] = []
+    env.config = dataclasses.replace(env.config, recover_at_reset=True, cameras=())
+    env.hello = {"robot": {"task": None}, "gripper": {"max_width": 0.08}}
+    env.episodes = 1
+    env.client.state.return_value |= {"gripper_width": 0.08, "gripper_holding": False, "state_age": 0.0}
+    env.client.job.side_effect = lambda op, **_: done.append(op)
+    monkeypatch.setattr(env, "connect", lambda: None)
+    monkeypatch.setattr(env, "go_to", lambda *_: done.append("moves"))
+    return done
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"held": "a client asked to hold", "mode": "hold"},
+        {"held": "a client asked to stop", "mode": "idle"},
+        {"fault": {"code": "user_stopped", "message": "the robot reports user_stopped", "count": 1}, "mode": "fault"},
+    ],
+)
+def test_whoever_stopped_the_robot_is_asked_before_the_next_reset(state, monkeypatch):
+    """Whenever that was: in a step, in a pause, or while nothing moved."""
+    env = scripted_env(**state)
+    done = on_its_way(env, monkeypatch)
+    for _ in range(2):
+        with pytest.raises(rc.StoppedError, match=r"a person stopped the robot; call reset\(\) again when it may move"):
+            env.reset()
+        assert not done and not env.client.stop.called
         env.reset()
-    assert not env.client.job.called and not env.client.stop.called
+        assert "moves" in done
+        env.client.stop.reset_mock()
+        done.clear()
+
+
+@pytest.mark.parametrize("held", ["an external force of 31 N exceeded --max-force 30", "record_demos-7 asked to stop"])
+def test_what_no_other_person_held_is_not_asked_about(held, monkeypatch):
+    env = scripted_env(held=held, mode="hold")
+    done = on_its_way(env, monkeypatch)
+    env.reset()
+    assert "moves" in done
+
+
+def test_after_three_reflexes_on_the_way_to_the_start_a_person_must_look(monkeypatch):
+    env = scripted_env(fault={"code": "reflex", "message": "cartesian collision", "count": 1}, mode="fault")
+    done = on_its_way(env, monkeypatch)
+
+    def collides(*_) -> None:
+        raise rc.RefusedError("reflex: cartesian collision; look at the robot, then recover", "fault")
+
+    monkeypatch.setattr(env, "go_to", collides)
+    with pytest.raises(rc.StoppedError, match="cartesian collision.*three times on the way to the start; call reset"):
+        env.reset()
+    assert done.count("recover") == 3
 
 
 @pytest.mark.parametrize("code", STOPS)
@@ -1462,12 +1518,6 @@ def test_a_reset_does_not_go_on_when_a_person_stops_the_robot(code, monkeypatch)
     with pytest.raises(rc.StoppedError):
         env.reset()
     assert len(tried) == 1
-
-
-def test_the_force_guard_is_no_person():
-    refused = {"code": "held", "message": "an external force of 31 N exceeded --max-force 30; start again"}
-    env = scripted_env(refused=refused)
-    assert env.step(np.zeros(7))[3] and env.stopped == ""
 
 
 def test_a_gripper_that_no_action_moves_may_be_broken():

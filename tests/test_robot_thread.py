@@ -288,6 +288,26 @@ def test_a_hold_among_targets_is_not_lost(world, asked):
     assert world.control.mode == "streaming" and world.control.held == ""
 
 
+@pytest.mark.parametrize(("token", "who"), [(TOKENS[0], "test"), (TOKENS[1], "a client")])
+@pytest.mark.parametrize("asked", ["hold", "stop"])
+@pytest.mark.parametrize("streams", [True, False])
+def test_who_asked_to_hold_is_told_until_the_next_job(world, asked, token, who, streams):
+    """Also when nothing moves, and after the watchdog has stopped an arm that was held."""
+    world.streaming()
+    if not streams:
+        world.tick(600)
+        assert world.control.mode == "idle" and world.control.held == ""
+    world.ask(asked, token)
+    world.tick(600)
+    world.ask("state")
+    assert world.control.mode == "idle"
+    assert world.front.newest["reply"]["held"] == f"{who} asked to {asked}"
+    world.job("start")
+    world.tick(5)
+    world.ask("state")
+    assert world.front.newest["reply"]["held"] is None
+
+
 @pytest.mark.parametrize("asked", ["hold", "stop"])
 def test_what_was_asked_during_a_fault_does_not_break_off_its_recovery(world, asked):
     world.streaming()

@@ -23,6 +23,7 @@ from conftest import (
     REPO,
     Finished,
     differences,
+    held_elsewhere,
     leaves,
     read_checkpoint,
     read_csv,
@@ -265,6 +266,19 @@ def test_a_run_in_a_folder_that_is_there(finished, tmp_path, monkeypatch):
     args = Args(run_dir=".")
     Run(args, "name", str(REPO / SCRIPT))
     assert args.run_dir == "." and (here / "args.json").exists() and (here / SCRIPT).exists()
+
+
+def test_one_process_works_in_a_run(finished, tmp_path):
+    """A second --resume, as of a cluster's requeued job, is refused; an evaluation is not."""
+    run_dir = copy_run(finished, tmp_path)
+    before = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    with held_elsewhere(run_dir / "run.lock") as pid:
+        before |= {run_dir / "run.lock": str(pid).encode()}
+        flags = ("--total-timesteps", 400)
+        assert f"run: process {pid} works there; end that one first" in refused("--resume", "run", *flags, cwd=tmp_path)
+        assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == before
+        run_script(SCRIPT, "--eval-only", "run", "--no-capture-video", cwd=tmp_path, env=TASKS)
+    run_script(SCRIPT, "--resume", "run", *flags, cwd=tmp_path, env=TASKS)
 
 
 def test_folders_that_cannot_be_one(finished, tmp_path):

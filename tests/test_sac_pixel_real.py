@@ -15,7 +15,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import free_port, one_line, popen_script, read_csv, run_script, wait_until
+from conftest import free_port, held_elsewhere, one_line, popen_script, read_csv, run_script, wait_until
 
 import robot_client as rc
 import sac_pixel_real as real
@@ -79,12 +79,10 @@ def test_learned_rewards_are_scaled_and_penalties_with_them():
 
 
 def test_gripper_is_told_the_same_by_critic_and_environment():
-    env = real.make_env(small_args()).unwrapped
     for value in (-1.0, -0.5, -0.4999, 0.0, 0.4999, 0.5, 1.0):
         index = real.grasp_index(torch.tensor([value])).item()
         for closure in (0.0, 1.0):
-            env.closure = closure
-            assert env.closure_after(np.float32(value)) == (0.0, closure, 1.0)[index]
+            assert rc.closure_after(np.float32(value), closure, "binary") == (0.0, closure, 1.0)[index]
     agent = small_agent()
     for motion, value in ((0, -1.0), (1, 0.0), (2, 1.0)):
         agent.grasp_critic = lambda _, best=motion: torch.nn.functional.one_hot(torch.tensor([best]), 3)
@@ -101,18 +99,23 @@ def test_gripper_may_be_left_alone_or_be_the_actors():
             assert action.shape == (7,) and (action[-1] == 0) == (gripper == "fixed")
 
 
-def test_penalties_of_demonstrations_are_the_environments():
-    actions = np.zeros((6, 4))
+@pytest.mark.parametrize("gripper", ["binary", "continuous", "fixed"])
+def test_penalties_of_demonstrations_are_the_environments(gripper):
+    actions = np.zeros((6, 7))
     actions[:, -1] = [0.9, 0.2, 0.9, -0.9, -0.4, 0.6]
-    env = real.make_env(small_args()).unwrapped
+    env = rc.FrankaEnv(dataclasses.replace(rc.PEG, gripper=gripper, gripper_penalty=0.02))
+    pose = rc.pose_from_euler(rc.PEG.reset_pose)
+    env.state, env.target = {"reference": pose, "tcp_pose": pose}, pose
+    env.client = SimpleNamespace(target=lambda *_: {"result": None})
     for closure in (0.0, 1.0):
         env.closure, expected = closure, []
-        for value in actions[:, -1]:
-            after = env.closure_after(value)
-            expected.append(-0.02 * abs(after - env.closure))
-            env.closure = after
-        assert real.grasp_penalties(actions, closure, 0.02) == pytest.approx(expected)
-    assert real.grasp_penalties(actions, None, 0.02) == [0, 0, 0, -0.02, 0, -0.02]  # closed or not before: unknown
+        for action in actions:
+            info = {}
+            env.command(action, info)
+            expected.append(info["grasp_penalty"])
+        assert real.grasp_penalties(actions, closure, env.config) == pytest.approx(expected)
+    unknown = [0, 0, 0, -0.02, 0, -0.02] if gripper == "binary" else [0] * 6  # closed or not before
+    assert real.grasp_penalties(actions, None, env.config) == unknown
 
 
 # --- Interventions ----------------------------------------------------------------------------------------------------
@@ -666,6 +669,17 @@ def test_who_stopped_the_robot_is_asked_before_it_moves_again(monkeypatch, capsy
         real.reset_robot(Stopped(desk, []), 7, desk, desk.quits)
 
 
+def test_gains_that_the_server_will_never_take_are_not_waited_for():
+    desk = Desk([])
+
+    def reset(**_) -> None:
+        raise rc.RefusedError("clip 0.01 0.01 0.01: give 0.0001 to 0.002", "bad_argument")
+
+    way = SimpleNamespace(unwrapped=SimpleNamespace(episodes=0), reset=reset)
+    with pytest.raises(rc.RefusedError, match="bad_argument: clip"):
+        real.reset_robot(way, 7, desk, lambda: False)
+
+
 def test_scripted_person_helps_ever_less(monkeypatch):
     person = real.Person(small_args(help_until=100), "scripted")
     for step, least, most in ((0, 200, 200), (50, 70, 130), (100, 0, 0), (200, 0, 0)):
@@ -856,8 +870,8 @@ def test_run_that_still_runs_is_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(rc, "check_server", lambda *_: None)
     monkeypatch.setattr(real, "learner_beside", lambda *_: pytest.fail("a learner was started"))
     with (
-        contextlib.closing(setup.hold(tmp_path / "run" / "actor.lock", "")),
-        pytest.raises(SystemExit, match=f"process {os.getpid()} acts there; end that one first"),
+        held_elsewhere(tmp_path / "run" / "run.lock") as pid,
+        pytest.raises(SystemExit, match=f"process {pid} works there; end that one first"),
     ):
         real.actor(args)
 

@@ -52,6 +52,7 @@ from sac_pixel_sim import (
     Observation,
     load_pixel_demos,
     make_env,
+    start_pixels,
     wrap_images,
 )
 
@@ -446,6 +447,17 @@ def test_memory_disk_and_wire_are_announced_before_they_are_taken(tmp_path, monk
     with pytest.raises(SystemExit, match=re.escape(line)):
         agent.make_buffer("replay", 200_000, run_stub(tmp_path), 203_126)
     assert len(made) == 1
+
+
+def test_no_more_frames_are_asked_for_than_a_run_can_make(tmp_path, monkeypatch):
+    """Whatever --eval-every is, such as one that turns evaluations off."""
+    asked = []
+    monkeypatch.setattr(Agent, "make_buffer", lambda self, what, capacity, run, slots: asked.append(slots))
+    for name, eval_every in (("often", 50), ("never", 10**9)):
+        flags = {"buffer_size": 300, "total_timesteps": 1000, "eval_every": eval_every, "demos": "0"}
+        args = small_args(env_id="PixelPoint-v0", run_dir=str(tmp_path / name), **flags)
+        start_pixels(args, make_env(args), partial(wrap_images, args=args))
+    assert asked == [300 + 4 + 200 + 1, 300 + 4 + 700 + 1]
 
 
 def test_frames_in_another_place(tmp_path):

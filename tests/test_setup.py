@@ -63,6 +63,8 @@ def test_flags_take_their_types():
         ("--gamma 1.5", "--gamma 1.5"),
         ("--seed 18446744073709551616", "--seed 18446744073709551616 2**63"),
         ("--lr inf", "--lr inf"),
+        ("--target-entropy-per-dim nan", "--target-entropy-per-dim nan: finite"),
+        ("--target-entropy-per-dim -inf", "--target-entropy-per-dim -inf: finite"),
         ("--lr -1", "--lr -1"),
         ("--hidden-dims 0", "--hidden-dims"),
         ("--record-dataset no_version!", "--record-dataset no_version!"),
