@@ -196,6 +196,15 @@ for name, (what, steps, flags) in {
         "98% of the data's mean return (6,675)",
         seeds=(1,),
     )
+# Recorded by `sac_pixel_sim.py --eval-only RUN_DIR --record-dataset peg/pixels-v0 --final-eval-episodes 100`, after the
+# first seed of pixel_peg_default.
+ROWS["bc_peg_pixels"] = Row(
+    "cloning from two cameras: 100 episodes of a learned policy",
+    "bc_flow_offline.py --env-name peg/pixels-v0 --encoder small --offline-steps 2000 --batch-size 64"
+    " --eval-interval 500 --no-capture-video",
+    "success_rate",
+    "at least 0.9",
+)
 # Minari's public data, with a network. Targets: FQL's flow policy as ZhangJL16/FQLbaseline (af8af82) measured it there.
 MINARI = {"halfcheetah": (58.9, 107.9, 135.4), "hopper": (55.2, 91.6, 115.5), "walker2d": (89.2, 125.6, 150.1)}
 for robot, scores in MINARI.items():
