@@ -1157,7 +1157,7 @@ class FrankaEnv(gym.Env):
         self.origin = self.reset_pose  # of the observed pose, in a relative frame
         self.closure = 0.0  # of the gripper, as commanded
         self.ordered: float | None = None  # the closure in targets: none until an action changes it
-        self.told = False  # whether reset() has said that a person stopped the robot
+        self.told = True  # whether who stopped the robot was asked, since; starting a script is an answer, too
         self.give_up: Callable[[], bool] = lambda: False  # whether a reset shall end on its way
 
     # Reset
@@ -1182,7 +1182,6 @@ class FrankaEnv(gym.Env):
                     raise self.stopped(str(error), "three times on the way to the start") from error
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
-        self.told = False
         arrived = time.monotonic()
         for camera in self.cameras:
             camera.wait_newer(arrived, 1.0)
@@ -1207,6 +1206,15 @@ class FrankaEnv(gym.Env):
         """To be raised, once: with the next reset() the robot may move."""
         self.told = True
         return StoppedError(*why)
+
+    def ask_first(self) -> dict:
+        """The state, before the arm moves. StoppedError when a person has stopped it since the last `told`."""
+        state = self.client.state()
+        fault = state["fault"]
+        stop = f"{fault['code']}: {fault['message']}" if fault else state.get("held") or ""
+        if by_person(stop) and not self.told:
+            raise self.stopped(stop)
+        return state
 
     def connect(self) -> None:
         """Find server and cameras, check that the task fits, become the robot's commander."""
@@ -1251,12 +1259,11 @@ class FrankaEnv(gym.Env):
     def prepare(self, start_pose: np.ndarray, scene_seed: int | None) -> None:
         """Bring all to where an episode starts. TASK: regrasp, lift, clear the way."""
         config, client = self.config, self.client
-        state = client.state()
-        fault = state["fault"]
-        stop = f"{fault['code']}: {fault['message']}" if fault else state.get("held") or ""
-        if self.episodes and not self.told and by_person(stop):
-            raise self.stopped(stop)
-        if fault:
+        state = self.ask_first()
+        if self.told:
+            client.call("hold")  # from here on only another stop is another's
+            self.told = False
+        if fault := state["fault"]:
             if not config.recover_at_reset:
                 raise RefusedError(f"{fault['message']}; {RECOVER}", "fault")
             client.job("recover")
@@ -1264,10 +1271,12 @@ class FrankaEnv(gym.Env):
             client.stop()
         if state["gripper_fault"] and config.gripper != "fixed":
             raise RobotError(f"{state['gripper_fault']}; {ACTIVATE}")
+        self.ask_first()
         if self.hello["robot"]["task"] and scene_seed is not None:
             client.job("reset_task", seed=scene_seed)
         if config.gripper_at_reset != "keep":
             client.job("gripper", action=config.gripper_at_reset)
+        self.ask_first()
         client.job("start", **asdict(config.precision))
         lifted = client.state()["reference"]
         lifted[2] = max(lifted[2], self.reset_pose[2])  # out of whatever the tcp is in
@@ -1275,6 +1284,7 @@ class FrankaEnv(gym.Env):
         every = config.reset_joints_every
         if every and self.episodes % every == every - 1:
             client.stop()
+            self.ask_first()
             client.job("move_joints", q=config.reset_joints)
             client.job("start", **asdict(config.precision))
         self.go_to(start_pose)

@@ -805,6 +805,8 @@ class FrankyArm(SdkArm):
         franky = self.franky
         with self.faults():
             self.motion = franky.CartesianImpedanceTrackingMotion(
+                translational_stiffness=self.gains.stiffness,
+                rotational_stiffness=self.gains.rotational_stiffness,
                 posture_task=franky.PostureTask(self.posture, stiffness=gains.nullspace_stiffness),
                 translational_error_clip=np.array(gains.clip),
                 rotational_error_clip=np.array(gains.rotational_clip),
@@ -870,7 +872,8 @@ class FrankyArm(SdkArm):
 
 class PandaPyArm(SdkArm):
     """Through panda-py (Apache-2.0) on its impedance controller; PyPI's wheel: Panda with system 4.2.1 or newer. It
-    clips nothing itself, and aborts the process on NaN: everything that it gets has passed the limiter."""
+    clips nothing itself, and aborts the process on NaN: everything that it gets has passed the limiter. It has a single
+    damping ratio, which is that of the translation."""
 
     motion: Any = None  # the trajectory to joint positions
     last: ArmState | None = None
@@ -925,7 +928,8 @@ class PandaPyArm(SdkArm):
         self.controller.set_control(pose[:3], pose[3:], self.posture)
 
     def set_gains(self, gains: Gains) -> None:
-        self.controller.set_impedance(np.diag([gains.stiffness] * 3 + [gains.rotational_stiffness] * 3))
+        stiffness = [gains.stiffness] * 3 + [2 * gains.rotational_stiffness] * 3  # panda-py's error is half the angle
+        self.controller.set_impedance(np.diag(stiffness))
         self.controller.set_damping_ratio(gains.damping / (2 * math.sqrt(gains.stiffness)))  # there is only one
         self.controller.set_nullspace_stiffness(gains.nullspace_stiffness)
 
@@ -1721,8 +1725,9 @@ class Control(threading.Thread):
         op = command.op
         arguments = from_numbers(op, command.values)
         if op in ("hold", "stop"):
+            if not (self.asked and command.name):  # in one tick another's word counts more than the commander's
+                self.asker = command.name or "a client"
             self.asked = "stop" if self.asked == "stop" else op
-            self.asker = command.name or "a client"
         elif op == "release":
             self.deaf_until = -math.inf
         elif op == "acquire":
@@ -1940,6 +1945,7 @@ class Control(threading.Thread):
         self.held = ""
         with self.blocking():
             self.arm.stop()
+        yield  # that may have taken long: first listen, measure and watch
         give_up = time.monotonic() + 3
         while self.arm.moving():
             if time.monotonic() > give_up:

@@ -616,7 +616,9 @@ class GraspCritic(nn.Module):
 
     def forward(self, seen: Features) -> Tensor:
         x = torch.cat([seen.images, self.proprio(seen.states)], -1)
-        return self.q(self.trunk(x.unsqueeze(0))).squeeze(0)
+        features = self.trunk(x.unsqueeze(0)).squeeze(0)  # (B, H)
+        with torch.autocast(features.device.type, enabled=False):  # values in float32, as the critics'
+            return self.q(features.float().unsqueeze(0)).squeeze(0)
 
 
 def grasp_index(actions: Tensor) -> Tensor:
@@ -1092,9 +1094,9 @@ class Agent:
             *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
             batch = self.prepare(Batch(*fields), frames)
             metrics = self.gradients(batch, eps, subset, with_actor)
+        self.step_critic()
         if with_actor:
             self.step_actor()
-        self.step_critic()
         return metrics
 
     def update(self, buffer: FrameBuffer, demos: FrameBuffer, count: int) -> dict[str, Tensor]:

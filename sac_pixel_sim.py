@@ -975,11 +975,11 @@ class Agent:
             if with_actor and self.args.reward == "vice":
                 online = len(batch.rewards) - self.num_demos // self.args.grad_accum_steps
                 metrics |= self.classifier_gradient(batch.next_observations.images[:online])
+        self.step_critic()
         if with_actor:
             self.step_actor()
             if self.classifier_optimizer:
                 self.classifier_optimizer.step()
-        self.step_critic()
         return metrics
 
     def update(self, buffer: FrameBuffer, demos: FrameBuffer | None, count: int) -> dict[str, Tensor]:

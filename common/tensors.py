@@ -155,7 +155,8 @@ class Graphed:
 class RunningNormalizer(nn.Module):
     """Running mean and variance of observations; the identity until FIRST of them have come.
 
-    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them.
+    A value far outside the range seen so far is taken for one REACH ranges away, so that a spike cannot ruin them; a
+    range below 1 counts as 1.
     """
 
     FIRST, REACH = 32, 10

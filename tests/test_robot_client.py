@@ -1448,13 +1448,20 @@ STOPS = {
 
 
 def on_its_way(env: FrankaEnv, monkeypatch) -> list[str]:
-    """What a reset of a scripted environment does, from its second episode on."""
+    """What a reset of a scripted environment does, after its first."""
     done: list[str] = []
     env.config = dataclasses.replace(env.config, recover_at_reset=True, cameras=())
     env.hello = {"robot": {"task": None}, "gripper": {"max_width": 0.08}}
-    env.episodes = 1
+    env.told = False
     env.client.state.return_value |= {"gripper_width": 0.08, "gripper_holding": False, "state_age": 0.0}
-    env.client.job.side_effect = lambda op, **_: done.append(op)
+    state = env.client.state.return_value
+
+    def job(op: str, **_) -> None:
+        done.append(op)
+        state.update(fault=None, held=None)
+
+    env.client.job.side_effect = job
+    env.client.call.side_effect = lambda op, **_: state.update(held="test asked to hold") if op == "hold" else None
     monkeypatch.setattr(env, "connect", lambda: None)
     monkeypatch.setattr(env, "go_to", lambda *_: done.append("moves"))
     return done
@@ -1473,12 +1480,15 @@ def test_whoever_stopped_the_robot_is_asked_before_the_next_reset(state, monkeyp
     env = scripted_env(**state)
     done = on_its_way(env, monkeypatch)
     for _ in range(2):
+        env.client.state.return_value.update(state)
         with pytest.raises(rc.StoppedError, match=r"a person stopped the robot; call reset\(\) again when it may move"):
             env.reset()
-        assert not done and not env.client.stop.called
+        assert not done and not env.client.stop.called and not env.client.call.called
         env.reset()
+        assert env.client.call.call_args_list[0] == mock.call("hold")  # so that a new stop can be told from this one
         assert "moves" in done
         env.client.stop.reset_mock()
+        env.client.call.reset_mock()
         done.clear()
 
 
@@ -1495,6 +1505,7 @@ def test_after_three_reflexes_on_the_way_to_the_start_a_person_must_look(monkeyp
     done = on_its_way(env, monkeypatch)
 
     def collides(*_) -> None:
+        env.client.state.return_value.update(fault={"code": "reflex", "message": "cartesian collision", "count": 2})
         raise rc.RefusedError("reflex: cartesian collision; look at the robot, then recover", "fault")
 
     monkeypatch.setattr(env, "go_to", collides)
@@ -1781,6 +1792,32 @@ def steps_until_fault(env, seconds: float) -> str:
             assert not terminated
             return info["fault"]
     raise AssertionError(f"no fault within {seconds} s")
+
+
+@pytest.mark.parametrize("asked", ["hold", "stop"])
+def test_a_person_stops_the_arm_while_its_gripper_moves_before_the_start(tmp_path, asked):
+    """Nothing moves the arm then, and nothing may until that person says so."""
+    with (
+        served(tmp_path, "--env-id", "FrankaPegInsert-v0") as (address, _),
+        environment(address, gripper_at_reset="open") as env,
+        contextlib.closing(RobotClient(address, name="person")) as person,
+    ):
+        env.reset(seed=0)
+        for _ in range(8):
+            env.step(np.append(np.zeros(6), 1.0))
+        job = env.unwrapped.client.job
+
+        def stopped_on_the_way(op: str, **args) -> None:
+            job(op, **args)
+            if op == "gripper":
+                person.call(asked)
+
+        env.unwrapped.client.job = stopped_on_the_way
+        with pytest.raises(rc.StoppedError, match=f"a client asked to {asked}"):
+            env.reset(seed=1)
+        env.unwrapped.client.job = job
+        env.reset(seed=1)
+        assert env.step(ZERO)[-1]["fault"] is None
 
 
 def test_dead_frozen_and_restarted_server(tmp_path):

@@ -28,6 +28,8 @@ from mock_franka import MockFranka
 from mock_robotiq import MockRobotiq
 from robot_wire import TOKEN, Wire, follow, fronts, moved, serving, watch
 
+from robot_server import rotation_between
+
 OTHER = "b" * 16
 SDKS = {"franky": ("franky", 10), "panda-py": ("panda_py", 5)}  # --robot: module, protocol version
 
@@ -127,6 +129,49 @@ def test_sdk_collision(tmp_path, sdk):
         assert wire.state()["tcp_force"][1] == pytest.approx(5.0, abs=1.0) and wire.state()["fault"] is None
         robot.ask("push", wrench=[0.0, 300.0, 0.0, 0.0, 0.0, 0.0], seconds=1.0)
         assert wire.wait_for(mode="fault", timeout=5)["fault"]["code"] == "reflex"
+
+
+@pytest.mark.parametrize(
+    ("stiffness", "damping", "clip", "newton"), [(100.0, 20.0, 0.05, 3.0), (2000.0, 89.0, 0.01, 12.0)]
+)
+def test_sdk_new_gains_go_on_from_the_old_ones(tmp_path, sdk, stiffness, damping, clip, newton):
+    """A small change, while somebody leans on the arm: it stays where it is."""
+    name, version = sdk
+    with (
+        MockFranka(version=version) as robot,
+        serving(tmp_path, *real(robot.address, name), "--gripper", "none") as process,
+        Wire(process.requests) as wire,
+    ):
+        wire.take()
+        wire.done("start", stiffness=stiffness, damping=damping, clip=[clip] * 3)
+        start = wire.state()["reference"]
+        robot.ask("push", wrench=[0.0, -newton, 0.0, 0.0, 0.0, 0.0], seconds=30.0)
+        follow(wire, lambda t: start, 3.0)
+        before = robot.ask("status")["pose"][1]
+        assert abs(before - start[1]) > 0.8 * newton / stiffness
+        wire.ask("gains", stiffness=0.99 * stiffness)
+        moves = []
+        for _ in range(80):
+            follow(wire, lambda t: start, 0.01)
+            moves.append(abs(robot.ask("status")["pose"][1] - before))
+        assert max(moves) < 0.002
+
+
+def test_sdk_rotational_stiffness_is_what_it_says(tmp_path, sdk):
+    name, version = sdk
+    with (
+        MockFranka(version=version) as robot,
+        serving(tmp_path, *real(robot.address, name), "--gripper", "none") as process,
+        Wire(process.requests) as wire,
+    ):
+        start = wire.stream()
+        follow(wire, lambda t: start, 0.5)
+        before = robot.ask("status")["pose"][3:]
+        robot.ask("push", wrench=[0.0, 0.0, 0.0, 0.0, 0.0, 3.0], seconds=30.0)
+        follow(wire, lambda t: start, 2.5)
+        turn = rotation_between(robot.ask("status")["pose"][3:], before)
+        expected = 3.0 / wire.ask("gains")["result"]["rotational_stiffness"]
+        assert np.linalg.norm(turn) == pytest.approx(expected, rel=0.15)
 
 
 def test_sdk_arm_let_go(tmp_path, sdk):

@@ -308,6 +308,37 @@ def test_who_asked_to_hold_is_told_until_the_next_job(world, asked, token, who, 
     assert world.front.newest["reply"]["held"] is None
 
 
+@pytest.mark.parametrize("tokens", [TOKENS[:2], TOKENS[1::-1]])
+def test_another_clients_word_is_not_hidden_by_the_commanders(world, tokens):
+    """Both in one tick."""
+    world.streaming()
+    for token in tokens:
+        world.ask("stop", token)
+    world.tick(3)
+    assert world.control.held == "a client asked to stop"
+
+
+@pytest.mark.parametrize("what", ["stop", "fault"])
+def test_what_came_during_a_long_call_of_the_sdk_is_heeded_before_the_arm_moves(world, what):
+    """panda-py's stop lasts as long as the cable is out."""
+    world.ask("acquire", name="test", ttl=10.0)
+    stop = world.arm.stop
+
+    def long_stop() -> None:
+        stop()
+        world.now += 1.0
+        world.arm.stop = stop
+        if what == "stop":
+            world.ask("stop", TOKENS[1])
+        else:
+            world.control.note_fault("frozen", "for this test")
+
+    world.arm.stop = long_stop
+    job = world.job("move_joints", q=[0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0])
+    world.tick(10)
+    assert "move" not in world.arm.calls and world.ask("job", handle=job)["status"] == "failed"
+
+
 @pytest.mark.parametrize("asked", ["hold", "stop"])
 def test_what_was_asked_during_a_fault_does_not_break_off_its_recovery(world, asked):
     world.streaming()

@@ -725,6 +725,14 @@ def test_actor_gradients_stop_at_the_features():
     assert moved(before, agent.critic) == set() and moved(actor, agent.actor) == actor.keys()
 
 
+def test_without_averaging_the_learned_policy_is_evaluated():
+    """Its encoder, too, which the critics' step moves."""
+    agent = Agent(small_views(), box(2), small_args(actor_ema=0.0), CPU)
+    agent.update_once(*random_inputs(agent), with_actor=True)
+    for mean, learned in ((agent.mean_actor, agent.actor), (agent.mean_encoder, agent.encoder)):
+        assert all(torch.equal(*pair) for pair in zip(mean.parameters(), learned.parameters(), strict=True))
+
+
 def test_imitation_trains_the_encoder_beside_the_critics():
     """The critics learn from their loss alone, the actor from its own."""
     options = {"demos": "1", "augment": ()}
