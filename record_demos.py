@@ -216,6 +216,7 @@ class Session:
         self.first = len(recording.episodes)  # of this session: older ones are not undone
         self.attempt = 1 + max([int(episode["attempt"]) for episode in recording.episodes], default=-1)
         self.label = 0
+        self.decided_by = "task"
         self.stopped = False
         self.commit = git_commit(Path(__file__).parent)
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -177,6 +177,7 @@ def collect(env_name: str, count: int, seed: int, success: Callable[[dict], floa
     code = Path(inspect.getfile(type(env.unwrapped))).read_bytes()
     dataset_id = id_for("scripted", env_name, f"{settings} {spec.to_json()} {code}")
     if is_here(dataset_id):
+        env.close()
         return dataset_id
     if not hasattr(env.unwrapped, "expert_action"):
         fail(f"--env-name {env_name}: has no expert_action(); name a dataset of it (`minari list local`)")

@@ -86,8 +86,7 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
     resume, eval_only = (getattr(args, name, None) for name in ("resume", "eval_only"))  # not every script has them
     run_dir = resume or eval_only
     if run_dir:
-        if Path(run_dir).is_file():  # a checkpoint in the run's folder
-            run_dir = str(Path(run_dir).parent)
+        run_dir = str(Path(run_dir).parent) if Path(run_dir).is_file() else run_dir  # or a checkpoint in its folder
         saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
         if args.run_dir not in (None, run_dir):
@@ -179,8 +178,7 @@ def help_text(Args: type, doc: str) -> str:  # noqa: N803
             entries[name] = (first_group, f"  {entry}\n{text}")
     parts = [doc.strip()]
     for group in dict.fromkeys(group for group, _ in entries.values()):
-        lines = [text for where, text in entries.values() if where == group]
-        parts.append(f"{group}:\n" + "\n".join(lines))
+        parts.append(f"{group}:\n" + "\n".join(text for where, text in entries.values() if where == group))
     return "\n\n".join(parts)
 
 
@@ -277,6 +275,8 @@ def hold(path: Path, message: str) -> typing.IO[str]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, what was forked does not have it
     except BlockingIOError:
         fail(message.replace("PID", path.read_text()))
+    except OSError as error:  # a network drive that knows no locks
+        print(f"{path}: {error.strerror}; see to it that no second process works there", file=sys.stderr)
     file.truncate(0)
     print(os.getpid(), end="", file=file, flush=True)
     return file

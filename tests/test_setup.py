@@ -312,3 +312,13 @@ def test_child_saves_when_its_parent_is_killed_and_the_next_one_waits_for_it(wor
     assert "waiting for the learner of an earlier start, which has not ended" in capsys.readouterr().err
     wait_until(lambda: starts(folder) == ["new", "again"])
     child.end()
+
+
+def test_a_drive_that_knows_no_locks(tmp_path, monkeypatch, capsys):
+    def lockf(*_) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(setup.fcntl, "lockf", lockf)
+    with setup.hold(tmp_path / "run.lock", "taken"):
+        assert (tmp_path / "run.lock").read_text() == str(os.getpid())
+    assert "run.lock: No locks available; see to it that no second process works there" in capsys.readouterr().err
