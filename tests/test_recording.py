@@ -8,6 +8,7 @@ import minari
 import numpy as np
 import pytest
 import recorded_tasks  # noqa: F401  registers its tasks
+from conftest import held_elsewhere
 
 from common import envs, recording
 from common.recording import (
@@ -156,10 +157,12 @@ def test_missing_file_is_named(env):
 
 
 def test_lock(env):
-    store = opened(env)
-    with pytest.raises(SystemExit, match=r"hil/x-v0: process \d+ is recording to it"):
+    opened(env)
+    with (
+        held_elsewhere(dataset_folder("hil/x-v0", "--dataset") / "record.lock") as pid,
+        pytest.raises(SystemExit, match=f"hil/x-v0: process {pid} is recording to it"),
+    ):
         opened(env)
-    store.lock.close()
     opened(env)
 
 

@@ -611,6 +611,9 @@ def test_every_encoder_trains(encoder, pooling, film, monkeypatch):
     before = copies(*networks)
     metrics |= agent.update_once(*inputs, with_actor=True)
     assert moved(before, *networks) == before.keys()
+    for parameter in (*agent.critic.parameters(), *agent.actor.parameters(), *agent.encoder.parameters()):
+        both = zip(parameter.grad.stride(), parameter.stride(), parameter.shape)
+        assert all(one == other for one, other, size in both if size > 1)  # fused AdamW looks at memory only
     assert all(value.isfinite() for value in metrics.values())
     inputs[TERMINATIONS][:] = 1  # all terminated: the targets are the rewards
     losses = [agent.update_once(*inputs, with_actor=False)["losses/critic_loss"] for _ in range(30)]
