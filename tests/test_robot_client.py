@@ -24,7 +24,7 @@ import msgpack
 import numpy as np
 import pytest
 import zmq
-from conftest import REPO, popen_script, run_script, wait_until
+from conftest import REPO, free_port, popen_script, run_script, wait_until
 from scipy.spatial.transform import Rotation
 
 import robot_client as rc
@@ -1773,16 +1773,6 @@ def test_wild_or_slow_policies_end_in_hold_and_stop(peg):
         assert env.step(ZERO)[-1]["fault"] is None
 
 
-def free_ports() -> int:
-    """The first of two free ports that the system does not hand out by itself: they are still free after a restart."""
-    for port in np.random.default_rng().integers(20_000, 32_000, 100).tolist():
-        with contextlib.suppress(OSError):
-            for number in (port, port + 1):
-                socket.create_server(("127.0.0.1", number)).close()
-            return port
-    raise AssertionError("no free ports")
-
-
 def steps_until_fault(env, seconds: float) -> str:
     """What ends the episode, within this time."""
     end = time.monotonic() + seconds
@@ -1821,7 +1811,7 @@ def test_a_person_stops_the_arm_while_its_gripper_moves_before_the_start(tmp_pat
 
 
 def test_dead_frozen_and_restarted_server(tmp_path):
-    flags, port = ("--env-id", "FrankaPegInsert-v0"), free_ports()
+    flags, port = ("--env-id", "FrankaPegInsert-v0"), free_port()
     with served(tmp_path, *flags, port=port) as (address, process), environment(address) as env:
         env.reset(seed=0)
         assert env.step(ZERO)[-1]["fault"] is None
