@@ -47,6 +47,18 @@ def real(address: str, name: str) -> tuple[str, ...]:
     return "--robot", name, "--robot-ip", address
 
 
+@contextlib.contextmanager
+def arm_on(folder: Path, sdk: tuple[str, int]):
+    """A mock robot, and a client of a server that drives it through this SDK, without a gripper."""
+    name, version = sdk
+    with (
+        MockFranka(version=version) as robot,
+        serving(folder, *real(robot.address, name), "--gripper", "none") as process,
+        Wire(process.requests) as wire,
+    ):
+        yield robot, wire
+
+
 def test_sdk(tmp_path, sdk):
     """A day at the robot: connect, stream, change gains, a collision, recover, joints, gripper, a user stop."""
     name, version = sdk
@@ -117,12 +129,7 @@ def test_sdk(tmp_path, sdk):
 
 def test_sdk_collision(tmp_path, sdk):
     """Someone pushes the arm hard: its reflex ends the motion, and the server says so."""
-    name, version = sdk
-    with (
-        MockFranka(version=version) as robot,
-        serving(tmp_path, *real(robot.address, name), "--gripper", "none") as process,
-        Wire(process.requests) as wire,
-    ):
+    with arm_on(tmp_path, sdk) as (robot, wire):
         start = wire.stream()
         robot.ask("push", wrench=[0.0, 5.0, 0.0, 0.0, 0.0, 0.0], seconds=0.5)
         follow(wire, lambda t: start, 0.4)
@@ -136,12 +143,7 @@ def test_sdk_collision(tmp_path, sdk):
 )
 def test_sdk_new_gains_go_on_from_the_old_ones(tmp_path, sdk, stiffness, damping, clip, newton):
     """A small change, while somebody leans on the arm: it stays where it is."""
-    name, version = sdk
-    with (
-        MockFranka(version=version) as robot,
-        serving(tmp_path, *real(robot.address, name), "--gripper", "none") as process,
-        Wire(process.requests) as wire,
-    ):
+    with arm_on(tmp_path, sdk) as (robot, wire):
         wire.take()
         wire.done("start", stiffness=stiffness, damping=damping, clip=[clip] * 3)
         start = wire.state()["reference"]
@@ -158,12 +160,7 @@ def test_sdk_new_gains_go_on_from_the_old_ones(tmp_path, sdk, stiffness, damping
 
 
 def test_sdk_rotational_stiffness_is_what_it_says(tmp_path, sdk):
-    name, version = sdk
-    with (
-        MockFranka(version=version) as robot,
-        serving(tmp_path, *real(robot.address, name), "--gripper", "none") as process,
-        Wire(process.requests) as wire,
-    ):
+    with arm_on(tmp_path, sdk) as (robot, wire):
         start = wire.stream()
         follow(wire, lambda t: start, 0.5)
         before = robot.ask("status")["pose"][3:]
@@ -176,12 +173,7 @@ def test_sdk_rotational_stiffness_is_what_it_says(tmp_path, sdk):
 
 def test_sdk_arm_let_go(tmp_path, sdk):
     """Someone pulls the arm aside, below its reflex, and lets go: it returns within the speed, whatever the gains."""
-    name, version = sdk
-    with (
-        MockFranka(version=version) as robot,
-        serving(tmp_path, *real(robot.address, name), "--gripper", "none") as process,
-        Wire(process.requests) as wire,
-    ):
+    with arm_on(tmp_path, sdk) as (robot, wire):
         limits, start = wire.hello["limits"], wire.stream()
         for gains in ({}, {"stiffness": 3000.0, "damping": 60.0, "clip": [limits["max_clip"]] * 3}):
             reply = wire.call("gains", **gains)
@@ -198,12 +190,7 @@ def test_sdk_arm_let_go(tmp_path, sdk):
 
 def test_sdk_frozen_robot(tmp_path, sdk):
     """The robot falls silent while the connection stays open; panda-py alone would not notice."""
-    name, version = sdk
-    with (
-        MockFranka(version=version) as robot,
-        serving(tmp_path, *real(robot.address, name), "--gripper", "none") as process,
-        Wire(process.requests) as wire,
-    ):
+    with arm_on(tmp_path, sdk) as (robot, wire):
         start = wire.stream()
         follow(wire, lambda t: start, 0.3)
         robot.ask("freeze", seconds=2.0)
