@@ -1815,7 +1815,9 @@ class Control(threading.Thread):
         """Reads the arm; how far the robot's clock went on since the last tick, at most 20 ms."""
         state = self.arm.get_state()
         if not np.isfinite(np.concatenate([state.tcp_pose, state.tcp_vel, state.wrench, state.q, state.dq])).all():
-            raise ArmError("sdk", "the robot's state is not finite")
+            if self.fault is None:
+                self.latch("sdk", "the robot's state is not finite")
+            return 0.0  # the fault stops the controller
         dt = state.time - self.robot_time
         if dt != 0:
             self.robot_time = state.time

@@ -192,6 +192,32 @@ def test_a_frozen_robot(world):
     assert world.arm.frozen == 0 and world.control.mode == "fault" and not world.arm.controlling
 
 
+def test_a_state_that_is_not_finite(world, monkeypatch):
+    """A fault that stops the controller, once, also while nothing better is read; recovering needs a good one."""
+    reference = world.streaming()
+    read = world.arm.get_state
+
+    def garbled() -> ArmState:
+        state = read()
+        state.q = np.full(7, math.nan)
+        return state
+
+    monkeypatch.setattr(world.arm, "get_state", garbled)
+    stops = world.arm.began_stops
+    world.tick(100)
+    assert world.control.fault["message"] == "the robot's state is not finite" and world.control.mode == "fault"
+    assert not world.arm.controlling and world.arm.began_stops == stops + 1
+    assert np.allclose(world.reference, reference, atol=1e-3)
+    assert np.isfinite(world.control.state.q).all()
+    handle = world.job("recover")
+    world.tick(600)
+    assert world.ask("job", handle=handle)["status"] == "failed" and world.control.mode == "fault"
+    world.arm.get_state = read
+    world.job("recover")
+    world.tick(100)
+    assert world.control.mode == "idle"
+
+
 @pytest.mark.parametrize("job", ["move_joints", "start"])
 def test_a_fault_amid_a_job_stays(world, job):
     world.ask("acquire", name="test")
