@@ -374,7 +374,7 @@ class FrankaSim:
     @property
     def tcp_wrench(self) -> np.ndarray:
         """(6,) force (N), torque (Nm) of the surroundings on the tcp, base frame, last step.
-        As libfranka's O_F_ext_hat_K: joint torques that neither motors nor gravity explain (from
+        As libfranka's O_F_ext_hat_K, with the other sign: joint torques that neither motors nor gravity explain (from
         contacts anywhere, a load in the grip, forces), by pinv of the transposed Jacobian."""
         explained = self.data.qfrc_actuator + self.data.qfrc_passive - self.data.qfrc_bias
         external = self.data.qfrc_smooth + self.data.qfrc_constraint - explained
@@ -485,7 +485,7 @@ class FrankaTask(gym.Env):
         known = {sim.model.camera(i).name for i in range(sim.model.ncam)}
         if not set(self.cameras) <= known:
             raise ValueError(f"cameras={self.cameras}: there are {sorted(known)}")
-        self.metadata = self.metadata | {"render_fps": round(control_hz)}
+        self.metadata = self.metadata | {"render_fps": round(1 / (self.nstep * sim.model.opt.timestep))}
         self.target = [0.0] * len(self.workspace)
         self.closure = 0.0
         self.elapsed_steps = 0

@@ -791,7 +791,8 @@ class FrankyArm(SdkArm):
             s = self.robot.state
             velocity = self.model.zero_jacobian(self.franky.Frame.EndEffector, s) @ s.dq  # (6, 7) @ (7,)
             pose = np.concatenate([s.O_T_EE.translation, s.O_T_EE.quaternion])
-            return ArmState(s.time.to_msec() / 1e3, pose, velocity, np.array(s.O_F_ext_hat_K), s.q, s.dq, *health(s))
+            wrench = -np.array(s.O_F_ext_hat_K)  # libfranka's is of the robot on its surroundings, its issue 26
+            return ArmState(s.time.to_msec() / 1e3, pose, velocity, wrench, s.q, s.dq, *health(s))
 
     def start(self, pose: np.ndarray, q: np.ndarray, gains: Gains) -> None:
         self.pose = pose
@@ -909,7 +910,8 @@ class PandaPyArm(SdkArm):
         velocity = np.reshape(jacobian, (7, 6)).T @ s.dq
         matrix = np.reshape(s.O_T_EE, (4, 4)).T
         pose = np.concatenate([matrix[:3, 3], quat_from_matrix(matrix[:3, :3])])
-        arrays = pose, velocity, np.array(s.O_F_ext_hat_K), np.array(s.q), np.array(s.dq)
+        wrench = -np.array(s.O_F_ext_hat_K)  # libfranka's is of the robot on its surroundings, its issue 26
+        arrays = pose, velocity, wrench, np.array(s.q), np.array(s.dq)
         self.last = ArmState(s.time.to_msec() / 1e3, *arrays, *health(s))
         return self.last
 

@@ -122,7 +122,7 @@ class SuccessDetector:
         images = torch.from_numpy(self.classifier.images(observation))[None]
         with torch.no_grad():
             logits = self.classifier(images.to(next(self.classifier.parameters()).device))[0, -1]
-        self.probability = log_odds(logits).sigmoid().item()
+        self.probability = log_odds(logits).double().sigmoid().item()  # float32 is 1 from 17 log odds on
         self.lowest = min(self.lowest, self.probability)
         self.highest = max(self.highest, self.probability)
         self.streak = self.streak + 1 if self.probability >= self.threshold else 0

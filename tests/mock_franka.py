@@ -427,6 +427,7 @@ class Controller:
         elif self.ticks % 4 == 0:
             jacobian = np.empty((6, sim.model.nv))
             mujoco.mj_jacSite(sim.model, data, jacobian[:3], jacobian[3:], sim.tcp)
+            external = -external  # as libfranka tells it: of the robot on its surroundings
             wrench = np.linalg.lstsq(jacobian[:, :7].T, external, rcond=1e-3)[0]
             in_hand = np.concatenate([pose[:3, :3].T @ wrench[:3], pose[:3, :3].T @ wrench[3:]])
             state["tau_ext_hat_filtered"], state["O_F_ext_hat_K"], state["K_F_ext_hat_K"] = external, wrench, in_hand

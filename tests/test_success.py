@@ -282,3 +282,15 @@ def test_shapes_of_a_gymnasium_task():
     assert differences_of_pictures(theirs, ours, ("wrist",)) == [
         "observations.wrist is [64, 64, 3] there, [32, 32, 3] here"
     ]
+
+
+def test_a_detector_decides_as_the_report_at_large_odds():
+    """The threshold was chosen in float64; in float32 a probability is 1 from log odds of 17 on."""
+    classifier = SuccessClassifier(("front",), 48)
+    with torch.no_grad():
+        classifier.together[-1].weight.zero_()
+        classifier.together[-1].bias.copy_(torch.tensor([0.0, 17.6]))
+    picture = {"front": np.zeros((48, 48, 3), np.uint8)}
+    for odds, succeeds in ((19.8, False), (17.5, True)):
+        detector = SuccessDetector(classifier, 1 / (1 + math.exp(-odds)), hold=1, fingerprint={}, about={})
+        assert detector(picture) == succeeds
