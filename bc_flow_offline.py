@@ -563,9 +563,10 @@ def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
     return ds
 
 
-def make_batches(dataset: Dataset, args: Args, device: torch.device) -> Batches:
-    """The samples of each update."""
-    return Batches(dataset, args.horizon, args.frame_stack, args.batch_size, args.seed, args.num_workers, device)
+def make_batches(dataset: Dataset, args: Args, device: torch.device, learns: bool = True) -> Batches:
+    """The samples of each update, or of a validation."""
+    sizes = (args.horizon, args.frame_stack, args.batch_size, args.seed, args.num_workers)
+    return Batches(dataset, *sizes, device, learns)
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
@@ -955,7 +956,7 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
         agent.observe(torch.from_numpy(states))
     validation = None
     if val_dataset is not None:
-        validation = make_batches(val_dataset, args, device).fixed(10, device)
+        validation = make_batches(val_dataset, args, device, learns=False).fixed(10, device)
     return agent, batches, Evaluation(args, train_dataset, eval_env, validation)
 
 

@@ -478,17 +478,17 @@ def sum_up(recording: Recording, env: gym.Env) -> None:
         print("nothing is recorded yet")
         return
     hz = float(env.metadata.get("render_fps", 10))
+    episodes = list(minari.load_dataset(recording.name).iterate_episodes())
     lengths = np.array([int(episode["total_steps"]) for episode in recording.episodes])
     print(f"{recording.name}: {len(lengths)} episodes, {lengths.sum():,} steps, {lengths.sum() / hz:.0f} s")
     if recording.metadata["mode"] == "demos":
         won = [bool(episode["success"]) for episode in recording.episodes]
-        sum_up_demos(lengths, np.array(won))
+        sum_up_demos(lengths, np.array(won), np.array([episode.rewards.sum() for episode in episodes]))
     else:
         sum_up_labels(recording, hz)
     if any("suggested" in episode for episode in recording.episodes):
         others = [int(episode["id"]) for episode in recording.episodes if episode.get("disagreement")]
         print(f"classifier and verdict disagree in {len(others)} episodes: {others}")
-    episodes = list(minari.load_dataset(recording.name).iterate_episodes())
     actions = np.concatenate([episode.actions for episode in episodes])
     late_s = np.concatenate([episode.infos["late_s"] for episode in episodes])
     sum_up_actions(actions, 1000 * late_s)
@@ -496,8 +496,8 @@ def sum_up(recording: Recording, env: gym.Env) -> None:
     print(f"look at {sheet} and the videos beside it" if sheet else "no pictures are observed: no videos")
 
 
-def sum_up_demos(lengths: np.ndarray, won: np.ndarray) -> None:
-    """`lengths` (N,) of the episodes, and whether they succeeded."""
+def sum_up_demos(lengths: np.ndarray, won: np.ndarray, returns: np.ndarray) -> None:
+    """`lengths` (N,) of the episodes, whether they succeeded, and their returns."""
     print(f"successes: {won.sum()} of {len(won)}")
     if not won.any():
         print("warning: no success is among them, so nothing can be learned from them", file=sys.stderr)
@@ -505,8 +505,12 @@ def sum_up_demos(lengths: np.ndarray, won: np.ndarray) -> None:
     median = float(np.median(lengths[won]))
     print(f"length of a success: median {median:g}, {lengths[won].min()} to {lengths[won].max()} steps")
     print(f"episodes of twice the median leave time to recover: max_episode_steps = {math.ceil(2 * median)}")
-    if not won.all():
+    if won.all():
+        return
+    if returns[won].min() > returns[~won].max():
         print(f"to clone the successes only: bc_flow_offline.py --top-fraction {math.floor(1000 * won.mean()) / 1000}")
+    else:  # dense rewards: who takes longer, collects more
+        print("some failures have the return of a success, or more: --top-fraction cannot tell them apart")
 
 
 def sum_up_labels(recording: Recording, hz: float) -> None:

@@ -588,9 +588,12 @@ def episode_ends(file, kind: str | None, observations, terminals, following) -> 
     if following is not None:
         types = [file[key].dtype for key in ("observations", "next_observations")]
         rounding = max(np.finfo(np.result_type(x, np.float16)).eps for x in types)  # the coarser one's
-        distance = np.abs(observations[1:].astype(float) - following[:-1])
-        jumps = distance > 1e-6 + rounding * np.abs(following[:-1])
-        jumps = jumps.reshape(len(ends) - 1, -1).any(-1)
+        jumps = np.zeros(len(ends) - 1, bool)
+        for row in range(0, len(jumps), 1000):  # as float64 pictures take eight times their memory
+            here, after = observations[1:][row : row + 1000].astype(float), following[:-1][row : row + 1000]
+            distance = np.abs(here - after)
+            wrong = distance > 1e-6 + rounding * np.abs(after)
+            jumps[row : row + 1000] = wrong.reshape(len(wrong), -1).any(-1)
         told = told or jumps.any()  # else they may be the rows shifted by one, over every end
         ends[:-1] |= jumps
     ends[-1] = True
@@ -1037,6 +1040,8 @@ def as_images(path: str, space: spaces.Box, x: np.ndarray) -> np.ndarray:
 
     Exits with one line where rows, columns, channels or the range cannot be told; raises Fault where they are others.
     """
+    if isinstance(space, spaces.MultiBinary):
+        space = spaces.Box(0, 1, space.shape, space.dtype)
     shape = space.shape
     order = None
     if len(shape) == 2:
@@ -1312,21 +1317,22 @@ class Batches(torch.utils.data.Dataset):
         seed: int,
         num_workers: int,
         device: torch.device,
+        learns: bool = True,
     ):
         """Chunks of `horizon` actions, and observations of `frame_stack` steps, of rows in Q-chunking's layout; batches
         of `batch_size` over all processes. `num_workers` processes read the images that are on disk.
 
-        Exits with one line when no episode is as long as a chunk.
+        Exits with one line when no episode is as long as a chunk, where something `learns` from them.
         """
         self.horizon = horizon
         self.frame_stack = frame_stack
         self.batch_size = batch_size
         self.seed = seed
         self.num_workers = num_workers
-        self.count = data.size - horizon + 1  # rows that a chunk can begin at; qc utils/datasets.py:93
+        self.count = max(data.size - horizon + 1, 1)  # rows that a chunk can begin at; qc utils/datasets.py:93
         starts, ends = data.bounds()
         longest = (ends - starts).max() + 1
-        if horizon > longest:  # nothing would teach a chunk's last actions
+        if learns and horizon > longest:  # nothing would teach a chunk's last actions
             fail(f"--horizon-length {horizon}: the longest episode of the data has {longest} steps")
         parts = [data["actions"], *arrays(data["observations"])]
         self.on_disk = any(isinstance(x, StoredImages) for x in parts)
@@ -1357,7 +1363,7 @@ class Batches(torch.utils.data.Dataset):
             return frames.movedim(rows.ndim, -2).flatten(-2)  # (..., H, W, N * C)
 
         valid = (chunk <= self.ends[rows].unsqueeze(-1)).float()
-        return each(stacked, self.observations), self.actions[chunk].flatten(-2), valid
+        return each(stacked, self.observations), self.actions[chunk.clamp(max=len(self.actions) - 1)].flatten(-2), valid
 
     def __getitem__(self, step: int) -> tuple:
         return self.gather(torch.from_numpy(self.rows(step)))

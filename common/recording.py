@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import shutil
@@ -290,7 +291,12 @@ def fingerprint(env: gym.Env) -> dict:
     if hasattr(config, "fingerprint"):
         return config.fingerprint()
     task = env.unwrapped.spec
+    defaults = {}  # an option that has its default means the same as one that is not given
+    for cls in reversed(type(env.unwrapped).__mro__[:-1]):
+        for name, parameter in inspect.signature(cls.__init__).parameters.items():
+            defaults[name] = repr(parameter.default)
     options = {name: value for name, value in task.kwargs.items() if name != "render_mode"}
+    options = {name: value for name, value in options.items() if repr(value) != defaults.get(name)}
     values = {
         "version": 1,
         "task": task.id,

@@ -1868,3 +1868,28 @@ def test_a_recording_of_sac_state_sim_is_learned_from(tmp_path):
     scores, stdout = learn("--env-name", "point/mine-v0", "--action-chunking", cwd=tmp_path)
     assert "5 of 5 episodes" in stdout and scores["episodes"] == [2]
     assert "normalized_score_minari" in scores
+
+
+def test_validation_episodes_may_be_shorter_than_a_chunk():
+    lengths = iter((12, 12, 3, 12, 12, 12))
+    env = gym.make("offline_data:Steps-v0").unwrapped
+    reset = env.reset
+
+    def other_length(**kwargs):
+        env.length = next(lengths)
+        return reset(**kwargs)
+
+    env.reset = other_length
+    write_minari("steps/short-v0", env, episodes=6)
+    args = Args(env_name="steps/short-v0", action_chunking=True, validation_fraction=0.1, batch_size=8, seed=3)
+    train, val = bc_flow_offline.load_datasets(args)
+    assert (train.size, val.size) == (60, 3)
+    _, chunks, valid = make_batches(val, args, CPU, learns=False).fixed(2, CPU)
+    assert valid.unique(dim=1).tolist() == [[[1, 1, 1, 0, 0]]] * 2
+    torch.testing.assert_close(chunks[0, 0, :3], torch.from_numpy(val["actions"][:, 0]))
+
+
+def test_masks_of_bits_are_pictures():
+    masks = np.random.default_rng(0).integers(0, 2, (2, 9, 8)).astype(np.int8)
+    images = datasets.as_images("observations/mask", spaces.MultiBinary((9, 8)), masks)
+    np.testing.assert_array_equal(images, 255 * masks[..., None].astype(np.uint8))

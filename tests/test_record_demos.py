@@ -768,3 +768,11 @@ def test_camera_that_freezes_costs_one_episode(tmp_path, monkeypatch):
     for episode in dataset.iterate_episodes():
         frames = episode.observations["freezing"]
         assert frames.shape[1:] == (128, 128, 3)
+
+
+def test_failures_of_a_higher_return_are_not_left_out_by_top_fraction(capsys):
+    lengths, won = np.array([100, 73]), np.array([False, True])
+    record_demos.sum_up_demos(lengths, won, np.array([14.5, 12.8]))
+    assert "top-fraction cannot" in capsys.readouterr().out
+    record_demos.sum_up_demos(lengths, won, np.array([0.0, 1.0]))
+    assert "--top-fraction 0.5" in capsys.readouterr().out

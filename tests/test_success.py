@@ -193,7 +193,7 @@ def test_a_file_gives_the_same_answers(saved):
         detector(obs)
         with torch.no_grad():
             logits = classifier(torch.from_numpy(classifier.images(obs))[None])[0, -1]
-        assert detector.probability == log_odds(logits).sigmoid().item()
+        assert detector.probability == log_odds(logits).double().sigmoid().item()
     assert (detector.threshold, detector.hold, detector.about) == (0.7, 3, {"scores": {"a": 1.0}})
 
 
