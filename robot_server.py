@@ -1074,7 +1074,12 @@ class Gripper(ABC):
         """The newest measurement."""
 
     def submit(self, job: "Job", action: str, width: float | None, speed: float, force: float) -> None:
-        """Any thread: carry out an action instead of what is going on; `speed` and `force` are fractions."""
+        """Any thread: carry out an action instead of what is going on; `speed` and `force` are fractions. Raises
+        Refused."""
+        if self.kind == "none":
+            raise Refused("unavailable", "there is no gripper")
+        if action == "move" and (width is None or width > self.max_width):
+            raise Refused("bad_argument", f"width: give a number from 0 to {self.max_width:g}")
         speed *= self.max_speed
         force *= self.max_force
         calls = {
@@ -1089,7 +1094,7 @@ class Gripper(ABC):
         self.orders.put((job, 30.0 if action == "activate" else 3.0 + way, calls[action]))
 
     def follow(self, closure: float) -> None:
-        """Any thread: the closure of a target, 0 (open) to 1 (closed)."""
+        """Any thread: the closure of a target, 0 (open) to 1 (closed). Raises Refused."""
         action = {0.0: "open", 1.0: "close"}.get(closure, "move")
         self.submit(Job("", "target"), action, (1 - closure) * self.max_width, 1.0, 0.5)
 
@@ -1755,17 +1760,15 @@ class Control(threading.Thread):
     def follow(self, now: float, pose: Sequence[float], seq: float | None, closure: float | None) -> None:
         """A new target, and where wanted the gripper's closure."""
         check_mode("target", self.step, self.why)
-        if closure is not None and self.gripper.kind == "none":
-            raise Refused("unavailable", "there is no gripper")
         if reason := refusal(pose, self.limiter.reference, self.args):
             raise Refused("refused", reason)
+        if closure not in (None, self.closure):
+            self.gripper.follow(closure)
+            self.closure = closure
         self.target = np.array(pose)
         self.target_at = now
         if seq is not None:
             self.lease = self.lease | {"seq": int(seq)}
-        if closure not in (None, self.closure):
-            self.closure = closure
-            self.gripper.follow(closure)
 
     def begin(self, op: str, handle: str, arguments: dict[str, Any]) -> Job:
         """A new job, or with a known handle that one, which does not start again."""
@@ -1777,7 +1780,9 @@ class Control(threading.Thread):
         if op == "job":
             raise Refused("unknown_handle", f"no job {handle}")
         if op == "gripper":
-            job = self.begin_gripper(handle, **arguments)
+            job = Job(handle, op)
+            self.gripper.submit(job, **arguments)
+            self.closure = None
         else:
             check_mode(op, self.step, self.why)
             job = self.job = self.last_job = Job(handle, op, self.steps_of(op, **arguments))
@@ -1785,17 +1790,6 @@ class Control(threading.Thread):
         ended = [name for name, other in self.jobs.items() if other.ended is not None]
         for name in ended[: max(len(self.jobs) - 256, 0)]:
             del self.jobs[name]
-        return job
-
-    def begin_gripper(self, handle: str, action: str, width: float | None, speed: float, force: float) -> Job:
-        most = self.gripper.max_width
-        if self.gripper.kind == "none":
-            raise Refused("unavailable", "there is no gripper")
-        if action == "move" and (width is None or width > most):
-            raise Refused("bad_argument", f"width: give a number from 0 to {most:g}")
-        job = Job(handle, "gripper")
-        self.closure = None
-        self.gripper.submit(job, action, width, speed, force)
         return job
 
     def steps_of(self, op: str, **arguments: Any) -> Iterator[None]:
