@@ -598,22 +598,18 @@ class SimArm(Arm):
         self.wrench = np.zeros(6)
         self.motion: tuple[np.ndarray, np.ndarray, float, float] | None = None  # from, to, began, duration
         self.task_time = -math.inf
-        self.began = time.monotonic()  # of stepping in real time
-        self.done = 0  # steps since then
+        self.stepped_to = time.monotonic()  # in real time
         self.stop()
 
     def steps_due(self) -> int:
         """How many steps of the physics bring it up to now."""
         if not self.waits:
             return round(1 / (self.args.control_hz * self.dt))
-        speed = self.args.sim_speed
-        due = int((time.monotonic() - self.began) * speed / self.dt) - self.done
-        most = round(50 * max(speed, 1))
-        if due > most:  # the machine stood still: do not run after it
-            due = most
-            self.began = time.monotonic()
-            self.done = -most
-        self.done += due
+        step_s = self.dt / self.args.sim_speed
+        now = time.monotonic()
+        self.stepped_to = max(self.stepped_to, now - max(0.05, 50 * step_s))  # the machine stood still: no catching up
+        due = int((now - self.stepped_to) / step_s)
+        self.stepped_to += due * step_s
         return due
 
     def get_state(self) -> ArmState:
