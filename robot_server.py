@@ -2713,12 +2713,9 @@ def listen_on(host: str, port: int) -> list[socket.socket]:
     """Listening sockets for requests and for the state, on `port` and the next one (0: any two that are free)."""
     sockets = []
     for number in (port, port + 1 if port else 0):
-        family, kind, protocol, _, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-        s = socket.socket(family, kind, protocol)
-        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        s.bind(address)
-        s.listen(4096)
-        sockets.append(s)
+        family, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+        both = family == socket.AF_INET6  # `::` takes IPv4, too
+        sockets.append(socket.create_server(address, family=family, backlog=4096, dualstack_ipv6=both))
     return sockets
 
 
