@@ -218,10 +218,6 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(f"{Path(sys.argv[0]).name}: {message}")
 
 
-def flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
 def is_local(host: str) -> bool:
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host).is_loopback
@@ -232,11 +228,12 @@ def check(args: Args) -> None:
     """Exits with one line when a flag makes no sense, or a network would be served without protection."""
     signed = ("reset_joints", "workspace_low", "workspace_high")
     for name, value in vars(args).items():
+        flag = f"--{name.replace('_', '-')}"
         if type(value) in (int, float, tuple):
             if not np.isfinite(value).all() or (np.min(value) < 0 and name not in signed):
-                fail(f"{flag(name)} {value}: give finite numbers{'' if name in signed else ', not negative ones'}")
+                fail(f"{flag} {value}: give finite numbers{'' if name in signed else ', not negative ones'}")
             if name.startswith("max_") and name != "max_force" and not value:
-                fail(f"{flag(name)} 0: nothing could move")
+                fail(f"{flag} 0: nothing could move")
     for wrong, message in (
         (not np.less(args.workspace_low, args.workspace_high).all(), "--workspace-low: must be below --workspace-high"),
         (not 200 <= args.control_hz <= 1000, f"--control-hz {args.control_hz}: give 200 to 1000"),
