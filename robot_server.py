@@ -849,14 +849,12 @@ class FrankyArm(SdkArm):
         return False  # it was preempted
 
     def recover(self) -> None:
-        self.controlling = False
-        self.resting = False
+        self.forget_motion()
         try:
             if self.robot.is_in_control:
                 self.robot.stop()
             with contextlib.suppress(self.franky.ControlException):  # what ended the last motion
                 self.robot.join_motion(5.0)
-            self.motion = None
             self.robot.recover_from_errors()  # what it returns may be of an old state: Control.recover looks itself
         except (self.franky.NetworkException, RuntimeError):  # no connection any more
             self.connect()
