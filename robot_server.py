@@ -2248,7 +2248,8 @@ class Front:
                 continue
             due = max(due + 0.01, now)
             if self.number - self.status()["number"] < MAX_UNHEARD:
-                self.send("state", self.lease_until)  # anything tells that the front is alive
+                with contextlib.suppress(Refused):
+                    self.send("state", self.lease_until)  # anything tells that the front is alive
             with contextlib.suppress(zmq.Again):
                 self.publisher.send(self.packed({"op": "state"}, self.op_state()), zmq.DONTWAIT)
             self.doors.look(now, drained=not self.router.events & zmq.POLLIN)
@@ -2278,25 +2279,23 @@ class Front:
             self.newest = json.loads(bytes(self.buffer[:size]))
         return self.newest
 
-    def send(self, op: str, lease_until: float, **arguments: Any) -> bool:
-        """Whether the robot thread will hear it: its queue is full when it has been in its SDK for long."""
+    def send(self, op: str, lease_until: float, **arguments: Any) -> None:
+        """For the robot thread to hear; raises Refused when its queue is full, after long in its SDK."""
         text = arguments.get("handle") or arguments.get("token", "")
         values = to_numbers(op, arguments)
         command = Command(op, self.number + 1, lease_until, values, text, arguments.get("name", ""))
         try:
             self.link.send(command.pack())
         except BlockingIOError:
-            return False
+            raise Refused("busy", SDK_BUSY) from None
         except ConnectionError:
             self.alone = True
         self.number += 1
-        return True
 
     def command(self, op: str, lease_until: float, **arguments: Any) -> dict[str, Any] | None:
         """Sends it and waits until the robot thread has acted on it, so that the reply shows it. Its answer, or None
         while it is busy in its SDK and will act later; raises Refused."""
-        if not self.send(op, lease_until, **arguments):
-            raise Refused("busy", SDK_BUSY)
+        self.send(op, lease_until, **arguments)
         give_up = time.monotonic() + 0.05
         while (status := self.status())["number"] < self.number:
             left = give_up - time.monotonic()
@@ -2451,8 +2450,7 @@ class Front:
             raise Refused("refused", reason)
         is_more = status["step"] == "hold" or closure not in (None, status["state"]["gripper_closure"])
         tell = self.command if is_more else self.send
-        if tell("target", self.lease_until, pose=pose, seq=seq, closure=closure) is False:
-            raise Refused("busy", SDK_BUSY)
+        tell("target", self.lease_until, pose=pose, seq=seq, closure=closure)
         if seq is not None:
             self.lease = self.lease | {"seq": int(seq)}
         return self.op_state()
