@@ -2319,18 +2319,12 @@ class Front:
         except zmq.Again:
             os.sched_yield()
             return
-        frames = [first.bytes]
+        frames = [first.bytes, *self.router.recv_multipart()]  # a ROUTER's message has more than its sender
         fd = first.get(zmq.SRCFD)
-        count = 1
-        while self.router.get(zmq.RCVMORE):
-            frame = self.router.recv()
-            count += 1
-            if count <= MAX_FRAMES:
-                frames.append(frame)
         self.doors.came(fd, frames[1:])
-        if count > MAX_FRAMES:
+        if len(frames) > MAX_FRAMES:
             if connection := self.doors.connections.get(fd):
-                self.doors.cut(connection, f"sends messages of {count} frames")
+                self.doors.cut(connection, f"sends messages of {len(frames)} frames")
             return
         cut = frames.index(b"", 1) + 1 if b"" in frames[1:4] else 1
         request: dict[str, Any] = {}
