@@ -1992,9 +1992,7 @@ class Control(threading.Thread):
         link = self.link
         if link is None:
             return
-        arm_job = self.job or self.last_job
-        gripper_job = self.gripper.job
-        jobs = {"arm": arm_job and arm_job.report(), "gripper": gripper_job and gripper_job.report()}
+        jobs = {"arm": self.last_job, "gripper": self.gripper.job}
         status = {
             "reply": {  # part of every reply
                 "robot_time": self.state.time,
@@ -2002,7 +2000,7 @@ class Control(threading.Thread):
                 "held": self.held or None,
                 "reference": self.limiter.reference.tolist(),
                 "fault": self.fault,
-                "jobs": jobs,
+                "jobs": {mover: job and job.report() for mover, job in jobs.items()},
             },
             "state": self.report(),
             "task": self.arm.task,
