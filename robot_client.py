@@ -254,8 +254,7 @@ class RobotClient:
             self.socket.connect(server)
         except zmq.ZMQError as error:
             self.socket.close()
-            remedy = "give it as tcp://HOST:PORT or tcp://[IPV6]:PORT"
-            raise RobotError(f"--server {server}: {error}; {remedy}") from error
+            raise RobotError(f"--server {server}: {error}; give it as tcp://HOST:PORT or tcp://[IPV6]:PORT") from error
 
     def call(self, op: str, **args: Any) -> dict:
         """Ask for `op` and return the reply's map: "ok", "result", "mode", "jobs" and so on."""
@@ -291,8 +290,7 @@ class RobotClient:
                 raise ValueError(f"answers request {reply['id']}, not {self._requests}")
             self._clock = reply["robot_time"] + self.speed * (reply["state_age"] - arrived)
         except (ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
-            problem = "does not speak the protocol of robot_server.py"
-            raise RobotError(f"{self.server} {problem}: {error!r}") from error
+            raise RobotError(f"{self.server} does not speak the protocol of robot_server.py: {error!r}") from error
         return reply
 
     def robot_time(self) -> float:
@@ -515,8 +513,7 @@ def import_realsense() -> Any:
             ctypes.CDLL(str(libusb_package.get_library_path()), ctypes.RTLD_GLOBAL)
         import pyrealsense2
     except (ImportError, OSError) as error:
-        remedy = "run: pip install pyrealsense2 libusb-package"
-        raise RobotError(f"RealSense: {error}; {remedy}") from error
+        raise RobotError(f"RealSense: {error}; run: pip install pyrealsense2 libusb-package") from error
     return pyrealsense2
 
 
@@ -568,15 +565,13 @@ class RealSense(Camera):
             if value is not None and sensor.supports(name):
                 limits = sensor.get_option_range(name)
                 if not limits.min <= value / unit <= limits.max:
-                    possible = f"this camera takes {limits.min * unit} to {limits.max * unit}"
-                    raise RobotError(f"{name} {value}: {possible}")
+                    raise RobotError(f"{name} {value}: this camera takes {limits.min * unit} to {limits.max * unit}")
                 sensor.set_option(name, value / unit)
 
     def grab(self) -> tuple[np.ndarray, int]:
         arrived, frames = self.pipeline.try_wait_for_frames(round(1000 * self.config.timeout_s))
         if not arrived:
-            waited = f"no picture for {self.config.timeout_s} s"
-            raise RobotError(f"{waited}; cable, USB port, or another program?")
+            raise RobotError(f"no picture for {self.config.timeout_s} s; cable, USB port, or another program?")
         frame = frames.get_color_frame()
         image = np.array(frame.get_data())  # a copy: held frames starve the camera's pool
         return image, frame.get_frame_number()
@@ -1045,11 +1040,9 @@ class TaskConfig:
         """Raises ValueError when settings contradict each other."""
         axes = len(self.action_scale)
         if axes not in (3, 6) or len(self.workspace) != axes or min(self.action_scale) <= 0:
-            entries = "3 entries, or 6 with rotation, all above 0"
-            raise ValueError(f"TaskConfig: action_scale and workspace have {entries}")
+            raise ValueError("TaskConfig: action_scale and workspace have 3 entries, or 6 with rotation, all above 0")
         if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):
-            known = sorted(PROPRIO)
-            raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {known}")
+            raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
 
     def observation_space(self) -> spaces.Dict:
         sizes = PROPRIO | {"tcp_vel": len(self.action_scale)}
@@ -1250,8 +1243,7 @@ class FrankaEnv(gym.Env):
         if config.reward == "task" and not served:
             return "reward='task' needs a simulated robot"
         if config.env_id and served and served != config.env_id:
-            remedy = f"start robot_server.py --env-id {config.env_id}"
-            return f"the task {config.name!r} is not {served}; {remedy}"
+            return f"the task {config.name!r} is not {served}; start robot_server.py --env-id {config.env_id}"
         if config.gripper != "fixed" and self.hello["gripper"]["kind"] == "none":
             return "without a gripper it must be 'fixed'"
         return ""
@@ -1364,8 +1356,7 @@ class FrankaEnv(gym.Env):
         """Within -1..1. ValueError for another shape, NaN, infinity: the arm then holds."""
         values = np.asarray(action, dtype=np.float64)
         if values.shape != self.action_space.shape or not np.isfinite(values).all():
-            shape = self.action_space.shape
-            raise ValueError(f"the action must be {shape} finite numbers, not {values}")
+            raise ValueError(f"the action must be {self.action_space.shape} finite numbers, not {values}")
         return np.clip(values, -1, 1)
 
     def command(self, values: np.ndarray, info: dict) -> np.ndarray:
@@ -1566,8 +1557,7 @@ class Doctor:
         """What the server says about itself."""
         if self.args.keys and (secret := Path(self.args.keys) / "client.key_secret").exists():
             private = not secret.stat().st_mode & 0o077
-            remedy = f"others can read it: chmod 600 {secret}"
-            self.say(private or None, "keys", str(secret), remedy)
+            self.say(private or None, "keys", str(secret), f"others can read it: chmod 600 {secret}")
         client = RobotClient(self.args.server, self.args.keys)
         hello = client.hello()
         self.client = client
@@ -1602,8 +1592,7 @@ class Doctor:
         for serial, device in devices.items():
             name = device.get_info(rs.camera_info.name)
             usb = device.get_info(rs.camera_info.usb_type_descriptor)
-            remedy = "USB 3 needs its cable and port"
-            self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", remedy)
+            self.say(usb.startswith("3"), f"camera {serial}", f"{name}, USB {usb}", "USB 3 needs its cable and port")
             self.cameras.append(RealSense(CameraConfig(serial, "realsense", serial)))
 
     def open_teleop(self) -> None:
