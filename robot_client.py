@@ -536,13 +536,11 @@ class RealSense(Camera):
         if config.serial not in devices:
             there = ", ".join(sorted(devices)) or "none"
             raise RobotError(f"no RealSense has serial number {config.serial!r}; there: {there}")
-        colour, rgb8 = self.rs.stream.color, self.rs.format.rgb8
         settings = self.rs.config()
         settings.enable_device(config.serial)
-        settings.enable_stream(colour, config.width, config.height, rgb8, config.fps)
+        settings.enable_stream(self.rs.stream.color, config.width, config.height, self.rs.format.rgb8, config.fps)
         self.pipeline = self.rs.pipeline()
-        device = self.pipeline.start(settings).get_device()
-        self.set_options(device)
+        self.set_options(self.pipeline.start(settings).get_device())
         for _ in range(config.warmup_frames):
             self.pipeline.try_wait_for_frames(round(1000 * config.timeout_s))
 
@@ -1182,10 +1180,9 @@ class FrankaEnv(gym.Env):
         self.origin = self.state["tcp_pose"]
         self.target = self.state["reference"]
         self.elapsed_steps = 0
-        closure = self.measured_closure()
+        self.closure = self.measured_closure()
         if self.config.gripper == "binary":
-            closure = float(self.state["gripper_holding"] or closure > 0.5)  # what it holds may be wide
-        self.closure = closure
+            self.closure = float(self.state["gripper_holding"] or self.closure > 0.5)  # what it holds may be wide
         self.ordered = None
         self.episodes += 1
         obs, fault = self.observe()
@@ -1215,15 +1212,13 @@ class FrankaEnv(gym.Env):
         if self.client is None:
             self.client = RobotClient(config.server, config.keys)
         self.hello = self.client.hello(config.wait_s, self.give_up)
-        wrong = self.misfit()
-        if wrong:
+        if wrong := self.misfit():
             raise RobotError(f"TaskConfig does not fit {config.server}: {wrong}")
         served = self.hello["robot"]["task"]
         if self.scene is None and served and any(camera.kind == "sim" for camera in config.cameras):
             self.scene = Scene(served)
         if not self.cameras:
-            size = config.image_size
-            self.cameras = [make_camera(camera, size, self.scene) for camera in config.cameras]
+            self.cameras = [make_camera(camera, config.image_size, self.scene) for camera in config.cameras]
         for camera in self.cameras:
             camera.start(config.wait_s)
         self.client.acquire(LEASE_S, wait_s=LEASE_S + 1)
@@ -1480,8 +1475,7 @@ class FrankaEnv(gym.Env):
 
     def frame(self) -> Rotation:
         """Of actions, seen from the base."""
-        relative = self.config.relative_frame
-        return rotation(self.state["tcp_pose"]) if relative else Rotation.identity()
+        return rotation(self.state["tcp_pose"]) if self.config.relative_frame else Rotation.identity()
 
     def is_success(self) -> bool:
         """TASK: what success is, where no classifier around this environment says so."""
