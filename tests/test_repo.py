@@ -43,8 +43,8 @@ LONGER = {  # limits, not goals
     "sac_pixel_sim.py": 1267,
     "sac_pixel_real.py": 1694,
     "bc_flow_offline.py": 1090,
-    "robot_server.py": 2894,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
-    "robot_client.py": 1728,  # client, cameras, teleoperation, environment
+    "robot_server.py": 2866,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "robot_client.py": 1711,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1395,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
