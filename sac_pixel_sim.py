@@ -43,10 +43,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import envs, link, pixels, setup, tensors, vision
-from common.episodes import check_new_dataset, check_steps, demonstrations, last_evaluation, replay, summary
+from common.episodes import check_steps, demonstrations, last_evaluation, replay, summary
 from common.evaluation import evaluate, record_video, report
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
-from common.recording import file_hash
+from common.recording import check_new_dataset, file_hash
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, parse
 from common.success import rewarded

@@ -42,17 +42,9 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from common import envs, link, setup, tensors
-from common.episodes import (
-    check_new_dataset,
-    check_steps,
-    demonstrations,
-    last_evaluation,
-    pack_step,
-    replay,
-    step_type,
-    summary,
-)
+from common.episodes import check_steps, demonstrations, last_evaluation, pack_step, replay, step_type, summary
 from common.evaluation import evaluate, record_video, report
+from common.recording import check_new_dataset
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
 from common.tensors import RunningNormalizer

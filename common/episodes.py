@@ -16,7 +16,7 @@ from tqdm import tqdm
 from common.datasets import as_stored, each, id_for, is_here, local_dataset, sound, storable, store, unreadable
 from common.envs import Checked, episode_seed, leaves, looks_like_image, make, say_once
 from common.evaluation import Policy, evaluate
-from common.recording import check_fingerprint, dataset_folder, fingerprint, layout
+from common.recording import check_fingerprint, fingerprint, layout
 from common.setup import fail
 
 SPREAD = 5  # starts that are looked at for each demonstration
@@ -287,12 +287,6 @@ def check_steps(step_type: np.dtype, data: bytes) -> None:
 
 
 # --- Minari datasets --------------------------------------------------------------------------------------------------
-def check_new_dataset(dataset_id: str) -> None:
-    """Exits with one line when Minari would refuse this name, which it would do after the training."""
-    if dataset_folder(dataset_id, "--record-dataset").exists():
-        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
-
-
 def record(
     dataset_id: str, episodes: Iterable[Episode], env: gym.Env, success: Callable[[dict], float], **about
 ) -> None:

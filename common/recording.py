@@ -33,6 +33,12 @@ def dataset_folder(dataset_id: str, option: str) -> Path:
     return get_dataset_path(dataset_id)
 
 
+def check_new_dataset(dataset_id: str) -> None:
+    """Exits with one line when Minari would refuse this name, which it would do after the training."""
+    if dataset_folder(dataset_id, "--record-dataset").exists():
+        fail(f"--record-dataset {dataset_id}: exists; `minari delete` it, or give another name or version")
+
+
 class Recording:
     """A Minari dataset in `folder`, one file for each episode; the file that Minari reads holds links to them.
 

@@ -13,16 +13,8 @@ from gymnasium import spaces
 
 import franka_sim
 from common import envs
-from common.episodes import (
-    Episode,
-    Recorder,
-    check_new_dataset,
-    collect,
-    demonstrations,
-    record,
-    spread_starts,
-    summary,
-)
+from common.episodes import Episode, Recorder, collect, demonstrations, record, spread_starts, summary
+from common.recording import check_new_dataset
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 
