@@ -845,11 +845,9 @@ class Agent:
     METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/grasp_loss",)
 
-    def __init__(
-        self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved: dict | None = None
-    ):
-        """`saved`: the state that will be loaded, if there is one: no other files are read then."""
-        load = saved is None
+    def __init__(self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved=False):
+        """`saved`: a state will be loaded, so that no other files are read."""
+        load = not saved
         self.args = args
         self.device = device
         self.views = views
@@ -1305,8 +1303,7 @@ def load_policy(agent: Agent, path: Path) -> int:
 def start_learner(args: Args, run: Run, device: torch.device) -> tuple[Agent, FrameBuffer, FrameBuffer]:
     """The agent, and the buffers of replay and of demonstrations, of a new run or of the one to go on with."""
     env = wrap_robot(make_env(args), args)  # for its spaces: no robot is contacted
-    saved = run.state["agent"] if run.state else None
-    agent = Agent(views_of(env), env.action_space, args, device, saved)
+    agent = Agent(views_of(env), env.action_space, args, device, saved=run.state is not None)
     capacity = min(args.buffer_size, args.total_timesteps)
     spare = 4 * SAVE_EVERY if capacity < args.total_timesteps else 0  # for what the newest two checkpoints refer to
     buffer = agent.make_buffer("replay", capacity, run, capacity + capacity // 50 + args.frame_stack + spare)

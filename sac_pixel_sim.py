@@ -27,7 +27,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -48,7 +47,7 @@ from common.evaluation import evaluate, record_video, report
 from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
 from common.recording import check_new_dataset, file_hash
 from common.run import Run
-from common.setup import RunArgs, ends_well, fail, flag, parse
+from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
 from common.success import rewarded
 from common.tensors import RunningNormalizer
 
@@ -667,9 +666,7 @@ class FrameBuffer(ReplayBuffer):
         self.frames.load_state_dict(state["frames"])
 
 
-def load_pixel_demos(
-    args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env], run: Run
-) -> FrameBuffer:
+def load_pixel_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap, run: Run) -> FrameBuffer:
     """Demonstrations, stored as live steps; their observations are the agent's first statistics."""
     steps, episodes, goals = [], [], []
     for episode in demonstrations(args.demos, task, args.seed, DEMO_NOISE):
@@ -704,11 +701,9 @@ class Agent:
     METRICS += ("losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/vice_loss", "losses/vice_reward")
 
-    def __init__(
-        self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved: dict | None = None
-    ):
-        """`saved`: the state that will be loaded, if there is one: no other files are read then."""
-        load = saved is None
+    def __init__(self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved=False):
+        """`saved`: a state will be loaded, so that no other files are read."""
+        load = not saved
         self.args = args
         self.device = device
         self.views = views
@@ -1062,7 +1057,7 @@ def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: 
             run.log("eval", evaluate(agent.policy, [env], args.eval_episodes, args.seed, success, run.impatient))
 
 
-def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
+def final_evaluation(args: Args, agent: Agent, run: Run, wrap: envs.Wrap) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
     episodes, dataset_id = args.final_eval_episodes, args.record_dataset
     scalars = last_evaluation(agent.policy, make_env(args), wrap, episodes, args.seed, success, dataset_id)
@@ -1072,16 +1067,12 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-def start_pixels(
-    args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
-) -> tuple[Run, Agent, FrameBuffer, FrameBuffer | None]:
+def start_pixels(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent, FrameBuffer, FrameBuffer | None]:
     """Parts of a new run, with demonstrations, or of one that goes on: then `Run.keep` loads them."""
     device = tensors.set_up_torch(args.threads, args.amp)
-    run = Run(args, args.env_id, __file__, device) if args.resume or args.eval_only else None
-    saved = run.state["agent"] if run and run.state else None
     env = wrap(task)
-    agent = Agent(views_of(env), env.action_space, args, device, saved)
-    run = run or Run(args, args.env_id, __file__, device)  # a new one once all is checked
+    agent = Agent(views_of(env), env.action_space, args, device, saved=has_checkpoint(args.run_dir))
+    run = Run(args, args.env_id, __file__, device)  # a new one once all is checked
     capacity = min(args.buffer_size, args.total_timesteps)
     slots = capacity * agent.new_frames + capacity // 64 + args.frame_stack
     if capacity < args.total_timesteps:  # what two checkpoints refer to is kept

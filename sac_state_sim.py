@@ -27,7 +27,6 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -407,7 +406,7 @@ class ReplayBuffer:
         self.open_episode = state["open"]
 
 
-def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: Callable[[gym.Env], gym.Env]) -> ReplayBuffer:
+def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> ReplayBuffer:
     """Demonstrations, stored as live steps; their observations are the agent's first statistics."""
     episodes = list(demonstrations(args.demos, task, args.seed, args.demo_noise))
     steps = []
@@ -669,7 +668,7 @@ def log_and_evaluate(args: Args, run: Run, agent: Agent, env: gym.Env, metrics: 
             run.log("eval", evaluate(agent.policy, [env], args.eval_episodes, args.seed, success, run.impatient))
 
 
-def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env], gym.Env]) -> dict[str, float]:
+def final_evaluation(args: Args, agent: Agent, run: Run, wrap: envs.Wrap) -> dict[str, float]:
     """The last evaluation, with its dataset and its video."""
     episodes, dataset_id = args.final_eval_episodes, args.record_dataset
     scalars = last_evaluation(agent.policy, make_env(args), wrap, episodes, args.seed, success, dataset_id)
@@ -679,9 +678,7 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: Callable[[gym.Env
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-def start(
-    args: Args, task: gym.Env, wrap: Callable[[gym.Env], gym.Env]
-) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
+def start(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent, ReplayBuffer, ReplayBuffer | None]:
     """Parts of a new run, with demonstrations, or of one that goes on: then `Run.keep` loads them."""
     device = tensors.set_up_torch(args.threads, args.amp)
     env = wrap(task)

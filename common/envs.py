@@ -21,6 +21,7 @@ LONGEST_EPISODE = 10_000  # steps, of a task without a time limit
 HUGE = 1e10  # larger numbers are no measurements; their squares ruin float32
 WRAPPERS = os.path.join(os.path.dirname(gym.__file__), "wrappers")
 MAKE = gym.envs.registration.__file__
+Wrap = Callable[[gym.Env], gym.Env]  # a task in a script's wrappers
 
 
 # --- Making -----------------------------------------------------------------------------------------------------------
@@ -143,12 +144,12 @@ class Checked(gym.Wrapper):
             random.seed(kwargs["seed"])
             np.random.seed(kwargs["seed"] % 2**32)  # noqa: NPY002
         obs, info = self.called(self.RESET, 2, self.env.reset, **kwargs)
-        return self.checked(obs), info
+        return self.checked(self.observation_space, obs), info
 
     def step(self, action):
         self.steps += 1
         obs, reward, terminated, truncated, info = self.called(self.STEP, 5, self.env.step, copy.copy(action))
-        obs = self.checked(obs)
+        obs = self.checked(self.observation_space, obs)
         reward = float(self.scalar("the reward", reward, "fiub", "a number"))
         self.check_number("the reward", reward)
         terminated = bool(self.scalar("terminated", terminated, "biu", "True or False"))
@@ -176,18 +177,15 @@ class Checked(gym.Wrapper):
         info.pop("episode", None)  # ours: RecordEpisodeStatistics
         return *result[:-1], info
 
-    def checked(self, obs):
+    def checked(self, space: spaces.Space, value, name: str = "the observation"):
         """A copy of the observation. Raises Fault when it does not fit its space."""
-        return self.checked_part(self.observation_space, obs, "the observation")
-
-    def checked_part(self, space: spaces.Space, value, name: str):
         if isinstance(space, spaces.Dict):
             if not isinstance(value, dict) or value.keys() != space.keys():
                 given = sorted(value) if isinstance(value, dict) else type(value).__name__
                 raise Fault(f"{self.name}: {name} is {given}, its space has {sorted(space)}")
-            return {key: self.checked_part(part, value[key], f"{name}[{key!r}]") for key, part in space.items()}
+            return {key: self.checked(part, value[key], f"{name}[{key!r}]") for key, part in space.items()}
         if isinstance(space, spaces.Tuple) and isinstance(value, tuple) and len(value) == len(space):
-            return tuple(self.checked_part(part, value[i], f"{name}[{i}]") for i, part in enumerate(space))
+            return tuple(self.checked(part, value[i], f"{name}[{i}]") for i, part in enumerate(space))
         if not isinstance(space, spaces.Box):
             if not space.contains(value):
                 raise Fault(f"{self.name}: {name} is {value!r}, which is not in {space}")

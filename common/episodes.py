@@ -14,7 +14,7 @@ from gymnasium import spaces
 from tqdm import tqdm
 
 from common.datasets import as_stored, each, id_for, is_here, local_dataset, sound, storable, store, unreadable
-from common.envs import Checked, episode_seed, leaves, looks_like_image, make, say_once
+from common.envs import Checked, Wrap, episode_seed, leaves, looks_like_image, make, say_once
 from common.evaluation import Policy, evaluate
 from common.recording import check_fingerprint, fingerprint, layout
 from common.setup import fail
@@ -241,7 +241,7 @@ def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
     return f"{len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {known}"
 
 
-def replay(episode: Episode, env: gym.Env, wrap: Callable[[gym.Env], gym.Env], chunk: int = 1) -> Iterator[tuple]:
+def replay(episode: Episode, env: gym.Env, wrap: Wrap, chunk: int = 1) -> Iterator[tuple]:
     """An episode of the task `env` as the wrapped task would give it: (action, obs, reward, terminated), from the reset
     on, whose action is None. Actions are in [-1, 1]; with `chunk` > 1 the last chunk is filled up by its last action.
     """
@@ -312,7 +312,7 @@ def record(
 def last_evaluation(
     policy: Policy,
     task: gym.Env,
-    wrap: Callable[[gym.Env], gym.Env],
+    wrap: Wrap,
     count: int,
     seed: int,
     success: Callable[[dict], float],
