@@ -58,7 +58,7 @@ from torch.utils.checkpoint import checkpoint
 import robot_client as rc
 from common import envs, link, pixels, recording, setup, tensors, vision
 from common.episodes import Recorder, check_steps, minari_episodes, replay, summary
-from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
+from common.pixels import FrameFile, Views, pack_pixels, views_of
 from common.recording import Recording, Step, fields_of, write_video
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, parse, write_atomically
@@ -904,13 +904,9 @@ class Agent:
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
         """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
         on brings it. Exits with one line when there is no room."""
-        numbers = 2 * self.views.state_dim + self.action_dim + 2
-        small = 4 * capacity * numbers + 16 * capacity * self.views.stack
-        tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
-        what = f"{capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
-        what += f"; {size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
-        file = pixels.frame_file(name, slots, what, self.views, run, self.args.frames_dir, self.device)
-        return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.n_step, self.args.gamma)
+        args = self.args
+        file = pixels.frame_file(name, capacity, slots, self.views, self.step_type, run, args.frames_dir, self.device)
+        return FrameBuffer(capacity, self.views, self.action_dim, file, args.n_step, args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
         lr = torch.tensor(self.args.lr, device=self.device)  # a tensor: a CUDA graph follows it

@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 from common import envs, link, pixels, setup, tensors, vision
 from common.episodes import check_steps, demonstrations, last_evaluation, replay, summary
 from common.evaluation import evaluate, record_video, report
-from common.pixels import FrameFile, Views, pack_pixels, size_text, views_of
+from common.pixels import FrameFile, Views, pack_pixels, views_of
 from common.recording import check_new_dataset, file_hash
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
@@ -238,27 +238,17 @@ class Args(RunArgs):
 # --- Environment ------------------------------------------------------------------------------------------------------
 def make_env(args: Args, render: bool = False) -> gym.Env:
     """The task, as it is demonstrated and recorded."""
-    rendered = args.cameras == ("render",)
     options = {}
-    if args.env_id.startswith("Franka") and not rendered:  # TASK: options of your task
+    if args.env_id.startswith("Franka") and args.cameras != ("render",):  # TASK: options of your task
         options = {"image_obs": True, "image_size": args.image_size}
-
-    def made() -> gym.Env:
-        env = envs.make(args.env_id, render or rendered, **options)
-        env = pixels.Rendered(env) if rendered else env
-        env.reset()  # where some tasks first need OpenGL
-        return env
-
-    env = envs.with_opengl(made, f"--env-id {args.env_id}", render or rendered)
+    env = pixels.make(args.env_id, args.cameras, render, **options)
     return env  # TASK: wrappers of your own; one that changes actions has its own expert_action()
 
 
 def wrap_images(env: gym.Env, args: Args) -> gym.Env:
     """The task with observations {"images": (T, K, H, W, 3) uint8, "state": (T, S)}, where T is
     --frame-stack, and actions (A,) in [-1, 1]. Exits when this script cannot learn it."""
-    envs.check_actions(env, args.env_id)
-    if not isinstance(env, envs.Checked):  # wrappers of your own
-        env = envs.Checked(env, args.env_id)
+    env = envs.checked(env, args.env_id)
     if args.reward not in ("env", "vice"):
         env = rewarded(env, args.reward)
     env = envs.ScaledActions(env)
@@ -761,13 +751,9 @@ class Agent:
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
         """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
         on brings it. Exits with one line when there is no room."""
-        numbers = 2 * self.views.state_dim + self.action_dim + 2
-        small = 4 * capacity * numbers + 16 * capacity * self.views.stack
-        tensors.check_memory(small, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
-        what = f"{capacity:,} transitions of {self.views.pixels}, {slots:,} frames"
-        what += f"; {size_text(self.step_type.itemsize)} each on a wire, {size_text(small)} of memory"
-        file = pixels.frame_file(name, slots, what, self.views, run, self.args.frames_dir, self.device)
-        return FrameBuffer(capacity, self.views, self.action_dim, file, self.args.target_steps(), self.args.gamma)
+        args = self.args
+        file = pixels.frame_file(name, capacity, slots, self.views, self.step_type, run, args.frames_dir, self.device)
+        return FrameBuffer(capacity, self.views, self.action_dim, file, args.target_steps(), args.gamma)
 
     def make_optimizer(self, parameters, weight_decay: float) -> torch.optim.Optimizer:
         lr = torch.tensor(self.args.lr, device=self.device)  # a tensor: a CUDA graph follows it

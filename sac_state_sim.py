@@ -184,16 +184,14 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
 def wrap_states(env: gym.Env, args: Args) -> gym.Env:
     """The task: flat observations (O,), actions (A,) in [-1, 1]. Exits if it cannot be learned."""
     space = env.observation_space
-    for box in envs.leaves(space):
+    for _, box in envs.leaves(space):
         if envs.looks_like_image(box):
             fail(f"--env-id {args.env_id}: {box.shape} looks like images; use sac_pixel_sim.py, or flatten it (TASK)")
         if isinstance(box, spaces.Text):
             fail(f"--env-id {args.env_id}: observations hold {box}; leave it out in a wrapper (make_env)")
     if not space.is_np_flattenable or not spaces.flatdim(space):
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
-    envs.check_actions(env, args.env_id)
-    if not isinstance(env, envs.Checked):  # wrappers of your own
-        env = envs.Checked(env, args.env_id)
+    env = envs.checked(env, args.env_id)
     env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)

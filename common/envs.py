@@ -242,27 +242,29 @@ def truth(info: dict, *names: str) -> float:
     return math.nan
 
 
-def check_actions(env: gym.Env, env_id: str) -> None:
-    """Exits with one line unless actions are a vector that can be scaled to [-1, 1], and no wrapper learns."""
+def checked(env: gym.Env, env_id: str) -> Checked:
+    """The task, `Checked` also in wrappers of one's own. Exits unless actions can be scaled, and no wrapper learns."""
     space = env.action_space
     if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f" or not space.shape[0]:
         fail(f"--env-id {env_id}: actions must be a Box of floats of shape (A,), not {space}; change it in make_env")
     low, high = np.float64(space.low), np.float64(space.high)
     if not (np.isfinite(high - low) & (high - low < HUGE)).all():
         fail(f"--env-id {env_id}: actions need bounds, not {space}; set them in a wrapper (make_env)")
-    while isinstance(env, gym.Wrapper):
-        if isinstance(env, gym.wrappers.NormalizeObservation | gym.wrappers.NormalizeReward):
-            fail(f"--env-id {env_id}: no checkpoint keeps what {type(env).__name__} learns; leave it out of make_env")
-        env = env.env
+    layer = env
+    while isinstance(layer, gym.Wrapper):
+        if isinstance(layer, gym.wrappers.NormalizeObservation | gym.wrappers.NormalizeReward):
+            fail(f"--env-id {env_id}: no checkpoint keeps what {type(layer).__name__} learns; leave it out of make_env")
+        layer = layer.env
+    return env if isinstance(env, Checked) else Checked(env, env_id)
 
 
-def leaves(space: spaces.Space) -> Iterator[spaces.Space]:
-    """The spaces inside Dicts and Tuples at any depth."""
+def leaves(space: spaces.Space, path: tuple = ()) -> Iterator[tuple[tuple, spaces.Space]]:
+    """The spaces in Dicts and Tuples at any depth, each with its keys and indices."""
     if isinstance(space, spaces.Dict | spaces.Tuple):
-        for part in space.values() if isinstance(space, spaces.Dict) else space:
-            yield from leaves(part)
+        for key, part in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
+            yield from leaves(part, (*path, key))
     else:
-        yield space
+        yield path, space
 
 
 def looks_like_image(space: spaces.Space) -> bool:

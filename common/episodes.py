@@ -99,7 +99,7 @@ def spread_starts(count: int, env: gym.Env, seed: int) -> list[int]:
     as an array, info["start"] of its reset. Exits with one line when that is no array of numbers.
     """
     parts = leaves(env.observation_space)
-    counts = np.concatenate([np.full(spaces.flatdim(part), not looks_like_image(part)) for part in parts])
+    counts = np.concatenate([np.full(spaces.flatdim(part), not looks_like_image(part)) for _, part in parts])
     starts, told = [], []
     for number in range(SPREAD * count):
         obs, info = env.reset(seed=episode_seed(seed, 2, number))

@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +19,12 @@ import torch.nn.functional as F
 from gymnasium import spaces
 from torch import Tensor
 
+from common import envs
 from common.envs import looks_like_image
 from common.episodes import pack_step
 from common.evaluation import picture
 from common.setup import Fault, fail
+from common.tensors import check_memory
 
 
 # --- Observations -----------------------------------------------------------------------------------------------------
@@ -39,13 +40,18 @@ class Rendered(gym.ObservationWrapper):
         return picture(self.env, "--cameras render: ")
 
 
-def named_leaves(space: spaces.Space, path: tuple = ()) -> Iterator[tuple[tuple, spaces.Space]]:
-    """The spaces in Dicts and Tuples at any depth, each with its keys and indices."""
-    if isinstance(space, spaces.Dict | spaces.Tuple):
-        for key, part in space.items() if isinstance(space, spaces.Dict) else enumerate(space):
-            yield from named_leaves(part, (*path, key))
-    else:
-        yield path, space
+def make(env_id: str, cameras: tuple[str, ...], render: bool = False, **options) -> gym.Env:
+    """`envs.make`, where `cameras` are ("render",) with the picture as observation; reset once, as some tasks first
+    need OpenGL there."""
+    rendered = cameras == ("render",)
+
+    def made() -> gym.Env:
+        env = envs.make(env_id, render or rendered, **options)
+        env = Rendered(env) if rendered else env
+        env.reset()
+        return env
+
+    return envs.with_opengl(made, f"--env-id {env_id}", render or rendered)
 
 
 def image_axes(space: spaces.Space) -> str | None:
@@ -76,7 +82,7 @@ class ImagesAndState(gym.ObservationWrapper):
         """Of the images only `cameras`, if there are any. Exits with one line that names what cannot be taken."""
         super().__init__(env)
         self.size = size
-        leaves = named_leaves(env.observation_space)
+        leaves = envs.leaves(env.observation_space)
         parts = {"/".join(map(str, path)) or "image": (path, space) for path, space in leaves}
         if cameras == ("render",):
             parts = {"render": parts.get("image", parts.get("render"))}
@@ -161,10 +167,6 @@ class Views(NamedTuple):
     def frame_shape(self) -> tuple[int, ...]:
         """All cameras' images of one step: (K, H, W, 3)."""
         return len(self.cameras), self.size, self.size, 3
-
-    @property
-    def pixels(self) -> str:
-        return f"{len(self.cameras)} x {self.size} x {self.size} pixels"
 
     @property
     def state_dim(self) -> int:
@@ -308,18 +310,31 @@ class FrameFile:
 
 
 def frame_file(
-    name: str, slots: int, what: str, views: Views, run, frames_dir: str | None, device: torch.device
+    name: str,
+    capacity: int,
+    slots: int,
+    views: Views,
+    step_type: np.dtype,
+    run,
+    frames_dir: str | None,
+    device: torch.device,
 ) -> FrameFile:
-    """The file of `name` in the run's folder, or in `frames_dir`, with `slots` frames or as a run left it that goes on.
+    """The file of the buffer `name` in the run's folder, or in `frames_dir`, with `slots` frames or as a run left it.
 
-    Says how much disk `what` takes before it is taken. Exits with one line when there is not so much.
+    Says how much memory and disk the buffer of `capacity` takes before it is taken. Exits when there is not so much.
     """
+    numbers = 2 * views.state_dim + step_type["action"].shape[0] + 2
+    memory = 4 * capacity * numbers + 16 * capacity * views.stack
+    check_memory(memory, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
     path = run.dir / f"{name}.frames"
     if frames_dir:
         path = Path(frames_dir, "-".join((*run.dir.absolute().parts[-2:], path.name)))
     file = FrameFile(path, views.frame_shape, device)
     if run.state is None:
-        file.check_disk(slots, f"{name}: {what}", "give a smaller --buffer-size, or another --frames-dir")
+        pictures = f"{len(views.cameras)} x {views.size} x {views.size} pixels"
+        what = f"{name}: {capacity:,} transitions of {pictures}, {slots:,} frames"
+        what += f"; {size_text(step_type.itemsize)} each on a wire, {size_text(memory)} of memory"
+        file.check_disk(slots, what, "give a smaller --buffer-size, or another --frames-dir")
         file.make_room(slots)
     return file
 

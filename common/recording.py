@@ -154,7 +154,7 @@ class Recording:
     def check_disk(self, env: gym.Env) -> None:
         """Exits with one line when the disk has no room for the longest episode."""
         steps = min(env.spec.max_episode_steps or math.inf, 1000)
-        step_bytes = sum(math.prod(box.shape) * box.dtype.itemsize for box in envs.leaves(env.observation_space))
+        step_bytes = sum(math.prod(box.shape) * box.dtype.itemsize for _, box in envs.leaves(env.observation_space))
         needed = steps * step_bytes + SPARE_BYTES
         free = shutil.disk_usage(self.data).free
         if free < needed:
