@@ -666,8 +666,6 @@ def load_pixel_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap,
             goals.append(torch.from_numpy(obs["images"]))
         episodes.append(episode._replace(observations=[]))
     count = len(steps) - len(episodes)
-    if not count:
-        fail(f"--demos {args.demos}: has no steps")
     demos = agent.make_buffer("demonstrations", count, run, len(episodes) + count * agent.new_frames)
     for step in steps:
         demos.add(step)

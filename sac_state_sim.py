@@ -409,10 +409,8 @@ def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> Re
     episodes = list(demonstrations(args.demos, task, args.seed, args.demo_noise))
     steps = []
     for episode in episodes:
-        for action, obs, reward, terminated in replay(episode, task, wrap, args.action_chunk):
-            steps.append(pack_step(agent.step_type, action, obs, reward, terminated))
-    if len(steps) == len(episodes):
-        fail(f"--demos {args.demos}: has no steps")
+        for step in replay(episode, task, wrap, args.action_chunk):
+            steps.append(pack_step(agent.step_type, *step))
     demos = agent.make_buffer(len(steps) - len(episodes))
     for step in steps:
         demos.add(step)
