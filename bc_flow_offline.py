@@ -52,24 +52,13 @@ import torch.utils.checkpoint
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from common import datasets, envs
+from common import datasets, envs, tensors
 from common.datasets import Batches, StoredImages, each
 from common.episodes import collect
 from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, report, roll_out
 from common.run import Run, quality, write_atomically
 from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, go_on, parse
-from common.tensors import (
-    Follower,
-    Graphed,
-    RunningNormalizer,
-    any_process,
-    join_processes,
-    load_generator,
-    mean_over_processes,
-    rank,
-    set_up_torch,
-    world_size,
-)
+from common.tensors import Follower, Graphed, RunningNormalizer, load_generator, rank, set_up_torch, world_size
 from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
 try:
@@ -644,7 +633,7 @@ class BCAgent:
                 if name != "state":
                     observations = observations | {name: random_crop(x, offsets, CROP_PADDING)}
         loss, gradients = self.gradient(observations, x_1, valid, x_0, t)
-        loss, *gradients = mean_over_processes([loss, *gradients])
+        loss, *gradients = tensors.mean_over_processes([loss, *gradients])
         for parameter, gradient in zip(self.parameters, gradients, strict=True):
             parameter.grad = torch.empty_like(parameter).copy_(gradient)  # in its layout: fused AdamW sees memory only
         if self.args.lr_schedule == "cosine":
@@ -933,7 +922,7 @@ def prepare_torch(args: Args) -> torch.device:
     np.random.seed(args.seed % 2**32)  # noqa: NPY002  for Dataset.sample, as the original
     torch.manual_seed(args.seed)
     device = set_up_torch(args.threads // world_size(), args.amp)
-    join_processes(device)
+    tensors.join_processes(device)
     return device
 
 
@@ -990,7 +979,7 @@ def train(
     args: Args, run: Run, agent: BCAgent, batches: Batches, evaluation: Evaluation, logger: LoggingHelper | None
 ) -> None:
     """The loop. Only the first process has a logger."""
-    while run.step < args.offline_steps and not any_process(run.signals > 0, agent.device):
+    while run.step < args.offline_steps and not tensors.any_process(run.signals > 0, agent.device):
         # Learn: as many updates as until the next event, at most one launch's.
         to_event = until_event(run.step, args)
         count = min(to_event, UPDATES_PER_LAUNCH - run.step % UPDATES_PER_LAUNCH)
