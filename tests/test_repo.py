@@ -39,13 +39,13 @@ CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_C
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
-    "sac_state_sim.py": 874,
-    "sac_pixel_sim.py": 1267,
-    "sac_pixel_real.py": 1694,
-    "bc_flow_offline.py": 1090,
-    "robot_server.py": 2866,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "sac_state_sim.py": 859,
+    "sac_pixel_sim.py": 1242,
+    "sac_pixel_real.py": 1687,
+    "bc_flow_offline.py": 1080,
+    "robot_server.py": 2870,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1711,  # client, cameras, teleoperation, environment
-    "common/datasets.py": 1395,
+    "common/datasets.py": 1401,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
 
