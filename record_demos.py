@@ -1,7 +1,7 @@
 """Demonstrations, or labelled frames for a success classifier: steered by hand or by the scripted expert, through the
 robot (robot_server.py, real or simulated) or a simulated gymnasium task.
 
-    python record_demos.py --env-id FrankaPegInsert-v0 --teleop expert --episodes 3
+    python record_demos.py --env-id FrankaPegInsert-v0 --teleop expert --episodes 3 --dataset sim/peg-v0
     python record_demos.py --teleop expert                # needs robot_server.py --env-id FrankaPegInsert-v0
     python record_demos.py --teleop spacemouse            # needs robot_server.py and a SpaceMouse
     python record_demos.py --mode classifier              # needs robot_server.py and a terminal
@@ -30,6 +30,7 @@ import datetime
 import errno
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -80,6 +81,8 @@ class Args:
     """gymnasium id: the robot, or a simulated task, also module:Env-v0"""
     max_episode_steps: int | None = None
     """the longest episode (default: the task's); people need longer than a policy will"""
+    image_size: int = 128
+    """rows and columns of a simulated Franka's pictures (sac_pixel_sim.py learns from 48)"""
     # robot
     teleop: Literal["keyboard", "spacemouse", "expert"] = "keyboard"
     """who steers; the expert is the simulated task's"""
@@ -98,7 +101,7 @@ class Args:
         """Exits with one line when a value is out of its range or contradicts another."""
         datasets = {"demos": "hil/demos-v0", "classifier": "hil/frames-v0"}
         self.dataset = self.dataset or datasets[self.mode]
-        for name, least in (("episodes", 1), ("frames", 1), ("classes", 2), ("margin", 0), ("seed", 0)):
+        for name, least in (("episodes", 1), ("frames", 1), ("classes", 2), ("margin", 0), ("seed", 0), ("image_size", 8)):
             if getattr(self, name) < least:
                 fail(f"{flag(name)} {getattr(self, name)}: give at least {least}")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
@@ -126,7 +129,7 @@ def make_env(args: Args) -> gym.Env:
             config.max_episode_steps = args.max_episode_steps
         return envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
     # TASK: keyword options of your task
-    options = {"image_obs": True} if args.env_id.startswith("Franka") else {}
+    options = {"image_obs": True, "image_size": args.image_size} if args.env_id.startswith("Franka") else {}
     return envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
 
 
@@ -558,6 +561,8 @@ def work(args: Args) -> None:
         if hand:
             hand.close()
         env.close()
+        if not recording.episodes:  # it would bind the next command to this task
+            shutil.rmtree(recording.data)
     show("")
     sum_up(recording, env)
 

@@ -1039,6 +1039,10 @@ class TaskConfig:
         axes = len(self.action_scale)
         if axes not in (3, 6) or len(self.workspace) != axes or min(self.action_scale) <= 0:
             raise ValueError("TaskConfig: action_scale and workspace have 3 entries, or 6 with rotation, all above 0")
+        low, high = np.array(self.workspace).T
+        start, spread = np.array(self.reset_pose[:3]), np.array([*self.random_reset[:2], 0])
+        if (low > high).any() or (start - spread < low[:3]).any() or (start + spread > high[:3]).any():
+            raise ValueError("TaskConfig: workspace must be from low to high, and have reset_pose in it, shifted at most")
         if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):
             raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
 
@@ -1148,6 +1152,7 @@ class FrankaEnv(gym.Env):
         self.origin = self.reset_pose  # of the observed pose, in a relative frame
         self.closure = 0.0  # of the gripper, as commanded
         self.ordered: float | None = None  # the closure in targets: none until an action changes it
+        self.stops = "", 0  # the server's id, and how often others had asked to stop when `told`
         self.told = True  # whether who stopped the robot was asked, since; starting a script is an answer, too
         self.give_up: Callable[[], bool] = lambda: False  # whether a reset shall end on its way
 
@@ -1200,10 +1205,16 @@ class FrankaEnv(gym.Env):
     def ask_first(self) -> dict:
         """The state, before the arm moves. StoppedError when a person has stopped it since the last `told`."""
         state = self.client.state()
-        fault = state["fault"]
+        fault = state.get("fault")
         stop = f"{fault['code']}: {fault['message']}" if fault else state.get("held") or ""
-        if by_person(stop) and not self.told:
+        stops = state.get("server_id"), state.get("stops", 0)
+        if self.told:
+            self.stops = stops
+        elif by_person(stop):
             raise self.stopped(stop)
+        elif stops[0] == self.stops[0] and stops[1] > self.stops[1]:  # a request of ours overtook it
+            self.client.call("hold")
+            raise self.stopped("a client asked to hold or to stop")
         return state
 
     def connect(self) -> None:
@@ -1296,7 +1307,7 @@ class FrankaEnv(gym.Env):
             if self.give_up():
                 self.client.call("hold")
                 raise RobotError("the reset was given up, the arm holds")
-            state = self.client.state()
+            state = self.ask_first()
             lag = difference(target, state["reference"])
             if np.linalg.norm(lag[:3]) < 0.05 and np.linalg.norm(lag[3:]) < 0.25:
                 step += 1
@@ -1645,6 +1656,9 @@ class Doctor:
         limits = hello["limits"]
         gains = Gains(**hello["gains"])
         pose = self.client.state()["tcp_pose"]
+        if (pose[:3] < limits["workspace_low"]).any() or (pose[:3] > limits["workspace_high"]).any():
+            where = f"the tcp stands at {pose[:3].round(3).tolist()} m, outside of the server's workspace"
+            raise RobotError(f"--drive: {where}, into which it would move by itself; guide it in by hand first")
         around = [pose[:3] - 0.1, pose[:3] + 0.1]
         box = np.clip(around, limits["workspace_low"], limits["workspace_high"]).T
         config = TaskConfig(

@@ -22,7 +22,8 @@ A request is one frame, a msgpack map {v: 2, op, id, token, args: {...}}, of at 
 that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     v, id, op, ok; error: {code, message} or None; result: map or None; and always, of the last control tick:
     server_id (new at every start), server_time (s), robot_time (s), state_age (s), mode, held (who asked to hold or
-    stop since the last job, or what else holds the arm until `start`; text or None), reference (7; the pose that is
+    stop since the last job, or what else holds the arm until `start`; text or None), stops (how often others than the
+    lease's holder asked to, since the server's start), reference (7; the pose that is
     commanded after all limits, the measured one when idle), lease (its holder's name or None), seq (the last
     accepted), fault: {code, message, count} or None; jobs: {arm, gripper}, the one that goes on or else the last one,
     {handle, op, status: queued running done failed, error (text or None), seconds}, or None
@@ -1592,6 +1593,7 @@ class Control(threading.Thread):
         self.answer: dict[str, Any] | None = None  # to the last command
         self.asked = ""  # hold or stop
         self.asker = ""  # who did: the lease's holder, by its name, or a client
+        self.stops = 0  # how often others than the holder asked: a job forgets `held`, not this
         self.lease = {"name": None, "token": "", "ttl": 1.0, "seq": None}
         self.lease_until = -math.inf
         self.target: np.ndarray | None = None
@@ -1726,6 +1728,7 @@ class Control(threading.Thread):
             if not (self.asked and command.name):  # in one tick another's word counts more than the commander's
                 self.asker = command.name or "a client"
             self.asked = "stop" if self.asked == "stop" else op
+            self.stops += not command.name
         elif op == "release":
             self.deaf_until = -math.inf
         elif op == "acquire":
@@ -1998,6 +2001,7 @@ class Control(threading.Thread):
                 "robot_time": self.state.time,
                 "mode": self.mode,
                 "held": self.held or None,
+                "stops": self.stops,
                 "reference": self.limiter.reference.tolist(),
                 "fault": self.fault,
                 "jobs": {mover: job and job.report() for mover, job in jobs.items()},
@@ -2839,6 +2843,17 @@ def check_keys(folder: Path) -> None:
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
+class LogFile(logging.handlers.RotatingFileHandler):
+    """A disk that is full is said once, in one line."""
+
+    told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        if not self.told:
+            self.told = True
+            print(f"\n--log-file {self.baseFilename}: {sys.exc_info()[1]}; events are lost", file=sys.stderr, flush=True)
+
+
 def main(args: Args) -> None:
     check(args)
     if args.keygen:
@@ -2846,7 +2861,7 @@ def main(args: Args) -> None:
     if args.doctor:
         raise SystemExit(1 if run_doctor(args) else 0)
     try:
-        handler = logging.handlers.RotatingFileHandler(args.log_file, maxBytes=5_000_000, backupCount=3)
+        handler = LogFile(args.log_file, maxBytes=5_000_000, backupCount=3)
     except OSError as error:
         fail(f"--log-file {args.log_file}: {error}")
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO, handlers=[handler])

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import inspect
 import json
 import math
 import shutil
@@ -82,7 +81,7 @@ class Recording:
         self.metadata = json.loads((self.data / "metadata.json").read_text())
         if "fingerprint" not in self.metadata:
             fail(f"{self.name}: exists, and was not recorded here; give another name or version")
-        check_fingerprint(self.name, self.metadata["fingerprint"], about["fingerprint"])
+        check_fingerprint(f"--dataset {self.name}", self.metadata["fingerprint"], about["fingerprint"])
         for name, value in about.items():
             if self.metadata[name] != value:
                 fail(f"{self.name}: its {name} is {self.metadata[name]}, not {value}; give another name")
@@ -297,12 +296,7 @@ def fingerprint(env: gym.Env) -> dict:
     if hasattr(config, "fingerprint"):
         return config.fingerprint()
     task = env.unwrapped.spec
-    defaults = {}  # an option that has its default means the same as one that is not given
-    for cls in reversed(type(env.unwrapped).__mro__[:-1]):
-        for name, parameter in inspect.signature(cls.__init__).parameters.items():
-            defaults[name] = repr(parameter.default)
     options = {name: value for name, value in task.kwargs.items() if name != "render_mode"}
-    options = {name: value for name, value in options.items() if repr(value) != defaults.get(name)}
     values = {
         "version": 1,
         "task": task.id,

@@ -285,11 +285,17 @@ def test_dataset_of_another_set_up_is_refused(tmp_path):
     record(tmp_path, "--episodes", 1)
     line = refusal(tmp_path, task="TwoCameras")
     assert line == (
-        "record_demos.py: hil/demos-v0: is of another set-up: observations.side is only here; "
+        "record_demos.py: --dataset hil/demos-v0: is of another set-up: observations.side is only here; "
         'task is "Reach-v0" there, "TwoCameras-v0" here'
     )
     line = refusal(tmp_path, "--mode", "classifier", "--dataset", "hil/demos-v0")
     assert "hil/demos-v0: its mode is demos, not classifier; give another name" in line
+
+
+def test_a_dataset_in_which_nothing_was_recorded_binds_nobody(tmp_path):
+    assert "terminal" in refusal(tmp_path, task="TwoCameras", teleop="keyboard")
+    assert not (tmp_path / "minari/hil/demos-v0/data").exists()
+    record(tmp_path, "--episodes", 1)
 
 
 def test_hands_that_are_not_there(tmp_path):

@@ -297,11 +297,3 @@ def test_robot_task_comes_back_from_a_dataset(env):
     assert again.config.fingerprint() == PEG.fingerprint()
     assert again.config.compliance == PEG.compliance or list(again.config.compliance.clip) == list(PEG.compliance.clip)
     assert again.observation_space == robot.observation_space and again.action_space == robot.action_space
-
-
-def test_an_option_that_is_the_default_is_no_other_set_up():
-    """record_demos.py does not give the pictures' size, sac_pixel_sim.py always does."""
-    plain = recording.fingerprint(envs.make("FrankaPegInsert-v0", image_obs=True))
-    same = recording.fingerprint(envs.make("FrankaPegInsert-v0", image_obs=True, image_size=128))
-    other = recording.fingerprint(envs.make("FrankaPegInsert-v0", image_obs=True, image_size=64))
-    assert plain == same != other and plain["options"] == {"image_obs": True}

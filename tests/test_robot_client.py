@@ -1810,6 +1810,31 @@ def test_a_person_stops_the_arm_while_its_gripper_moves_before_the_start(tmp_pat
         assert env.step(ZERO)[-1]["fault"] is None
 
 
+@pytest.mark.parametrize("before", ["stop", "reset_task", "start"])
+def test_stop_between_two_requests_of_a_reset_is_heard(tmp_path, before):
+    with (
+        served(tmp_path, "--env-id", "FrankaPegInsert-v0") as (address, _),
+        environment(address) as env,
+        contextlib.closing(RobotClient(address, name="person")) as person,
+    ):
+        env.reset(seed=0)
+        env.step(ZERO)
+        client, call = env.unwrapped.client, env.unwrapped.client.call
+
+        def overtaken(op: str, **args) -> dict:
+            if op == before:
+                client.call = call
+                person.call("hold")
+                time.sleep(0.02)  # some ticks
+            return call(op, **args)
+
+        client.call = overtaken
+        with pytest.raises(rc.StoppedError, match="a client asked to"):
+            env.reset(seed=1)
+        assert person.state()["mode"] != "streaming"
+        env.reset(seed=1)
+
+
 def test_dead_frozen_and_restarted_server(tmp_path):
     flags, port = ("--env-id", "FrankaPegInsert-v0"), free_port()
     with served(tmp_path, *flags, port=port) as (address, process), environment(address) as env:
