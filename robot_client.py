@@ -1152,6 +1152,7 @@ class FrankaEnv(gym.Env):
         self.origin = self.reset_pose  # of the observed pose, in a relative frame
         self.closure = 0.0  # of the gripper, as commanded
         self.ordered: float | None = None  # the closure in targets: none until an action changes it
+        self.executed = np.zeros(self.action_space.shape, np.float32)  # the last action, as far as the box allowed it
         self.stops = "", 0  # the server's id, and how often others had asked to stop when `told`
         self.told = True  # whether who stopped the robot was asked, since; starting a script is an answer, too
         self.give_up: Callable[[], bool] = lambda: False  # whether a reset shall end on its way
@@ -1189,6 +1190,7 @@ class FrankaEnv(gym.Env):
         if self.config.gripper == "binary":
             self.closure = float(self.state["gripper_holding"] or self.closure > 0.5)  # what it holds may be wide
         self.ordered = None
+        self.executed = np.zeros_like(self.executed)
         self.episodes += 1
         obs, fault = self.observe()
         if fault:
@@ -1331,7 +1333,7 @@ class FrankaEnv(gym.Env):
         info["asked_action"] = asked.astype(np.float32)
         info["executed_action"] = np.zeros(asked.shape, np.float32)
         try:
-            info["executed_action"] = self.command(asked, info).astype(np.float32)
+            info["executed_action"] = self.executed = self.command(asked, info).astype(np.float32)
             info["period_s"], info["late_s"] = self.pace.wait()
             self.look()
             latched = self.state["fault"]
@@ -1344,6 +1346,8 @@ class FrankaEnv(gym.Env):
             latched = error.reply.get("fault")
             fault = str(error)
         reflex = bool(latched) and latched["code"] == "reflex"
+        if reflex:  # also one that came before this action: the last that moved the arm led to it
+            info["executed_action"] = self.executed
         self.reflexes += reflex
         self.elapsed_steps += 1
         obs, camera_fault = self.observe()

@@ -23,10 +23,10 @@ that REQ with REQ_RELAXED and REQ_CORRELATE works. The reply is one msgpack map:
     v, id, op, ok; error: {code, message} or None; result: map or None; and always, of the last control tick:
     server_id (new at every start), server_time (s), robot_time (s), state_age (s), mode, held (who asked to hold or
     stop since the last job, or what else holds the arm until `start`; text or None), stops (how often others than the
-    lease's holder asked to, since the server's start), reference (7; the pose that is
-    commanded after all limits, the measured one when idle), lease (its holder's name or None), seq (the last
-    accepted), fault: {code, message, count} or None; jobs: {arm, gripper}, the one that goes on or else the last one,
-    {handle, op, status: queued running done failed, error (text or None), seconds}, or None
+    lease's holder asked to, since the server's start), reference (7; the pose that is commanded after all limits, the
+    measured one when idle), lease (its holder's name or None), seq (the last accepted), fault: {code, message, count}
+    or None; jobs: {arm, gripper}, the one that goes on or else the last one, {handle, op, status: queued running done
+    failed, error (text or None), seconds}, or None
 Every 10 ms the same map as of `state` is published in a single frame; subscribe to b"" with CONFLATE.
 A connection is cut that has 256 KiB of requests under way, sends a message of more than 8 frames, does not read its
 answers for 2 s, or is one more than 128: then one that never asked, or was silent for longest. A client's own
@@ -56,7 +56,8 @@ gains {stiffness, damping, rotational_stiffness, rotational_damping, clip (3), r
 hold {}     from anyone: reference stands, a job is broken off; targets are refused until `start`
 stop {}     from anyone: soft stop, then idle
 start {handle, any gains}  L J: streaming, from the measured pose; during a soft stop it waits for its end
-move_joints {handle, q (7), speed=0.2}  L J: speed is a fraction of the joints' limits; idle after it
+move_joints {handle, q (7), speed=0.2}  L J: speed is a fraction of the joints' limits, at most --max-joint-speed; it
+            fails when the tcp leaves the workspace; idle after it
 reset {handle, speed=0.2}  L J: move_joints to --reset-joints
 recover {handle}  L J: ends fault and reflex, re-seeds the reference at the measured pose; idle after it
 gripper {handle, action: open close move activate stop, width (for move), speed=1.0, force=0.5}  L J: speed and force
@@ -175,6 +176,8 @@ class Args:
     """m/s"""
     max_acceleration: float = 2.0
     """m/s2"""
+    max_joint_speed: float = 0.5
+    """of move_joints and reset: fraction of the joints' limits"""
     max_rotation_speed: float = 1.2
     """rad/s"""
     max_rotation_acceleration: float = 8.0
@@ -378,6 +381,10 @@ class Limiter:
         self.reference = pose.copy()
         self.velocity = np.zeros(6)
         self.limited: list[str] = []
+
+    def outside(self, pose: np.ndarray) -> float:
+        """How far (m) a pose (7,) is out of the box, along one axis."""
+        return max(0.0, (self.low - pose[:3]).max(), (pose[:3] - self.high).max())
 
     def step(self, target: np.ndarray | None, state: "ArmState", gains: Gains, dt: float) -> None:
         """Moves the reference by `dt` towards the target (7,), or lets it come to rest (None), within all limits: first
@@ -1798,7 +1805,7 @@ class Control(threading.Thread):
         q = np.array(arguments.get("q", self.args.reset_joints))
         if not within_joint_limits(q):
             raise Refused("bad_argument", f"q: {JOINT_LIMITS_TEXT}")
-        return self.move_joints(q, arguments["speed"])
+        return self.move_joints(q, min(arguments["speed"], self.args.max_joint_speed))
 
     # Measure, watch, act
     def measure(self, now: float) -> float:
@@ -1961,7 +1968,12 @@ class Control(threading.Thread):
         yield from self.settle()
         with self.blocking():
             self.arm.move_to_joint_positions(q, speed)
+        allowed = math.inf
         while self.arm.moving():
+            outside = self.limiter.outside(self.state.tcp_pose)
+            if outside > allowed:
+                raise ArmError("refused", "the tcp left --workspace-low and --workspace-high on its way")
+            allowed = min(allowed, outside + 0.02)  # it may come in
             yield
         yield
         self.phase = "idle"

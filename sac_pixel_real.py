@@ -1612,7 +1612,8 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
         ended = (terminated or truncated) and not info["fault"]
         said = heed(person, env, ended, partial(stop_asked, run, person))
         if said in ("success", "failure"):
-            reward, terminated = float(said == "success"), said == "success"
+            reward = float(said == "success")
+            terminated = said == "success" or bool(terminated and info["fault"])  # a reflex is an end in any case
         verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
         # Store: success was decided before the penalty. What a person does is a demonstration, standing still is not.
         executed = info["executed_action"]

@@ -1419,7 +1419,9 @@ def scripted_env(*, refused: dict | None = None, **state) -> FrankaEnv:
 def test_reflex_ends_the_episode_and_is_counted(refused):
     reflex = {"code": "reflex", "message": "reflex: cartesian collision", "count": 1}
     env = scripted_env(refused=reflex) if refused else scripted_env(fault=reflex)
+    env.executed = before = np.full(7, 0.5, np.float32)
     _, reward, terminated, truncated, info = env.step(np.zeros(7))
+    assert np.array_equal(info["executed_action"], before if refused else np.zeros(7))  # what led to it
     assert terminated and not truncated and reward == 0.0
     assert "cartesian collision" in info["fault"] and info["reflexes"] == 1
     assert env.step(np.zeros(7))[-1]["reflexes"] == 2
@@ -2017,6 +2019,33 @@ def test_first_motion_without_a_gripper(tmp_path, terminal):
         flags = ("--server", address, "--teleop", "keyboard", "--drive", "--seconds", 1)
         with popen_script("robot_client.py", *flags, cwd=tmp_path / "client", stdin=theirs) as process:
             assert process.wait(60) == 0, process.stderr_path.read_text()
+
+
+def test_first_motion_begins_inside_the_workspace(tmp_path, terminal):
+    """From outside it would move in by itself, without a key."""
+    _, theirs = terminal
+    with served(tmp_path, "--workspace-high", 0.65, 0.35, 0.1) as (address, _):
+        with contextlib.closing(RobotClient(address)) as observer:
+            start = observer.state()["tcp_pose"]
+            flags = ("--server", address, "--teleop", "keyboard", "--drive", "--seconds", 5)
+            with popen_script("robot_client.py", *flags, cwd=tmp_path / "client", stdin=theirs) as process:
+                assert process.wait(60) == 1
+                assert "outside of the server's workspace" in process.stderr_path.read_text()
+            assert np.abs(observer.state()["tcp_pose"][:3] - start[:3]).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"workspace": ((0.6, 0.4), *rc.PEG.workspace[1:])},
+        {"workspace": (*rc.PEG.workspace[:2], (0.05, 0.08), *rc.PEG.workspace[3:])},
+        {"random_reset": (0.5, 0.0, 0.0)},
+    ],
+)
+def test_a_workspace_that_does_not_hold_its_start(changes):
+    """Actions of zero would move the arm in."""
+    with pytest.raises(ValueError, match="workspace must be from low to high, and have reset_pose in it"):
+        dataclasses.replace(rc.PEG, **changes).check()
 
 
 def test_encrypted_connection(tmp_path):

@@ -1,5 +1,8 @@
 """robot_server.py: its protocol, and what it promises about motion, on the simulated arm."""
 
+import errno
+import io
+import logging
 import math
 import os
 import shutil
@@ -559,6 +562,42 @@ def test_move_joints(wire):
     assert wire.state()["mode"] == "idle"
     wire.done("reset", speed=0.5)
     assert np.abs(np.subtract(wire.state()["q"], wire.hello["reset_joints"])).max() < 0.01
+
+
+def test_a_joint_motion_stops_where_it_leaves_the_workspace(wire):
+    """It bends, and its speed is one of the joints': the server looks where the tcp is, and comes in again."""
+    wire.take()
+    q = wire.state()["q"]
+    wire.ask("move_joints", handle="far-aside", q=[q[0] + 2.0, *q[1:]], speed=1.0)
+    wait_until(lambda: wire.ask("job", handle="far-aside")["result"]["status"] == "failed", 20)
+    assert "left --workspace-low" in wire.ask("job", handle="far-aside")["result"]["error"]
+    state = wire.wait_for(mode="idle", timeout=5)
+    low, high = (np.array(wire.hello["limits"][f"workspace_{name}"]) for name in ("low", "high"))
+    position = np.array(state["tcp_pose"][:3])
+    outside = max((low - position).max(), (position - high).max())
+    assert 0.02 < outside < 0.15 and state["fault"] is None
+    wire.done("reset", speed=1.0)
+
+
+def test_joints_are_no_faster_than_allowed(tmp_path):
+    with serving(tmp_path, "--max-joint-speed", 0.1) as process, Wire(process.requests) as wire:
+        wire.take()
+        q = wire.state()["q"]
+        seconds = wire.done("move_joints", q=[q[0] + 0.2, *q[1:]], speed=1.0)["seconds"]
+        assert seconds > 1.5  # 1.875 * 0.2 / (0.1 * 2.175)
+
+
+def test_a_log_file_on_a_full_disk_is_said_once(tmp_path, capsys):
+    class Full(io.StringIO):
+        def flush(self) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    handler = robot_server.LogFile(tmp_path / "server.log")
+    handler.setStream(Full())
+    for number in range(3):
+        handler.handle(logging.LogRecord("server", logging.INFO, "", 0, f"event {number}", None, None))
+    said = capsys.readouterr().err
+    assert said.count("No space left") == 1 and "Traceback" not in said and "events are lost" in said
 
 
 def test_a_job_is_started_once(wire):
