@@ -784,8 +784,8 @@ def main(args: Args) -> None:
                     writer.append_data(env.render())
             outcome = f"success, first at step {first_success}" if info["success"] else "failure"
             print(f"seed {args.seed + episode}: return {episodic_return:.1f}, {outcome}")
-    except RuntimeError as error:  # no OpenGL
-        raise SystemExit(f"--video {args.video}: {error}") from error
+    except (RuntimeError, OSError) as error:  # no OpenGL, or what ffmpeg says
+        raise SystemExit(f"--video {args.video}: {str(error).splitlines()[0]}") from error
     finally:
         env.close()
         if writer:

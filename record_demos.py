@@ -101,7 +101,8 @@ class Args:
         """Exits with one line when a value is out of its range or contradicts another."""
         datasets = {"demos": "hil/demos-v0", "classifier": "hil/frames-v0"}
         self.dataset = self.dataset or datasets[self.mode]
-        for name, least in (("episodes", 1), ("frames", 1), ("classes", 2), ("margin", 0), ("seed", 0), ("image_size", 8)):
+        least_of = {"episodes": 1, "frames": 1, "classes": 2, "margin": 0, "seed": 0, "image_size": 8}
+        for name, least in least_of.items():
             if getattr(self, name) < least:
                 fail(f"{flag(name)} {getattr(self, name)}: give at least {least}")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:

@@ -642,8 +642,10 @@ def make_classifier(args: Args, space: gym.Space, where: str) -> SuccessClassifi
     there = cameras_of(space)
     cameras = args.cameras or tuple(there)
     missing = [camera for camera in cameras if camera not in there]
-    if missing or not cameras:
-        fail(f"--cameras {' '.join(missing)}: {where} has the cameras {', '.join(there) or 'none'}")
+    if not there:
+        fail(f"{where}: has no images; record some with record_demos.py --mode classifier")
+    if missing:
+        fail(f"--cameras {' '.join(missing)}: {where} has the cameras {', '.join(there)}")
     frozen = args.pretrained is not None
     torch.manual_seed(args.seed)
     try:

@@ -1042,7 +1042,7 @@ class TaskConfig:
         low, high = np.array(self.workspace).T
         start, spread = np.array(self.reset_pose[:3]), np.array([*self.random_reset[:2], 0])
         if (low > high).any() or (start - spread < low[:3]).any() or (start + spread > high[:3]).any():
-            raise ValueError("TaskConfig: workspace must be from low to high, and have reset_pose in it, shifted at most")
+            raise ValueError("TaskConfig: workspace must be from low to high, and hold reset_pose, shifted at most")
         if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):
             raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
 
@@ -1702,7 +1702,7 @@ def main(args: Args) -> None:
     try:
         doctor.examine()
         if args.drive and not (doctor.teleop and doctor.client):
-            fail("--drive needs a server, and --teleop keyboard or spacemouse")
+            fail("--drive needs a server, and --teleop keyboard or spacemouse, and both to be ok above")
         if args.snapshots:
             doctor.save_pictures(args.snapshots)
         if args.teleop == "keyboard":

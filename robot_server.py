@@ -2863,7 +2863,7 @@ class LogFile(logging.handlers.RotatingFileHandler):
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         if not self.told:
             self.told = True
-            print(f"\n--log-file {self.baseFilename}: {sys.exc_info()[1]}; events are lost", file=sys.stderr, flush=True)
+            print(f"\n--log-file {self.baseFilename}: {sys.exc_info()[1]}; events are lost", file=sys.stderr)
 
 
 def main(args: Args) -> None:
@@ -2890,7 +2890,9 @@ def main(args: Args) -> None:
 def parse_args() -> Args:
     import tyro  # here, so that a front need not wait for it
 
-    return tyro.cli(Args, description=__doc__)
+    if {"-h", "--help"} & set(sys.argv):  # tyro would join the tables' lines
+        print(__doc__)
+    return tyro.cli(Args, description="")
 
 
 if __name__ == "__main__":

@@ -346,5 +346,5 @@ def load_trunk(trunk: nn.Module, path: str) -> None:
                 raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, is {shape}")
         trunk.load_state_dict({name: given[name] for name in wanted})
     except Exception as error:  # a damaged or hostile file raises what it likes
-        what = str(error).splitlines()[0] if str(error) else type(error).__name__
+        what = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]  # no advice of PyTorch's
         raise ValueError(f"{path}: refused: {what}; give a file of the encoder's parameters") from error

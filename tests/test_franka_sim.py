@@ -593,6 +593,13 @@ def test_script_tells_what_the_expert_does(tmp_path):
         assert all("success, first at step" in line for line in lines[:2]) and "--video" in lines[2]
 
 
+def test_a_video_that_cannot_be_written_is_one_line(tmp_path, opengl):
+    flags = ("--episodes", 1, "--video", "/proc/pick.mp4")
+    finished = run_script("franka_sim.py", *flags, cwd=tmp_path, check=False)
+    assert finished.returncode == 1 and "Traceback" not in finished.stderr
+    assert finished.stderr.splitlines()[-1].startswith("--video /proc/pick.mp4: ")
+
+
 def test_script_writes_a_video(tmp_path, opengl):
     run_script("franka_sim.py", "--episodes", 1, "--video", "pick.mp4", cwd=tmp_path)
     video = imageio.get_reader(tmp_path / "pick.mp4")

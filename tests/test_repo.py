@@ -41,10 +41,10 @@ MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
     "sac_state_sim.py": 859,
     "sac_pixel_sim.py": 1242,
-    "sac_pixel_real.py": 1687,
+    "sac_pixel_real.py": 1688,
     "bc_flow_offline.py": 1080,
-    "robot_server.py": 2870,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
-    "robot_client.py": 1711,  # client, cameras, teleoperation, environment
+    "robot_server.py": 2899,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "robot_client.py": 1729,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1401,
 }
 MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}

@@ -2024,14 +2024,16 @@ def test_first_motion_without_a_gripper(tmp_path, terminal):
 def test_first_motion_begins_inside_the_workspace(tmp_path, terminal):
     """From outside it would move in by itself, without a key."""
     _, theirs = terminal
-    with served(tmp_path, "--workspace-high", 0.65, 0.35, 0.1) as (address, _):
-        with contextlib.closing(RobotClient(address)) as observer:
-            start = observer.state()["tcp_pose"]
-            flags = ("--server", address, "--teleop", "keyboard", "--drive", "--seconds", 5)
-            with popen_script("robot_client.py", *flags, cwd=tmp_path / "client", stdin=theirs) as process:
-                assert process.wait(60) == 1
-                assert "outside of the server's workspace" in process.stderr_path.read_text()
-            assert np.abs(observer.state()["tcp_pose"][:3] - start[:3]).max() < 1e-3
+    with (
+        served(tmp_path, "--workspace-high", 0.65, 0.35, 0.1) as (address, _),
+        contextlib.closing(RobotClient(address)) as observer,
+    ):
+        start = observer.state()["tcp_pose"]
+        flags = ("--server", address, "--teleop", "keyboard", "--drive", "--seconds", 5)
+        with popen_script("robot_client.py", *flags, cwd=tmp_path / "client", stdin=theirs) as process:
+            assert process.wait(60) == 1
+            assert "outside of the server's workspace" in process.stderr_path.read_text()
+        assert np.abs(observer.state()["tcp_pose"][:3] - start[:3]).max() < 1e-3
 
 
 @pytest.mark.parametrize(
@@ -2044,7 +2046,7 @@ def test_first_motion_begins_inside_the_workspace(tmp_path, terminal):
 )
 def test_a_workspace_that_does_not_hold_its_start(changes):
     """Actions of zero would move the arm in."""
-    with pytest.raises(ValueError, match="workspace must be from low to high, and have reset_pose in it"):
+    with pytest.raises(ValueError, match="workspace must be from low to high, and hold reset_pose"):
         dataclasses.replace(rc.PEG, **changes).check()
 
 
