@@ -9,7 +9,7 @@
     python sac_pixel_sim.py --role learner                          # needs an actor; SERL's two processes
     python sac_pixel_sim.py --role actor --address 127.0.0.1:5588   # needs a learner; as many as you like
 
-Expect: eval/success_rate >= 0.95, wall_s <= 620 (1 CPU core) [benchmarks/results/pixel_pick_default.csv]
+Expect: eval/success_rate >= 0.95, wall_s <= 600 (2 CPU cores) [benchmarks/results/pixel_pick_default.csv]
 
 Sources: everything that sac_state_sim.py names; DrQ arXiv:2004.13649, DrQ-v2 arXiv:2107.09645; SERL arXiv:2401.16013;
 VICE arXiv:1805.11686, arXiv:1904.07854; FiLM arXiv:1709.07871; spatial softmax arXiv:1504.00702; MobileNetV3
