@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -1887,6 +1888,22 @@ def test_validation_episodes_may_be_shorter_than_a_chunk():
     _, chunks, valid = make_batches(val, args, CPU, learns=False).fixed(2, CPU)
     assert valid.unique(dim=1).tolist() == [[[1, 1, 1, 0, 0]]] * 2
     torch.testing.assert_close(chunks[0, 0, :3], torch.from_numpy(val["actions"][:, 0]))
+
+
+def test_ends_of_pictures_are_found_in_little_memory():
+    """Row by row as float64, not all at once: that were eight times the pictures, several times over."""
+    pictures = random_images((20_001, 16, 16, 3))
+    file = {"observations": pictures[:-1], "next_observations": pictures[1:]}
+    terminals = np.zeros(20_000, bool)
+    terminals[-1] = True
+    after = file["next_observations"].copy()
+    after[6_999] = 0
+    tracemalloc.start()
+    ends = datasets.episode_ends(file, None, file["observations"], terminals, after)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert np.flatnonzero(ends).tolist() == [6_999, 19_999]
+    assert peak < 3 * pictures.nbytes
 
 
 def test_masks_of_bits_are_pictures():
