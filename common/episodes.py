@@ -201,6 +201,8 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
     dataset = local_dataset("--demos", dataset_id)
     if not dataset.total_episodes:
         fail(f"--demos {dataset_id}: has no steps")
+    if isinstance(dataset.observation_space, spaces.Tuple):
+        fail(f"--demos {dataset_id}: its observations are a Tuple; make them a Dict in make_env, and record again")
     ours, theirs = env.action_space, dataset.action_space
     same_actions = isinstance(theirs, spaces.Box) and ours.shape == theirs.shape
     if not same_actions or not np.allclose([ours.low, ours.high], [theirs.low, theirs.high]):

@@ -336,3 +336,31 @@ def test_demonstrations_whose_file_is_damaged(tmp_path, monkeypatch, part, chang
         return
     with pytest.raises(SystemExit, match=f"--demos point/bad-v0: {words}"):
         list(demonstrations("point/bad-v0", point(), seed=0, noise=0.0))
+
+
+class Pair(gym.Env):
+    """Its observations are a Tuple."""
+
+    observation_space = spaces.Tuple((spaces.Box(-9, 9, (2,)), spaces.Box(-9, 9, (3,))))
+    action_space = spaces.Box(-1, 1, (1,))
+
+    def reset(self, *, seed=None, options=None):
+        self.t = 0
+        return (np.zeros(2, np.float32), np.zeros(3, np.float32)), {}
+
+    def step(self, action):
+        self.t += 1
+        return (np.full(2, self.t, np.float32), np.zeros(3, np.float32)), 1.0, False, self.t == 4, {}
+
+    def expert_action(self):
+        return np.array([0.5])
+
+
+def test_tuples_are_demonstrated_but_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    gym.register("Pair-v0", Pair, max_episode_steps=9, disable_env_checker=True)
+    env = envs.make("Pair-v0")
+    episodes = list(demonstrations("2", env, seed=1, noise=0.0))
+    record("pair/ours-v0", episodes, env, lambda info: np.nan)
+    with pytest.raises(SystemExit, match="--demos pair/ours-v0: its observations are a Tuple; make them a Dict"):
+        list(demonstrations("pair/ours-v0", env, seed=1, noise=0.0))
