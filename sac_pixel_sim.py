@@ -241,14 +241,14 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     options = {}
     if args.env_id.startswith("Franka") and args.cameras != ("render",):  # TASK: options of your task
         options = {"image_obs": True, "image_size": args.image_size}
-    env = pixels.make(args.env_id, args.cameras, render, **options)
+    env = pixels.make_with_images(args.env_id, args.cameras, render, **options)
     return env  # TASK: wrappers of your own; one that changes actions has its own expert_action()
 
 
 def wrap_images(env: gym.Env, args: Args) -> gym.Env:
     """The task with observations {"images": (T, K, H, W, 3) uint8, "state": (T, S)}, where T is
     --frame-stack, and actions (A,) in [-1, 1]. Exits when this script cannot learn it."""
-    env = envs.checked(env, args.env_id)
+    env = envs.learnable(env, args.env_id)
     if args.reward not in ("env", "vice"):
         env = rewarded(env, args.reward)
     env = envs.ScaledActions(env)

@@ -191,7 +191,7 @@ def wrap_states(env: gym.Env, args: Args) -> gym.Env:
             fail(f"--env-id {args.env_id}: observations hold {box}; leave it out in a wrapper (make_env)")
     if not space.is_np_flattenable or not spaces.flatdim(space):
         fail(f"--env-id {args.env_id}: observations must be a Box or a flattenable Dict, not {space}")
-    env = envs.checked(env, args.env_id)
+    env = envs.learnable(env, args.env_id)
     env = envs.ScaledActions(env)
     if args.gripper_penalty:
         env = envs.GripperPenalty(env, args.gripper_penalty)

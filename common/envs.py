@@ -242,7 +242,7 @@ def truth(info: dict, *names: str) -> float:
     return math.nan
 
 
-def checked(env: gym.Env, env_id: str) -> Checked:
+def learnable(env: gym.Env, env_id: str) -> Checked:
     """The task, `Checked` also in wrappers of one's own. Exits unless actions can be scaled, and no wrapper learns."""
     space = env.action_space
     if not isinstance(space, spaces.Box) or len(space.shape) != 1 or space.dtype.kind != "f" or not space.shape[0]:

@@ -40,7 +40,7 @@ class Rendered(gym.ObservationWrapper):
         return picture(self.env, "--cameras render: ")
 
 
-def make(env_id: str, cameras: tuple[str, ...], render: bool = False, **options) -> gym.Env:
+def make_with_images(env_id: str, cameras: tuple[str, ...], render: bool = False, **options) -> gym.Env:
     """`envs.make`, where `cameras` are ("render",) with the picture as observation; reset once, as some tasks first
     need OpenGL there."""
     rendered = cameras == ("render",)
