@@ -57,7 +57,7 @@ hold {}     from anyone: reference stands, a job is broken off; targets are refu
 stop {}     from anyone: soft stop, then idle
 start {handle, any gains}  L J: streaming, from the measured pose; during a soft stop it waits for its end
 move_joints {handle, q (7), speed=0.2}  L J: speed is a fraction of the joints' limits, at most --max-joint-speed; it
-            fails when the tcp leaves the workspace; idle after it
+            fails when the measured tcp leaves the workspace by 2 cm, as streaming then holds; idle after it
 reset {handle, speed=0.2}  L J: move_joints to --reset-joints
 recover {handle}  L J: ends fault and reflex, re-seeds the reference at the measured pose; idle after it
 gripper {handle, action: open close move activate stop, width (for move), speed=1.0, force=0.5}  L J: speed and force
@@ -1606,6 +1606,8 @@ class Control(threading.Thread):
         self.target: np.ndarray | None = None
         self.target_at = -math.inf
         self.closure: float | None = None
+        self.allowed_outside = math.inf  # m that the tcp may be out of the box; less after it was further in
+        self.limit = math.inf  # the same, of a motion that comes in from further out
         # clocks
         self.robot_time = -math.inf  # the robot's own
         self.advanced = -math.inf  # when that last went on
@@ -1847,9 +1849,8 @@ class Control(threading.Thread):
         self.held = hold or stop or self.held
         if self.phase not in ("streaming", "hold"):
             return
-        force = norm(self.state.wrench[:3])
-        if 0 < args.max_force < force and not self.held:
-            self.held = hold = f"an external force of {force:.0f} N exceeded --max-force {args.max_force:g}"
+        if not self.held and (reason := self.guard()):
+            self.held = hold = reason
             self.limiter.seed(self.state.tcp_pose)
         if stop or silent > args.stop_after_s:
             log.warning("soft stop: %s", stop or f"no target for {silent:.1f} s")
@@ -1862,6 +1863,21 @@ class Control(threading.Thread):
             self.phase = "hold"
         elif not self.held and silent <= args.hold_after_s and not lost:
             self.phase = "streaming"
+
+    def guard(self) -> str:
+        """Why the arm must hold although nobody asked to, if so."""
+        force = norm(self.state.wrench[:3])
+        if 0 < self.args.max_force < force:
+            return f"an external force of {force:.0f} N exceeded --max-force {self.args.max_force:g}"
+        return self.has_left()
+
+    def has_left(self) -> str:
+        """What is wrong when the measured tcp is more than 2 cm out of the box. From further out a motion may only come
+        in, and where one came in from stays behind."""
+        outside = self.limiter.outside(self.state.tcp_pose)
+        self.limit = min(self.limit, max(self.allowed_outside, outside + 0.005))
+        self.allowed_outside = min(self.allowed_outside, outside + 0.02)
+        return "the tcp left --workspace-low and --workspace-high on its way" if outside > self.limit else ""
 
     def act(self, dt: float) -> None:
         """One step of the job, or of the reference."""
@@ -1944,6 +1960,7 @@ class Control(threading.Thread):
         self.held = ""
         with self.blocking():
             self.arm.stop()
+        self.limit = math.inf
         yield  # that may have taken long: first listen, measure and watch
         give_up = time.monotonic() + 3
         while self.arm.moving():
@@ -1954,11 +1971,10 @@ class Control(threading.Thread):
     def start_streaming(self, gains: Gains) -> Iterator[None]:
         self.wanted_gains = gains
         yield from self.settle()
-        state = self.state
         self.gains = self.wanted_gains
-        self.limiter.seed(state.tcp_pose)
+        self.limiter.seed(self.state.tcp_pose)
         with self.blocking():
-            self.arm.start(state.tcp_pose, state.q, self.gains)
+            self.arm.start(self.state.tcp_pose, self.state.q, self.gains)
         self.target = None
         self.target_at = time.monotonic()
         self.phase = "streaming"
@@ -1968,12 +1984,9 @@ class Control(threading.Thread):
         yield from self.settle()
         with self.blocking():
             self.arm.move_to_joint_positions(q, speed)
-        allowed = math.inf
         while self.arm.moving():
-            outside = self.limiter.outside(self.state.tcp_pose)
-            if outside > allowed:
-                raise ArmError("refused", "the tcp left --workspace-low and --workspace-high on its way")
-            allowed = min(allowed, outside + 0.02)  # it may come in
+            if reason := self.has_left():
+                raise ArmError("refused", reason)
             yield
         yield
         self.phase = "idle"
@@ -1991,6 +2004,7 @@ class Control(threading.Thread):
         yield from self.settle()
         self.fault = None
         self.closure = None
+        self.allowed_outside = math.inf
         self.phase = "idle"
 
     def reset_task(self, seed: float | None) -> Iterator[None]:

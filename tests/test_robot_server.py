@@ -579,6 +579,21 @@ def test_a_joint_motion_stops_where_it_leaves_the_workspace(wire):
     wire.done("reset", speed=1.0)
 
 
+def test_many_joint_motions_leave_the_workspace_no_further_than_one(wire):
+    """Each of them ends less than 2 cm further out than it began; one that fails is not much further than that."""
+    wire.take()
+    wire.done("reset", speed=1.0)
+    q = wire.state()["q"]
+    high = wire.hello["limits"]["workspace_high"][1]
+    failed = 0
+    for angle in np.arange(0.7, 1.2, 0.05):
+        failed += wire.job("move_joints", q=[angle, *q[1:]], speed=0.5)["status"] == "failed"
+        wire.wait_for(mode="idle", timeout=5)
+    far = wire.state()["tcp_pose"][1] - high
+    assert failed >= 2 and 0.01 < far < 0.03 + 0.008 * failed < 0.09
+    wire.done("reset", speed=1.0)
+
+
 def test_joints_are_no_faster_than_allowed(tmp_path):
     with serving(tmp_path, "--max-joint-speed", 0.1) as process, Wire(process.requests) as wire:
         wire.take()

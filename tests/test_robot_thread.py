@@ -681,6 +681,30 @@ def test_the_force_guard(monkeypatch, caplog):
     assert refused.value.code == "held" and "15" in str(refused.value)
 
 
+def test_an_arm_that_leaves_the_workspace_holds(world):
+    """Weak gains that its rotation overcomes, a joint at its limit, a push: whatever the reference says. It may come
+    in, but not go out by a little more with every start."""
+    high = world.args.workspace_high[1]
+    start = world.streaming()
+    world.arm.pose[1] = high + 0.015
+    world.tick(2)
+    assert world.control.mode == "streaming"
+    world.arm.follows = 0.0
+    world.arm.pose[1] = high + 0.025
+    world.tick(2)
+    assert world.control.mode == "hold" and world.reference[1] == pytest.approx(high + 0.025)
+    with pytest.raises(Refused, match="left --workspace-low") as refused:
+        world.ask("target", pose=near(start, 0, 0.01, 0))
+    assert refused.value.code == "held"
+    world.streaming()
+    world.arm.pose[1] = high + 0.022
+    world.tick(2)
+    assert world.control.mode == "streaming"
+    world.arm.pose[1] = high + 0.032
+    world.tick(2)
+    assert world.control.mode == "hold"
+
+
 def test_wall_clock_jumps_do_not_matter(world, monkeypatch):
     start = world.streaming()
     monkeypatch.setattr(robot_server.time, "time", lambda: 0.0)
