@@ -1171,17 +1171,21 @@ class FrankaHand(Gripper):
 
     def __init__(self, args: Args):
         super().__init__(args)
+        self.connect()
+
+    def connect(self) -> None:
+        ip = self.args.robot_ip
         try:
-            reach(args.robot_ip)
-            if args.robot == "franky":
+            reach(ip)
+            if self.args.robot == "franky":
                 import franky
 
-                self.hand = franky.Gripper(args.robot_ip)
+                self.hand = franky.Gripper(ip)
                 self.read = lambda: self.hand.state
             else:
                 from panda_py import libfranka
 
-                self.hand = libfranka.Gripper(args.robot_ip)
+                self.hand = libfranka.Gripper(ip)
                 self.read = self.hand.read_once
             self.max_width = self.read().max_width or self.max_width
         except Exception as error:
@@ -1202,6 +1206,10 @@ class FrankaHand(Gripper):
         self.begin(self.hand.move, min(width, self.max_width), speed)
 
     def activate(self) -> None:
+        try:
+            self.poll()
+        except GripperError:  # no connection any more
+            self.connect()
         self.begin(self.hand.homing)
 
     def stop(self) -> None:

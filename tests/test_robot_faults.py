@@ -28,6 +28,7 @@ from mock_franka import MockFranka
 from mock_robotiq import MockRobotiq
 from robot_wire import TOKEN, Wire, follow, fronts, moved, serving, watch
 
+import robot_server
 from robot_server import rotation_between
 
 OTHER = "b" * 16
@@ -227,6 +228,29 @@ def test_sdk_robot_without_power(tmp_path, sdk):
         process.send_signal(signal.SIGTERM)
         assert process.wait(15) is not None
         assert "Traceback" not in process.stderr_path.read_text()
+
+
+def test_a_franka_hand_that_was_away(sdk):
+    """Its power was cut: activating it finds it again."""
+    name, version = sdk
+
+    def do(action: str) -> str | None:
+        job = robot_server.Job("handle-0", "gripper")
+        hand.submit(job, action, None, 1.0, 0.5)
+        wait_until(lambda: job.ended is not None, 20)
+        return job.error
+
+    with MockFranka(version=version) as robot:
+        hand = robot_server.FrankaHand(robot_server.Args(robot=name, robot_ip=robot.address))
+        hand.thread.start()
+        assert do("open") is None
+    wait_until(lambda: hand.state.fault, 10)
+    assert do("close")
+    with MockFranka(version=version, address=robot.address):
+        assert do("activate") is None
+        assert do("close") is None and hand.state.width == pytest.approx(0.0, abs=1e-3) and hand.state.fault is None
+        hand.stopping.set()
+        hand.thread.join(5)
 
 
 def test_sdk_start_during_the_soft_stop(tmp_path, sdk):
