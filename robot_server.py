@@ -1260,7 +1260,7 @@ class Robotiq(Gripper):
             reply = getattr(self.client, call)(*values, device_id=9, **options)
         except (self.error, OSError) as error:
             raise GripperError(f"no answer on {self.args.gripper_port} (cable, 24 V?): {error}") from error
-        if reply.isError():
+        if reply.isError() or len(reply.registers) != options.get("count", 0):  # or a late one, of another request
             raise GripperError(f"refused on {self.args.gripper_port}: {reply}")
         return reply.registers
 

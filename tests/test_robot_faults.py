@@ -383,6 +383,15 @@ def test_robotiq_that_was_reset(tmp_path):
         assert gripper.position == 3
 
 
+def test_a_robotiq_that_answers_another_request(tmp_path, monkeypatch):
+    """As when an answer comes after its time was out."""
+    with MockRobotiq(tmp_path / "ttyUSB0") as gripper:
+        robotiq = robot_server.Robotiq(robot_server.Args(gripper_port=str(tmp_path / "ttyUSB0")))
+        monkeypatch.setattr(gripper, "reply", lambda frame: bytes([9, 16, 0x03, 0xE8, 0, 3]))
+        with pytest.raises(robot_server.GripperError, match="refused on"):
+            robotiq.poll()
+
+
 def test_a_gripper_that_never_arrives(tmp_path):
     """Its job ends with an error in time, the arm streams on; the next order may go well."""
     port = tmp_path / "ttyUSB0"
