@@ -2765,7 +2765,7 @@ def examine(args: Args) -> Iterator[Finding]:
     except OSError as error:
         text = f"--bind {args.bind} --port {args.port} (and the next one): {error.strerror}"
         wrong = None if error.errno == errno.EADDRINUSE else False  # by a server that runs already, mostly
-        yield wrong, "ports", text, "end the other server, or take another port"
+        yield wrong, "ports", text, "end the other server, or take another port or --bind"
     if args.gripper == "robotiq":
         port = args.gripper_port
         if not os.path.exists(port):
@@ -2892,8 +2892,6 @@ def main(args: Args) -> None:
     check(args)
     if args.keygen:
         return make_keys(Path(args.keys))
-    if args.doctor:
-        raise SystemExit(1 if run_doctor(args) else 0)
     try:
         handler = LogFile(args.log_file, maxBytes=5_000_000, backupCount=3)
     except OSError as error:
@@ -2905,6 +2903,8 @@ def main(args: Args) -> None:
         child.join()
         if child.exitcode:
             raise SystemExit(1)
+    if args.doctor:
+        raise SystemExit(1 if run_doctor(args) else 0)
     sys.setswitchinterval(5e-4)  # a thread that computes gives way to the robot thread after 0.5 ms
     Robot(args).run()
 

@@ -1077,9 +1077,10 @@ def test_wrong_keys_are_named(tmp_path, keys, case):
     spoil, file = WRONG_KEYS[case]
     spoil(folder)
     flags = "--keys", folder, "--port", 0
-    result = run_script("robot_server.py", *flags, cwd=tmp_path, timeout=60, check=False)
-    assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
-    assert result.stderr.startswith(f"robot_server.py: --keys {folder}") and file in result.stderr
+    for doctor in ((), ("--doctor",)):
+        result = run_script("robot_server.py", *flags, *doctor, cwd=tmp_path, timeout=60, check=False)
+        assert result.returncode == 1 and result.stderr.count("\n") == 1, result.stderr
+        assert result.stderr.startswith(f"robot_server.py: --keys {folder}") and file in result.stderr
 
 
 def test_a_secret_that_others_can_read(tmp_path, keys):
