@@ -1341,9 +1341,9 @@ def learner(args: Args) -> None:
         if updates:
             with run.phase("update"):
                 metrics |= agent.update(buffer, demos, updates)
-            loss = float(metrics["losses/critic_loss"])
-            if not math.isfinite(loss):
-                fail(f"the critics' loss is {loss} after {agent.critic_updates} updates; {run.dir} has what was before")
+            learned = [metrics["losses/critic_loss"], *agent.value_parameters, *agent.actor_parameters]
+            if not all(torch.isfinite(numbers).all() for numbers in learned):
+                fail(f"training has diverged after {agent.critic_updates} updates; {run.dir} has what was before")
         # Publish: also for an actor that has just come.
         agent.counts.copy_(torch.tensor([run.step, len(buffer), len(demos)]))
         if agent.critic_updates and time.monotonic() - published_at > PUBLISH_S:

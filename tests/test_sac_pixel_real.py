@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import free_port, held_elsewhere, one_line, popen_script, read_csv, run_script, wait_until
+from state_runs import AllAtOnce
 
 import robot_client as rc
 import sac_pixel_real as real
@@ -295,6 +296,32 @@ def test_runs_that_share_a_folder_of_frames_share_no_file(tmp_path):
         agent.make_buffer("replay", 10, run, 10)
     files = sorted(path.name for path in (tmp_path / "fast disk").iterdir())
     assert files == ["one-learner-replay.frames", "two-learner-replay.frames"]
+
+
+def test_weights_that_are_not_finite_reach_neither_robot_nor_checkpoint(tmp_path, monkeypatch):
+    """They may come in an update whose loss is still finite."""
+    record_demos(tmp_path, [True], monkeypatch)
+    args = small_args(role="learner", total_timesteps=120, run_dir=str(tmp_path / "run"))
+    agent = small_agent()
+    steps = [pack_pixels(agent.step_type, np.zeros(7) if i else None, some_obs(agent)) for i in range(121)]
+    actors = AllAtOnce(steps)
+    published = []
+    monkeypatch.setattr(actors, "publish", lambda *given, **_: published.append(given), raising=False)
+    monkeypatch.setattr(real.link, "Learner", lambda *_: actors)
+    monkeypatch.setattr(real.tensors, "set_up_torch", lambda *_: CPU)
+
+    def diverge(self: real.Agent, buffer: real.FrameBuffer, demos: real.FrameBuffer, count: int) -> dict:
+        self.critic_updates += count
+        self.actor_parameters[0].data.fill_(float("nan"))
+        return {"losses/critic_loss": torch.tensor(1e9)}
+
+    monkeypatch.setattr(real.Agent, "update", diverge)
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        with pytest.raises(SystemExit, match="training has diverged after 40 updates"):
+            real.learner(args)
+    assert not published and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 # --- Policies ---------------------------------------------------------------------------------------------------------
