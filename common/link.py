@@ -1,10 +1,10 @@
 """Actor and learner over ZeroMQ: records of bytes one way, weights the other.
 
-A message is a JSON header {protocol, hello, actor, first, count} and `count` records of one size, the actor's from
-number `first` on; the reply is JSON: how many of this actor's records the learner has, and how many of them are saved.
-An actor journals each record before it sends it, and drops what is saved. A learner that lost some in a crash answers
-with a smaller number and the actor goes back to there; what arrives twice is known by its number. So each record is
-learned from exactly once, whichever side is killed.
+A message is a JSON header {protocol, hello, actor, asked, first, count} and `count` records of one size, the actor's
+from number `first` on; the reply is JSON: `asked`, how many of this actor's records the learner has, and how many of
+them are saved. An actor that waits for a reply asks again, without records. It journals each record before it sends
+it, and drops what is saved. A learner that lost some in a crash answers with a smaller number and the actor goes back
+to there; what arrives twice is known by its number. So each record is learned from exactly once, whoever is killed.
 """
 
 import ipaddress
@@ -19,7 +19,7 @@ from pathlib import Path
 from common.envs import say_once
 from common.setup import fail, write_atomically
 
-PROTOCOL = "records-3"
+PROTOCOL = "records-4"
 DEFAULT_PORT = 5588
 MESSAGE_BYTES = 1 << 25  # records in one message, at most
 RECORDS_PER_FILE = 1024  # of the journal
@@ -87,8 +87,7 @@ class Learner:
     ):
         """Listens at `address`; `hello` must be the actors' too; `check` raises ValueError for records not to be taken.
 
-        Exits with one line when the address is taken, or is on a network and there are no `keys`. Keys are made when
-        there are none in the folder.
+        Exits with one line when the address is taken, or is on a network and there are no `keys`. Makes missing keys.
         """
         import zmq.auth
         from zmq.auth.thread import ThreadAuthenticator
@@ -122,8 +121,9 @@ class Learner:
             timeout_ms = 0
             identity, *frames = self.router.recv_multipart()
             try:
-                actor, records = self.read(frames, most - len(new))
-                reply = {"held": self.held.get(actor, 0), "saved": self.saves[0].get(actor, 0), "over": self.over}
+                actor, asked, records = self.read(frames, most - len(new))
+                held, saved = self.held.get(actor, 0), self.saves[0].get(actor, 0)
+                reply = {"asked": asked, "held": held, "saved": saved, "over": self.over}
                 self.asking = self.asking - {actor} if self.over else self.asking | {actor}
                 new += [(actor, record) for record in records]
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -131,30 +131,28 @@ class Learner:
             self.router.send_multipart([identity, json.dumps(reply).encode()])
         return new
 
-    def read(self, frames: list[bytes], most: float) -> tuple[str, list[bytes]]:
-        """The actor and at most `most` of its records that are new.
-
-        Raises ValueError, or what a hostile header makes Python raise.
-        """
+    def read(self, frames: list[bytes], most: float) -> tuple[str, int, list[bytes]]:
+        """The actor, its message's number, at most `most` new records; raises what a hostile header makes it raise."""
         header = json.loads(frames[0])
         if header["protocol"] != PROTOCOL:
             raise ValueError(f"protocol is {header['protocol']}, not {PROTOCOL}")
         differ = [name for name, value in self.hello.items() if header["hello"].get(name) != value]
         if differ:
             raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
-        actor, first, count = str(header["actor"]), int(header["first"]), int(header["count"])
+        actor, asked = str(header["actor"]), int(header["asked"])
+        first, count = int(header["first"]), int(header["count"])
         payload = frames[1]
         if first < 0 or count < 0 or len(payload) != count * self.record_bytes:
             raise ValueError(f"{len(payload)} bytes are not {count} records of {self.record_bytes}")
         self.check(payload)
         held = self.held.get(actor, 0)
         if not first <= held < first + count:
-            return actor, []
+            return actor, asked, []
         size = self.record_bytes
         records = [payload[i : i + size] for i in range((held - first) * size, len(payload), size)]
         records = records[: int(min(most, len(records)))]
         self.held[actor] = held + len(records)
-        return actor, records
+        return actor, asked, records
 
     def saved(self) -> None:
         """All that was received is in a checkpoint: actors may drop what is in the one before, too."""
@@ -254,7 +252,6 @@ class Actor:
         `ahead` records behind, until `stop` says so; it exits with one line when no learner answers for `timeout_s`."""
         import zmq
 
-        self.zmq = zmq
         self.address, self.hello, self.ahead, self.stop, self.timeout_s = address, hello, ahead, stop, timeout_s
         name_file = folder / "actor_name"
         if not name_file.exists():
@@ -264,10 +261,11 @@ class Actor:
         self.journal = Journal(folder / "journal", record_bytes)
         self.staged = folder / "staged.records"
         self.held = self.journal.first  # what came before was saved
-        self.most = self.journal.written  # that the learner can have: nothing is sent before its first answer
+        self.most = self.journal.written  # that the learner can have
         self.done = False
         self.answered = time.monotonic()
-        self.sent = -math.inf  # what waits for a reply
+        self.asked = 0  # messages sent
+        self.sent = -math.inf  # the newest of them, if it waits for its reply
         ip, port = parse_address(address)
         self.dealer = make_socket(zmq.DEALER, ip, "actor", keys)
         self.subscriber = make_socket(zmq.SUB, ip, "actor", keys)
@@ -319,24 +317,24 @@ class Actor:
             self.held = reply["held"]
             if not self.journal.first <= self.held <= self.most:  # a new learner; or a power cut, an older copy
                 fail(f"the learner has {self.held} of this actor's records, its journal does not fit: start a new one")
-            self.most = math.inf
             self.done = self.done or reply["over"]
             self.journal.drop(reply["saved"])
-            self.sent = -math.inf
+            if reply["asked"] == self.asked:  # not one to a message that has been repeated since
+                self.sent = -math.inf
             self.answered = time.monotonic()
         if time.monotonic() - self.answered > self.timeout_s:
             fail(f"no learner at {self.address}; start one there with --role learner, or give --address HOST:PORT")
         if time.monotonic() - self.sent < 2:  # a message to a learner that was killed is lost
             return
-        count = max(1, MESSAGE_BYTES // self.journal.record_bytes) if self.most == math.inf else 0
-        records = self.journal.read(self.held, count) if self.held < self.journal.written else b""
-        number = len(records) // self.journal.record_bytes
-        header = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "first": self.held, "count": number}
-        try:
-            self.dealer.send_multipart([json.dumps(header).encode(), records], self.zmq.NOBLOCK)
-        except self.zmq.Again:  # no learner to queue it for
-            time.sleep(wait_ms / 1000)
-            return
+        records = b""
+        if self.asked and self.sent == -math.inf and self.held < self.journal.written:  # and not before an answer
+            records = self.journal.read(self.held, max(1, MESSAGE_BYTES // self.journal.record_bytes))
+        count = len(records) // self.journal.record_bytes
+        header = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "asked": self.asked + 1}
+        header |= {"first": self.held, "count": count}
+        self.dealer.send_multipart([json.dumps(header).encode(), records])
+        self.asked += 1
+        self.most = max(self.most, self.held + count)
         self.sent = time.monotonic()
 
     def weights(self) -> tuple[int, bytes] | None:

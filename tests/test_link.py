@@ -268,6 +268,42 @@ def test_an_actor_is_not_too_far_ahead(tmp_path):
         assert actor.journal.written - actor.held <= 3
 
 
+def test_a_learner_that_is_slow_to_answer_is_sent_nothing_twice(tmp_path):
+    """It evaluates, or the network is slow: who asks again then sends no records, and one message is on its way."""
+    port = free_port()
+    with learner_at(port) as learner, actor_at(port, tmp_path / "actor") as actor:
+        actor.send(record(0))
+        assert taken(learner, actor, 1) == [record(0)]
+        arrived, read = [], learner.read
+        learner.read = lambda frames, most: arrived.append(len(frames[1])) or read(frames, most)
+        for number in range(1, 6):
+            actor.sent -= 3  # s, without an answer
+            actor.send(record(number))
+        assert taken(learner, actor, 5) == [record(number) for number in range(1, 6)]
+        assert sum(arrived) == 5 * SIZE and len(arrived) > 5
+        for _ in range(10):
+            learner.receive(20)
+            actor.exchange(20)
+        assert not actor.dealer.poll(200)
+
+
+def test_two_actors_of_one_name_are_noticed(tmp_path):
+    """A folder that was copied: the learner would take steps of one for those of the other."""
+    port = free_port()
+    with learner_at(port) as learner, actor_at(port, tmp_path / "one") as one:
+        one.send(record(0))
+        assert taken(learner, one, 1) == [record(0)]
+        shutil.copytree(tmp_path / "one", tmp_path / "two")
+        with actor_at(port, tmp_path / "two") as two:
+            two.send(record(1))
+            assert taken(learner, two, 1) == [record(1)]
+            for number in range(1, 5):
+                one.send(record(number))
+            assert taken(learner, one, 3) == [record(number) for number in range(2, 5)]
+            with pytest.raises(SystemExit, match="has 5 of this actor's records, its journal does not fit"):
+                two.send(record(2)) or taken(learner, two, 1)
+
+
 def test_an_actor_gives_up_when_no_learner_answers(tmp_path):
     port = free_port()
     with actor_at(port, tmp_path / "actor", timeout_s=0.5) as actor:
@@ -413,8 +449,8 @@ def test_all_actors_are_told_that_it_is_over(tmp_path):
 
 # --- The wire, with this test as the actor ----------------------------------------------------------------------------
 def message(first: object, payload: bytes, **changes) -> tuple[bytes, bytes]:
-    header = {"protocol": PROTOCOL, "hello": HELLO, "actor": "test", "first": first, "count": len(payload) // SIZE}
-    return json.dumps(header | changes).encode(), payload
+    header = {"protocol": PROTOCOL, "hello": HELLO, "actor": "test", "asked": 7, "first": first}
+    return json.dumps(header | {"count": len(payload) // SIZE} | changes).encode(), payload
 
 
 @contextlib.contextmanager
@@ -450,7 +486,7 @@ def test_records_are_numbered():
             (50, 150, 200),
         ):
             reply, new = ask(*message(first, records(first, count)))
-            assert reply == {"held": held, "saved": 0, "over": False}
+            assert reply == {"asked": 7, "held": held, "saved": 0, "over": False}
             all_new += new
     assert all_new == [("test", record(number)) for number in range(200)]
 
@@ -487,6 +523,7 @@ def test_malformed_messages_do_not_kill_the_learner():
         message(0, data, count=11),
         message(0, data, count=-1),
         message(0, data, count=10**30),
+        message(0, data, asked=None),
         message(None, data),
         message(-5, data),
         message(float("inf"), data),
