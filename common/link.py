@@ -58,8 +58,8 @@ def make_socket(kind: int, ip: str, role: str, keys: str | None):
     sock.linger = 1000
     sock.ipv6 = ":" in ip
     sock.maxmsgsize = 1 << 30
-    if kind == zmq.SUB:
-        sock.conflate = True  # the newest weights only
+    if kind in (zmq.PUB, zmq.SUB):
+        sock.conflate = True  # the newest weights only, also where a slow network holds them up
     if not keys:
         return sock
     try:

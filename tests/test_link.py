@@ -338,6 +338,24 @@ def test_weights_reach_the_actor(tmp_path):
         wait_until(lambda: actor.weights() == (6, b"newer"), timeout=30)
 
 
+def test_weights_do_not_queue_up_for_a_slow_network(tmp_path):
+    """Its actors get the newest, not those of minutes ago; nor does the learner's memory fill with them."""
+    port = free_port()
+    with learner_at(port) as learner:
+        slow = zmq.Context.instance().socket(zmq.SUB)
+        slow.rcvhwm = 1
+        slow.connect(f"tcp://127.0.0.1:{port + 1}")
+        slow.subscribe(b"")
+        wait_until(lambda: learner.publish(0, b"") or slow.poll(20))
+        for version in range(1, 101):
+            learner.publish(version, bytes(1 << 20))
+        got = [json.loads(slow.recv().partition(b"\n")[0])["version"]]
+        while slow.poll(2000):
+            got.append(json.loads(slow.recv().partition(b"\n")[0])["version"])
+        slow.close(0)
+    assert got == sorted(got) and got[-1] == 100 and len(got) < 50
+
+
 def test_the_end_reaches_an_actor_that_asks_late(tmp_path):
     """In a long reset it asks nothing, until the learner is gone. (A subscription takes a moment: hence the loop.)"""
     port = free_port()
