@@ -58,6 +58,9 @@ def make_socket(kind: int, ip: str, role: str, keys: str | None):
     sock.linger = 1000
     sock.ipv6 = ":" in ip
     sock.maxmsgsize = 1 << 30
+    sock.tcp_keepalive = 1  # a peer that lost power says nothing: two minutes later its connection is made anew
+    sock.tcp_keepalive_idle = 30
+    sock.tcp_keepalive_intvl = 10
     if kind in (zmq.PUB, zmq.SUB):
         sock.conflate = True  # the newest weights only, also where a slow network holds them up
     if not keys:

@@ -356,6 +356,20 @@ def test_weights_do_not_queue_up_for_a_slow_network(tmp_path):
     assert got == sorted(got) and got[-1] == 100 and len(got) < 50
 
 
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="shows the timers of connections, on Linux")
+def test_a_peer_that_lost_power_is_noticed(tmp_path):
+    """Who waits for weights sends nothing, and would wait for ever: the system asks whether the other end is there."""
+
+    def kept_alive() -> int:
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        ends = {f"{number:04X}" for number in (port, port + 1)}
+        return sum(bool({row[1][-4:], row[2][-4:]} & ends) and row[3] == "01" and row[5][:2] == "02" for row in rows)
+
+    port = free_port()
+    with learner_at(port), actor_at(port, tmp_path / "actor"):
+        wait_until(lambda: kept_alive() == 4, timeout=20)  # both ends of two connections
+
+
 def test_the_end_reaches_an_actor_that_asks_late(tmp_path):
     """In a long reset it asks nothing, until the learner is gone. (A subscription takes a moment: hence the loop.)"""
     port = free_port()
