@@ -324,6 +324,23 @@ def test_weights_that_are_not_finite_reach_neither_robot_nor_checkpoint(tmp_path
     assert not published and not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_a_learner_that_is_behind_answers(tmp_path, monkeypatch):
+    """And takes nothing, until it has learned from what it has: minutes without an answer would end its actors."""
+    record_demos(tmp_path, [True], monkeypatch)
+    args = small_args(total_timesteps=80, learning_starts=5, utd_ratio=2, run_dir=str(tmp_path / "run"))
+    agent = small_agent()
+    steps = [pack_pixels(agent.step_type, None if i == 0 else np.zeros(7), some_obs(agent)) for i in range(81)]
+    actors = AllAtOnce(steps)
+    monkeypatch.setattr(real.link, "Learner", lambda *_: actors)
+    monkeypatch.setattr(real, "UPDATES_AT_ONCE", 10)
+    monkeypatch.setattr(real.tensors, "set_up_torch", lambda *_: CPU)
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        real.learner(args)
+    assert actors.asked == [(100, 80)] + [(0, 0)] * 14  # 150 updates, 10 at a time
+
+
 # --- Policies ---------------------------------------------------------------------------------------------------------
 def test_policy_is_the_same_after_loading(tmp_path):
     agent, other = small_agent(), small_agent(seed=2)
