@@ -203,10 +203,10 @@ class Run:
             signal.signal(number, self.on_signal)
         print(f"run directory {self.dir}", flush=True)
 
-    def on_signal(self, *_) -> None:
-        """Ctrl-C and SIGTERM: the loop ends where it can go on from; a second one ends the program at once."""
+    def on_signal(self, number: int = signal.SIGINT, *_) -> None:
+        """Ctrl-C and SIGTERM: the loop ends where it can go on from; Ctrl-C after that ends the program at once."""
         self.signals += 1
-        if self.signals > 1:
+        if self.signals > 1 and number == signal.SIGINT:  # SIGTERM may come for each thread of a parent that is killed
             raise KeyboardInterrupt
         self.signalled_at = time.monotonic()
         wait = f"{self.doing} ends first, within {PATIENCE_S:.0f} s"

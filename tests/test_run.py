@@ -415,14 +415,14 @@ def test_ctrl_c_before_the_first_step(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def interrupt_later(run_dir: Path, ready: str, signals: int = 1) -> threading.Thread:
+def interrupt_later(run_dir: Path, ready: str, signals: int = 1, number: int = signal.SIGINT) -> threading.Thread:
     """Ctrl-C for this process, when the file `ready` of the run is there and a second has passed."""
 
     def wait() -> None:
         wait_until((run_dir / ready).exists)
         for _ in range(signals):
             time.sleep(1)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=wait)
     thread.start()
@@ -462,6 +462,19 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path, monkeypatch):
     thread.join()
     torch.set_num_threads(threads)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_second_sigterm_does_not_keep_it_from_saving(tmp_path, monkeypatch):
+    """A learner gets one for each thread of its actor, when that is killed and its threads end one after the other."""
+    monkeypatch.setattr(run_module, "PATIENCE_S", 3.0)
+    monkeypatch.chdir(tmp_path)
+    args = Args(env_id="probe_envs:Endless-v0", demos="0", run_dir="run", eval_every=10**6, threads=1)
+    threads = torch.get_num_threads()
+    thread = interrupt_later(tmp_path / "run", "args.json", signals=2, number=signal.SIGTERM)
+    with pytest.raises(SystemExit, match="stopped; go on with --resume run"):
+        sac_state_sim.main(args)
+    thread.join()
+    torch.set_num_threads(threads)
 
 
 def test_resume_of_a_run_without_a_checkpoint_and_of_a_finished_one(finished, tmp_path):
