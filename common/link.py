@@ -10,6 +10,7 @@ to there; what arrives twice is known by its number. So each record is learned f
 import ipaddress
 import json
 import math
+import os
 import socket
 import time
 import uuid
@@ -90,7 +91,7 @@ class Learner:
     ):
         """Listens at `address`; `hello` must be the actors' too; `check` raises ValueError for records not to be taken.
 
-        Exits with one line when the address is taken, or is on a network and there are no `keys`. Makes missing keys.
+        Exits with one line when the address is taken, or on a network without `keys`, which are made if none are there.
         """
         import zmq.auth
         from zmq.auth.thread import ThreadAuthenticator
@@ -217,6 +218,7 @@ class Journal:
     def append(self, record: bytes) -> None:
         """The record survives this process from here on."""
         if self.written % RECORDS_PER_FILE == 0:
+            os.fsync(self.file.fileno())
             self.file.close()
             self.file = self.path(self.written).open("ab")
         self.file.write(record)
@@ -303,6 +305,7 @@ class Actor:
         done = self.journal.written - int.from_bytes(data[:8], "little")  # by a `release` that a crash ended
         for record in records[done:]:
             self.journal.append(record)
+        os.fsync(self.journal.file.fileno())  # before a learner's checkpoint counts on them, also after a power cut
         self.staged.unlink()
         self.exchange(0)
         return len(records)
@@ -319,7 +322,8 @@ class Actor:
                 fail(f"the learner says: {reply['error']}")
             self.held = reply["held"]
             if not self.journal.first <= self.held <= self.most:  # a new learner; or a power cut, an older copy
-                fail(f"the learner has {self.held} of this actor's records, its journal does not fit: start a new one")
+                remedy = f"start a new one, or delete actor_name and journal in {self.staged.parent} to make it one"
+                fail(f"the learner has {self.held} of this actor's records, its journal does not fit: {remedy}")
             self.done = self.done or reply["over"]
             self.journal.drop(reply["saved"])
             if reply["asked"] == self.asked:  # not one to a message that has been repeated since
