@@ -46,21 +46,22 @@ class Recording:
     """
 
     def __init__(self, folder: Path, dataset_id: str, env: gym.Env, about: dict):
-        """Begins the dataset or goes on with it; `about` is kept with it, and must be the same.
-
-        Exits with one line when another process records to it, or when it is of another set-up.
-        """
+        """Begins the dataset or goes on with it; `about` is kept with it, and must be the same. Exits with one line if
+        another process records to it, it is of another set-up, or it cannot be written."""
         import minari
 
         self.name = dataset_id
         self.folder = folder
         self.data = folder / "data"
-        folder.mkdir(parents=True, exist_ok=True)
-        occupied = f"{dataset_id}: process PID is recording to it; end that one, or give another name"
-        self.lock = hold(folder / "record.lock", occupied)
         about = about | {"fingerprint": fingerprint(env)}
-        if not self.data.exists():
-            self.create(env, about | {"dataset_id": dataset_id, "minari_version": minari.__version__})
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            occupied = f"{dataset_id}: process PID is recording to it; end that one, or give another name"
+            self.lock = hold(folder / "record.lock", occupied)
+            if not self.data.exists():
+                self.create(env, about | {"dataset_id": dataset_id, "minari_version": minari.__version__})
+        except OSError as error:
+            fail(f"{dataset_id}: cannot be written ({error}); make room, or set MINARI_DATASETS_PATH to another folder")
         self.check(about)
         self.find_episodes()
 

@@ -1,6 +1,8 @@
 """common/recording.py: a dataset that is whole after every write; fingerprints that name what differs."""
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -164,6 +166,19 @@ def test_lock(env):
     ):
         opened(env)
     opened(env)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC])
+def test_disk_that_takes_no_files(env, monkeypatch, code):
+    def taken(*_) -> None:
+        raise OSError(code, os.strerror(code))
+
+    if code == errno.EROFS:
+        monkeypatch.setattr(recording, "hold", taken)
+    else:
+        monkeypatch.setattr(Recording, "create", taken)
+    with pytest.raises(SystemExit, match=rf"hil/x-v0: cannot be written \(.*{os.strerror(code)}\); make room, or set"):
+        opened(env)
 
 
 def test_other_uses_of_the_name_are_refused(env):
