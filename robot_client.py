@@ -1040,7 +1040,7 @@ class TaskConfig:
         if axes not in (3, 6) or len(self.workspace) != axes or min(self.action_scale) <= 0:
             raise ValueError("TaskConfig: action_scale and workspace have 3 entries, or 6 with rotation, all above 0")
         low, high = np.array(self.workspace).T
-        start, spread = np.array(self.reset_pose[:3]), np.array([*self.random_reset[:2], 0])
+        start, spread = np.array(self.reset_pose[:3]), np.array([*self.random_reset[:2], 0]) - 1e-9  # 0.3 - 0.1 < 0.2
         if (low > high).any() or (start - spread < low[:3]).any() or (start + spread > high[:3]).any():
             raise ValueError("TaskConfig: workspace must be from low to high, and hold reset_pose, shifted at most")
         if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):

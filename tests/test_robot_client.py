@@ -2050,6 +2050,12 @@ def test_a_workspace_that_does_not_hold_its_start(changes):
         dataclasses.replace(rc.PEG, **changes).check()
 
 
+def test_a_workspace_that_ends_where_its_starts_end():
+    workspace = ((0.2, 0.4), *rc.PEG.workspace[1:])  # 0.3 - 0.1 is less than 0.2
+    reset_pose = (0.3, *rc.PEG.reset_pose[1:])
+    dataclasses.replace(rc.PEG, workspace=workspace, reset_pose=reset_pose, random_reset=(0.1, 0, 0)).check()
+
+
 def test_encrypted_connection(tmp_path):
     run_script("robot_server.py", "--keygen", "--keys", "keys", cwd=tmp_path)
     with served(tmp_path, "--keys", "keys") as (address, _):
