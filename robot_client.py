@@ -1210,11 +1210,11 @@ class FrankaEnv(gym.Env):
         fault = state.get("fault")
         stop = f"{fault['code']}: {fault['message']}" if fault else state.get("held") or ""
         stops = state.get("server_id"), state.get("stops", 0)
-        if self.told:
+        if self.told or stops[0] != self.stops[0]:  # a server that was started again counts anew
             self.stops = stops
-        elif by_person(stop):
+        if by_person(stop) and not self.told:
             raise self.stopped(stop)
-        elif stops[0] == self.stops[0] and stops[1] > self.stops[1]:  # a request of ours overtook it
+        if stops[1] > self.stops[1]:  # a request of ours overtook it
             self.client.call("hold")
             raise self.stopped("a client asked to hold or to stop")
         return state

@@ -1516,6 +1516,17 @@ def test_after_three_reflexes_on_the_way_to_the_start_a_person_must_look(monkeyp
     assert done.count("recover") == 3
 
 
+def test_stops_are_counted_anew_when_the_server_was_started_again():
+    env = scripted_env(server_id="first", stops=3)
+    env.ask_first()
+    env.told = False
+    env.client.state.return_value |= {"server_id": "second", "stops": 1}
+    env.ask_first()
+    env.client.state.return_value |= {"stops": 2}  # a request of ours overtook it: nothing is held
+    with pytest.raises(rc.StoppedError, match="a client asked to hold or to stop"):
+        env.ask_first()
+
+
 @pytest.mark.parametrize("code", STOPS)
 def test_a_reset_does_not_go_on_when_a_person_stops_the_robot(code, monkeypatch):
     env = scripted_env()
