@@ -1137,8 +1137,7 @@ class FrankaEnv(gym.Env):
         self.metadata = self.metadata | {"render_fps": self.config.hz}
         self.axes = len(self.config.action_scale)
         self.observation_space = self.config.observation_space()
-        numbers = self.axes + (self.config.gripper != "fixed")
-        self.action_space = spaces.Box(-1, 1, (numbers,), np.float32)
+        self.action_space = spaces.Box(-1, 1, (self.axes + (self.config.gripper != "fixed"),), np.float32)
         self.reset_pose = pose_from_euler(self.config.reset_pose)
         self.goal_pose = pose_from_euler(self.config.goal_pose)
         self.scale = np.array(self.config.action_scale)
@@ -1177,6 +1176,8 @@ class FrankaEnv(gym.Env):
                     raise self.stopped(str(error)) from error
                 if attempt == 2 and "reflex" in str(error):
                     raise self.stopped(str(error), "three times on the way to the start") from error
+                if "--workspace-low" in str(error):  # another try would move the arm out again
+                    raise RobotError(f"{error} to reset_joints; change one of the three", "bad_argument") from error
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
         arrived = time.monotonic()
@@ -1222,8 +1223,7 @@ class FrankaEnv(gym.Env):
     def connect(self) -> None:
         """Find server and cameras, check that the task fits, become the robot's commander."""
         config = self.config
-        if self.client is None:
-            self.client = RobotClient(config.server, config.keys)
+        self.client = self.client or RobotClient(config.server, config.keys)
         self.hello = self.client.hello(config.wait_s, self.give_up)
         if wrong := self.misfit():
             raise RobotError(f"TaskConfig does not fit {config.server}: {wrong}")

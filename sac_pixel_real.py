@@ -284,7 +284,7 @@ def reset_robot(env: gym.Env, seed: int, person: "Person", ends: Callable[[], bo
 
     What a person types meanwhile is thrown away, but for pause, which begins there, and quit. Waits for a robot that
     refuses, or was there; when a person stopped it, or must look, for Enter. Raises RobotError, in one line with the
-    remedy, when it has not been there yet, refuses the task's gains, or nobody can press Enter.
+    remedy, when it has not been there yet, refuses the task's gains or joints, or nobody can press Enter.
     """
     while heed(person, env, ended=False, stopped=ends):  # in a pause from before the robot must not move
         pass

@@ -1516,6 +1516,24 @@ def test_after_three_reflexes_on_the_way_to_the_start_a_person_must_look(monkeyp
     assert done.count("recover") == 3
 
 
+def test_a_joint_motion_out_of_the_workspace_is_not_tried_again(monkeypatch):
+    env = scripted_env(mode="idle")
+    env.config = dataclasses.replace(env.config, reset_joints_every=1)
+    on_its_way(env, monkeypatch)
+    tried = []
+
+    def leaves(op: str, **_) -> None:
+        if op == "move_joints":
+            tried.append(1)
+            left = "the tcp left --workspace-low and --workspace-high on its way"
+            raise rc.RefusedError(f"move_joints: {left}", "failed")
+
+    env.client.job.side_effect = leaves
+    with pytest.raises(rc.RobotError, match="bad_argument: .*--workspace-high on its way to reset_joints") as caught:
+        env.reset()
+    assert len(tried) == 1 and caught.value.code == "bad_argument"  # which sac_pixel_real.py does not wait for
+
+
 def test_stops_are_counted_anew_when_the_server_was_started_again():
     env = scripted_env(server_id="first", stops=3)
     env.ask_first()
