@@ -310,10 +310,9 @@ def find_dataset(
 
 def nearest(name: str, also_known: Iterable[str]) -> str:
     """What the user may have meant, as the end of a message."""
-    import minari
-
-    with warnings.catch_warnings(action="ignore"):  # about folders that are no datasets
-        known = [*minari.list_local_datasets(), *d4rl_files(), *also_known]
+    root = minari_root()  # Minari's own list raises TypeError for a folder such as pick-v0-old
+    here = [path.parent.relative_to(root).as_posix() for path in root.glob("**/data")]
+    known = [*(folder for folder in here if re.fullmatch(r"[-_/\w]+-v\d+", folder)), *d4rl_files(), *also_known]
     known += [f"{task}-{kind}-low_dim" for task in ROBOSUITE_NAMES for kind in ("mh", "ph")]
     near = difflib.get_close_matches(name, known, 3, 0.5)
     return f"; did you mean {' or '.join(near)}?" if near else ""

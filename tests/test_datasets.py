@@ -331,6 +331,14 @@ def test_unknown_names_suggest_the_nearest(capsys, name, near):
     assert "did you mean" in message if near else True
 
 
+def test_a_folder_beside_the_datasets_that_is_none():
+    """A copy of one, whose name Minari cannot read."""
+    for folder in ("sim/pick-v0", "sim/pick-v0-old"):
+        (datasets.minari_root() / folder / "data").mkdir(parents=True)
+    with pytest.raises(SystemExit, match=r"did you mean sim/pick-v0\?"):
+        make_env_and_datasets("sim/pik-v0", Args())
+
+
 def test_a_local_dataset_is_suggested_too(capsys):
     write_minari("point/expert-v0", gym.make("probe_envs:Point-v0"), episodes=1)
     with pytest.raises(SystemExit, match="point/expert-v0"):
