@@ -1,10 +1,10 @@
 """Actor and learner over ZeroMQ: records of bytes one way, weights the other.
 
-A message is a JSON header {protocol, hello, actor, asked, first, count} and `count` records of one size, the actor's
-from number `first` on; the reply is JSON: `asked`, how many of this actor's records the learner has, and how many of
-them are saved. An actor that waits for a reply asks again, without records. It journals each record before it sends
-it, and drops what is saved. A learner that lost some in a crash answers with a smaller number and the actor goes back
-to there; what arrives twice is known by its number. So each record is learned from exactly once, whoever is killed.
+A message is a JSON header {protocol, hello, actor, asked, first} and records of one size, the actor's from number
+`first` on; the reply is JSON: `asked`, how many of this actor's records the learner has, how many of them are saved,
+and whether it takes more. Where it does not, or has not replied, an actor asks without records. It journals each before
+it sends it, and drops what is saved. A learner that lost some in a crash answers with a smaller number and the actor
+goes back to there; what arrives twice is known by its number. So each is learned from exactly once, whoever is killed.
 """
 
 import ipaddress
@@ -16,6 +16,10 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+
+import zmq
+import zmq.auth
+from zmq.auth.thread import ThreadAuthenticator
 
 from common.envs import say_once
 from common.setup import fail, write_atomically
@@ -53,8 +57,6 @@ def endpoint(ip: str, port: int) -> str:
 
 def make_socket(kind: int, ip: str, role: str, keys: str | None):
     """A ZeroMQ socket, encrypted and authenticated with CURVE when there are keys."""
-    import zmq.auth
-
     sock = zmq.Context.instance().socket(kind)
     sock.linger = 1000
     sock.ipv6 = ":" in ip
@@ -93,9 +95,6 @@ class Learner:
 
         Exits with one line when the address is taken, or on a network without `keys`, which are made if none are there.
         """
-        import zmq.auth
-        from zmq.auth.thread import ThreadAuthenticator
-
         ip, port = parse_address(address)
         if not ipaddress.ip_address(ip).is_loopback and not keys:
             fail(f"--address {address}: a network needs --curve-keys DIR, which encrypts and authenticates")
@@ -126,10 +125,10 @@ class Learner:
             identity, *frames = self.router.recv_multipart()
             try:
                 actor, asked, records = self.read(frames, most - len(new))
-                held, saved = self.held.get(actor, 0), self.saves[0].get(actor, 0)
-                reply = {"asked": asked, "held": held, "saved": saved, "over": self.over}
-                self.asking = self.asking - {actor} if self.over else self.asking | {actor}
                 new += [(actor, record) for record in records]
+                held, saved = self.held.get(actor, 0), self.saves[0].get(actor, 0)
+                reply = {"asked": asked, "held": held, "saved": saved, "takes": len(new) < most, "over": self.over}
+                self.asking = self.asking - {actor} if self.over else self.asking | {actor}
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
                 reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
             self.router.send_multipart([identity, json.dumps(reply).encode()])
@@ -143,18 +142,17 @@ class Learner:
         differ = [name for name, value in self.hello.items() if header["hello"].get(name) != value]
         if differ:
             raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
-        actor, asked = str(header["actor"]), int(header["asked"])
-        first, count = int(header["first"]), int(header["count"])
-        payload = frames[1]
-        if first < 0 or count < 0 or len(payload) != count * self.record_bytes:
-            raise ValueError(f"{len(payload)} bytes are not {count} records of {self.record_bytes}")
+        actor, asked, first = str(header["actor"]), int(header["asked"]), int(header["first"])
+        payload, size = frames[1], self.record_bytes
+        count, rest = divmod(len(payload), size)
+        if first < 0 or rest:
+            raise ValueError(f"{len(payload)} bytes from number {first} on are no records of {size}")
         self.check(payload)
         held = self.held.get(actor, 0)
-        if not first <= held < first + count:
+        if first > held:
             return actor, asked, []
-        size = self.record_bytes
-        records = [payload[i : i + size] for i in range((held - first) * size, len(payload), size)]
-        records = records[: int(min(most, len(records)))]
+        new = range(held - first, int(min(count, held - first + most)))
+        records = [payload[i * size : (i + 1) * size] for i in new]
         self.held[actor] = held + len(records)
         return actor, asked, records
 
@@ -186,8 +184,6 @@ class Learner:
 
 def make_keys(folder: Path) -> None:
     """Key pairs for a learner and its actors, unless the folder has some."""
-    import zmq.auth
-
     if (folder / "learner.key").exists():
         return
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -255,8 +251,6 @@ class Actor:
     ):
         """Talks to the learner at `address`; the journal is in `folder`. `send` waits while the learner is more than
         `ahead` records behind, until `stop` says so; it exits with one line when no learner answers for `timeout_s`."""
-        import zmq
-
         self.address, self.hello, self.ahead, self.stop, self.timeout_s = address, hello, ahead, stop, timeout_s
         name_file = folder / "actor_name"
         if not name_file.exists():
@@ -267,6 +261,7 @@ class Actor:
         self.staged = folder / "staged.records"
         self.held = self.journal.first  # what came before was saved
         self.most = self.journal.written  # that the learner can have
+        self.takes = False  # nothing before the learner's first answer
         self.done = False
         self.answered = time.monotonic()
         self.asked = 0  # messages sent
@@ -320,7 +315,7 @@ class Actor:
             reply = json.loads(self.dealer.recv())
             if "error" in reply:
                 fail(f"the learner says: {reply['error']}")
-            self.held = reply["held"]
+            self.held, self.takes = reply["held"], reply["takes"]
             if not self.journal.first <= self.held <= self.most:  # a new learner; or a power cut, an older copy
                 remedy = f"start a new one, or delete actor_name and journal in {self.staged.parent} to make it one"
                 fail(f"the learner has {self.held} of this actor's records, its journal does not fit: {remedy}")
@@ -333,15 +328,16 @@ class Actor:
             fail(f"no learner at {self.address}; start one there with --role learner, or give --address HOST:PORT")
         if time.monotonic() - self.sent < 2:  # a message to a learner that was killed is lost
             return
-        records = b""
-        if self.asked and self.sent == -math.inf and self.held < self.journal.written:  # and not before an answer
-            records = self.journal.read(self.held, max(1, MESSAGE_BYTES // self.journal.record_bytes))
-        count = len(records) // self.journal.record_bytes
-        header = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "asked": self.asked + 1}
-        header |= {"first": self.held, "count": count}
-        self.dealer.send_multipart([json.dumps(header).encode(), records])
+        wanted = self.takes and self.sent == -math.inf and self.held < self.journal.written
+        records = self.journal.read(self.held, max(1, MESSAGE_BYTES // self.journal.record_bytes)) if wanted else b""
         self.asked += 1
-        self.most = max(self.most, self.held + count)
+        header = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "asked": self.asked, "first": self.held}
+        try:
+            self.dealer.send_multipart([json.dumps(header).encode(), records], zmq.NOBLOCK)
+        except zmq.Again:  # nobody to queue it for: no learner, or one that knows other keys
+            time.sleep(wait_ms / 1000)
+            return
+        self.most = max(self.most, self.held + len(records) // self.journal.record_bytes)
         self.sent = time.monotonic()
 
     def weights(self) -> tuple[int, bytes] | None:
