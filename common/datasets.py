@@ -1057,7 +1057,7 @@ def as_images(path: str, space: spaces.Box, x: np.ndarray) -> np.ndarray:
     if x.dtype == space.dtype == np.uint8:
         return x
     least, most = (float(x.min()), float(x.max())) if x.size else (0, 0)
-    if least < 0 or most > high or (space.dtype == np.uint8 and x.dtype.kind == "f"):
+    if not 0 <= least <= most <= high or (space.dtype == np.uint8 and x.dtype.kind == "f"):
         what = f"{path} hold {x.dtype} in {least:g} ... {most:g}, their space says {space.dtype} in 0 ... {high:g}"
         raise Fault(f"{what}; change them in the data, or in arrange() (TASK)")
     return np.round(x * (255 / high)).astype(np.uint8)

@@ -1284,6 +1284,7 @@ def test_b8_grey_images_without_an_axis_of_channels():
             "hold float32 in 200 ... 200",
         ),
         (spaces.Box(0, 1, (9, 8, 3), np.float32), np.full((2, 9, 8, 3), -0.5, np.float32), "hold float32 in -0.5"),
+        (spaces.Box(0, 1, (9, 8, 3), np.float32), np.full((2, 9, 8, 3), np.nan, np.float32), "hold float32 in nan"),
     ],
 )
 def test_b8_images_that_are_not_what_their_space_says(space, frames, words):
