@@ -604,7 +604,7 @@ class BCAgent:
         """Takes the mean and standard deviation of states (N, S) for normalize_observations."""
         states = states.to(self.device).repeat(1, self.args.frame_stack)
         for actor in {self.actor, self.mean_actor}:
-            actor.encoder.normalizer.update(states)
+            actor.encoder.normalizer.fit(states)
 
     def loss(self, observations, x_1: Tensor, valid: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
         """Mean over all entries of chunks x_1 (B, h * A), where `valid` (B, h) counts; noise x_0 like x_1, t (B, 1)."""

@@ -3,6 +3,7 @@ observations, scaled."""
 
 import contextlib
 import ctypes
+import math
 import os
 import re
 import signal
@@ -189,6 +190,10 @@ class RunningNormalizer(nn.Module):
             self.high.copy_(seen.kthvalue(len(seen) - outer, 0).values)
         for part in parts:
             self.add(part)
+
+    def fit(self, obs: Tensor) -> None:
+        """Takes in observations (N, O) that are all there will be, however few."""
+        self.update(obs.repeat(math.ceil(self.FIRST / len(obs)), 1))
 
     def add(self, obs: Tensor) -> None:
         """Chan et al. 1979, parallel variance."""

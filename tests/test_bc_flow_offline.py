@@ -504,6 +504,16 @@ def test_normalized_observations_reach_the_network():
     assert not np.allclose(agent.sample_actions(states[:4], noise=noise), plain.sample_actions(states[:4], noise=noise))
 
 
+def test_few_observations_are_normalized_too():
+    """One short demonstration: there will be no more of them to wait for."""
+    states = np.random.default_rng(0).normal(50, 2, (20, 3)).astype(np.float32)
+    agent = small_agent(normalize_observations=True)
+    agent.observe(torch.from_numpy(states))
+    features = agent.actor.encoder(torch.from_numpy(states))
+    assert_close(features.mean(0), np.zeros(3), 1e-4)
+    assert_close(features.std(0, correction=0), np.ones(3), 1e-4)
+
+
 def test_one_spike_does_not_flatten_a_feature():
     """S4's kind in data: 1e5 once in 5000 rows; the others stay as far apart as without it."""
     states = np.random.default_rng(0).normal(0, 1, (5000, 3)).astype(np.float32)
