@@ -57,7 +57,7 @@ from common.datasets import Batches, StoredImages, each
 from common.episodes import collect
 from common.evaluation import CsvLogger, LoggingHelper, Watched, film, means, plot_curves, record_grid, report, roll_out
 from common.run import Run, quality, write_atomically
-from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, go_on, parse
+from common.setup import Fault, RunArgs, check_new_folder, check_numbers, ends_well, fail, flag, parse
 from common.tensors import Follower, Graphed, RunningNormalizer, load_generator, rank, set_up_torch, world_size
 from common.vision import ResNetTrunk, SmallTrunk, pad_same, random_crop
 
@@ -1043,7 +1043,7 @@ def learn_offline(args: Args) -> None:
             return evaluate_only(args, run, agent, evaluation)
     if run.state and run.state["finished"] and run.step >= args.offline_steps:
         fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {run.step}; give a larger number")
-    run.unit = "the update"
+    run.unit = run.doing = "the update"
     os.environ.setdefault("WANDB_RUN_GROUP", args.run_group)
     os.environ.setdefault("WANDB_TAGS", args.run_group)
     run.open(args.offline_steps, unit="update")
@@ -1065,12 +1065,8 @@ def learn_offline(args: Args) -> None:
 
 def main(args: Args) -> None:
     try:
-        with ends_well(args):
+        with tensors.others_end_well(args), ends_well(args):
             learn_offline(args)
-    except RuntimeError as error:
-        if world_size() == 1 or not any(word in str(error).lower() for word in ("gloo", "nccl", "peer")):
-            raise
-        fail(f"process {rank()}: another process of this job has ended, see its message; {go_on(args)}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

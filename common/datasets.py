@@ -44,7 +44,7 @@ from torch import Tensor
 from common.envs import HUGE, Checked, looks_like_image, say_once, time_limited, with_opengl
 from common.recording import check_fingerprint, layout
 from common.setup import Fault, fail, write_atomically
-from common.tensors import free_memory, rank, world_size
+from common.tensors import free_memory, ignore_ctrl_c, rank, world_size
 
 
 # --- Whether data can be learned --------------------------------------------------------------------------------------
@@ -1130,7 +1130,9 @@ def episodes_without_images(dataset, space: spaces.Dict, numbers: Iterable[int])
     import h5py
 
     def read(space: spaces.Space, group):
-        return {k: read(v, group[k]) for k, v in space.items()} if isinstance(space, spaces.Dict) else group[:]
+        if isinstance(space, spaces.Dict):
+            return {k: read(v, group[k]) for k, v in space.items()}
+        return group[:] if isinstance(group, h5py.Dataset) else group  # a Tuple's, which `entries` refuses
 
     with h5py.File(hdf5_file(dataset)) as file:
         for number in numbers:
@@ -1162,35 +1164,34 @@ class StoredImages:
 
     def check(self, row: int, length: int) -> None:
         """Exits with one line when an episode has not `length` + 1 images, or they are of another kind."""
-        number, data, _ = self.place(row)
-        image = self.decoded(data[0]) if len(data) else data
-        kind = (len(data) - 1, image.shape, image.dtype)
-        if kind != (length, self.space.shape, self.space.dtype):
-            what = f"{len(data)} images of {image.shape} and {image.dtype}"
+        number, count, image = self.read(row)
+        if (count, image.shape, image.dtype) != (length + 1, self.space.shape, self.space.dtype):
+            what = f"{count} images of {image.shape} and {image.dtype}"
             wanted = f"{length + 1} of {self.space.shape} and {self.space.dtype}"
             fail(f"{self.file_path}, episode {number}: {self.path} are {what}, not {wanted}; repair the data")
 
-    def place(self, row: int) -> tuple:
-        """(number of the episode, its images, which of them) of a row."""
+    def read(self, row: int) -> tuple[int, int, np.ndarray]:
+        """(number of a row's episode, how many images it has, the row's). Raises Fault where they cannot be read."""
         import h5py
+        from imageio.v3 import imread
 
         if self.pid != os.getpid():  # a handle must not be used in two processes
             self.pid, self.file = os.getpid(), h5py.File(self.file_path)
         i = np.searchsorted(self.firsts, row, "right") - 1
         number = self.episodes[i]
-        return number, self.file[f"episode_{number}/{self.path}"], row - self.firsts[i]
-
-    def decoded(self, data: np.ndarray) -> np.ndarray:
-        from imageio.v3 import imread
-
-        return imread(data.tobytes(), extension=".jpg") if self.jpeg else data
+        try:
+            images = self.file[f"episode_{number}/{self.path}"]
+            image = images[row - self.firsts[i]]
+            image = imread(image.tobytes(), extension=".jpg") if self.jpeg else image
+        except (OSError, KeyError, IndexError) as error:
+            raise Fault(f"{self.file_path}, episode {number}: {self.path} {unreadable(error)}") from error
+        return number, len(images), image
 
     def __getitem__(self, rows) -> np.ndarray:
         rows = np.asarray(rows)
         images = np.empty((rows.size, *self.space.shape), self.space.dtype)
         for out, row in zip(images, rows.flat, strict=True):
-            _, data, i = self.place(row)
-            out[:] = self.decoded(data[i])
+            *_, out[:] = self.read(row)
         return as_images(self.path, self.space, images).reshape(*rows.shape, *self.shape[1:])
 
 
@@ -1373,7 +1374,7 @@ class Batches(torch.utils.data.Dataset):
             return
         options = {"batch_size": None, "sampler": range(start, stop), "num_workers": self.num_workers}
         if self.num_workers:
-            options |= {"prefetch_factor": 4, "persistent_workers": True}
+            options |= {"prefetch_factor": 4, "persistent_workers": True, "worker_init_fn": ignore_ctrl_c}
         self.loader = iter(torch.utils.data.DataLoader(self, pin_memory=pin_memory, **options))
 
     def close(self) -> None:
@@ -1383,7 +1384,10 @@ class Batches(torch.utils.data.Dataset):
     def take(self, step: int, count: int, device: torch.device) -> tuple:
         """Of `count` updates from `step`: observations (K, B, ...), chunks (K, B, hA), valid (K, B, h)."""
         if self.on_disk:
-            parts = zip(*(next(self.loader) for _ in range(count)))  # of each update
+            try:
+                parts = zip(*[next(self.loader) for _ in range(count)])  # of each update
+            except Fault as error:  # a worker's has the traceback before it
+                raise Fault(str(error).rpartition("Fault: ")[2].strip()) from error
 
             def moved(*xs: Tensor) -> Tensor:  # from pinned memory, so before they are stacked
                 return torch.stack([x.to(device, non_blocking=True) for x in xs])

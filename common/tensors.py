@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import partial
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from common.run import Run
-from common.setup import fail
+from common.setup import RunArgs, fail, go_on
 
 
 def set_up_torch(threads: int, amp: bool) -> torch.device:
@@ -270,3 +270,22 @@ def mean_over_processes(tensors: list[Tensor]) -> list[Tensor]:
     dist.all_reduce(flat)
     means = (flat / world_size()).split([tensor.numel() for tensor in tensors])
     return [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)]
+
+
+@contextlib.contextmanager
+def others_end_well(args: RunArgs) -> Iterator[None]:
+    """Another process of this job, or a worker that reads images, has ended: so does this one, with one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = str(error).strip(" .\n")
+        if said.startswith("DataLoader worker (pid"):
+            fail(f"{said}; is memory, or /dev/shm, too small for it? --num-workers 0 needs none; {go_on(args)}")
+        if world_size() == 1 or not any(word in said.lower() for word in ("gloo", "nccl", "peer")):
+            raise
+        fail(f"process {rank()}: another process of this job has ended, see its message; {go_on(args)}")
+
+
+def ignore_ctrl_c(_: int) -> None:
+    """In a worker that reads images: the process that it reads for is asked to end as well, and ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1645,6 +1645,26 @@ def test_run_with_workers_resumes_exactly(tmp_path, camera_data):
     assert table(tmp_path / "whole", "offline_agent.csv") == table(tmp_path / "parts", "offline_agent.csv")
 
 
+@pytest.mark.parametrize("how", ["ctrl-c", "a worker is killed"])
+def test_a_run_with_workers_ends_with_one_line(tmp_path, camera_data, how):
+    flags = [*CAMERA.split(), "--data-loading", "workers", "--num-workers", 2, "--log-interval", 5]
+    env = env_of(camera_data)
+    with popen_script(SCRIPT, *flags, "--offline-steps", 10**6, "--run-dir", "run", cwd=tmp_path, **env) as process:
+        wait_until(lambda: (tmp_path / "run" / "checkpoint.pt").exists())
+        if how == "ctrl-c":
+            os.killpg(process.pid, signal.SIGINT)  # a terminal's goes to the workers, too
+        else:
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[0]), signal.SIGKILL)
+        assert process.wait(30) not in (0, None)
+    errors = process.stderr_path.read_text()
+    assert "go on with --resume run" in errors and "Traceback" not in errors
+    if how == "ctrl-c":
+        assert errors.count("stopping: the update ends first") == 1
+    else:
+        assert re.search("DataLoader worker .*--num-workers 0", errors)
+
+
 def test_the_default_needs_no_flag_and_no_network(tmp_path):
     """Demonstrations of the scripted expert are collected once, learned from, and the robot is filmed."""
     flags = "--demos 3 --offline-steps 40 --log-interval 20 --eval-interval 0 --eval-episodes 2 --hidden-dims 32 32"

@@ -874,6 +874,25 @@ def test_workers_give_the_batches_of_memory(camera_data, workers):
         assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_on_disk_that_is_damaged_is_one_line(workers):
+    dataset = write_minari("own/camera-v0", gym.make("offline_data:Camera-v0"), episodes=3, jpeg_encoding=False)
+    path = Path(dataset.storage.data_path) / "main_data.hdf5"
+    with h5py.File(path, "r+") as file:
+        images = file["episode_1/observations/front"][:]
+        del file["episode_1/observations/front"]
+        options = {"chunks": (1, *images.shape[1:]), "compression": "gzip"}
+        chunk = file.create_dataset("episode_1/observations/front", data=images, **options).id.get_chunk_info(5)
+    with path.open("r+b") as file:
+        file.seek(chunk.byte_offset + 4)
+        file.write(b"\xff" * 20)
+    batches = make_batches(train_rows("own/camera-v0", data_loading="workers"), Args(num_workers=workers), CPU)
+    batches.open(0, 3, False)
+    with pytest.raises(Fault, match=r"^[^\n]*episode 1: observations/front is damaged, cannot be read[^\n]*$"):
+        batches.take(0, 3, CPU)
+    batches.close()
+
+
 def test_two_processes_that_store_the_same_data(tmp_path):
     """The slower one finds the name taken when it is done."""
     box = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
@@ -1676,6 +1695,16 @@ def test_b9_words_beside_the_observations_are_named_not_their_episodes():
     steps_dataset(space=space, observations=lambda i: {"task": ["pick"] * 7, "q": np.zeros((7, 1), np.float32)})
     with pytest.raises(SystemExit, match="observations/task are Text.*leave them out of the data$"):
         train_rows("own/data-v0")
+
+
+def test_b9_a_tuple_beside_images_on_disk_is_not_called_damaged():
+    """As in memory: nothing is wrong with the file."""
+    both = spaces.Tuple((spaces.Box(-1, 1, (2,)), spaces.Box(-1, 1, (1,))))
+    space = spaces.Dict(front=spaces.Box(0, 255, (40, 36, 3), np.uint8), q=both)
+    frames, q = random_images((7, 40, 36, 3)), (np.zeros((7, 2), np.float32), np.zeros((7, 1), np.float32))
+    steps_dataset(space=space, observations=lambda i: {"front": frames, "q": q})
+    with pytest.raises(SystemExit, match="observations/q are Tuple.*leave them out of the data$"):
+        train_rows("own/data-v0", data_loading="workers")
 
 
 @pytest.mark.parametrize("shape", [(40, 36, 3), (64, 64, 4), (84, 84, 9), (64, 64, 1), (64, 64)])
