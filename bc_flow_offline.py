@@ -1048,7 +1048,7 @@ def learn_offline(args: Args) -> None:
     os.environ.setdefault("WANDB_TAGS", args.run_group)
     run.open(args.offline_steps, unit="update")
     run.started = begun  # collecting and converting data counts, too
-    batches.open(run.step, args.offline_steps, device.type == "cuda")
+    batches.open(run.step, args.offline_steps, device.type == "cuda", UPDATES_PER_LAUNCH)
     with contextlib.closing(run.bar), contextlib.closing(evaluation):
         if rank() > 0:
             return train(args, run, agent, batches, evaluation, None)

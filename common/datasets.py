@@ -1368,13 +1368,20 @@ class Batches(torch.utils.data.Dataset):
     def __getitem__(self, step: int) -> tuple:
         return self.gather(torch.from_numpy(self.rows(step)))
 
-    def open(self, start: int, stop: int, pin_memory: bool) -> None:
-        """Starts the workers, if images are on disk, for updates `start` to `stop`."""
+    def open(self, start: int, stop: int, pin_memory: bool, held: int = 1) -> None:
+        """Starts the workers, if images are on disk, for updates `start` to `stop`, of which one `take` has `held`.
+
+        Exits with one line when their samples do not fit into the memory that they share: they would wait forever.
+        """
         if not self.on_disk:
             return
         options = {"batch_size": None, "sampler": range(start, stop), "num_workers": self.num_workers}
         if self.num_workers:
             options |= {"prefetch_factor": 4, "persistent_workers": True, "worker_init_fn": ignore_ctrl_c}
+            if (shared := Path("/dev/shm")).is_dir():
+                size = sum(x.nbytes for part in self[start] for x in arrays(part))
+                size *= min(stop - start, 4 * self.num_workers + held) * world_size()
+                check_space(shared, size, f"--num-workers {self.num_workers} (0 needs none)")
         self.loader = iter(torch.utils.data.DataLoader(self, pin_memory=pin_memory, **options))
 
     def close(self) -> None:

@@ -874,8 +874,19 @@ def test_workers_give_the_batches_of_memory(camera_data, workers):
         assert torch.equal(one[1], other[1]) and torch.equal(one[2], other[2])
 
 
+def test_workers_whose_samples_do_not_fit_into_shared_memory(camera_data, monkeypatch):
+    """Docker gives 64 MB; what a worker cannot put there never comes, and nothing says so."""
+    batches = make_batches(train_rows("own/camera-v0", data_loading="workers"), Args(batch_size=16), CPU)
+    free = 28 * 16 * (40 * 40 * 3 + 4 + 4 + 4) - 1  # four samples wait for each of two workers, 20 are taken at once
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=free))
+    with pytest.raises(SystemExit, match=r"^\S+ /dev/shm: 2 MB are free, --num-workers 2 \(0 needs none\) needs 2;"):
+        batches.open(0, 100, False, 20)
+    batches.open(0, 27, False, 20)
+    batches.close()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_image_on_disk_that_is_damaged_is_one_line(workers):
+def test_an_image_on_disk_that_is_damaged_is_one_line(workers, monkeypatch):
     dataset = write_minari("own/camera-v0", gym.make("offline_data:Camera-v0"), episodes=3, jpeg_encoding=False)
     path = Path(dataset.storage.data_path) / "main_data.hdf5"
     with h5py.File(path, "r+") as file:
@@ -887,6 +898,7 @@ def test_an_image_on_disk_that_is_damaged_is_one_line(workers):
         file.seek(chunk.byte_offset + 4)
         file.write(b"\xff" * 20)
     batches = make_batches(train_rows("own/camera-v0", data_loading="workers"), Args(num_workers=workers), CPU)
+    monkeypatch.setattr(batches, "rows", lambda step: np.array([step * 15]))  # the second update's is in episode 1
     batches.open(0, 3, False)
     with pytest.raises(Fault, match=r"^[^\n]*episode 1: observations/front is damaged, cannot be read[^\n]*$"):
         batches.take(0, 3, CPU)
