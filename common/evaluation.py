@@ -157,7 +157,7 @@ def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: 
     unfinished = path.with_name(f"new_{path.name}")
     try:
         env = make()
-        video = imageio.get_writer(unfinished, fps=env.metadata.get("render_fps", 30), macro_block_size=1)
+        video = imageio.get_writer(unfinished, fps=env.metadata.get("render_fps", 30), macro_block_size=2)
         with contextlib.closing(video):  # its own `with` leaves it open after an error
             roll_out(policy, [env], episodes, seed, frame=video.append_data)
         env.close()
@@ -246,7 +246,7 @@ def video_grid(renders: list[np.ndarray]) -> np.ndarray:
 def write_grid(renders: list[np.ndarray], path: Path, fps: int) -> None:
     import imageio.v2 as imageio
 
-    with imageio.get_writer(path, fps=fps, macro_block_size=1) as video:
+    with imageio.get_writer(path, fps=fps, macro_block_size=2) as video:
         for frame in video_grid(renders):
             video.append_data(frame)
 

@@ -265,7 +265,7 @@ def write_video(frames: np.ndarray, path: Path, hz: float) -> None:
     import imageio.v2 as imageio
 
     partial = path.with_name(f".{path.name}")  # a video that is there is whole
-    imageio.mimwrite(partial, frames, fps=hz, macro_block_size=1)
+    imageio.mimwrite(partial, frames, fps=hz, macro_block_size=2)
     partial.replace(path)
 
 

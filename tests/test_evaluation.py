@@ -12,7 +12,8 @@ from conftest import read_csv
 from gymnasium import spaces
 
 from common import envs
-from common.evaluation import CsvLogger, evaluate, film, means, record_video, roll_out, success_rate
+from common.evaluation import CsvLogger, evaluate, film, means, record_video, roll_out, success_rate, write_grid
+from common.recording import write_video
 
 
 class Count(gym.Env):
@@ -183,6 +184,21 @@ def test_video_of_the_first_episodes(tmp_path, task):
     assert frames.shape == (42, 64, 64, 3)
     assert (frames[..., 1] > 150).sum(axis=(1, 2)).min() > 4  # the goal, in green
     assert abs(frames[0].astype(int) - frames[21]).max() > 100  # another one in the second episode
+
+
+class OddSize(probe_envs.Point):
+    def render(self):
+        return np.zeros((63, 65, 3), np.uint8)
+
+
+def test_videos_of_pictures_with_odd_sides(tmp_path):
+    """H.264 takes even ones only."""
+    still = lambda observations, rngs: np.zeros((len(observations), 3))  # noqa: E731
+    record_video(still, OddSize, tmp_path / "video.mp4", seed=0, episodes=1)
+    write_grid(film(still, OddSize(), 1, 5, 0), tmp_path / "grid.mp4", 10)
+    write_video(np.zeros((5, 63, 65, 3), np.uint8), tmp_path / "frames.mp4", 10)
+    shapes = {name: imageio.mimread(tmp_path / f"{name}.mp4")[0].shape for name in ("video", "grid", "frames")}
+    assert shapes == {"video": (64, 66, 3), "grid": (66, 68, 3), "frames": (64, 66, 3)}
 
 
 def test_pictures_of_a_task_that_gives_several():
