@@ -331,9 +331,9 @@ class Actor:
         wanted = self.takes and self.sent == -math.inf and self.held < self.journal.written
         records = self.journal.read(self.held, max(1, MESSAGE_BYTES // self.journal.record_bytes)) if wanted else b""
         self.asked += 1
-        header = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "asked": self.asked, "first": self.held}
+        head = {"protocol": PROTOCOL, "hello": self.hello, "actor": self.name, "asked": self.asked, "first": self.held}
         try:
-            self.dealer.send_multipart([json.dumps(header).encode(), records], zmq.NOBLOCK)
+            self.dealer.send_multipart([json.dumps(head).encode(), records], zmq.NOBLOCK)
         except zmq.Again:  # nobody to queue it for: no learner, or one that knows other keys
             time.sleep(wait_ms / 1000)
             return
