@@ -45,6 +45,7 @@ import math
 import os
 import platform
 import select
+import signal
 import sys
 import threading
 import time
@@ -1527,17 +1528,17 @@ gym.register("FrankaReal-v0", f"{__name__}:FrankaEnv")
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
+@dataclass
 class Doctor:
     """Checks what a script on the robot needs, a line each, as robot_server.py --doctor does.
     Keeps what works, `client`, `scene`, `cameras` and `teleop`, and counts what does not."""
 
-    def __init__(self, args: Args):
-        self.args = args
-        self.failed = 0
-        self.client: RobotClient | None = None
-        self.scene: Scene | None = None
-        self.cameras: list[Camera] = []
-        self.teleop: Teleop | None = None
+    args: Args
+    failed: int = 0
+    client: RobotClient | None = None
+    scene: Scene | None = None
+    cameras: list[Camera] = field(default_factory=list)
+    teleop: Teleop | None = None
 
     def say(self, fine: bool | None, name: str, text: str, remedy: str = "") -> None:
         self.failed += tell(fine, name, text, remedy)
@@ -1590,8 +1591,7 @@ class Doctor:
         self.say(state["success_rate"] >= 0.95, "control", text, "robot_server.py --doctor")
         if robot["task"]:
             self.scene = Scene(robot["task"])
-            for name in self.scene.cameras:
-                self.cameras.append(SimCamera(CameraConfig(name), 128, self.scene))
+            self.cameras += [SimCamera(CameraConfig(name), 128, self.scene) for name in self.scene.cameras]
 
     def examine_realsense(self) -> None:
         """The RealSense cameras that are plugged in; none is fine, too."""
@@ -1692,13 +1692,14 @@ class Doctor:
                     raise RobotError(info["fault"])
 
     def close(self) -> None:
-        for closing in (*self.cameras, self.scene, self.teleop, self.client):
-            if closing:
-                closing.close()
+        for closing in filter(None, (*self.cameras, self.scene, self.teleop, self.client)):
+            closing.close()
 
 
 def main(args: Args) -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which also gives the terminal back
     doctor = Doctor(args)
+    end = None
     try:
         doctor.examine()
         if args.drive and not (doctor.teleop and doctor.client):
@@ -1715,7 +1716,8 @@ def main(args: Args) -> None:
     except (RobotError, OSError) as error:
         fail(str(error))
     except KeyboardInterrupt:
-        pass
+        if end is None:
+            fail("stopped before all was looked at")
     finally:
         if sys.stdout.isatty():
             print()  # below the line that was written over and over

@@ -2715,10 +2715,12 @@ class Robot:
             failure = "the robot's SDK does not return: use the stop button"
         if failure:
             log.error(failure)
-            print(f"\n{failure}", file=sys.stderr)
         log.info("end")
         logging.shutdown()
-        print(end="\n" * sys.stdout.isatty(), flush=True)
+        with contextlib.suppress(OSError):  # the terminal may have been closed
+            print(end="\n" * sys.stdout.isatty(), flush=True)
+            if failure:
+                print(failure, file=sys.stderr)
         os._exit(1 if failure else 0)  # not through the SDKs' destructors: they may abort
 
     def status_line(self) -> str:

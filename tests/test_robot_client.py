@@ -2000,6 +2000,24 @@ def test_doctor_and_live_values(peg, tmp_path):
     assert "Traceback" not in run.stderr  # such as OpenGL's, which was not let go
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_doctor_that_is_interrupted_gives_the_terminal_back(peg, terminal, number):
+    """What had not looked at everything is not ready."""
+    import termios
+
+    ours, theirs = terminal
+    before = termios.tcgetattr(theirs)
+    for address, said, code in ((peg, b" N | gripper ", 0), ("tcp://127.0.0.1:9", b"python", 1)):
+        command = [sys.executable, REPO / "robot_client.py", "--server", address, "--teleop", "keyboard"]
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+            heard = b""
+            while said not in heard:
+                heard += os.read(ours, 10_000)
+            process.send_signal(number)
+            assert process.wait(20) == code
+        assert termios.tcgetattr(theirs) == before
+
+
 def test_doctor_without_server_and_devices_says_what_to_do(tmp_path):
     flags = ("--server", "tcp://127.0.0.1:9", "--seconds", 0.5)
     run = run_script("robot_client.py", *flags, "--teleop", "keyboard", cwd=tmp_path, check=False)

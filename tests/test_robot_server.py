@@ -9,6 +9,8 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -908,6 +910,20 @@ def test_signals_end_it_cleanly(tmp_path, number):
         assert "Traceback" not in output
         log = (tmp_path / "server.log").read_text()
         assert "Traceback" not in log and signal.Signals(number).name in log
+
+
+def test_a_terminal_that_is_closed_ends_it_cleanly(tmp_path):
+    """Not through the SDKs' destructors, although the last words have nobody to read them."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, REPO / "robot_server.py", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        said = b""
+        while b"serving" not in said:
+            said += os.read(ours, 10_000)
+        os.close(ours)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(20) == 0
 
 
 def test_nohup_is_heeded(tmp_path):
