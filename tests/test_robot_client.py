@@ -1516,6 +1516,22 @@ def test_after_three_reflexes_on_the_way_to_the_start_a_person_must_look(monkeyp
     assert done.count("recover") == 3
 
 
+def test_after_three_tries_against_an_obstacle_a_person_must_look(monkeypatch):
+    """It would be pressed on without end."""
+    env = scripted_env(mode="idle")
+    on_its_way(env, monkeypatch)
+    tried = []
+
+    def blocked(*_) -> None:
+        tried.append(1)
+        raise rc.RefusedError("reset: the tcp stands 0.05 m off; is something in its way?", "failed")
+
+    monkeypatch.setattr(env, "go_to", blocked)
+    with pytest.raises(rc.StoppedError, match="in its way.*three times on the way to the start; call reset"):
+        env.reset()
+    assert len(tried) == 3
+
+
 def test_a_joint_motion_out_of_the_workspace_is_not_tried_again(monkeypatch):
     env = scripted_env(mode="idle")
     env.config = dataclasses.replace(env.config, reset_joints_every=1)
