@@ -962,7 +962,7 @@ class PandaPyArm(SdkArm):
         dq = self.motion.get_joint_velocities(t) if t < duration else np.zeros(7)
         self.controller.set_control(self.motion.get_joint_positions(t), dq)
         if elapsed > duration and np.abs(self.last.q - self.goal).max() < 0.01:
-            self.stop()
+            self.motion = None
         elif elapsed > duration + 3:
             raise ArmError("refused", BLOCKED)
         return self.motion is not None
@@ -1996,7 +1996,7 @@ class Control(threading.Thread):
             if reason := self.has_left():
                 raise ArmError("refused", reason)
             yield
-        yield
+        yield from self.settle()  # a controller that followed the way is still to be ended
         self.phase = "idle"
 
     def recover(self) -> Iterator[None]:

@@ -14,6 +14,7 @@ The messages are those of frankarobotics/libfranka-common, service_types.h and r
 import contextlib
 import ctypes
 import json
+import math
 import os
 import queue
 import select
@@ -209,6 +210,8 @@ class Options:
     address: str = "127.0.0.1"
     max_lost: int = 0
     """ticks without a command that end a motion, 20 on the real robot; 0: any number"""
+    end_s: float = 0.0
+    """from a client's last command until its motion has ended"""
     hand: bool = True
     object_width: float = 0.0
     """of something between the fingers, m"""
@@ -239,6 +242,7 @@ class Controller:
         self.mode, self.motion, self.move_id = "idle", None, None
         self.torque_limit, self.force_limit = np.full(7, np.inf), np.full(6, np.inf)
         self.command, self.lost, self.arrived = None, 0, deque([1] * 100, maxlen=100)
+        self.ends_at = math.inf
         self.frozen_until, self.push, self.push_until = 0.0, np.zeros(6), 0.0
         self.log: list[str] = []
         self.forget()
@@ -296,7 +300,7 @@ class Controller:
         """The motion is over, and the arm stands still."""
         if self.move_id is not None:
             self.answer("Move", self.move_id, self.move_status[status])
-        self.motion, self.move_id, self.command = None, None, None
+        self.motion, self.move_id, self.command, self.ends_at = None, None, None, math.inf
         self.state["motion"], self.state["controller"] = 0, 3
         self.mode = "idle"
 
@@ -366,9 +370,11 @@ class Controller:
                 self.received += 1
                 if self.motion is not None:
                     if command["finished"] or (self.options.version >= 8 and command["torque_finished"]):
-                        self.end("ok")
+                        self.ends_at = min(self.ends_at, time.monotonic() + self.options.end_s)
                     else:
                         self.command = command
+        if time.monotonic() >= self.ends_at:
+            self.end("ok")
         if self.motion is not None:
             self.arrived.append(came)
             self.lost = 0 if came else self.lost + 1

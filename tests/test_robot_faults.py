@@ -273,6 +273,22 @@ def test_sdk_start_during_the_soft_stop(tmp_path, sdk):
             assert state["fault"] is None and state["mode"] == ("streaming" if op == "start" else "idle")
 
 
+def test_panda_that_takes_its_time_to_end_a_motion(tmp_path):
+    """panda-py waits for that end, longer than a robot may be silent otherwise."""
+    pytest.importorskip("panda_py")
+    with (
+        MockFranka(version=5, end_s=0.15) as robot,
+        serving(tmp_path, *real(robot.address, "panda-py"), "--gripper", "none") as process,
+        Wire(process.requests) as wire,
+    ):
+        wire.take()
+        q = wire.state()["q"]
+        wire.done("move_joints", q=[q[0] + 0.1, *q[1:]], speed=0.5)
+        state = wire.state()
+        assert state["mode"] == "idle" and state["fault"] is None
+        wire.done("start")
+
+
 def test_sdk_of_another_version(tmp_path, sdk):
     name, version = sdk
     with MockFranka(version=15 - version) as robot:
