@@ -1175,10 +1175,10 @@ class FrankaEnv(gym.Env):
             except (RefusedError, UnreachableError) as error:  # a reflex, a server just started again
                 if by_person(str(error)):
                     raise self.stopped(str(error)) from error
-                if attempt == 2 and any(words in str(error) for words in ("reflex", "in its way")):
-                    raise self.stopped(str(error), "three times on the way to the start") from error
-                if "--workspace-low" in str(error):  # another try would move the arm out again
+                if "move_joints: the tcp left" in str(error):  # another try would move the arm out again
                     raise RobotError(f"{error} to reset_joints; change one of the three", "bad_argument") from error
+                if attempt == 2 and any(words in str(error) for words in ("reflex", "in its way", "the tcp left")):
+                    raise self.stopped(str(error), "three times on the way to the start") from error
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise
         arrived = time.monotonic()

@@ -1532,6 +1532,28 @@ def test_after_three_tries_against_an_obstacle_a_person_must_look(monkeypatch):
     assert len(tried) == 3
 
 
+@pytest.mark.parametrize("times", [1, 3])
+def test_an_arm_that_was_pushed_out_of_the_workspace_on_its_way_is_brought_back(times, monkeypatch):
+    """By the next try; after three a person must look."""
+    env = scripted_env(mode="idle")
+    on_its_way(env, monkeypatch)
+    tried = []
+
+    def pushed(*_) -> None:
+        tried.append(1)
+        if len(tried) <= times:
+            left = "the tcp left --workspace-low and --workspace-high on its way"
+            raise rc.RefusedError(f"{left}; start again", "held")
+
+    monkeypatch.setattr(env, "go_to", pushed)
+    if times < 3:
+        env.reset()
+        return
+    with pytest.raises(rc.StoppedError, match="held: the tcp left.*three times on the way to the start; call reset"):
+        env.reset()
+    assert len(tried) == 3
+
+
 def test_a_joint_motion_out_of_the_workspace_is_not_tried_again(monkeypatch):
     env = scripted_env(mode="idle")
     env.config = dataclasses.replace(env.config, reset_joints_every=1)
