@@ -298,7 +298,7 @@ class Actor:
         size = self.journal.record_bytes
         records = [data[i : i + size] for i in range(8, len(data) - size + 1, size)]
         done = self.journal.written - int.from_bytes(data[:8], "little")  # by a `release` that a crash ended
-        for record in records[done:]:
+        for record in records[max(done, 0) :]:  # less than none: the journal was deleted, as `exchange` advises
             self.journal.append(record)
         os.fsync(self.journal.file.fileno())  # before a learner's checkpoint counts on them, also after a power cut
         self.staged.unlink()

@@ -474,6 +474,18 @@ def test_release_that_is_killed_loses_and_doubles_nothing(tmp_path, written):
     assert again.release() == 1 and journalled(tmp_path) == records(0, 6)
 
 
+def test_what_was_staged_outlives_a_journal_that_was_deleted(tmp_path):
+    """As is advised where that does not fit the learner: the episode is whole, its first observation too."""
+    actor = staging_actor(tmp_path)
+    actor.send(record(0))
+    for number in range(1, 5):
+        actor.stage(record(number))
+    shutil.rmtree(tmp_path / "journal")
+    (tmp_path / "actor_name").unlink()
+    assert staging_actor(tmp_path).release() == 4
+    assert journalled(tmp_path) == records(1, 4)
+
+
 def test_stage_that_is_killed_in_any_byte_keeps_whole_records(tmp_path):
     (tmp_path / "whole").mkdir()
     actor = staging_actor(tmp_path / "whole")
