@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import socket
+import struct
 import sys
 import threading
 import time
@@ -1183,7 +1184,7 @@ class StoredImages:
             images = self.file[f"episode_{number}/{self.path}"]
             image = images[row - self.firsts[i]]
             image = imread(image.tobytes(), extension=".jpg") if self.jpeg else image
-        except (OSError, KeyError, IndexError) as error:
+        except (OSError, KeyError, IndexError, SyntaxError, struct.error) as error:  # the last: Pillow
             raise Fault(f"{self.file_path}, episode {number}: {self.path} {unreadable(error)}") from error
         return number, len(images), image
 

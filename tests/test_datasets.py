@@ -905,6 +905,23 @@ def test_an_image_on_disk_that_is_damaged_is_one_line(workers, monkeypatch):
     batches.close()
 
 
+def test_a_jpeg_on_disk_that_is_damaged_is_one_line():
+    """Wherever: Pillow raises SyntaxError and struct.error, too."""
+    dataset = write_minari("own/camera-v0", gym.make("offline_data:Camera-v0"), episodes=3)
+    images = train_rows("own/camera-v0", data_loading="workers")["observations"]["front"]
+    with h5py.File(Path(dataset.storage.data_path) / "main_data.hdf5") as file:
+        sound = file["episode_1/observations/front"][5].tobytes()
+    damaged = 0
+    for spoilt in [sound[:i] + rest for i in range(2, 400) for rest in (b"", b"\0" + sound[i + 1 :])]:
+        frames = {"episode_1/observations/front": [np.frombuffer(spoilt, np.uint8)] * 15}
+        images.pid, images.file = os.getpid(), frames
+        try:
+            images[images.firsts[1] + 5]
+        except Fault:
+            damaged += 1
+    assert damaged > 400
+
+
 def test_two_processes_that_store_the_same_data(tmp_path):
     """The slower one finds the name taken when it is done."""
     box = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
