@@ -208,7 +208,7 @@ class Run:
         self.signals += 1
         if self.signals > 1 and number == signal.SIGINT:  # SIGTERM may come for each thread of a parent that is killed
             raise KeyboardInterrupt
-        self.signalled_at = time.monotonic()
+        self.signalled_at = min(self.signalled_at, time.monotonic())
         wait = f"{self.doing} ends first, within {PATIENCE_S:.0f} s"
         os.write(2, f"\nstopping: {wait}, then all is saved; Ctrl-C again stops at once\n".encode())
 

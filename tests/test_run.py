@@ -477,6 +477,14 @@ def test_a_second_sigterm_does_not_keep_it_from_saving(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+def test_a_second_sigterm_does_not_prolong_the_wait(tmp_path):
+    run = Run(Args(run_dir=str(tmp_path / "run")), "task", sac_state_sim.__file__)
+    run.on_signal(signal.SIGTERM)
+    since = run.signalled_at
+    run.on_signal(signal.SIGTERM)
+    assert run.signals == 2 and run.signalled_at == since
+
+
 def test_resume_of_a_run_without_a_checkpoint_and_of_a_finished_one(finished, tmp_path):
     """The first begins again; the second goes on with a new episode when it is asked for more steps."""
     run_dir = copy_run(finished, tmp_path)
