@@ -1323,11 +1323,11 @@ def learner(args: Args) -> None:
     published_at = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: what was taken in is learned from first, others are only answered: an episode ahead at most.
+        # Receive: what was taken in is learned from first, no more is asked for: an episode ahead at most.
         count = 0
         with run.phase("env"):
-            most = 0 if agent.owed(run.step) else args.total_timesteps - run.step
-            received = actors.receive(100 if most else 0, most)
+            owed = agent.owed(run.step)
+            received = actors.receive(0 if owed else 100, args.total_timesteps - run.step, asks=not owed)
         # Store: what a person did goes to the demonstrations as well.
         for actor_name, data in received:
             step = np.frombuffer(data, agent.step_type)[0]

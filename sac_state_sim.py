@@ -764,12 +764,11 @@ def learner(args: Args) -> None:
     published = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: a paced learner takes no steps while it owes updates, but answers; another never waits.
+        # Receive: a paced learner asks for no steps while it owes updates, but answers; another never waits.
         with run.phase("env"):
             owed = agent.owed(run.step)
             wait_ms = 0 if owed or not args.utd_ratio else 100
-            most = 0 if owed else args.total_timesteps - run.step
-            received = actors.receive(wait_ms, most)
+            received = actors.receive(wait_ms, args.total_timesteps - run.step, asks=not owed)
         # Store.
         count = sum(buffer.add(np.frombuffer(data, agent.step_type)[0], name) for name, data in received)
         if count:

@@ -115,8 +115,9 @@ class Learner:
         except zmq.ZMQError as error:
             fail(f"--address {address}: {error}; give another port, of which the next one is free too")
 
-    def receive(self, timeout_ms: int, most: float = math.inf) -> list[tuple[str, bytes]]:
-        """At most `most` new records as (actor, record), each actor's in order; waits `timeout_ms` for the first."""
+    def receive(self, timeout_ms: int, most: float = math.inf, asks: bool = True) -> list[tuple[str, bytes]]:
+        """At most `most` new records as (actor, record), each actor's in order; waits `timeout_ms` for the first.
+        Unless it `asks` for more, only what actors were asked for before: who is slow to send has its turn, too."""
         new = []
         for _ in range(100):  # then learning has its turn
             if not self.router.poll(timeout_ms):
@@ -126,8 +127,8 @@ class Learner:
             try:
                 actor, asked, records = self.read(frames, most - len(new))
                 new += [(actor, record) for record in records]
-                held, saved = self.held.get(actor, 0), self.saves[0].get(actor, 0)
-                reply = {"asked": asked, "held": held, "saved": saved, "takes": len(new) < most, "over": self.over}
+                reply = {"asked": asked, "held": self.held.get(actor, 0), "saved": self.saves[0].get(actor, 0)}
+                reply |= {"takes": asks and len(new) < most, "over": self.over}
                 self.asking = self.asking - {actor} if self.over else self.asking | {actor}
             except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
                 reply = {"error": f"refused: {error}; give actor and learner the same script and flags"}
@@ -294,8 +295,7 @@ class Actor:
         """Sends what was kept back, also before a crash; how many records."""
         if not self.staged.exists():
             return 0
-        data = self.staged.read_bytes()
-        size = self.journal.record_bytes
+        data, size = self.staged.read_bytes(), self.journal.record_bytes
         records = [data[i : i + size] for i in range(8, len(data) - size + 1, size)]
         done = self.journal.written - int.from_bytes(data[:8], "little")  # by a `release` that a crash ended
         for record in records[max(done, 0) :]:  # less than none: the journal was deleted, as `exchange` advises

@@ -36,10 +36,10 @@ class AllAtOnce:
 
     def __init__(self, steps: list[np.ndarray]):
         self.steps = steps
-        self.asked: list[tuple[int, float]] = []
+        self.asked: list[tuple[int, float, bool]] = []
 
-    def receive(self, wait_ms: int, most: float) -> list[tuple[str, bytes]]:
-        self.asked.append((wait_ms, most))
+    def receive(self, wait_ms: int, most: float, asks: bool) -> list[tuple[str, bytes]]:
+        self.asked.append((wait_ms, most, asks))
         arrived, self.steps = self.steps, []
         return [("actor", step.tobytes()) for step in arrived]
 

@@ -302,6 +302,35 @@ def test_a_learner_that_takes_nothing_is_not_sent_the_same_again(tmp_path):
         assert taken(learner, actor, 20) == [record(number) for number in range(1, 21)]
 
 
+def test_an_actor_that_is_slow_to_send_has_its_turn(tmp_path):
+    """What a learner has asked for it takes, also when another actor's records came first and it owes updates then."""
+    port = free_port()
+    with (
+        actor_at(port, tmp_path / "near") as near,
+        actor_at(port, tmp_path / "far") as far,
+        learner_at(port) as learner,
+    ):
+
+        def all_ask(asks: bool) -> int:
+            near.exchange(20)
+            far.exchange(20)
+            return len(learner.receive(20, asks=asks))
+
+        wait_until(lambda: all_ask(True) or (near.takes and far.takes))
+        near.send(record(0))
+        wait_until(lambda: learner.receive(20))
+        for number in range(20):
+            far.journal.append(record(number))
+        wait_until(lambda: all_ask(False))  # it has updates to make for the near one's
+        assert learner.held == {near.name: 1, far.name: 20}
+        for actor, number in ((near, 1), (far, 20)):
+            actor.journal.append(record(number))
+        wait_until(lambda: all_ask(False) or not (near.takes or far.takes))
+        assert sum(all_ask(False) for _ in range(5)) == 0  # a message more at most of each
+        while sum(learner.held.values()) < 23:
+            all_ask(True)
+
+
 def test_two_actors_of_one_name_are_noticed(tmp_path):
     """A folder that was copied: the learner would take steps of one for those of the other."""
     port = free_port()

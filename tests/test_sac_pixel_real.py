@@ -325,7 +325,7 @@ def test_weights_that_are_not_finite_reach_neither_robot_nor_checkpoint(tmp_path
 
 
 def test_a_learner_that_is_behind_answers(tmp_path, monkeypatch):
-    """And takes nothing, until it has learned from what it has: minutes without an answer would end its actors."""
+    """And asks for nothing, until it has learned from what it has: minutes without an answer would end its actors."""
     record_demos(tmp_path, [True], monkeypatch)
     args = small_args(total_timesteps=80, learning_starts=5, utd_ratio=2, run_dir=str(tmp_path / "run"))
     agent = small_agent()
@@ -338,7 +338,7 @@ def test_a_learner_that_is_behind_answers(tmp_path, monkeypatch):
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.getsignal(number))
         real.learner(args)
-    assert actors.asked == [(100, 80)] + [(0, 0)] * 14  # 150 updates, 10 at a time
+    assert actors.asked == [(100, 80, True)] + [(0, 0, False)] * 14  # 150 updates, 10 at a time
 
 
 # --- Policies ---------------------------------------------------------------------------------------------------------

@@ -1171,7 +1171,7 @@ def test_learner_and_actors(tmp_path):
 
 
 def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
-    """It takes nothing then, but an actor that hears nothing for long gives up."""
+    """It asks for nothing then, but an actor that hears nothing for long gives up."""
     obs = {"images": np.zeros((1, 2, 20, 20, 3), np.uint8), "state": np.ones((1, 2), np.float32)}
     dtype = pixel_step_type(Views(("front", "wrist"), 20, 1, {"state": (0, 2)}), 3, 1)
     actors = AllAtOnce([pack_pixels(dtype, None if i == 0 else np.zeros(3), obs) for i in range(121)])
@@ -1184,7 +1184,7 @@ def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.getsignal(number))
         sac_pixel_sim.learner(args)
-    assert actors.asked == [(100, 120), (0, 0)]  # 100 updates, 50 at a time
+    assert actors.asked == [(100, 120, True), (0, 0, False)]  # 100 updates, 50 at a time
     assert checkpoint(tmp_path / "run")["agent"]["critic_updates"] == 100
 
 

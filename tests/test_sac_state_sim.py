@@ -1007,7 +1007,7 @@ def test_divergence_is_named(monkeypatch):
 
 
 def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
-    """It takes nothing then, but an actor that hears nothing for long gives up."""
+    """It asks for nothing then, but an actor that hears nothing for long gives up."""
     steps = [pack_step(step_type(4, 3), None if i == 0 else np.zeros(3), np.ones(4)) for i in range(121)]
     actors = AllAtOnce(steps)
     monkeypatch.chdir(tmp_path)
@@ -1018,7 +1018,7 @@ def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
         for number in (signal.SIGINT, signal.SIGTERM):
             stack.callback(signal.signal, number, signal.getsignal(number))
         sac_state_sim.learner(dataclasses.replace(args, run_dir="run", capture_video=False))
-    assert actors.asked == [(100, 120), (0, 0), (0, 0), (0, 0)]  # 200 updates, 50 at a time
+    assert actors.asked == [(100, 120, True)] + [(0, 0, False)] * 3  # 200 updates, 50 at a time
     assert read_checkpoint(tmp_path / "run")["agent"]["critic_updates"] == 200
 
 
