@@ -298,8 +298,9 @@ def recorded_clips(option: str, source: str, classifier: SuccessClassifier, fing
     wrong = differences_of_pictures(fingerprint_of(dataset), fingerprint, classifier.cameras)
     if wrong:
         fail(f"{option} {source}: its pictures are others: {'; '.join(wrong)}")
-    size = len(classifier.cameras) * classifier.image_size**2 * 3
-    check_memory(int(dataset.total_steps) * size, f"{option} {source}", "give fewer episodes, or smaller pictures")
+    frames = int(dataset.total_steps) + int(dataset.total_episodes)
+    size = 2 * frames * len(classifier.cameras) * classifier.image_size**2 * 3  # as episodes, and to draw batches from
+    check_memory(size, f"{option} {source}", "give fewer episodes, or smaller pictures")
     clips = []
     try:
         for episode in dataset.iterate_episodes():

@@ -75,6 +75,16 @@ def test_disagreement(said, verdict, differ):
     assert script.disagreement(infos) == differ
 
 
+def test_memory_is_asked_for_before_it_is_taken(datasets, monkeypatch):
+    """The episodes', and the labelled frames' that batches are drawn from."""
+    write_frames("hil/frames-v0", episodes=4)
+    asked = []
+    monkeypatch.setattr(script, "check_memory", lambda needed, *_: asked.append(needed))
+    _, _, clips, _ = script.gather(Args(data=("hil/frames-v0",)))
+    taken = Frames.of(clips, torch.device("cpu")).images.nbytes + sum(clip.images.nbytes for clip in clips)
+    assert 0.8 * asked[0] < taken <= asked[0]
+
+
 # --- Split and batches ------------------------------------------------------------------------------------------------
 def clips_of(successes: int, failures: int, added: int = 0) -> list[Clip]:
     images = np.zeros((4, 1, 2, 2, 3), np.uint8)
