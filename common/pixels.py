@@ -328,7 +328,7 @@ def frame_file(
     check_memory(memory, f"{name} of {capacity:,} transitions", "give a smaller --buffer-size")
     path = run.dir / f"{name}.frames"
     if frames_dir:
-        path = Path(frames_dir, "-".join((*run.dir.absolute().parts[-2:], path.name)))
+        path = Path(frames_dir, "-".join((*run.dir.parts[-2:], path.name))).absolute()
     file = FrameFile(path, views.frame_shape, device)
     if run.state is None:
         pictures = f"{len(views.cameras)} x {views.size} x {views.size} pixels"

@@ -51,7 +51,8 @@ class Run:
         """
         self.args, self.script = args, Path(script).resolve()
         name = f"{name}__{self.script.stem}__{args.seed}__{int(time.time())}".replace("/", "-").replace(":", "-")
-        self.dir = Path(args.run_dir or f"runs/{name}")
+        args.run_dir = args.run_dir or f"runs/{name}"
+        self.dir = Path(args.run_dir).absolute()  # a task may change the current folder
         self.step = 0
         self.before = 0  # `step` before the newest `advance`
         self.episode = 0
@@ -73,12 +74,11 @@ class Run:
             self.state = self.load(device)
         else:
             self.create()
-        args.run_dir = str(self.dir)
 
     def create(self) -> None:
         """Fills the folder, also one that is mounted; run.json comes first, args.json comes last and makes it a run."""
         try:
-            check_new_folder(self.dir)
+            check_new_folder(self.args.run_dir)
             self.dir.mkdir(parents=True, exist_ok=True)
             self.claim()
             root = self.script.parent
@@ -89,7 +89,7 @@ class Run:
                 shutil.copy(file, target)
             self.write_flags()
         except OSError as error:
-            fail(f"--run-dir {self.dir}: cannot be written ({error}); give another folder")
+            fail(f"--run-dir {self.args.run_dir}: cannot be written ({error}); give another folder")
 
     def claim(self) -> None:
         """For this process alone."""
@@ -121,7 +121,7 @@ class Run:
             path = previous
         if not path.exists():
             if self.args.eval_only:
-                fail(f"--eval-only {self.dir}: stopped before its first checkpoint; --resume it")
+                fail(f"--eval-only {self.args.run_dir}: stopped before its first checkpoint; --resume it")
             return None
         try:
             with warnings.catch_warnings(action="ignore"):  # it advises to load without weights_only
@@ -193,15 +193,14 @@ class Run:
 
             config = dataclasses.asdict(self.args)
             wandb.init(project="robot-learning", name=self.dir.name, config=config, dir=self.dir, sync_tensorboard=True)
-        folder = self.dir.resolve()  # its thread opens the file anew for each record, wherever the program then is
-        self.writer = SummaryWriter(folder, purge_step=self.step + 1)
+        self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
         interval = 0.2 if sys.stderr.isatty() else 30.0
         self.bar = tqdm(total=total, initial=self.step, unit=unit, mininterval=interval)
         self.started = time.perf_counter()
         self.restart_timer()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self.on_signal)
-        print(f"run directory {self.dir}", flush=True)
+        print(f"run directory {self.args.run_dir}", flush=True)
 
     def on_signal(self, number: int = signal.SIGINT, *_) -> None:
         """Ctrl-C and SIGTERM: the loop ends where it can go on from; Ctrl-C after that ends the program at once."""
@@ -317,7 +316,7 @@ class Run:
         self.close()
         report("last", last)
         report("best", self.best)
-        print(f"{self.elapsed():.0f} s in all; see {self.dir}")
+        print(f"{self.elapsed():.0f} s in all; see {self.args.run_dir}")
 
     def close(self) -> None:
         self.bar.close()

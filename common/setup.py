@@ -224,7 +224,7 @@ def ends_well(args: RunArgs) -> Iterator[None]:
             fail(f"stdout was closed ({error}); {go_on(args)}")
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             fail(f"{error}; make room, then {go_on(args)}")
-        ours = args.run_dir and error.filename and Path(args.run_dir) in Path(error.filename).parents
+        ours = args.run_dir and error.filename and Path(args.run_dir).absolute() in Path(error.filename).parents
         if ours and error.errno in (errno.EROFS, errno.EACCES):
             fail(f"{error}; make the folder writable, then {go_on(args)}")
         raise

@@ -566,7 +566,7 @@ def test_a_checkpoint_is_written_without_a_copy_of_it(tmp_path):
 
 
 def test_a_task_that_changes_the_folder(tmp_path, monkeypatch):
-    """TensorBoard's thread opens its file anew for each record; a relative folder was then another one."""
+    """A relative folder was then another one: no table and no checkpoint could be written, and the run crashed."""
     monkeypatch.chdir(tmp_path)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     run = Run(Args(run_dir="run"), "name", str(REPO / SCRIPT))
@@ -575,8 +575,8 @@ def test_a_task_that_changes_the_folder(tmp_path, monkeypatch):
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run.advance()
-    run.log("eval", {"eval/success_rate": 1.0})
-    run.close()
+    run.log("train", {"charts/SPS": 1.0})
+    run.finish({"eval/success_rate": 1.0})
     for number, handler in handlers.items():
         signal.signal(number, handler)
     assert read_scalars(tmp_path / "run")["eval/success_rate"] == [(0, 0.5), (1, 1.0)]
