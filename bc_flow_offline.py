@@ -987,7 +987,7 @@ def train(
         run.advance(count)
         # Log.
         if count == to_event and not math.isfinite(loss := float(offline_info["actor/actor_loss"])):
-            fail(f"the loss is {loss} after {run.step} updates; lower --lr ({run.dir} has the checkpoint before)")
+            fail(f"the loss is {loss} after {run.step} updates; lower --lr ({args.run_dir} has the checkpoint before)")
         if logger and run.due(args.log_interval):
             logger.log(offline_info | {"SPS": run.speed()["charts/SPS"]}, "offline_agent", run.step)
         # Evaluate.
@@ -1022,7 +1022,7 @@ def complete(args: Args, run: Run, agent: BCAgent, evaluation: Evaluation, logge
     run.close()
     report("last", last)
     report("best", run.best)
-    print(f"{run.elapsed():.0f} s in all; see {run.dir}")
+    print(f"{run.elapsed():.0f} s in all; see {args.run_dir}")
 
 
 def learn_offline(args: Args) -> None:
@@ -1042,7 +1042,7 @@ def learn_offline(args: Args) -> None:
         with contextlib.closing(evaluation):
             return evaluate_only(args, run, agent, evaluation)
     if run.state and run.state["finished"] and run.step >= args.offline_steps:
-        fail(f"--offline-steps {args.offline_steps}: {run.dir} is at {run.step}; give a larger number")
+        fail(f"--offline-steps {args.offline_steps}: {args.run_dir} is at {run.step}; give a larger number")
     run.unit = run.doing = "the update"
     os.environ.setdefault("WANDB_RUN_GROUP", args.run_group)
     os.environ.setdefault("WANDB_TAGS", args.run_group)

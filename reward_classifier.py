@@ -762,7 +762,7 @@ def train(args: Args, device: torch.device) -> None:
     seen, succeeded = together["seen_successes"], together["successful_episodes"]
     wrong, failed = together["false_successes"], together["failed_episodes"]
     if seen == 0:
-        fail(f"these pictures do not tell success from failure: see the table above and {run.dir}/errors.png")
+        fail(f"these pictures do not tell success from failure: see the table above and {args.run_dir}/errors.png")
     about = {"scores": scores, "trained_on": [*args.data, *args.add] or [SIMULATED]}
     probability = 1 / (1 + math.exp(-threshold))
     detector = SuccessDetector(classifier.cpu(), probability, args.hold, fingerprint, about)
@@ -776,7 +776,7 @@ def train(args: Args, device: torch.device) -> None:
     print(f"held out: {recall}, {wrong} false ones in {failed} failed episodes; {delay_ms(detector):.1f} ms a frame")
     if seen < 0.9 * succeeded:
         print("a reward that is often missing slows learning: record more frames like those in errors.png")
-    print(f"wrote {run.dir}/classifier.pt; look at {run.dir}/errors.png")
+    print(f"wrote {args.run_dir}/classifier.pt; look at {args.run_dir}/errors.png")
 
 
 def main(args: Args) -> None:

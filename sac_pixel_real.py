@@ -1343,7 +1343,7 @@ def learner(args: Args) -> None:
                 metrics |= agent.update(buffer, demos, updates)
             learned = [metrics["losses/critic_loss"], *agent.value_parameters, *agent.actor_parameters]
             if not all(torch.isfinite(numbers).all() for numbers in learned):
-                fail(f"training has diverged after {agent.critic_updates} updates; {run.dir} has what was before")
+                fail(f"training has diverged after {agent.critic_updates} updates; {args.run_dir} has what was before")
         # Publish: also for an actor that has just come.
         agent.counts.copy_(torch.tensor([run.step, len(buffer), len(demos)]))
         if agent.critic_updates and time.monotonic() - published_at > PUBLISH_S:
@@ -1520,7 +1520,7 @@ def actor(args: Args) -> None:
     run.plot(name="train", keys=("charts/success_without_help", "charts/intervention_rate"))
     run.end_of_training()
     run.close()
-    print(f"see {run.dir}; evaluate it: python {Path(__file__).name} --eval-only {run.dir}")
+    print(f"see {args.run_dir}; evaluate it: python {Path(__file__).name} --eval-only {args.run_dir}")
 
 
 def collect(args: Args, log: Log, env: gym.Env, policy: Newest, person: Person, child: setup.Child | None) -> None:

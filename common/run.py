@@ -93,7 +93,7 @@ class Run:
 
     def claim(self) -> None:
         """For this process alone."""
-        self.lock = hold(self.dir / "run.lock", f"{self.dir}: process PID works there; end that one first")
+        self.lock = hold(self.dir / "run.lock", f"{self.args.run_dir}: process PID works there; end that one first")
 
     def write_flags(self) -> None:
         """What --resume and --eval-only take; those that --resume changed stay changed."""
@@ -149,7 +149,7 @@ class Run:
             self.elapsed_before = progress["elapsed"]
             self.state = {"finished": progress["finished"]}  # the rest is loaded, and its memory can go
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            fail(f"{self.dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
+            fail(f"{self.args.run_dir}/checkpoint.pt: is not of this script and flags ({str(error).splitlines()[0]})")
 
     def save(self, finished: bool = False) -> None:
         """Writes checkpoint.pt, and keeps the one before as checkpoint.previous."""
@@ -181,7 +181,7 @@ class Run:
         from tqdm import tqdm
 
         if self.state and self.state["finished"] and self.step >= total:
-            fail(f"{self.dir} is finished: {option} {total}: it has {self.step}; give a larger number to go on")
+            fail(f"{self.args.run_dir} is finished: {option} {total}: it has {self.step}; give a larger number")
         self.write_flags()
         for path in self.dir.glob("*.csv"):
             newest = self.step
@@ -229,7 +229,7 @@ class Run:
         except Fault as error:
             self.episode += 1
             self.save()
-            fail(f"{error}. All is saved: --resume {self.dir} goes on with the next episode")
+            fail(f"{error}. All is saved: --resume {self.args.run_dir} goes on with the next episode")
         self.seconds[name] += time.perf_counter() - start
 
     def restart_timer(self) -> None:
