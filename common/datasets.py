@@ -20,6 +20,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import socket
 import struct
 import sys
@@ -1384,6 +1385,8 @@ class Batches(torch.utils.data.Dataset):
                 size *= min(stop - start, 4 * self.num_workers + held) * world_size()
                 check_space(shared, size, f"--num-workers {self.num_workers} (0 needs none)")
         self.loader = iter(torch.utils.data.DataLoader(self, pin_memory=pin_memory, **options))
+        if self.num_workers:  # PyTorch's handler raises wherever the program is; `take` sees a killed one within 5 s
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -1396,6 +1399,8 @@ class Batches(torch.utils.data.Dataset):
                 parts = zip(*[next(self.loader) for _ in range(count)])  # of each update
             except Fault as error:  # a worker's has the traceback before it
                 raise Fault(str(error).rpartition("Fault: ")[2].strip()) from error
+            except (ConnectionError, EOFError, FileNotFoundError) as error:
+                raise RuntimeError(f"DataLoader worker (pid unknown) was killed amid a batch: {error!r}") from error
 
             def moved(*xs: Tensor) -> Tensor:  # from pinned memory, so before they are stacked
                 return torch.stack([x.to(device, non_blocking=True) for x in xs])

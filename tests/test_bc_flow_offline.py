@@ -1658,11 +1658,11 @@ def test_a_run_with_workers_ends_with_one_line(tmp_path, camera_data, how):
             os.kill(int(children[0]), signal.SIGKILL)
         assert process.wait(30) not in (0, None)
     errors = process.stderr_path.read_text()
-    assert "go on with --resume run" in errors and "Traceback" not in errors
+    assert "in learn_offline" not in errors  # a traceback; the other worker's, which was handing over, may be there
     if how == "ctrl-c":
-        assert errors.count("stopping: the update ends first") == 1
+        assert "go on with --resume run" in errors and errors.count("stopping: the update ends first") == 1
     else:
-        assert re.search("DataLoader worker .*--num-workers 0", errors)
+        assert re.search("DataLoader worker .*--num-workers 0 .*go on with --resume run", errors)
 
 
 def test_the_default_needs_no_flag_and_no_network(tmp_path):
