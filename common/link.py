@@ -33,7 +33,6 @@ TIMEOUT_S = 600.0  # an actor gives up when no learner has answered for so long;
 
 def parse_address(address: str) -> tuple[str, int]:
     """IP address and port of HOST, HOST:PORT, tcp://HOST:PORT, ::1 or [::1]:PORT; weights take the port after it.
-
     Exits with one line when it is none, or the host is unknown.
     """
     host, port = address.removeprefix("tcp://"), str(DEFAULT_PORT)
@@ -92,7 +91,6 @@ class Learner:
         check: Callable[[bytes], None] = lambda records: None,
     ):
         """Listens at `address`; `hello` must be the actors' too; `check` raises ValueError for records not to be taken.
-
         Exits with one line when the address is taken, or on a network without `keys`, which are made if none are there.
         """
         ip, port = parse_address(address)
@@ -144,7 +142,8 @@ class Learner:
         if differ:
             raise ValueError(f"{', '.join(differ)} of the learner and of the actor differ")
         actor, asked, first = str(header["actor"]), int(header["asked"]), int(header["first"])
-        payload, size = frames[1], self.record_bytes
+        payload = frames[1]
+        size = self.record_bytes
         count, rest = divmod(len(payload), size)
         if first < 0 or rest:
             raise ValueError(f"{len(payload)} bytes from number {first} on are no records of {size}")
@@ -295,7 +294,8 @@ class Actor:
         """Sends what was kept back, also before a crash; how many records."""
         if not self.staged.exists():
             return 0
-        data, size = self.staged.read_bytes(), self.journal.record_bytes
+        data = self.staged.read_bytes()
+        size = self.journal.record_bytes
         records = [data[i : i + size] for i in range(8, len(data) - size + 1, size)]
         done = self.journal.written - int.from_bytes(data[:8], "little")  # by a `release` that a crash ended
         for record in records[max(done, 0) :]:  # less than none: the journal was deleted, as `exchange` advises

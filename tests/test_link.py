@@ -268,14 +268,22 @@ def test_an_actor_is_not_too_far_ahead(tmp_path):
         assert actor.journal.written - actor.held <= 3
 
 
-def test_a_learner_that_is_slow_to_answer_is_sent_nothing_twice(tmp_path):
-    """It evaluates, or the network is slow: who asks again then sends no records, and one message is on its way."""
+@contextlib.contextmanager
+def counted(folder: Path):
+    """A learner that has one record of an actor, the actor, and how many bytes each later message brings."""
     port = free_port()
-    with learner_at(port) as learner, actor_at(port, tmp_path / "actor") as actor:
+    arrived: list[int] = []
+    with learner_at(port) as learner, actor_at(port, folder) as actor:
         actor.send(record(0))
         assert taken(learner, actor, 1) == [record(0)]
-        arrived, read = [], learner.read
+        read = learner.read
         learner.read = lambda frames, most: arrived.append(len(frames[1])) or read(frames, most)
+        yield learner, actor, arrived
+
+
+def test_a_learner_that_is_slow_to_answer_is_sent_nothing_twice(tmp_path):
+    """It evaluates, or the network is slow: who asks again then sends no records, and one message is on its way."""
+    with counted(tmp_path / "actor") as (learner, actor, arrived):
         for number in range(1, 6):
             actor.sent -= 3  # s, without an answer
             actor.send(record(number))
@@ -289,12 +297,7 @@ def test_a_learner_that_is_slow_to_answer_is_sent_nothing_twice(tmp_path):
 
 def test_a_learner_that_takes_nothing_is_not_sent_the_same_again(tmp_path):
     """It has its pace to keep, and answers meanwhile: an actor's backlog waits where it is."""
-    port = free_port()
-    with learner_at(port) as learner, actor_at(port, tmp_path / "actor") as actor:
-        actor.send(record(0))
-        assert taken(learner, actor, 1) == [record(0)]
-        arrived, read = [], learner.read
-        learner.read = lambda frames, most: arrived.append(len(frames[1])) or read(frames, most)
+    with counted(tmp_path / "actor") as (learner, actor, arrived):
         for number in range(1, 21):
             actor.send(record(number))
             learner.receive(20, most=0)
