@@ -6,7 +6,7 @@
         run = run_script("sac_state_sim.py", "--total-timesteps", 300, cwd=tmp_path)
         assert read_csv(run.run_dir, "eval.csv")["global_step"][-1] == 300
 
-Tests that need minutes, a GPU or a robot carry @pytest.mark.slow, gpu or robot and run only when asked for (-m slow).
+Tests that need minutes, a GPU or other packages carry @pytest.mark.slow, gpu or ecosystem and run only when asked for.
 """
 
 import contextlib
