@@ -15,7 +15,7 @@ Expect: success_rate >= 0.98, wall_s <= 300 (2 CPU cores) [benchmarks/results/bc
 Sources: flow matching arXiv:2210.02747; action chunks and names: Q-chunking arXiv:2507.07969 (ColinQiyangLi/qc, commit
 48283b4, its behaviour-cloning part); FQL arXiv:2502.02538; D4RL arXiv:2004.07219; Minari; tanh-Gaussian cloning: SERL.
 Differs from Q-chunking: no critic; a chunk is sampled only when the last one is used up; episodes run side by side and
-are seeded; the last evaluation is at offline_steps (there: one step earlier); HalfCheetah, Hopper, Walker2d and Ant.
+are seeded; the last evaluation is at offline_steps (there: one step earlier); D4RL's MuJoCo robots are tasks, too.
 Numbers are comparable only with numbers from the same data: Minari's medium is not D4RL's, so each run prints its data.
 New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to edit. common/ holds what is not learning.
 """
