@@ -32,7 +32,7 @@ translation); an absolute schedule by the robot's clock, so that work between tw
 up, and no step waits for the gripper; time limits truncate; a reflex ends the episode and is counted
 instead of being cleared unseen before every command; a camera that stands still ends the episode
 instead of waiting for Enter; a person who pauses for a moment keeps control.
-New task: copy `PEG` or `PICK` into your script; `grep -n TASK: robot_client.py` shows the other places.
+New task: copy `PEG` or `PICK` and name the copy in TASKS; `grep -n TASK: robot_client.py` shows the other places.
 """
 
 import atexit
@@ -975,7 +975,7 @@ class Intervention(gym.Wrapper):
 # --- Environment ------------------------------------------------------------------------------------------------------
 @dataclass
 class TaskConfig:
-    """A task on the real or simulated robot; defaults: SERL's peg insertion (peg_env/config.py)."""
+    """A task on the real or simulated robot; defaults: SERL's peg insertion (peg_env/config.py), in a wider box."""
 
     name: str = "peg"
     env_id: str | None = None  # the task that a simulated server must serve (None: any)
