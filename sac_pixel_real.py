@@ -253,8 +253,7 @@ def make_env(args: Args) -> gym.Env:
         reward=args.reward if args.reward in ("task", "pose") else "none",
         gripper_penalty=args.gripper_penalty,
     )
-    # --total-timesteps are this environment's steps: TimeLimit would end an episode where the task
-    # does.
+    # No TimeLimit: FrankaEnv itself ends an episode, after config.max_episode_steps.
     return envs.make("robot_client:FrankaReal-v0", config=config, max_episode_steps=10**9)
 
 
