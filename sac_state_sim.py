@@ -1,4 +1,4 @@
-"""SAC from states, from plain SAC up to SERL and RLPD strength, in one file.
+"""SAC from states, from plain SAC to the options of SERL, REDQ and RLPD, in one file.
 
     python sac_state_sim.py --seed 1                                # a Franka learns to pick up a cube
     python sac_state_sim.py --env-id HalfCheetah-v5 --demos 0       # benchmarks/run.py has good settings for it
