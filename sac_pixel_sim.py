@@ -1,7 +1,7 @@
 """SAC from camera images: DrQ, RLPD with demonstrations, VICE, in one file.
 
     python sac_pixel_sim.py --seed 1                                # a Franka learns to pick up a cube that it sees
-    python sac_pixel_sim.py --env-id FrankaPegInsert-v0             # a sparse reward
+    python sac_pixel_sim.py --env-id FrankaPegInsert-v0 --total-timesteps 12000   # a sparse reward
     python sac_pixel_sim.py --resume RUN_DIR                        # go on after Ctrl-C or a crash
     python sac_pixel_sim.py --encoder resnet10 --image-size 128 --pretrained resnet10_params.pkl  # needs SERL's file
     python sac_pixel_sim.py --reward vice                           # the reward is learned from images of success
