@@ -2700,7 +2700,7 @@ class Robot:
             c.publish()
 
     def signalled(self, number: int, _) -> None:
-        if self.ending:
+        if self.ending and number == signal.SIGINT:  # a terminal that is closed brings SIGHUP twice
             os._exit(1)
         self.ending = True
         log.info("%s", signal.Signals(number).name)

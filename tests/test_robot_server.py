@@ -912,6 +912,19 @@ def test_signals_end_it_cleanly(tmp_path, number):
         assert "Traceback" not in log and signal.Signals(number).name in log
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_comes_twice_lets_the_arm_come_to_rest(tmp_path, number):
+    """As where a terminal is closed: the shell sends SIGHUP, and so does the system when the shell has ended."""
+    with serving(tmp_path) as process, Wire(process.requests) as wire:
+        start = wire.stream()
+        follow(wire, lambda t: moved(start, y=0.1), 0.5)
+        for _ in range(2):
+            process.send_signal(number)
+            time.sleep(0.02)
+        assert process.wait(10) == 0
+    assert (tmp_path / "robot_server.log").read_text().endswith(" INFO end\n")
+
+
 def test_a_terminal_that_is_closed_ends_it_cleanly(tmp_path):
     """Not through the SDKs' destructors, although the last words have nobody to read them."""
     ours, theirs = os.openpty()
