@@ -2552,19 +2552,15 @@ class FrontProcess:
 
     def __init__(self, args: Args, listening: Sequence[socket.socket]):
         self.link, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        fds = [s.fileno() for s in listening]
-        order = {"link": theirs.fileno(), "listening": fds, "args": asdict(args)}
+        fds = [theirs.fileno(), *(s.fileno() for s in listening)]
+        order = {"link": fds[0], "listening": fds[1:], "args": asdict(args)}
         script = Path(__file__).resolve()
         program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import {script.stem} as server"
         command = [sys.executable, "-c", f"{program}; server.run_front(sys.argv[1])", json.dumps(order)]
         signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # a new process starts with what is blocked
         with open(args.log_file, "ab") as output:
             self.process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=output,
-                pass_fds=(theirs.fileno(), *fds),
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=output, pass_fds=fds
             )
         signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
         theirs.close()
@@ -2642,6 +2638,7 @@ class Robot:
         for number in END_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as with nohup
                 signal.signal(number, self.signalled)
+        threading.Thread(target=self.show, name="terminal", daemon=True).start()
         go_first()
         try:
             self.look_after()
@@ -2651,9 +2648,7 @@ class Robot:
         self.shut_down(failure)
 
     def look_after(self) -> None:
-        shown = 0.0
         before = time.monotonic()
-        told = False
         while not self.ending:
             time.sleep(0.01)
             now = time.monotonic()
@@ -2661,14 +2656,19 @@ class Robot:
             before = now
             self.watch_front(passed)
             self.watch_control(passed)
-            if not told and self.control.front_heard > 0:
-                told = True
-                host = f"[{self.args.bind}]" if ":" in self.args.bind else self.args.bind
-                print(f"serving on tcp://{host}:{self.ports[0]} (state: {self.ports[1]})", flush=True)
-                log.info("serving %s on %s %s", self.args.robot, host, self.ports)
-            if now - shown > 0.25 and sys.stdout.isatty():
-                shown = now
+
+    def show(self) -> None:
+        """On the terminal: where it serves, how it goes. A thread of its own, as Ctrl-S or a stalled ssh hold it up."""
+        go_first()
+        while self.control.front_heard < 0:
+            time.sleep(0.01)
+        host = f"[{self.args.bind}]" if ":" in self.args.bind else self.args.bind
+        log.info("serving %s on %s %s", self.args.robot, host, self.ports)
+        with contextlib.suppress(OSError):  # the terminal may have been closed
+            print(f"serving on tcp://{host}:{self.ports[0]} (state: {self.ports[1]})", flush=True)
+            while sys.stdout.isatty() and not self.ending:
                 print("\r" + self.status_line() + "\x1b[K", end="", flush=True)
+                time.sleep(0.25)
 
     def watch_front(self, passed: float) -> None:
         """One that has ended, or says nothing for 3 s, is replaced by the spare one."""
@@ -2716,7 +2716,7 @@ class Robot:
         if failure:
             log.error(failure)
         log.info("end")
-        logging.shutdown()
+        signal.alarm(2)  # whatever a terminal that takes nothing holds up
         with contextlib.suppress(OSError):  # the terminal may have been closed
             print(end="\n" * sys.stdout.isatty(), flush=True)
             if failure:

@@ -11,6 +11,7 @@ import socket
 import stat
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -937,6 +938,29 @@ def test_a_terminal_that_is_closed_ends_it_cleanly(tmp_path):
         os.close(ours)
         process.send_signal(signal.SIGHUP)
         assert process.wait(20) == 0
+
+
+def test_a_terminal_that_takes_nothing_holds_nothing_up(tmp_path):
+    """As after Ctrl-S, or with ssh over a network that is gone."""
+    ours, theirs = os.openpty()
+    command = [sys.executable, REPO / "robot_server.py", "--port", "0"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=theirs, stderr=theirs) as process:
+        said = b""
+        while b"serving" not in said:
+            said += os.read(ours, 10_000)
+        termios.tcflow(theirs, termios.TCOOFF)  # Ctrl-S
+        time.sleep(0.6)
+        first = fronts(process.pid)[0]
+        os.kill(first, signal.SIGKILL)
+        try:
+            wait_until(lambda: first not in fronts(process.pid) and len(fronts(process.pid)) == 2, 10)
+            process.terminate()
+            assert process.wait(10) in (0, -signal.SIGALRM)
+        finally:
+            process.kill()
+    assert (tmp_path / "robot_server.log").read_text().endswith(" INFO end\n")
+    os.close(ours)
+    os.close(theirs)
 
 
 def test_nohup_is_heeded(tmp_path):
