@@ -97,7 +97,6 @@ import select
 import shutil
 import signal
 import socket
-import stat
 import struct
 import subprocess
 import sys
@@ -2529,9 +2528,10 @@ def run_front(order: str) -> None:
     import zmq.utils.monitor
 
     order = json.loads(order)
+    log_file = logging.handlers.WatchedFileHandler(order["args"]["log_file"])  # which the robot process renames
     if order["args"]["keys"]:
         import zmq.auth.thread  # noqa: F401
-    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO)
+    logging.basicConfig(format=LOG_FORMAT, level=logging.INFO, handlers=[log_file])
     link = socket.socket(fileno=order["link"])
     facts = link.recv(1 << 16)
     if facts:
@@ -2871,8 +2871,7 @@ def check_keys(folder: Path) -> None:
         fail(f"--keys {folder}: server.key and server.key_secret do not belong together; {remedy}")
     if len(files) < 2:
         fail(f"--keys {folder}: there is no client's key, nobody could connect; {remedy}")
-    mode = (folder / "server.key_secret").stat().st_mode
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+    if (folder / "server.key_secret").stat().st_mode & 0o077:
         message = f"--keys {folder}: others can read server.key_secret: chmod 600 {folder}/server.key_secret"
         print(message, file=sys.stderr)
         log.warning(message)

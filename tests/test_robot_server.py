@@ -618,6 +618,16 @@ def test_a_log_file_on_a_full_disk_is_said_once(tmp_path, capsys):
     assert said.count("No space left") == 1 and "Traceback" not in said and "events are lost" in said
 
 
+def test_a_log_that_is_full_is_renamed_for_the_front_too(tmp_path):
+    """What it has to say stands in the new one."""
+    log = tmp_path / "robot_server.log"
+    log.write_text("x" * 4_999_990 + "\n")
+    with serving(tmp_path) as process, Wire(process.requests) as wire:
+        wire.take()
+        wait_until(lambda: "lease: test" in log.read_text(), 10)
+    assert (tmp_path / "robot_server.log.1").exists()
+
+
 def test_a_job_is_started_once(wire):
     wire.take()
     q = wire.state()["q"]
