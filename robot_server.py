@@ -2555,7 +2555,7 @@ class FrontProcess:
         fds = [theirs.fileno(), *(s.fileno() for s in listening)]
         order = {"link": fds[0], "listening": fds[1:], "args": asdict(args)}
         script = Path(__file__).resolve()
-        program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import {script.stem} as server"
+        program = f"import sys; sys.path.insert(0, {str(script.parent)!r}); server = __import__({script.stem!r})"
         command = [sys.executable, "-c", f"{program}; server.run_front(sys.argv[1])", json.dumps(order)]
         signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # a new process starts with what is blocked
         with open(args.log_file, "ab") as output:

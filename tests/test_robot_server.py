@@ -910,6 +910,15 @@ def test_peg_task(tmp_path):
         assert wire.state()["tcp_pose"][2] - start[2] > 0.02
 
 
+def test_a_server_in_a_file_of_another_name(tmp_path):
+    """As a browser names what it has downloaded before."""
+    script = tmp_path / "robot_server (1).py"
+    shutil.copy(REPO / "robot_server.py", script)
+    shutil.copy(REPO / "franka_sim.py", tmp_path)
+    with serving(tmp_path, script=script) as process, Wire(process.requests) as wire:
+        assert wire.state()["mode"] == "idle"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_end_it_cleanly(tmp_path, number):
     with serving(tmp_path, "--log-file", tmp_path / "server.log") as process, Wire(process.requests) as wire:
