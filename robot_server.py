@@ -1507,7 +1507,7 @@ def check_mode(op: str, step: str, why: str) -> None:
 
 
 # --- Between the two processes ----------------------------------------------------------------------------------------
-COMMAND = struct.Struct("<BId12d64s128s")
+COMMAND = struct.Struct("<BQd12d64s128s")
 OP_NUMBERS = {op: number for number, op in enumerate(OPERATIONS)}
 
 

@@ -632,6 +632,12 @@ def test_nothing_that_the_front_says_is_believed(world):
     assert np.linalg.norm(world.reference - start) < 1e-3 and world.control.fault is None
 
 
+def test_a_command_after_years():
+    """The front's beat alone counts 100 in a second."""
+    command = Command("state", 2**40, 1.0, (0.0,) * 12)
+    assert Command.unpack(command.pack()) == command
+
+
 def test_the_newest_state_is_read(world):
     """Over a real line: nobody reads for long, which never makes the robot thread wait; then the newest is there."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
