@@ -210,7 +210,7 @@ def load_keys(folder: str | Path) -> tuple[bytes, bytes, bytes]:
             pair = zmq.auth.load_certificate(path)[:wanted]
             if not all(key and len(key) == 40 for key in pair):
                 raise ValueError("no key of 40 characters")
-        except (OSError, ValueError) as error:
+        except (OSError, LookupError, ValueError) as error:
             raise RobotError(f"--keys {folder}: {path.name}: {error}; copy it from the server's machine") from error
         keys += pair
     return tuple(keys)

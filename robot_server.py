@@ -2860,7 +2860,7 @@ def check_keys(folder: Path) -> None:
             valid = len(zmq.utils.z85.decode(public)) == 32
             if secret is not None:
                 valid = valid and zmq.curve_public(secret) == public
-        except (OSError, ValueError, KeyError, struct.error, zmq.ZMQError) as error:
+        except (OSError, ValueError, LookupError, struct.error, zmq.ZMQError) as error:
             fail(f"--keys {folder}: {path.name}: {error or 'no key'}; {remedy}")
         if not valid or (path.suffix == ".key_secret" and secret is None):
             fail(f"--keys {folder}: {path.name} holds no key, or a secret of another one; {remedy}")

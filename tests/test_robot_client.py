@@ -464,6 +464,7 @@ def keys(tmp_path):
         ("client.key_secret", "the public one"),
         ("server.key", None),
         ("server.key", ""),
+        ("server.key", "curve\n    public-key"),
     ],
 )
 def test_bad_keys_are_one_line_that_names_the_file(keys, name, content):

@@ -1127,6 +1127,7 @@ WRONG_KEYS = {  # what is done to the folder, and the file that the message name
     "empty": (lambda folder: (folder / "server.key_secret").write_bytes(b""), "server.key_secret"),
     "garbled": (lambda folder: (folder / "server.key_secret").write_bytes(b"\xff\x00" * 300), "server.key_secret"),
     "cut": (lambda folder: (folder / "client.key").write_text('curve\n    public-key = "abc"\n'), "client.key"),
+    "cut in a word": (lambda folder: (folder / "client.key").write_text("curve\n    public-key"), "client.key"),
     "empty client": (lambda folder: (folder / "client.key").write_bytes(b""), "client.key"),
     "missing": (lambda folder: (folder / "server.key_secret").unlink(), "server.key_secret"),
     "no client": (lambda folder: (folder / "client.key").unlink(), "client"),
