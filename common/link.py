@@ -28,7 +28,6 @@ PROTOCOL = "records-4"
 DEFAULT_PORT = 5588
 MESSAGE_BYTES = 1 << 25  # records in one message, at most
 RECORDS_PER_FILE = 1024  # of the journal
-TIMEOUT_S = 600.0  # an actor gives up when no learner has answered for so long; one evaluates meanwhile
 
 
 def parse_address(address: str) -> tuple[str, int]:
@@ -188,8 +187,7 @@ def make_keys(folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     for name in ("learner", "actor"):
-        zmq.auth.create_certificates(folder, name)
-        (folder / f"{name}.key_secret").chmod(0o600)
+        os.chmod(zmq.auth.create_certificates(folder, name)[1], 0o600)
 
 
 class Journal:
@@ -198,7 +196,7 @@ class Journal:
     def __init__(self, folder: Path, record_bytes: int):
         self.folder, self.record_bytes = folder, record_bytes
         folder.mkdir(exist_ok=True)
-        files = self.files() or [0]
+        files = sorted(int(path.stem) for path in folder.glob("*.records")) or [0]  # their first records' numbers
         self.first, newest = files[0], files[-1]  # older ones were dropped
         self.file = self.path(newest).open("ab")
         self.written = newest + self.file.tell() // record_bytes
@@ -206,10 +204,6 @@ class Journal:
 
     def path(self, first: int) -> Path:
         return self.folder / f"{first:012d}.records"
-
-    def files(self) -> list[int]:
-        """The first record's number of every file."""
-        return sorted(int(path.stem) for path in self.folder.glob("*.records"))
 
     def append(self, record: bytes) -> None:
         """The record survives this process from here on."""
@@ -247,7 +241,7 @@ class Actor:
         folder: Path,
         ahead: float = math.inf,
         stop: Callable[[], bool] = lambda: False,
-        timeout_s: float = TIMEOUT_S,
+        timeout_s: float = 600.0,  # one evaluates meanwhile
     ):
         """Talks to the learner at `address`; the journal is in `folder`. `send` waits while the learner is more than
         `ahead` records behind, until `stop` says so; it exits with one line when no learner answers for `timeout_s`."""
@@ -263,7 +257,8 @@ class Actor:
         self.most = self.journal.written  # that the learner can have
         self.takes = False  # nothing before the learner's first answer
         self.done = False
-        self.answered = time.monotonic()
+        self.answered = self.looked = time.monotonic()
+        self.newest: tuple[int, bytes] | None = None  # weights that nobody has taken yet
         self.asked = 0  # messages sent
         self.sent = -math.inf  # the newest of them, if it waits for its reply
         ip, port = parse_address(address)
@@ -311,6 +306,9 @@ class Actor:
 
     def exchange(self, wait_ms: int) -> None:
         """Takes the learner's answer if it is there, and sends records. Exits when it is silent for too long."""
+        self.answered += max(time.monotonic() - self.looked - 10, 0)  # in a person's pause nobody asked
+        self.looked = time.monotonic()
+        self.newest = self.weights()  # which may say that it is over
         if self.sent > -math.inf and self.dealer.poll(wait_ms):
             reply = json.loads(self.dealer.recv())
             if "error" in reply:
@@ -342,9 +340,10 @@ class Actor:
 
     def weights(self) -> tuple[int, bytes] | None:
         """Version and weights, if newer ones have come."""
-        if not self.subscriber.poll(0):
-            return None
-        header, _, weights = self.subscriber.recv().partition(b"\n")
-        header = json.loads(header)
-        self.done = self.done or header["done"]
-        return header["version"], weights
+        newest, self.newest = self.newest, None
+        if self.subscriber.poll(0):
+            header, _, weights = self.subscriber.recv().partition(b"\n")
+            header = json.loads(header)
+            self.done = self.done or header["done"]
+            newest = header["version"], weights
+        return newest

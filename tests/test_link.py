@@ -62,6 +62,7 @@ def test_names_are_looked_up():
     assert ip in ("127.0.0.1", "::1") and port == 7000
 
 
+
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1:", "127.0.0.1:x", "127.0.0.1:0", "127.0.0.1:99999", "no.such.host.invalid", "a b"],
@@ -361,6 +362,21 @@ def test_an_actor_gives_up_when_no_learner_answers(tmp_path):
         assert actor.journal.written == 2  # nothing is lost
 
 
+def test_a_pause_of_an_actor_is_no_silence_of_its_learner(tmp_path):
+    """Also of one that was started again meanwhile, with which the answer is lost."""
+    port = free_port()
+    with actor_at(port, tmp_path / "actor") as actor:
+        with learner_at(port) as learner:
+            actor.send(record(0))
+            assert taken(learner, actor, 1) == [record(0)]
+            for _ in range(2):
+                actor.exchange(200)
+        with learner_at(port) as learner:
+            for clock in ("answered", "looked", "sent"):
+                setattr(actor, clock, getattr(actor, clock) - 700)
+            assert taken(learner, actor, 1) == [record(0)]
+
+
 def test_an_actor_says_that_it_waits(tmp_path, capsys):
     port = free_port()
     asked = iter([False, False, True])
@@ -430,6 +446,18 @@ def test_the_end_reaches_an_actor_that_asks_late(tmp_path):
         wait_until(lambda: actor.weights() == (6, b"six"), timeout=30)
         assert actor.done
         actor.send(record(1))  # waits for nobody
+
+
+def test_the_end_reaches_an_actor_that_waits_for_its_learner(tmp_path):
+    """After a long step, or a person's pause: whom it asks is gone."""
+    port = free_port()
+    with actor_at(port, tmp_path / "actor", ahead=0, timeout_s=5.0) as actor:
+        with learner_at(port) as learner:
+            wait_until(lambda: learner.publish(5, b"five") or actor.weights(), timeout=30)
+            learner.end = lambda: time.sleep(2)
+            learner.publish(6, b"six", done=True)
+        actor.send(record(0))
+        assert actor.done and actor.weights() == (6, b"six") and actor.weights() is None
 
 
 class CrashError(Exception):
