@@ -69,11 +69,12 @@ def make_socket(kind: int, ip: str, role: str, keys: str | None):
     try:
         if role == "learner":
             make_keys(Path(keys))
+            zmq.auth.load_certificates(keys)  # raises for a bad one, with which nobody would be let in
             sock.curve_server = True
         sock.curve_publickey, sock.curve_secretkey = zmq.auth.load_certificate(Path(keys) / f"{role}.key_secret")
         if role == "actor":
             sock.curve_serverkey = zmq.auth.load_certificate(Path(keys) / "learner.key")[0]
-    except (OSError, ValueError, TypeError, zmq.ZMQError) as error:
+    except (OSError, LookupError, ValueError, TypeError, zmq.ZMQError) as error:
         fail(f"--curve-keys {keys}: {error}; the learner makes the keys, copy its folder to every actor")
     return sock
 
@@ -186,7 +187,7 @@ def make_keys(folder: Path) -> None:
     if (folder / "learner.key").exists():
         return
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    for name in ("learner", "actor"):
+    for name in ("actor", "learner"):  # in this order: what was killed amid it begins anew
         os.chmod(zmq.auth.create_certificates(folder, name)[1], 0o600)
 
 

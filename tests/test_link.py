@@ -732,10 +732,30 @@ def test_curve_keys(tmp_path, monkeypatch):
         (tmp_path / "file").touch()
         with pytest.raises(SystemExit, match="--curve-keys .*file: "):
             Learner(f"127.0.0.1:{free_port()}", str(tmp_path / "file"), HELLO, SIZE)
+        (keys / "actor.key").write_text("curve\n    public-key")  # cut off: nobody would be let in
+        with pytest.raises(SystemExit, match="--curve-keys .*keys: .*the learner makes the keys"):
+            Learner(f"127.0.0.1:{free_port()}", str(keys), HELLO, SIZE)
     finally:
         learner.authenticator.stop()
         learner.router.close(0)
         learner.publisher.close(0)
+
+
+def test_keys_whose_making_was_interrupted_are_made_anew(tmp_path, monkeypatch):
+    create, made = zmq.auth.create_certificates, []
+
+    def interrupted(folder: Path, name: str) -> tuple[str, str]:
+        if made:
+            raise OSError("no space left")
+        made.append(create(folder, name))
+        return made[0]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(link.zmq.auth, "create_certificates", interrupted)
+        with pytest.raises(OSError, match="no space left"):
+            link.make_keys(tmp_path / "keys")
+    link.make_keys(tmp_path / "keys")
+    assert len(zmq.auth.load_certificates(tmp_path / "keys")) == 2
 
 
 # --- The script as learner and actors ---------------------------------------------------------------------------------
