@@ -312,8 +312,8 @@ class Actor:
         self.newest = self.weights()  # which may say that it is over
         if self.sent > -math.inf and self.dealer.poll(wait_ms):
             reply = json.loads(self.dealer.recv())
-            if "error" in reply:
-                fail(f"the learner says: {reply['error']}")
+            if "held" not in reply:
+                fail(f"the learner says: {reply.get('error', 'what none says; is this --address its own?')}")
             self.held, self.takes = reply["held"], reply["takes"]
             if not self.journal.first <= self.held <= self.most:  # a new learner; or a power cut, an older copy
                 remedy = f"start a new one, or delete actor_name and journal in {self.staged.parent} to make it one"

@@ -377,6 +377,17 @@ def test_a_pause_of_an_actor_is_no_silence_of_its_learner(tmp_path):
             assert taken(learner, actor, 1) == [record(0)]
 
 
+def test_an_address_where_another_program_answers(tmp_path):
+    """As robot_server.py does: first comes what it takes for an envelope."""
+    port = free_port()
+    with zmq.Context.instance().socket(zmq.ROUTER) as router, actor_at(port, tmp_path / "actor") as actor:
+        router.bind(f"tcp://127.0.0.1:{port}")
+        actor.exchange(0)
+        router.send_multipart([*router.recv_multipart(), b"no JSON"])
+        with pytest.raises(SystemExit, match="the learner says: what none says; is this --address its own"):
+            actor.exchange(5000)
+
+
 def test_an_actor_says_that_it_waits(tmp_path, capsys):
     port = free_port()
     asked = iter([False, False, True])
