@@ -46,7 +46,7 @@ def parse_address(address: str) -> tuple[str, int]:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         fail(f"--address {address}: no host {host!r} ({error}); give HOST:PORT, such as 127.0.0.1:{DEFAULT_PORT}")
-    return found[0][4][0], int(port)
+    return min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0], int(port)  # 0.0.0.0 takes no IPv6
 
 
 def endpoint(ip: str, port: int) -> str:

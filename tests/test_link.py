@@ -62,6 +62,14 @@ def test_names_are_looked_up():
     assert ip in ("127.0.0.1", "::1") and port == 7000
 
 
+def test_a_name_with_addresses_of_both_kinds(monkeypatch):
+    """A learner at 0.0.0.0 takes no IPv6."""
+    found = [(socket.AF_INET6, 1, 6, "", ("fd00::9", 7000, 0, 0)), (socket.AF_INET, 1, 6, "", ("192.0.2.9", 7000))]
+    monkeypatch.setattr(link.socket, "getaddrinfo", lambda *_, **__: found)
+    assert parse_address("robot:7000") == ("192.0.2.9", 7000)
+    del found[1]
+    assert parse_address("robot:7000") == ("fd00::9", 7000)
+
 
 @pytest.mark.parametrize(
     "address",
