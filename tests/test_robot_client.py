@@ -481,6 +481,10 @@ def test_bad_keys_are_one_line_that_names_the_file(keys, name, content):
 
 
 # --- Cameras ----------------------------------------------------------------------------------------------------------
+class DriverError(Exception):
+    """As cv2.error is one."""
+
+
 class PatternCamera(rc.Camera):
     """A moving pattern; `mode` makes it freeze (the same picture again and again), drop all, or raise."""
 
@@ -491,6 +495,8 @@ class PatternCamera(rc.Camera):
         time.sleep(1 / self.config.fps)
         if self.mode == "raise":
             raise RuntimeError("the test camera raises")
+        if self.mode == "driver":
+            raise DriverError("no buffer")
         if self.mode == "drop":
             self._stop.wait(self.config.timeout_s)
             raise rc.RobotError(f"no picture for {self.config.timeout_s} s")
@@ -533,6 +539,7 @@ def test_camera_keeps_the_newest_frame(camera):
         ("freeze", "delivers picture .* over and over"),
         ("drop", "no picture for 0.1 s"),
         ("raise", "test camera raises"),
+        ("driver", "no buffer"),
     ],
 )
 def test_camera_that_fails_is_noticed_restarted_and_comes_back(camera, mode, reason):
