@@ -2738,7 +2738,8 @@ def listen_on(host: str, port: int) -> list[socket.socket]:
     """Listening sockets for requests and for the state, on `port` and the next one (0: any two that are free)."""
     sockets = []
     for number in (port, port + 1 if port else 0):
-        family, *_, address = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+        found = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)
+        family, *_, address = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # as a client takes a name
         both = family == socket.AF_INET6  # `::` takes IPv4, too
         sockets.append(socket.create_server(address, family=family, backlog=4096, dualstack_ipv6=both))
     return sockets

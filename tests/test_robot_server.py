@@ -1185,6 +1185,15 @@ def test_refused_keys_are_logged(tmp_path, keys):
             wait_until(lambda: "127.0.0.1: no handshake" in log.read_text(), 30)
 
 
+def test_a_name_with_addresses_of_both_kinds(monkeypatch):
+    """Such as localhost in many systems: a client takes the IPv4 one."""
+    found = [(socket.AF_INET6, 1, 6, "", ("::1", 0, 0, 0)), (socket.AF_INET, 1, 6, "", ("127.0.0.1", 0))]
+    monkeypatch.setattr(robot_server.socket, "getaddrinfo", lambda *_, **__: found)
+    for one in robot_server.listen_on("localhost", 0):
+        assert one.getsockname()[0] == "127.0.0.1"
+        one.close()
+
+
 def test_the_other_loop_back(tmp_path):
     if not socket.has_ipv6 or not Path("/proc/net/if_inet6").exists():
         pytest.skip("there is no IPv6 here")
