@@ -32,8 +32,7 @@ RECORDS_PER_FILE = 1024  # of the journal
 
 def parse_address(address: str) -> tuple[str, int]:
     """IP address and port of HOST, HOST:PORT, tcp://HOST:PORT, ::1 or [::1]:PORT; weights take the port after it.
-    Exits with one line when it is none, or the host is unknown.
-    """
+    Exits with one line when it is none, or the host is unknown."""
     host, port = address.removeprefix("tcp://"), str(DEFAULT_PORT)
     if host.startswith("["):
         host, _, rest = host[1:].partition("]")
@@ -46,7 +45,8 @@ def parse_address(address: str) -> tuple[str, int]:
         found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
         fail(f"--address {address}: no host {host!r} ({error}); give HOST:PORT, such as 127.0.0.1:{DEFAULT_PORT}")
-    return min(found, key=lambda entry: entry[0] != socket.AF_INET)[4][0], int(port)  # 0.0.0.0 takes no IPv6
+    *_, sockaddr = min(found, key=lambda entry: entry[0] != socket.AF_INET)  # 0.0.0.0 takes no IPv6
+    return socket.getnameinfo(sockaddr, socket.NI_NUMERICHOST)[0], int(port)  # fe80:: with its interface
 
 
 def endpoint(ip: str, port: int) -> str:

@@ -69,6 +69,9 @@ def test_a_name_with_addresses_of_both_kinds(monkeypatch):
     assert parse_address("robot:7000") == ("192.0.2.9", 7000)
     del found[1]
     assert parse_address("robot:7000") == ("fd00::9", 7000)
+    interface = socket.if_nameindex()[0]
+    found[0] = (socket.AF_INET6, 1, 6, "", ("fe80::9", 7000, 0, interface[0]))  # as of fe80::9%lo
+    assert parse_address("robot:7000") == (f"fe80::9%{interface[1]}", 7000)
 
 
 @pytest.mark.parametrize(
