@@ -1196,7 +1196,8 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
     seconds = 0.0
     suggested = False
     while True:
-        obs, _, terminated, truncated, info = env.step(agent.act(obs, deterministic=True))
+        action = np.zeros(agent.action_dim, np.float32) if person.paused else agent.act(obs, deterministic=True)
+        obs, _, terminated, truncated, info = env.step(action)
         frames.append(np.concatenate(list(obs["images"][-1]), 1))  # (H, K * W, 3)
         seconds += info["period_s"]
         suggested |= bool(info["success"])
@@ -1248,8 +1249,7 @@ def evaluate_policy(args: Args) -> None:
     if not outcomes:
         fail(f"--eval-only {folder}: no episode has ended, so nothing is written")
     if args.capture_video and frames:
-        path = folder / f"evaluation_{args.policy}.mp4"
-        write_video(np.stack(frames), path, env.metadata["render_fps"])
+        write_video(np.stack(frames), folder / f"evaluation_{args.policy}.mp4", env.metadata["render_fps"])
     report_outcomes(args, version, outcomes)
 
 
@@ -1495,7 +1495,6 @@ def actor(args: Args) -> None:
     task = judged(make_env(args), args)
     person = Person(args, args.teleop)
     child = None
-    finished = False
     try:
         rc.check_server(args.server, args.server_keys)
         task = Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
@@ -1510,11 +1509,10 @@ def actor(args: Args) -> None:
         child = learner_beside(args, run) if args.role == "both" else None
         run.open(args.total_timesteps)
         collect(args, log, env, Newest(agent, sender, run.dir / "newest.policy"), person, child)
-        finished = sender.done
     finally:
         person.close()
         task.close()
-        if child and not finished:
+        if child:
             child.end()
     run.plot(name="train", keys=("charts/success_without_help", "charts/intervention_rate"))
     run.end_of_training()
@@ -1599,9 +1597,10 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
     steps: list[Step] = []
     verdict = ""
     while not verdict:
-        # Act, with the newest policy.
+        # Act, with the newest policy; after a pause, in which all may have changed, only look.
         policy.take()
-        action = policy.act(obs)
+        anew = person.paused
+        action = np.zeros(policy.agent.action_dim, np.float32) if anew else policy.act(obs)
         # Step: a person may take over.
         person.watch(len(steps))
         obs, reward, terminated, truncated, info = env.step(action)
@@ -1619,7 +1618,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
         asked = info["asked_action"]
         intervened = bool(info.get("intervened", False))
         if seen:
-            step = pack_pixels(step_type, executed, obs, reward + info["grasp_penalty"], terminated)
+            step = pack_pixels(step_type, None if anew else executed, obs, reward + info["grasp_penalty"], terminated)
             step["intervened"] = intervened and asked.any()
             sender.stage(step.tobytes())
         suggested = bool(info["success"])
@@ -1647,6 +1646,7 @@ def heed(person: Person, env: gym.Env, ended: bool, stopped: Callable[[], bool])
     differently. A device that fails is a pause. Raises RobotError when there is no terminal to go on in.
     """
     paused = False
+    person.paused = False  # whether it has been, so that what was seen before is old
     until = time.monotonic() + OVERRULE_S if ended and person.terminal else -math.inf
     while True:
         while command := person.command():
@@ -1662,6 +1662,7 @@ def heed(person: Person, env: gym.Env, ended: bool, stopped: Callable[[], bool])
             paused = True
         if stopped() or not (paused or time.monotonic() < until):
             return ""
+        person.paused |= paused
         try:
             env.unwrapped.stand_still()
         except rc.RobotError:  # the next step says what is wrong

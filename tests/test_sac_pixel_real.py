@@ -790,7 +790,7 @@ def test_what_an_episode_leaves(last, said, verdict, reward, terminated):
     sent: list[bytes] = []
     policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
     policy.act = lambda obs: np.full(7, 0.5, np.float32)
-    person = SimpleNamespace(terminal=None, watch=lambda t: None, fault=str, quits=bool)
+    person = SimpleNamespace(terminal=None, paused=False, watch=lambda t: None, fault=str, quits=bool)
     robot = Robot(agent, last)
     keys = list(said)
     person.command = lambda: keys.pop() if keys and robot.steps == 4 else ""
@@ -818,10 +818,32 @@ def test_standing_still_is_no_demonstration():
     policy.act = lambda obs: np.zeros(7, np.float32)
     robot = Robot(agent, (0.0, False, True, {}))
     run = SimpleNamespace(step=0, signals=0, advance=lambda: None)
-    person = SimpleNamespace(terminal=None, watch=lambda t: None, command=str, fault=str, quits=bool)
+    person = SimpleNamespace(terminal=None, paused=False, watch=lambda t: None, command=str, fault=str, quits=bool)
     steps, _, _ = real.episode(run, robot, policy, person, some_obs(agent))
     assert [step.intervened for step in steps] == [False, True, False, False]
     assert not np.frombuffer(b"".join(sent), agent.step_type)["intervened"].any()
+
+
+def test_after_a_pause_the_robot_only_looks():
+    """A person may have changed the scene: no policy acts on what was seen before, none learns from it."""
+    agent = small_agent()
+    sent: list[bytes] = []
+    acted_on: list[float] = []
+    policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
+    policy.act = lambda obs: acted_on.append(obs["state"][0, 0]) or np.full(7, 0.5, np.float32)
+    robot = Robot(agent, (0.0, False, True, {}))
+    person = SimpleNamespace(terminal=None, paused=False, watch=lambda t: None, fault=str, quits=bool)
+    keys = ["go on", "", "pause"]
+    person.command = lambda: keys.pop() if keys and robot.steps == 2 else ""
+    run = SimpleNamespace(step=0, signals=0, advance=lambda: None)
+    _, verdict, _ = real.episode(run, robot, policy, person, some_obs(agent))
+    stored = np.frombuffer(b"".join(sent), agent.step_type)
+    assert verdict == "time limit" and not keys
+    assert acted_on == [some_obs(agent, number)["state"][0, 0] for number in (0, 1, 3)]
+    assert stored["first"].tolist() == [True, False, False, True, False]
+    assert stored["action"][:, 0].tolist() == [0, 0.25, 0.25, 0, 0.25]
+    for number, observation in enumerate(stored["observation"]):
+        assert np.array_equal(observation, some_obs(agent, number)["state"][0])
 
 
 def test_status_line_says_what_is_logged(capsys):
@@ -980,6 +1002,25 @@ def test_fault_in_an_evaluation_is_named(capsys):
     outcome = real.evaluate_episode(agent, env, 1, real.Person(small_args(), "none"), [])
     assert outcome == ("failure", 0.1, False)
     assert capsys.readouterr().err == "the episode was ended: reflex\n"
+
+
+def test_pause_in_an_evaluation_ends_with_a_look(monkeypatch):
+    monkeypatch.setattr(real, "OVERRULE_S", 0.0)
+    agent = small_agent()
+    obs = some_obs(agent)
+    still = []
+    info = {"success": False, "period_s": 0.1, "fault": None}
+
+    def step(action: np.ndarray) -> tuple:
+        still.append(not action.any())
+        return obs, 0.0, False, len(still) == 5, info
+
+    env = SimpleNamespace(reset=lambda **_: (obs, {}), step=step)
+    desk = Desk([], ["pause"], [], ["go on"], [], ["pause"], ["go on"])  # during the reset, then after two steps
+    desk.forget = lambda: None
+    env.unwrapped = SimpleNamespace(episodes=1, stand_still=desk.stand_still)
+    assert real.evaluate_episode(agent, env, 1, desk, []).verdict == "failure"
+    assert still == [True, False, True, False, False] and desk.still == 3
 
 
 def test_person_may_overrule_the_classifier_in_an_evaluation(monkeypatch):
