@@ -829,8 +829,7 @@ def grasp_penalties(actions: np.ndarray, closure: float | None, config: rc.TaskC
     rewards = []
     for value in actions[:, -1]:
         asked = rc.closure_after(value, closure, config.gripper)
-        change = 0.0 if closure is None else abs(asked - closure)
-        rewards.append(-config.gripper_penalty * change)
+        rewards.append(0.0 if closure is None else -config.gripper_penalty * abs(asked - closure))
         closure = asked
     return rewards
 
@@ -1076,10 +1075,9 @@ class Agent:
                 mean.lerp_(parameter, self.mean_weight)
 
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """One critic step on a batch and, `with_actor`, one step of actor and temperature.
-        `inputs`: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two
-        steps (B, 2, A), critics for the target (M,). Both gradients are of the same parameters, SERL
-        agents/continuous/sac.py:276."""
+        """One critic step on a batch and, `with_actor`, one step of actor and temperature. `inputs`: the batch's fields
+        (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A), critics for the target (M,).
+        Both gradients are of the same parameters, SERL agents/continuous/sac.py:276."""
         *parts, subset = inputs
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -1183,7 +1181,7 @@ def wilson(successes: int, episodes: int) -> tuple[float, float]:
 class Outcome(NamedTuple):
     """Of an evaluated episode."""
 
-    verdict: str  # success, failure, discard, or quit
+    verdict: str  # success, failure, discard, fault, or quit
     seconds: float
     suggested: bool  # by classifier or task
 
@@ -1205,7 +1203,7 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
             print(f"the episode was ended: {info['fault']}", file=sys.stderr, flush=True)
         verdict = judgement(terminated, truncated, info)
         if verdict == "fault":
-            return Outcome("discard", seconds, suggested)
+            return Outcome(verdict, seconds, suggested)
         said = heed(person, env, bool(verdict), person.quits)
         if person.quits() and not said:
             return Outcome("quit", seconds, suggested)
@@ -1223,6 +1221,7 @@ def evaluate_policy(args: Args) -> None:
     rc.check_server(args.server, args.server_keys)
     person = Person(args, "none")
     outcomes: list[Outcome] = []
+    faults = 0  # one after the other
     table = "episode,success,cycle_s,suggested\n"
     frames: list[np.ndarray] = []
     try:
@@ -1233,11 +1232,13 @@ def evaluate_policy(args: Args) -> None:
             print(f"episode {number}: {outcome.verdict} after {outcome.seconds:.1f} s", flush=True)
             if outcome.verdict == "quit":
                 break
-            if outcome.verdict == "discard":
+            faults = faults + 1 if outcome.verdict == "fault" else 0
+            if faults and faults % 3 == 0:
+                person.wait(rc.RobotError(f"three faults in episode {number}: remove their cause"), person.quits)
+            if outcome.verdict in ("discard", "fault"):
                 continue
             outcomes.append(outcome)
-            won = outcome.verdict == "success"
-            table += f"{number},{won:d},{outcome.seconds:.3f},{outcome.suggested:d}\n"
+            table += f"{number},{outcome.verdict == 'success':d},{outcome.seconds:.3f},{outcome.suggested:d}\n"
             write_atomically(folder / f"evaluation_{args.policy}.csv", table.encode())
             if len(outcomes) <= 4:
                 frames += seen
@@ -1538,8 +1539,7 @@ def collect(args: Args, log: Log, env: gym.Env, policy: Newest, person: Person, 
         if run.signals or sender.done:
             return
         # Reset.
-        number = sender.journal.written + run.episode  # grows with every episode, also after a crash
-        episode_seed = envs.episode_seed(seed, 0, number)
+        episode_seed = envs.episode_seed(seed, 0, sender.journal.written + run.episode)  # grows, also after a crash
         obs = reset_robot(env, episode_seed, person, partial(stop_asked, run, person))
         person.begin(run.step)
         if obs is None:

@@ -986,6 +986,29 @@ def test_stopped_evaluation_keeps_what_has_ended(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "evaluation_newest.csv").read_text().count("\n") == 3
 
 
+def test_evaluation_that_faults_again_and_again_asks(tmp_path, monkeypatch):
+    """As resets do: an episode is not tried without end. Faults that are not one after the other are only repeated."""
+    kinds = ["success", "fault", "fault", "discard", "fault", "fault", "failure", "fault", "fault", "fault", "success"]
+    outcomes = [real.Outcome(kind, 1.0, False) for kind in kinds]
+    asked: list[tuple] = []
+    monkeypatch.setattr(real, "evaluate_episode", lambda *_: outcomes.pop(0))
+    monkeypatch.setattr(real.rc, "check_server", lambda *_: None)
+    monkeypatch.setattr(real, "load_policy", lambda *_: 7)
+    evaluate = partial(real.main, small_args(eval_only=str(tmp_path), capture_video=False, final_eval_episodes=3))
+    with monkeypatch.context() as attended:
+        attended.setattr(real.Person, "wait", lambda _, error, ends: asked.append((str(error), len(outcomes))))
+        evaluate()
+    assert asked == [("three faults in episode 2: remove their cause", 1)] and not outcomes
+    rows = (tmp_path / "evaluation_newest.csv").read_text().splitlines()
+    assert rows[1:] == ["0,1,1.000,0", "1,0,1.000,0", "2,1,1.000,0"]
+    outcomes += [real.Outcome("fault", 1.0, False)] * 9
+    with pytest.raises(
+        SystemExit, match="three faults in episode 0: remove their cause; then run the same command again"
+    ):
+        evaluate()  # nobody is there
+    assert len(outcomes) == 6
+
+
 def test_fault_in_an_evaluation_is_named(capsys):
     agent = small_agent()
     obs = some_obs(agent)
@@ -996,7 +1019,7 @@ def test_fault_in_an_evaluation_is_named(capsys):
         unwrapped=SimpleNamespace(episodes=1),
     )
     outcome = real.evaluate_episode(agent, env, 1, real.Person(small_args(), "none"), [])
-    assert outcome == ("discard", 0.1, False)
+    assert outcome == ("fault", 0.1, False)
     assert capsys.readouterr().err == "the episode was ended: camera front: newest picture is 0.4 s old\n"
     env.step = lambda action: (obs, 0.0, True, False, info | {"fault": "reflex"})  # the policy ran into something
     outcome = real.evaluate_episode(agent, env, 1, real.Person(small_args(), "none"), [])
