@@ -1380,8 +1380,8 @@ class FrankaEnv(gym.Env):
         change = abs(closure - self.closure)
         if change:
             self.closure = self.ordered = closure
-        info["grasp_penalty"] = -self.config.gripper_penalty * change
         told = self.client.target(self.target, self.ordered)["result"]
+        info["grasp_penalty"] = -self.config.gripper_penalty * change  # of what was not refused
         info["limited"] = told["limited"] if told else []  # nothing is told if an answer was lost
         if change and self.config.gripper_wait_s:
             self.wait_for_gripper()

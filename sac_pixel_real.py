@@ -1613,13 +1613,13 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
             reward = float(said == "success")
             terminated = said == "success" or bool(terminated and info["fault"])  # a reflex is an end in any case
         verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
-        # Store: success was decided before the penalty. What a person does is a demonstration, standing still is not.
+        # Store: success was decided before the penalty. A person's motion is a demonstration, unless a reflex ended it.
         executed = info["executed_action"]
         asked = info["asked_action"]
         intervened = bool(info.get("intervened", False))
         if seen:
             step = pack_pixels(step_type, None if anew else executed, obs, reward + info["grasp_penalty"], terminated)
-            step["intervened"] = intervened and asked.any()
+            step["intervened"] = intervened and asked.any() and not info["fault"]
             sender.stage(step.tobytes())
         suggested = bool(info["success"])
         times = (info["period_s"], info["late_s"])

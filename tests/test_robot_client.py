@@ -1427,9 +1427,12 @@ def scripted_env(*, refused: dict | None = None, **state) -> FrankaEnv:
 def test_reflex_ends_the_episode_and_is_counted(refused):
     reflex = {"code": "reflex", "message": "reflex: cartesian collision", "count": 1}
     env = scripted_env(refused=reflex) if refused else scripted_env(fault=reflex)
+    env.config = replace(env.config, gripper_penalty=0.02)
     env.executed = before = np.full(7, 0.5, np.float32)
-    _, reward, terminated, truncated, info = env.step(np.zeros(7))
-    assert np.array_equal(info["executed_action"], before if refused else np.zeros(7))  # what led to it
+    closing = np.array([0, 0, 0, 0, 0, 0, 1.0])
+    _, reward, terminated, truncated, info = env.step(closing)
+    assert np.array_equal(info["executed_action"], before if refused else closing)  # what led to it
+    assert info["grasp_penalty"] == (0 if refused else -0.02)
     assert terminated and not truncated and reward == 0.0
     assert "cartesian collision" in info["fault"] and info["reflexes"] == 1
     assert env.step(np.zeros(7))[-1]["reflexes"] == 2

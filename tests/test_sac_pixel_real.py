@@ -824,6 +824,21 @@ def test_standing_still_is_no_demonstration():
     assert not np.frombuffer(b"".join(sent), agent.step_type)["intervened"].any()
 
 
+def test_what_a_reflex_ended_is_no_demonstration():
+    """It may be the policy's: the last motion before a person took over, when the reflex came between the two."""
+    agent = small_agent()
+    sent: list[bytes] = []
+    policy = SimpleNamespace(agent=agent, sender=SimpleNamespace(stage=sent.append), take=lambda: None)
+    policy.act = lambda obs: np.full(7, 0.5, np.float32)
+    robot = Robot(agent, (0.0, True, False, {"fault": "reflex", "intervened": True}))
+    run = SimpleNamespace(step=0, signals=0, advance=lambda: None)
+    person = SimpleNamespace(terminal=None, paused=False, watch=lambda t: None, command=str, fault=str, quits=bool)
+    steps, verdict, _ = real.episode(run, robot, policy, person, some_obs(agent))
+    stored = np.frombuffer(b"".join(sent), agent.step_type)
+    assert verdict == "failure" and [step.intervened for step in steps] == [False, True, False, True]
+    assert stored["intervened"].tolist() == [False, False, True, False, False] and stored["terminated"][-1]
+
+
 def test_after_a_pause_the_robot_only_looks():
     """A person may have changed the scene: no policy acts on what was seen before, none learns from it."""
     agent = small_agent()
