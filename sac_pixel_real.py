@@ -814,8 +814,7 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     motions = np.concatenate([episode.actions[:, -1] for episode in episodes])
     if agent.grasp_critic is not None and motions.max() < rc.GRIPPER_THRESHOLD:
         print(f"--demos {args.demos}: the gripper is never told to close in them", file=sys.stderr)
-    count = len(steps) - len(episodes)
-    demos = agent.make_buffer("demonstrations", count + args.total_timesteps, run, len(steps))
+    demos = agent.make_buffer("demonstrations", len(steps) - len(episodes) + args.total_timesteps, run, len(steps))
     for step in steps:
         demos.add(step)
     agent.normalizer.update(demos.newest_observations(len(demos)))
@@ -1500,7 +1499,8 @@ def actor(args: Args) -> None:
         rc.check_server(args.server, args.server_keys)
         task = Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
         env = wrap_robot(task, args)
-        agent = Agent(views_of(env), env.action_space, args, device)
+        plain = dataclasses.replace(args, compile=False)  # compiling takes longer than the robot waits for a step
+        agent = Agent(views_of(env), env.action_space, plain, device)
         run = Run(args, args.task, __file__, device)
         log = Log(run, task)
         run.keep(log=log)

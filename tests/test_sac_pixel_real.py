@@ -957,6 +957,19 @@ def test_run_that_still_runs_is_not_gone_on_with(tmp_path, monkeypatch):
         real.actor(args)
 
 
+def test_actor_compiles_nothing(tmp_path, monkeypatch):
+    """On a GPU the first policy's first step would take so long that the robot's lease ends."""
+    args = small_args(teleop="none", role="actor", run_dir=str(tmp_path / "run"))
+    agents: list[real.Agent] = []
+    monkeypatch.setattr(rc, "check_server", lambda *_: None)
+    monkeypatch.setattr(real, "collect", lambda args, log, env, policy, *_: agents.append(policy.agent))
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        real.actor(args)
+    assert args.compile and not agents[0].args.compile
+
+
 # --- Evaluation -------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("kind", ["--resume", "--eval-only"])
 def test_another_judge_of_success_may_take_over(tmp_path, kind):
