@@ -235,9 +235,9 @@ class Args(RunArgs):
         """Demonstrations in each batch."""
         return round(self.demo_ratio * self.batch_size)
 
-    def shared(self) -> dict[str, object]:
-        """What shapes task and policy, and so must be the same in actor and learner."""
-        flags = {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
+    def shared(self, *also: str) -> dict[str, object]:
+        """What shapes task and policy, and `also`, by names: must be the same in actor and learner."""
+        flags = {flag(name): getattr(self, name) for name in [*Args.SHAPING.split(), *also]}
         flags["the fingerprint of --task"] = rc.TASKS[self.task].fingerprint()
         flags["--pretrained"] = recording.file_hash(self.pretrained)
         return json.loads(json.dumps(flags))
@@ -1313,8 +1313,8 @@ def learner(args: Args) -> None:
     device = tensors.set_up_torch(args.threads, args.amp)
     run = Run(args, args.task, __file__, device)
     agent, buffer, demos = start_learner(args, run, device)
-    size = agent.step_type.itemsize
-    actors = link.Learner(args.address, args.curve_keys, args.shared(), size, partial(check_steps, agent.step_type))
+    shared, size = args.shared("gripper_penalty"), agent.step_type.itemsize
+    actors = link.Learner(args.address, args.curve_keys, shared, size, partial(check_steps, agent.step_type))
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
     run.unit = "the update"
     run.open(args.total_timesteps)
@@ -1504,7 +1504,7 @@ def actor(args: Args) -> None:
         run = Run(args, args.task, __file__, device)
         log = Log(run, task)
         run.keep(log=log)
-        shared, size = args.shared(), agent.step_type.itemsize
+        shared, size = args.shared("gripper_penalty"), agent.step_type.itemsize
         sender = link.Actor(args.address, args.curve_keys, shared, size, run.dir, timeout_s=600.0)
         sender.release()  # what a crash left of an episode
         child = learner_beside(args, run) if args.role == "both" else None

@@ -957,6 +957,27 @@ def test_run_that_still_runs_is_not_gone_on_with(tmp_path, monkeypatch):
         real.actor(args)
 
 
+def test_actor_and_learner_agree_about_the_grippers_penalty(tmp_path, monkeypatch):
+    """It is in the actor's rewards, and in those that the learner gives demonstrations; not in what a policy is."""
+    record_demos(tmp_path, [True], monkeypatch)
+    hellos: list[dict] = []
+
+    def tell(address: str, keys: str | None, hello: dict, *_, **__) -> None:
+        hellos.append(hello)
+        raise SystemExit
+
+    for name in ("Learner", "Actor"):
+        monkeypatch.setattr(real.link, name, tell)
+    monkeypatch.setattr(rc, "check_server", lambda *_: None)
+    monkeypatch.setattr(real.tensors, "set_up_torch", lambda *_: CPU)
+    for number, (role, penalty) in enumerate([("learner", 0.1), ("actor", 0.1), ("actor", 0.02)]):
+        args = small_args(role=role, teleop="none", gripper_penalty=penalty, run_dir=str(tmp_path / str(number)))
+        with pytest.raises(SystemExit):
+            getattr(real, role)(args)
+    assert hellos[0] == hellos[1] != hellos[2]
+    assert small_args(gripper_penalty=0.1).shared() == small_args(gripper_penalty=0.02).shared()
+
+
 def test_actor_compiles_nothing(tmp_path, monkeypatch):
     """On a GPU the first policy's first step would take so long that the robot's lease ends."""
     args = small_args(teleop="none", role="actor", run_dir=str(tmp_path / "run"))
