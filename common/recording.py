@@ -27,9 +27,11 @@ def dataset_folder(dataset_id: str, option: str) -> Path:
 
     try:
         parse_dataset_id(dataset_id)
+        return get_dataset_path(dataset_id)  # makes the folder of all datasets
+    except OSError as error:
+        fail(f"{option} {dataset_id}: {error}; set MINARI_DATASETS_PATH to a folder that can be written")
     except (ValueError, TypeError):  # TypeError: no version
         fail(f"{option} {dataset_id}: is no name that Minari takes; give one such as hil/demos-v0")
-    return get_dataset_path(dataset_id)
 
 
 def check_new_dataset(dataset_id: str) -> None:
@@ -61,7 +63,7 @@ class Recording:
             if not self.data.exists():
                 self.create(env, about | {"dataset_id": dataset_id, "minari_version": minari.__version__})
         except OSError as error:
-            fail(f"{dataset_id}: cannot be written ({error}); make room, or set MINARI_DATASETS_PATH to another folder")
+            fail(f"{dataset_id}: cannot be written ({error}); make room, or see to it that {folder} can be written")
         self.check(about)
         self.find_episodes()
 

@@ -177,8 +177,16 @@ def test_disk_that_takes_no_files(env, monkeypatch, code):
         monkeypatch.setattr(recording, "hold", taken)
     else:
         monkeypatch.setattr(Recording, "create", taken)
-    with pytest.raises(SystemExit, match=rf"hil/x-v0: cannot be written \(.*{os.strerror(code)}\); make room, or set"):
+    with pytest.raises(SystemExit, match=rf"hil/x-v0: cannot be written \(.*{os.strerror(code)}\); make room, or"):
         opened(env)
+
+
+@pytest.mark.parametrize("folder", ["file/datasets", "/proc/datasets"])
+def test_a_folder_of_datasets_that_cannot_be_made(tmp_path, monkeypatch, folder):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / folder))
+    with pytest.raises(SystemExit, match=f"--dataset hil/x-v0: .*{folder}.*; set MINARI_DATASETS_PATH to a folder"):
+        dataset_folder("hil/x-v0", "--dataset")
 
 
 def test_other_uses_of_the_name_are_refused(env):
