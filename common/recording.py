@@ -99,23 +99,20 @@ class Recording:
             path = self.data / f"episode_{number}.hdf5"
             try:
                 with h5py.File(path) as file:
-                    labels = file["infos/label"][:] if "infos/label" in file else np.zeros(0, np.int8)
-                    self.remember(dict(file.attrs), labels)
+                    self.labels.append(file["infos/label"][:] if "infos/label" in file else np.zeros(0, np.int8))
+                    self.episodes.append(dict(file.attrs))
             except OSError as error:
                 fail(f"{self.name}: {path} cannot be read ({error}); episodes are numbered without gaps")
         self.write_links()
         self.write_totals()
-
-    def remember(self, attributes: dict, labels: np.ndarray) -> None:
-        self.episodes.append(attributes)
-        self.labels.append(labels)
 
     def add(self, fields: dict, attributes: dict) -> None:
         """One more episode: arrays by name, at any depth, in Minari's layout; and what is said about it."""
         number = len(self.episodes)
         attributes = {"id": number, "total_steps": len(fields["rewards"])} | attributes
         self.write(f"episode_{number}.hdf5", lambda file: put(file, fields, attributes))
-        self.remember(attributes, fields["infos"].get("label", np.zeros(0, np.int8)))
+        self.labels.append(fields["infos"].get("label", np.zeros(0, np.int8)))
+        self.episodes.append(attributes)
         self.write_links()
         self.write_totals()
 
@@ -168,12 +165,15 @@ class Recording:
     def write_pictures(self, episodes: list, env: gym.Env) -> Path | None:
         """A video of each of Minari's `episodes`, with the cameras side by side, and a contact sheet of the newest: six
         pictures of each, or of each of their labels. Returns the sheet's path; None when no pictures are observed."""
-        cameras = list(cameras_of(env.observation_space))
-        if not cameras:
+        if not (heights := cameras_of(env.observation_space)):
             return None
         rows = []
         for episode in episodes:
-            frames = np.concatenate([episode.observations[name] for name in cameras], axis=2)  # (T + 1, H, K * W, 3)
+            views = []
+            for name, height in heights.items():  # black below a picture that is less high than others
+                below = (0, max(heights.values()) - height)
+                views.append(np.pad(episode.observations[name], ((0, 0), below, (0, 0), (0, 0))))
+            frames = np.concatenate(views, axis=2)  # (T + 1, H, sum of widths, 3)
             path = self.folder / f"episode_{episode.id}.mp4"
             source = self.data / f"episode_{episode.id}.hdf5"
             if not path.exists() or path.stat().st_mtime < source.stat().st_mtime:  # new, or recorded after an undo
@@ -318,8 +318,7 @@ def file_hash(path: str | None) -> str | None:
 
 def check_fingerprint(what: str, theirs: dict, ours: dict) -> None:
     """Exits with one line that names what differs between the fingerprint of `what` and that of the task here."""
-    wrong = list(differences(theirs, ours))
-    if wrong:
+    if wrong := list(differences(theirs, ours)):
         fail(f"{what}: is of another set-up: {'; '.join(wrong)}")
 
 

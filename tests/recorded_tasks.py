@@ -170,5 +170,15 @@ class TwoCameras(Reach):
         return obs | {"side": obs["front"]}
 
 
-for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Stopped, Silent, Gripper, Boxed, Square, TwoCameras):
+class TwoSizes(Reach):
+    """A second picture, which is higher."""
+
+    observation_space = spaces.Dict(Reach.observation_space.spaces | {"side": Square.observation_space["front"]})
+
+    def observe(self):
+        return super().observe() | {"side": np.full((32, 32, 3), 100, np.uint8)}
+
+
+SETTINGS = (Boxed, Square, TwoCameras, TwoSizes)
+for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Stopped, Silent, Gripper, *SETTINGS):
     gym.register(f"{task.__name__}-v0", f"{__name__}:{task.__name__}", max_episode_steps=30)

@@ -243,6 +243,17 @@ def test_pictures(tmp_path, monkeypatch):
     assert (sheet[34:66, 140:] == 255).all()
 
 
+def test_pictures_of_two_heights_stand_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = envs.make("recorded_tasks:TwoSizes-v0")
+    store = opened(env)
+    store.add(fields(env, 3), {"verdict": "success"})
+    store.write_pictures(list(minari.load_dataset("hil/x-v0").iterate_episodes()), env)
+    video = np.stack(list(imageio.imiter(store.folder / "episode_0.mp4")))
+    assert video.shape == (4, 32, 24 + 32, 3)
+    assert abs(video[:, :, 30:].astype(int) - 100).mean() < 10 and video[:, 20:, :20].mean() < 10
+
+
 # --- Labels -----------------------------------------------------------------------------------------------------------
 def test_labels_near_a_change_are_left_out():
     labels = np.array([0, 0, 0, 0, 1, 1, 1, 1, 1, 0], np.int8)
