@@ -131,7 +131,8 @@ def make_env(args: Args) -> gym.Env:
         return envs.make(args.env_id, config=config, max_episode_steps=config.max_episode_steps)
     # TASK: keyword options of your task
     options = {"image_obs": True, "image_size": args.image_size} if args.env_id.startswith("Franka") else {}
-    return envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
+    env = envs.make(args.env_id, max_episode_steps=args.max_episode_steps, **options)
+    return envs.learnable(env, args.env_id)
 
 
 def success(info: dict) -> float:
@@ -168,6 +169,9 @@ class Rover(rc.ScriptedExpert):
 
 def make_hand(args: Args, env: gym.Env) -> tuple[rc.Teleop, rc.Terminal | None]:
     """Who steers, and where keys are typed: nowhere, if the expert steers without a terminal."""
+    numbers = env.action_space.shape[0]
+    if args.teleop != "expert" and numbers not in (3, 4, 6, 7):
+        fail(f"--teleop {args.teleop}: {args.env_id} has {numbers} actions; a hand gives 3 or 6, and one of a gripper")
     terminal = rc.Terminal() if args.teleop != "expert" or sys.stdin.isatty() else None
     if terminal:
         print(rc.KEYS if args.teleop == "keyboard" else TERMINAL_KEYS)
@@ -391,14 +395,14 @@ class Session:
             return "fault"
         verdict = self.heed(observations)
         self.decided_by = "person" if self.person or verdict else "task"
+        if ended and self.decided_by == "task" and math.isnan(success(info)):
+            fail(f"--env-id {self.args.env_id}: does not say what success is; say it in success()")
         if verdict or self.args.mode == "classifier":
             return verdict or ("none" if ended else "")
         if self.person:
             if not ended:
                 return ""
             return self.wait("it has ended: y success, n failure, x discard", None, *ENDINGS)[0]
-        if ended and math.isnan(success(info)):
-            fail(f"--env-id {self.args.env_id}: does not say what success is; say it in success()")
         return "success" if success(info) == 1 else "failure" if ended else ""
 
     def heed(self, observations: list) -> str:

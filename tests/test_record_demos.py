@@ -270,7 +270,11 @@ def test_unknown_tasks_are_refused(tmp_path):
     flags = ("--env-id", "Pendulum-v1", "--teleop", "expert")
     finished = run_script("record_demos.py", *flags, cwd=tmp_path, check=False)
     assert "--teleop expert: Pendulum-v1 has no expert_action()" in finished.stderr
-    assert "Silent-v0: does not say what success is" in refusal(tmp_path / "other", task="Silent")
+    for mode in ("demos", "classifier"):
+        assert "Silent-v0: does not say what success is" in refusal(tmp_path / mode, "--mode", mode, task="Silent")
+    for task, message in (("Pendulum-v1", "has 1 actions; a hand gives 3 or 6"), ("CartPole-v1", "must be a Box")):
+        finished = run_script("record_demos.py", "--env-id", task, cwd=tmp_path, check=False)
+        assert message in finished.stderr and "Traceback" not in finished.stderr
 
 
 def test_server_that_does_not_run_is_one_line(tmp_path):
