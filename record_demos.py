@@ -221,6 +221,7 @@ class Session:
         self.person = args.teleop != "expert"
         self.paces_itself = hasattr(env.unwrapped, "stand_still")
         self.hz = float(env.metadata.get("render_fps", 10))
+        self.pace = None if self.paces_itself or not self.person else rc.Pace(self.hz)
         self.first = len(recording.episodes)  # of this session: older ones are not undone
         self.attempt = 1 + max([int(episode["attempt"]) for episode in recording.episodes], default=-1)
         self.label = 0
@@ -358,7 +359,8 @@ class Session:
     # --- an episode ---
     def record(self, obs: dict) -> tuple[list, list[Step], str]:
         """T + 1 observations, T steps, and the verdict: one of ENDINGS, "none" (mode classifier) or "fault"."""
-        pace = rc.Pace(self.hz) if self.person and not self.paces_itself else None
+        if self.pace:
+            self.pace.restart()
         space = self.env.action_space
         observations = [obs]
         steps: list[Step] = []
@@ -369,7 +371,7 @@ class Session:
             steered = self.hand.read(self.env)
             asked = np.zeros(space.shape, space.dtype) if steered is None else steered
             obs, reward, terminated, truncated, info = self.env.step(asked)
-            late_s = pace.wait()[1] if pace else info.get("late_s", 0.0)
+            late_s = self.pace.wait()[1] if self.pace else info.get("late_s", 0.0)
             suggested = bool(self.detector(obs)) if self.detector else False
             observations.append(obs)
             verdict = self.judge(observations, len(steps) + 1, terminated or truncated, info)
@@ -418,6 +420,8 @@ class Session:
                 text = f"{self.hand.fault or 'paused'}: Enter goes on"
                 command, observations[-1] = self.wait(text, observations[-1], "go on", "pause", *ENDINGS)
                 self.hand.forget()
+                if self.pace:  # the next step is not late
+                    self.pace.restart()
             if command in ENDINGS:
                 return command
             self.obey(command)

@@ -509,6 +509,7 @@ def test_pause_holds_and_goes_on(tmp_path, monkeypatch):
         person.quits()
     first, _ = load(tmp_path, monkeypatch).iterate_episodes()
     assert len(first) < 30 and first.infos["time_s"][-1] == pytest.approx(len(first) / 20)
+    assert first.infos["late_s"].max() < 1  # a pause is none of it
 
 
 def test_enter_begins_when_the_scene_is_restored(tmp_path, monkeypatch):
