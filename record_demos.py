@@ -222,6 +222,9 @@ class Session:
         self.paces_itself = hasattr(env.unwrapped, "stand_still")
         self.hz = float(env.metadata.get("render_fps", 10))
         self.pace = None if self.paces_itself or not self.person else rc.Pace(self.hz)
+        most = (round(NEAR_S * self.hz) - 1) // 2  # steps that leave a near miss beside a success
+        if args.mode == "classifier" and args.margin > most:
+            fail(f"--margin {args.margin}: leaves no near misses, {NEAR_S:g} s around a success; give at most {most}")
         self.first = len(recording.episodes)  # of this session: older ones are not undone
         self.attempt = 1 + max([int(episode["attempt"]) for episode in recording.episodes], default=-1)
         self.label = 0

@@ -586,6 +586,14 @@ def test_expert_labels_frames_until_there_are_enough(tmp_path, monkeypatch):
     assert left_out > 0 and f"left out, close to a change of label: {left_out} frames" in finished.stdout
 
 
+def test_margin_that_leaves_no_near_misses_is_refused(tmp_path):
+    """It would never end."""
+    line = refusal(tmp_path, "--mode", "classifier", "--margin", 20)
+    assert line.endswith("--margin 20: leaves no near misses, 2 s around a success; give at most 19")
+    labels = settled(np.repeat(np.array([0, 1, 0], np.int8), 50), 19)
+    assert record_demos.count_labels([labels], 2, 20.0)["near misses"] == 4
+
+
 def test_key_toggles_the_label(tmp_path, monkeypatch):
     flags = ("--mode", "classifier", "--margin", 1, "--classes", 3)
     with Person(tmp_path, *flags) as person:
