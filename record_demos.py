@@ -26,6 +26,7 @@ not all of them after the last; undo, discard, pause; time limits truncate; labe
 New task: `grep -n TASK: record_demos.py` shows the place to edit.
 """
 
+import contextlib
 import datetime
 import errno
 import math
@@ -573,8 +574,11 @@ def work(args: Args) -> None:
         if hand:
             hand.close()
         env.close()
-        if not recording.episodes:  # it would bind the next command to this task
+        if not recording.episodes:  # it would bind the next command to this task, and keep the name from others
             shutil.rmtree(recording.data)
+            (recording.folder / "record.lock").unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # there is something else in it
+                recording.folder.rmdir()
     show("")
     sum_up(recording, env)
 

@@ -298,7 +298,7 @@ def test_dataset_of_another_set_up_is_refused(tmp_path):
 
 def test_a_dataset_in_which_nothing_was_recorded_binds_nobody(tmp_path):
     assert "terminal" in refusal(tmp_path, task="TwoCameras", teleop="keyboard")
-    assert not (tmp_path / "minari/hil/demos-v0/data").exists()
+    assert not (tmp_path / "minari/hil/demos-v0").exists()
     record(tmp_path, "--episodes", 1)
 
 
