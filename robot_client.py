@@ -700,7 +700,7 @@ class Terminal:
                     if not typed:
                         raise OSError("the terminal was closed")
                     for key in typed.decode(errors="ignore").split("\x1b")[0]:  # not what arrow and function keys send
-                        self._note(key, time.monotonic())
+                        self._note(key.lower(), time.monotonic())  # also with Caps Lock
         except OSError as error:
             self.fault = f"keyboard: {error}"
 
@@ -734,7 +734,7 @@ class Terminal:
         """Throw away what was typed, such as during a reset; but not what says that it shall stop:
         pause, unless it was taken back, and quit. Returns the commands that are lost."""
         typed = self.commands()
-        self._typed.clear()
+        self._typed = {key: self.pressed_at(key) for key in COMMANDS}  # which may still be held
         self._repeats.clear()
         pauses = [command for command in typed if command in ("pause", "go on")]
         kept = ["pause"] if pauses[-1:] == ["pause"] else []

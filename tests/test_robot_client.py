@@ -967,6 +967,16 @@ def test_keys_for_the_script(terminal, keyboard):
     typed(ours, keys, "yw")
     keyboard.forget()
     assert keys.commands() == [] and not keyboard.motion()[0].any()
+    for _ in range(10):
+        os.write(ours, b"y")  # held down during the reset
+        time.sleep(0.03)
+    assert keys.commands() == []
+
+
+def test_caps_lock_changes_no_key(terminal, keyboard):
+    os.write(terminal[0], b"PW")
+    wait_until(lambda: keyboard.terminal.pressed_at("w") > 0, 5.0)
+    assert keyboard.terminal.commands() == ["pause"] and keyboard.motion()[0][0] > 0
 
 
 @pytest.mark.parametrize(
