@@ -26,12 +26,11 @@ Expect: mean_period_ms <= 100.1, late_p99_ms <= 3 [benchmarks/results/robot_peri
 
 Sources: SERL arXiv:2401.16013 (serl_robot_infra, commit cd5f7e7) and HIL-SERL arXiv:2410.21845
 (commit 5d02aed): observation, action, gains, resets, interventions.
-Differs from them: the target moves on from the last reference, not from the measured pose, which
-sags under load; the relative frame turns vectors (their adjoint adds a rotation to every
-translation); an absolute schedule by the robot's clock, so that work between two steps does not add
-up, and no step waits for the gripper; time limits truncate; a reflex ends the episode and is counted
-instead of being cleared unseen before every command; a camera that stands still ends the episode
-instead of waiting for Enter; a person who pauses for a moment keeps control.
+Differs from them: the target moves on from the last reference, not from the measured pose, which sags under load;
+the relative frame turns vectors (their adjoint adds a rotation to every translation); an absolute schedule by the
+robot's clock, so that work between two steps does not add up, and no step waits for the gripper; time limits truncate;
+a reflex ends the episode and is counted instead of being cleared unseen before every command; a camera that stands
+still ends the episode instead of waiting for Enter; a person who pauses for a moment keeps control.
 New task: copy `PEG` or `PICK` and name the copy in TASKS; `grep -n TASK: robot_client.py` shows the other places.
 """
 
@@ -89,9 +88,8 @@ class Args:
 
 
 # --- Poses ------------------------------------------------------------------------------------------------------------
-# A pose (7,) is a position, m, and a quaternion x, y, z, w. Euler angles are roll, pitch, yaw about
-# the fixed axes x, y, z: "xyz". (SERL's own euler_2_quat turns the pitch around,
-# serl_robot_infra/franka_env/utils/rotations.py:11.)
+# A pose (7,) is a position, m, and a quaternion x, y, z, w. Euler angles are roll, pitch, yaw about the fixed axes
+# x, y, z: "xyz". (SERL's own euler_2_quat turns the pitch around, serl_robot_infra/franka_env/utils/rotations.py:11.)
 def rotation(pose: np.ndarray) -> Rotation:
     return Rotation.from_quat(pose[3:])
 
@@ -759,7 +757,7 @@ class Teleop:
 
     def motion(self) -> tuple[np.ndarray, float]:
         """(6,) in [-1, 1]: forward, left, up, rotations about these; and +1 to close, -1 to open."""
-        raise NotImplementedError
+        return np.zeros(6), 0.0
 
     def read(self, env: gym.Env) -> np.ndarray | None:
         """The action to execute instead of the policy's, or None while the input is zero."""
@@ -896,8 +894,7 @@ class ScriptedExpert(Teleop):
     """Stands in for a person in tests and rehearsals: now and then it takes over for a while, with
     the actions of the task's scripted expert (`expert_action` of the unwrapped environment).
 
-    `probability`: per step, to take over for `steps`. `noise` on its actions: as a
-    standard deviation in [-1, 1].
+    `probability`: per step, to take over for `steps`. `noise` on its actions: as a standard deviation in [-1, 1].
     """
 
     def __init__(self, probability: float = 1.0, steps: int = 20, seed: int = 0, noise: float = 0.0):
@@ -906,9 +903,6 @@ class ScriptedExpert(Teleop):
         self.noise = noise
         self.left = 0
         self.rng = np.random.default_rng(seed)
-
-    def motion(self) -> tuple[np.ndarray, float]:
-        return np.zeros(6), 0.0
 
     def read(self, env: gym.Env) -> np.ndarray | None:
         self.left -= self.left > 0
@@ -1041,11 +1035,20 @@ class TaskConfig:
         if axes not in (3, 6) or len(self.workspace) != axes or min(self.action_scale) <= 0:
             raise ValueError("TaskConfig: action_scale and workspace have 3 entries, or 6 with rotation, all above 0")
         low, high = np.array(self.workspace).T
-        start, spread = np.array(self.reset_pose[:3]), np.array([*self.random_reset[:2], 0]) - 1e-9  # 0.3 - 0.1 < 0.2
-        if (low > high).any() or (start - spread < low[:3]).any() or (start + spread > high[:3]).any():
+        start = np.array([*self.reset_pose[:3], 0, 0, 0])[:axes]  # the angles count from there
+        spread = np.array([*self.random_reset[:2], 0, 0, 0, self.random_reset[2]])[:axes] - 1e-9  # 0.3 - 0.1 < 0.2
+        if (low > high).any() or (start - spread < low).any() or (start + spread > high).any():
             raise ValueError("TaskConfig: workspace must be from low to high, and hold reset_pose, shifted at most")
         if self.hz < 4 or not set(self.proprio) <= set(PROPRIO):
             raise ValueError(f"TaskConfig: hz is at least 4, and proprio names some of {sorted(PROPRIO)}")
+        names = ["state", *(camera.name for camera in self.cameras)]
+        serials = [camera.serial for camera in self.cameras if camera.kind == "realsense"]
+        if len(set(names)) < len(names) or len(set(serials)) < len(serials):
+            raise ValueError("TaskConfig: each camera needs its own name, not 'state', and its own serial number")
+        for camera in self.cameras:
+            left, upper, right, lower = camera.crop or (0, 0, 1, 1)
+            if not (0 <= left < right <= 1 and 0 <= upper < lower <= 1):
+                raise ValueError(f"TaskConfig: crop of camera {camera.name}: give left, upper, right, lower, 0 to 1")
 
     def observation_space(self) -> spaces.Dict:
         sizes = PROPRIO | {"tcp_vel": len(self.action_scale)}
@@ -1112,15 +1115,14 @@ def closure_after(value: float, closure: float | None, gripper: str) -> float | 
 class FrankaEnv(gym.Env):
     """The robot behind robot_server.py as SERL's FrankaEnv; `reset` is the first to contact it.
 
-    Observation: `state`, the values that `proprio` names, and (size, size, 3) uint8 of each camera. In
-    the base frame or, with `relative_frame`, in the tcp's: gripper 0 (open) to 1 (closed); force and
-    torque of the surroundings on the tcp, N, Nm; tcp_pose m and quaternion; tcp_vel m/s, rad/s.
+    Observation: `state`, the values that `proprio` names, and (size, size, 3) uint8 of each camera. In the base frame
+    or, with `relative_frame`, in the tcp's: gripper 0 (open) to 1 (closed); force and torque of the surroundings on the
+    tcp, N, Nm; tcp_pose m and quaternion; tcp_vel m/s, rad/s.
     Action in [-1, 1]: translation, rotation vector, gripper (+ closes, as in franka_sim).
-    `info`: "success"; "fault", why the episode ended early, if it did; "reflexes" so far;
-    "asked_action" and "executed_action", what the box left of it; "limited" by the server;
-    "grasp_penalty"; "robot_time" of the observation, s; "period_s" since the last step and "late_s"
-    after its beat, both by the robot's clock and as they really were; "overruns", steps of this
-    episode for which no time was left.
+    `info`: "success"; "fault", why the episode ended early, if it did; "reflexes" so far; "asked_action" and
+    "executed_action", what the box left of it; "limited" by the server; "grasp_penalty"; "robot_time" of the
+    observation, s; "period_s" since the last step and "late_s" after its beat, both by the robot's clock and as they
+    really were; "overruns", steps of this episode for which no time was left.
     A reflex terminates; a lost server, lease or camera, any other fault, and time's end truncate.
     `reset` then waits for what is missing; if that does not come back, RobotError names the remedy.
     """

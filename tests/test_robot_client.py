@@ -1152,6 +1152,11 @@ def test_spaces_are_those_of_the_simulated_pixel_tasks(env_id, config, options):
         ({"action_scale": (0.1, 0.1, 0.1, 0.1, 0.0, 0.1)}, "all above 0"),
         ({"hz": 2.0}, "hz is at least 4"),
         ({"proprio": ("tcp_pose", "heat")}, "proprio names some of"),
+        ({"cameras": (CameraConfig("a"), CameraConfig("a"))}, "its own name"),
+        ({"cameras": (CameraConfig("state"),)}, "not 'state'"),
+        ({"cameras": [CameraConfig(name, "realsense", "42") for name in "ab"]}, "its own serial number"),
+        ({"cameras": (CameraConfig("a", crop=(0, 0, 480, 480)),)}, "crop of camera a: give left, upper, right, lower"),
+        ({"cameras": (CameraConfig("a", crop=(0.2, 0.5, 0.8, 0.5)),)}, "crop of camera a: give left"),
     ],
 )
 def test_settings_that_contradict_each_other(changes, fault):
@@ -2148,6 +2153,8 @@ def test_first_motion_begins_inside_the_workspace(tmp_path, terminal):
         {"workspace": ((0.6, 0.4), *rc.PEG.workspace[1:])},
         {"workspace": (*rc.PEG.workspace[:2], (0.05, 0.08), *rc.PEG.workspace[3:])},
         {"random_reset": (0.5, 0.0, 0.0)},
+        {"random_reset": (0.0, 0.0, 0.9)},
+        {"workspace": (*rc.PEG.workspace[:3], (0.05, 0.1), *rc.PEG.workspace[4:])},
     ],
 )
 def test_a_workspace_that_does_not_hold_its_start(changes):
