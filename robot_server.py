@@ -186,7 +186,7 @@ class Args:
     max_rotation_jump: float = 0.8
     """the same, rad"""
     max_force: float = 0.0
-    """hold when the external force exceeds this, N (0: no guard; the robot's own reflex stays)"""
+    """hold, or end a joint motion, when the external force exceeds this, N (0: no guard but the robot's own reflex)"""
     max_stiffness: float = 3000.0
     """largest stiffness that a client may set, N/m; the rotational one: a tenth of it, Nm/rad"""
     max_clip: float = 0.05
@@ -1872,7 +1872,7 @@ class Control(threading.Thread):
             self.phase = "streaming"
 
     def guard(self) -> str:
-        """Why the arm must hold although nobody asked to, if so."""
+        """Why the arm must hold, or end its way to joint positions, although nobody asked to, if so."""
         force = norm(self.state.wrench[:3])
         if 0 < self.args.max_force < force:
             return f"an external force of {force:.0f} N exceeded --max-force {self.args.max_force:g}"
@@ -1992,7 +1992,7 @@ class Control(threading.Thread):
         with self.blocking():
             self.arm.move_to_joint_positions(q, speed)
         while self.arm.moving():
-            if reason := self.has_left():
+            if reason := self.guard():
                 raise ArmError("refused", reason)
             yield
         yield from self.settle()  # a controller that followed the way is still to be ended

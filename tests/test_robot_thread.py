@@ -687,6 +687,19 @@ def test_the_force_guard(monkeypatch, caplog):
     assert refused.value.code == "held" and "15" in str(refused.value)
 
 
+def test_the_force_guard_ends_a_joint_motion(monkeypatch):
+    world = World(monkeypatch, max_force=15.0)
+    world.ask("acquire", name="test", ttl=10.0)
+    job = world.job("move_joints", q=[0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0])
+    world.tick(5)
+    assert world.arm.moves
+    world.arm.wrench[:] = 0, 0, 20, 0, 0, 0
+    world.tick(3)
+    failed = world.ask("job", handle=job)
+    assert failed["status"] == "failed" and "exceeded --max-force 15" in failed["error"]
+    assert not world.arm.moves and world.control.mode == "idle" and world.control.fault is None
+
+
 def test_an_arm_that_leaves_the_workspace_holds(world):
     """Weak gains that its rotation overcomes, a joint at its limit, a push: whatever the reference says. It may come
     in, but not go out by a little more with every start."""
