@@ -743,7 +743,8 @@ class SdkArm(Arm):
             yield
         except self.errors as error:
             text = str(error)  # of what ended libfranka's control loop
-            code = "user_stopped" if "User Stop" in text else "reflex" if "reflex" in text else "sdk"
+            person = "User Stop" in text or "safety function" in text
+            code = "user_stopped" if person else "reflex" if "reflex" in text else "sdk"
             raise ArmError(code, text) from error
 
 
@@ -780,7 +781,7 @@ class FrankyArm(SdkArm):
                 yield
             except self.franky.ControlException as error:  # the motion has ended
                 self.forget_motion()
-                if "preempted" not in str(error):
+                if "preempted!" not in str(error):  # by a motion of ours; a safety function gives its name
                     raise
 
     def get_state(self) -> ArmState:
@@ -1895,10 +1896,9 @@ class Control(threading.Thread):
             self.step_job(self.job)
         elif self.phase in ("streaming", "hold") and not self.fault:
             if self.wanted_gains is not self.gains:
-                gains = self.wanted_gains
                 with self.blocking():
-                    arm.set_gains(gains)
-                self.gains = gains
+                    arm.set_gains(self.wanted_gains)
+                self.gains = self.wanted_gains
             target = self.target if self.phase == "streaming" else None
             self.limiter.step(target, self.state, self.gains, dt)
             arm.stream(self.limiter.reference)

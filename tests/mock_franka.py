@@ -58,7 +58,7 @@ COMMANDS = {  # by number
 }
 MOVE_STATUS = {  # what Move is answered with
     5: {"ok": 0, "started": 1, "preempted": 2, "rejected": 3, "reflex": 6, "stopped": 7},
-    10: {"ok": 0, "started": 1, "preempted": 2, "rejected": 5, "reflex": 8, "stopped": 9},
+    10: {"ok": 0, "started": 1, "preempted": 2, "safety": 3, "rejected": 5, "reflex": 8, "stopped": 9},
 }
 ROBOT_MODES = ["other", "idle", "move", "guiding", "reflex", "user_stopped", "automatic_error_recovery"]
 MOTIONS = ["joint_position", "joint_velocity", "cartesian_position", "cartesian_velocity", "none"]
@@ -272,6 +272,10 @@ class Controller:
     def do_user_stop(self) -> None:
         """Someone presses the button."""
         self.abort("user_stopped")
+
+    def do_safety(self) -> None:
+        """Someone steps into a scanner's field, say: a safety function of version 10 ends the motion."""
+        self.end("safety")
 
     def do_release(self) -> None:
         """... and releases it."""

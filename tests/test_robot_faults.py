@@ -139,6 +139,27 @@ def test_sdk_collision(tmp_path, sdk):
         assert wire.wait_for(mode="fault", timeout=5)["fault"]["code"] == "reflex"
 
 
+@pytest.mark.parametrize("moves", ["streaming", "move_joints"])
+def test_fr3_whose_safety_function_ends_a_motion(tmp_path, moves):
+    """That is a person's doing: no motion that is done, and none that the next reset begins by itself."""
+    pytest.importorskip("franky")
+    with arm_on(tmp_path, ("franky", 10)) as (robot, wire):
+        start = wire.stream()
+        if moves == "streaming":
+            follow(wire, lambda t: start, 0.3)
+        else:
+            q = wire.state()["q"]
+            wire.ask("move_joints", handle="a-long-way", q=[q[0] + 1.0, *q[1:]], speed=0.1)
+            wait_until(lambda: robot.ask("status")["motion"] == "joint_position", 5)
+        robot.ask("safety")
+        fault = wire.wait_for(mode="fault", timeout=3)["fault"]
+        assert fault["code"] == "user_stopped" and "activated safety function" in fault["message"]
+        if moves == "move_joints":
+            assert wire.ask("job", handle="a-long-way")["result"]["status"] == "failed"
+        wire.done("recover")
+        wire.done("start")
+
+
 @pytest.mark.parametrize(
     ("stiffness", "damping", "clip", "newton"), [(100.0, 20.0, 0.05, 3.0), (2000.0, 89.0, 0.01, 12.0)]
 )
