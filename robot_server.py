@@ -1171,12 +1171,13 @@ class FrankaHand(Gripper):
 
     def __init__(self, args: Args):
         super().__init__(args)
+        reach(args.robot_ip)  # not later: a robot has one connection, then the arm's
         self.connect()
 
     def connect(self) -> None:
         ip = self.args.robot_ip
         try:
-            reach(ip)
+            socket.create_connection((ip, 1338), timeout=3).close()  # libfranka would wait for a minute
             if self.args.robot == "franky":
                 import franky
 
@@ -1950,14 +1951,13 @@ class Control(threading.Thread):
     def blocking(self, seconds: float = 2.0) -> Iterator[None]:
         """Around a call into the SDK that may take this long without being a frozen robot."""
         began = time.monotonic()
-        has_lease = began <= self.lease_until
         self.may_block_until = began + seconds
         self.publish()  # what has just begun is seen meanwhile
         try:
             yield
         finally:
             self.advanced = time.monotonic()
-            self.deaf_until = self.advanced + 0.1 if has_lease else -math.inf
+            self.deaf_until = self.advanced + 0.1 if began <= self.lease_until else -math.inf
             self.may_block_until = 0.0
 
     # Jobs: generators, one step per tick
@@ -2593,7 +2593,7 @@ class Robot:
         hand = "sim" if args.robot == "sim" else "franka-hand"
         try:
             self.gripper = GRIPPERS[hand if args.gripper == "auto" else args.gripper](args)
-        except GripperError as error:
+        except (ArmError, GripperError) as error:
             fail(str(error))
         self.control = Control(args, self.gripper)
         self.front = FrontProcess(args, self.listening)

@@ -252,7 +252,7 @@ def test_sdk_robot_without_power(tmp_path, sdk):
 
 
 def test_a_franka_hand_that_was_away(sdk):
-    """Its power was cut: activating it finds it again."""
+    """Its power was cut: activating it finds it again, also beside the arm, which has the robot's own connection."""
     name, version = sdk
 
     def do(action: str) -> str | None:
@@ -268,7 +268,8 @@ def test_a_franka_hand_that_was_away(sdk):
     wait_until(lambda: hand.state.fault, 10)
     assert do("close")
     with MockFranka(version=version, address=robot.address):
-        assert do("activate") is None
+        arm = robot_server.ARMS[name](hand.args)
+        assert do("activate") is None and arm.get_state()
         assert do("close") is None and hand.state.width == pytest.approx(0.0, abs=1e-3) and hand.state.fault is None
         hand.stopping.set()
         hand.thread.join(5)
