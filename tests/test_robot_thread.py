@@ -294,6 +294,29 @@ def test_the_way_to_a_target(world):
     assert distances[-1] < 1e-6 and (np.diff(distances) < 1e-9).all()
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_the_acceleration_is_limited_also_at_walls_and_at_the_largest_tilt(seed):
+    """Whatever targets come, and when: turned aside just before a wall, told to stand, turned on the cone."""
+    args, choose = robot_server.Args(), random.Random(seed)
+    limiter = robot_server.Limiter(args)
+    limiter.seed(np.array([0.45, 0.0, 0.3, *DOWN]))
+    limits = np.array([args.max_acceleration, args.max_rotation_acceleration])
+    target, before = None, np.zeros(6)
+    for _ in range(8000):
+        old = limiter.reference
+        if choose.random() < 0.03:
+            offset = [choose.uniform(-0.14, 0.14) for _ in range(3)]
+            turn = [choose.gauss(0, 0.3) for _ in range(3)]
+            quaternion = robot_server.quat_multiply(robot_server.quat_from_rotvec(turn), old[3:])
+            target = None if choose.random() < 0.1 else np.concatenate([old[:3] + offset, quaternion])
+        new = limiter.advance(target, DT)
+        velocity = robot_server.difference(new, old) / DT
+        accelerations = np.linalg.norm((velocity - before).reshape(2, 3), axis=1) / DT
+        assert (accelerations <= 1.2 * limits).all(), (accelerations, limiter.limited)
+        assert limiter.outside(new) < 1e-9 and robot_server.tilt(new[3:]) <= args.max_tilt + 1e-6
+        limiter.reference, limiter.limited, before = new, [], velocity
+
+
 @pytest.mark.parametrize("asked", [["hold"], ["stop"], ["hold", "stop"], ["stop", "hold"], ["stop", "stop"]])
 def test_a_hold_among_targets_is_not_lost(world, asked):
     """All in one tick, from two clients; a stop counts more than a hold."""
