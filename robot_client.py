@@ -1431,6 +1431,7 @@ class FrankaEnv(gym.Env):
         beat. Returns as `observe` does then. Raises RobotError if the robot does not, or before a reset."""
         if not self.episodes:
             raise RobotError("nothing moves before the first reset")
+        self.target = self.last_target()  # it stays where a person pushed it, as in the server's hold
         self.client.target(self.target, self.ordered)
         self.pace.wait()
         self.look()

@@ -1367,10 +1367,24 @@ def test_pausing_stands_still_at_the_rate_of_the_steps(clock):
     for _ in range(5):
         assert env.stand_still() == ("what is seen now", "")
     assert clock.now == pytest.approx(100.501)
-    assert [call.args for call in env.client.target.call_args_list] == [(env.target, 1.0)] * 5
+    for call in env.client.target.call_args_list:
+        np.testing.assert_allclose(call.args[0], env.target)
+        assert call.args[1] == 1.0
     env.client.target.side_effect = rc.RefusedError("reflex", "fault")
     with pytest.raises(rc.RefusedError):
         env.stand_still()
+
+
+def test_an_arm_that_is_pushed_aside_while_a_script_pauses_does_not_come_back(clock):
+    """By no more than half an action: whoever pushed it may have a hand there."""
+    env = posed_env(np.array([0.5, 0, 0.14, 1, 0, 0, 0]))
+    env.client, env.pace, env.episodes = mock.Mock(), rc.Pace(10, lambda: clock.now), 1
+    env.look, env.observe = mock.Mock(), mock.Mock(return_value=("what is seen now", ""))
+    env.state["reference"] = rc.moved(env.target, np.array([0, 0.1, 0, 0, 0, 0]))
+    for _ in range(20):
+        env.stand_still()
+        env.state["reference"] = env.client.target.call_args.args[0]
+    assert env.state["reference"][1] == pytest.approx(0.1 - env.scale[0] / 2)
 
 
 def resting_env(clock, **state) -> FrankaEnv:
