@@ -414,9 +414,6 @@ class Limiter:
         end = old[:3] + v * (dt + norm(v) / args.max_acceleration) / 2  # where it can stop; if not inside, brake now
         if np.abs(np.clip(end, low, high) - end).max() > 1e-6:
             v = self.velocity[LINEAR] - shortened(self.velocity[LINEAR], args.max_acceleration * dt)
-        end = quat_multiply(quat_from_rotvec(w * (dt + norm(w) / args.max_rotation_acceleration) / 2), old[3:])
-        if tilt(end) > most_tilt + 1e-6:
-            w = self.velocity[ANGULAR] - shortened(self.velocity[ANGULAR], args.max_rotation_acceleration * dt)
         if fast or spins:
             self.limited.append("speed")
         self.velocity = np.concatenate([v, w])

@@ -44,7 +44,7 @@ LONGER = {  # limits, not goals
     "sac_pixel_sim.py": 1241,
     "sac_pixel_real.py": 1688,
     "bc_flow_offline.py": 1076,
-    "robot_server.py": 2929,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
+    "robot_server.py": 2926,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1734,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1417,
 }
