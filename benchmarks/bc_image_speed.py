@@ -69,7 +69,8 @@ def store_demonstrations(args: Args) -> None:
         return parts[0], *map(np.array, parts[1:])
 
     episodes = map(demonstration, range(args.episodes))
-    store("franka/images-v0", episodes, env=env.spec, algorithm_name="expert", description="benchmark")
+    about = {"observation_space": env.observation_space, "action_space": env.action_space}
+    store("franka/images-v0", episodes, {"env_spec": env.spec.to_json()}, **about)
     env.close()
 
 

@@ -190,7 +190,8 @@ def storable(spec: EnvSpec) -> EnvSpec:
 
 def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
     """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
-    dataset, in a hidden folder that is then renamed: all of it is there, or nothing. An id that exists is left."""
+    dataset, in a hidden folder that is then renamed: all of it is there, or nothing. An id that exists is left.
+    Its task is metadata["env_spec"]; given an `env`, Minari would make it, which may not run here."""
     import minari
     from minari.data_collector import EpisodeBuffer
 
@@ -557,15 +558,14 @@ def store_d4rl(dataset_id: str, name: str, file) -> str:
                 yield obs, actions[rows], rewards[rows], terminals[rows], truncations & ~terminals[rows]
             first = last + 1
 
-    about = {"env": storable(gym.spec(name))} if name in gym.registry else {}
-    metadata = {}
+    metadata = {"env_spec": storable(gym.spec(name)).to_json()} if name in gym.registry else {}
     if family:
-        metadata = {"ref_min_score": family.worst, "ref_max_score": family.best, "reference": "D4RL", "d4rl": kind}
+        metadata |= {"ref_min_score": family.worst, "ref_max_score": family.best, "reference": "D4RL", "d4rl": kind}
         metadata["contact_forces"] = kind == "ant" and bool(observations[:, 27:].any())
     low, high = (0, 255) if observations.dtype == np.uint8 else (-np.inf, np.inf)
-    about["observation_space"] = spaces.Box(low, high, observations.shape[1:], observations.dtype)
-    about["action_space"] = spaces.Box(-1, 1, actions.shape[1:], np.float32)
-    return store(dataset_id, episodes(), metadata, **about)
+    box = spaces.Box(low, high, observations.shape[1:], observations.dtype)
+    action_box = spaces.Box(-1, 1, actions.shape[1:], np.float32)
+    return store(dataset_id, episodes(), metadata, observation_space=box, action_space=action_box)
 
 
 def as_rows(key: str, x: np.ndarray) -> np.ndarray:

@@ -1,9 +1,11 @@
 """Episodes: kept as they happen, demonstrated, played again through a script's wrappers, stored with Minari."""
 
+import contextlib
 import copy
 import dataclasses
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -193,8 +195,10 @@ def collect(env_name: str, count: int, seed: int, success: Callable[[dict], floa
                     return
         fail(f"--env-name {env_name}: its scripted expert succeeds in {bar.n} of {attempts} episodes only")
 
-    about = {"algorithm_name": "scripted expert", "description": settings}
-    return store(dataset_id, successes(), env=spec, **about)
+    about = {"observation_space": env.observation_space, "action_space": env.action_space}
+    about |= {"algorithm_name": "scripted expert", "description": settings}
+    with contextlib.closing(env):  # it may own a port
+        return store(dataset_id, successes(), {"env_spec": spec.to_json()}, **about)
 
 
 def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
@@ -310,7 +314,9 @@ def record(
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
     spec = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)  # the wrapper's limit
     both = {"observation_space": space, "action_space": env.action_space}
-    minari.create_dataset_from_buffers(dataset_id, buffers, env=storable(spec), **both, **about)
+    with warnings.catch_warnings(action="ignore"):  # about author and permalink
+        dataset = minari.create_dataset_from_buffers(dataset_id, buffers, **both)
+    dataset.storage.update_metadata({"env_spec": storable(spec).to_json()} | about)  # given that, Minari would make it
 
 
 def last_evaluation(

@@ -171,6 +171,21 @@ def test_a_file_of_ones_own_for_a_task_of_ones_own(tmp_path, capsys):
     np.testing.assert_array_equal(before["actions"], after["actions"])
 
 
+class Unlicensed(offline_data.Steps):
+    """Does not run here."""
+
+    def __init__(self, render_mode: str | None = None):
+        raise ValueError("no licence")
+
+
+def test_a_file_for_a_task_that_does_not_run_here(tmp_path, capsys):
+    """The file is learned from, and is not called damaged: nothing but an evaluation needs the task."""
+    gym.register("Unlicensed-v0", Unlicensed)
+    path = write_hdf5(tmp_path / "own.hdf5", d4rl_rows(((4, "timeout"),), 2, 1))
+    env, _, train, _ = make_env_and_datasets("Unlicensed-v0", Args(dataset_path=str(path)))
+    assert env is None and train.size == 4 and "no licence" in no_evaluation(capsys)
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "worst", "best"),
     [

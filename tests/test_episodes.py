@@ -187,6 +187,19 @@ def test_a_recording_knows_the_time_limit(tmp_path, monkeypatch, task):
     assert [again.step(np.zeros(1))[3] for _ in range(5)] == [False] * 4 + [True]
 
 
+def test_a_recording_does_not_make_the_task_again(tmp_path, monkeypatch):
+    """Which may own a port. Also with scores, for which Minari would make it once more."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = Recorder(envs.make("Limited-v0"))
+    env.reset(seed=0)
+    while not env.step(np.zeros(1, np.float32))[3]:
+        pass
+    monkeypatch.setattr(gym, "make", lambda *_, **__: pytest.fail("made again"))
+    record("own/limited-v0", env.episodes, env, lambda info: math.nan, ref_min_score=0.0, ref_max_score=5.0)
+    recorded = minari.load_dataset("own/limited-v0")
+    assert recorded.env_spec.id == "Limited-v0" and recorded.storage.metadata["ref_max_score"] == 5
+
+
 class OtherKeys(probe_envs.Point):
     observation_space = spaces.Dict({"place": spaces.Box(-1, 1, (2,)), "goal": spaces.Box(-1, 1, (2,))})
 
