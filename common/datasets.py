@@ -109,7 +109,7 @@ def check_values(name: str, x: np.ndarray) -> None:
     if x.dtype.kind not in "fiub":
         example = x.ravel()[:1].tolist() or [x.dtype]
         raise Misfit(f"{name} hold {example[0]!r}, not numbers")
-    if x.dtype.kind == "f":
+    if x.dtype.itemsize > 1:
         wrong = ~(np.abs(x) <= HUGE)  # NaN as well
         if wrong.any():
             where = np.argwhere(wrong)[0]
@@ -1197,15 +1197,6 @@ class StoredImages:
         return as_images(self.path, self.space, images).reshape(*rows.shape, *self.shape[1:])
 
 
-def action_range(dataset) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the largest value of each dimension of the actions."""
-    low, high = math.inf, -math.inf
-    for episode in dataset.iterate_episodes():
-        low = np.minimum(low, episode.actions.min(0))
-        high = np.maximum(high, episode.actions.max(0))
-    return low, high
-
-
 def to_unit(actions: np.ndarray, box: spaces.Box) -> np.ndarray:
     """Actions (T, ...) of a box as (T, A) in [-1, 1]; a dimension without width becomes 0."""
     low = box.low.astype(float)
@@ -1283,7 +1274,11 @@ def action_box(dataset, own_bounds: bool) -> spaces.Box:
     if not isinstance(space, spaces.Box) or space.dtype.kind != "f":
         fail(f"{dataset.id}: actions must be a bounded Box of floats, not {space}")
     if own_bounds:
-        return spaces.Box(*action_range(dataset), dtype=space.dtype)
+        low, high = math.inf, -math.inf
+        with_images = dataset.storage.FORMAT != "hdf5"
+        for _, _, _, actions, *_ in read_episodes(dataset, dataset.episode_indices, with_images):
+            low, high = np.minimum(low, actions.min(0)), np.maximum(high, actions.max(0))
+        return spaces.Box(*np.array([low, high], space.dtype), dtype=space.dtype)
     width = space.high.astype(float) - space.low
     if not (width <= HUGE).all():
         way = "--action-bounds data takes the data's own"

@@ -1464,6 +1464,32 @@ def test_b9_text_in_a_minari_dataset():
         make_env_and_datasets("own/data-v0")
 
 
+@pytest.mark.parametrize(("action", "words"), [(np.nan, "not finite"), (b"up", "not numbers")])
+@pytest.mark.parametrize("bounds", ["task", "data"])
+def test_b9_actions_that_are_no_numbers_with_any_bounds(bounds, action, words):
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    with h5py.File(Path(minari.load_dataset("own/data-v0").storage.data_path) / "main_data.hdf5", "a") as file:
+        del file["episode_1/actions"]
+        file["episode_1/actions"] = np.array([[action]] * 7)
+    with pytest.raises(SystemExit, match=f"own/data-v0, episode 1 of the data: actions hold .*{words}"):
+        make_env_and_datasets("own/data-v0", Args(action_bounds=bounds))
+
+
+class Stamped(offline_data.Steps):
+    """Observes nanoseconds since 1970, as whole numbers."""
+
+    observation_space = spaces.Dict(place=spaces.Box(-9, 9, (2,)), stamp=spaces.Box(0, 2**62, (1,), np.int64))
+
+    def observe(self):
+        return {"place": super().observe(), "stamp": np.array([1_700_000_000_000_000_000 + self.t])}
+
+
+def test_b9_whole_numbers_that_are_no_measurements():
+    write_minari("own/data-v0", Stamped(), episodes=1)
+    with pytest.raises(SystemExit, match="observations hold numbers that are too large to be measurements: 1.7e"):
+        make_env_and_datasets("own/data-v0")
+
+
 @pytest.mark.parametrize("high", [3.4e38, np.finfo(np.float32).max, np.inf])
 def test_b10_bounds_that_are_none(high):
     """Scaled by them, every action would be 0."""
