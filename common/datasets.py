@@ -180,12 +180,19 @@ def as_stored(episode) -> tuple:
 def storable(spec: EnvSpec) -> EnvSpec:
     """What makes the task, by its name: so Minari wants it."""
     entry = spec.entry_point
-    if not callable(entry):
-        return spec
-    if not hasattr(entry, "__name__"):  # a partial, as shimmy's
-        kwargs = spec.kwargs | {"task": f"{entry.func.__module__}:{spec.id}"}
-        return dataclasses.replace(spec, entry_point="common.envs:made_again", kwargs=kwargs)
-    return dataclasses.replace(spec, entry_point=f"{entry.__module__}:{entry.__name__}")
+    if hasattr(entry, "__name__"):
+        entry = f"{entry.__module__}:{entry.__name__}"
+    named = dataclasses.replace(spec, entry_point=entry)
+    try:
+        named.to_json()
+    except (TypeError, ValueError):  # a partial, as shimmy's, or options that are no JSON: it is made by its id
+        module = entry.partition(":")[0] if isinstance(entry, str) else entry.func.__module__
+        plain = bool | int | float | str | list | tuple | dict | None
+        options = {key: value for key, value in spec.kwargs.items() if isinstance(value, plain)}
+        options["task"] = f"{module}:{spec.id}"
+        by_id = {"entry_point": "common.envs:made_again", "vector_entry_point": None, "kwargs": options}
+        named = dataclasses.replace(spec, **by_id)
+    return named
 
 
 def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
@@ -905,13 +912,11 @@ def make_task(dataset, box: spaces.Box, render: bool = False) -> gym.Env | None:
         said = one_line(error) if plain else where_raised(error)
         print(f"no evaluation: the task of {dataset.id} does not run here ({said}{remedy})", file=sys.stderr)
         return None
-    ours, theirs = env.observation_space, dataset.observation_space
-    what = "observations"
-    if layout(ours) == layout(theirs):
-        what, ours, theirs = "actions", env.action_space, dataset.action_space
-    if layout(ours) != layout(theirs):
-        print(f"no evaluation: {dataset.id} has {what} {theirs}, the task here {ours}", file=sys.stderr)
-        return None
+    for what in ("observation", "action"):
+        ours, theirs = (getattr(owner, f"{what}_space") for owner in (env, dataset))
+        if layout(ours) != layout(theirs):
+            print(f"no evaluation: {dataset.id} has {what}s {theirs}, the task here {ours}", file=sys.stderr)
+            return None
     task = env.action_space
     if (box.low < task.low - 1e-3).any() or (box.high > task.high + 1e-3).any():
         cut = f"the task takes {bounds_of(task)}, where they are cut"
