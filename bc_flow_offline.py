@@ -488,9 +488,8 @@ def dataset_ids(args: Args) -> tuple[str, str | None]:
 def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], box: spaces.Box, args: Args) -> Dataset:
     """Episodes of a Minari dataset as rows, the actions in `box` in [-1, 1]. Exits if they break the bounds."""
     lengths = {number: len(rewards[number]) for number in numbers}
-    bounds, loading = args.action_bounds, args.data_loading
-    fields = datasets.read_rows(dataset, lengths, arrange, box, bounds, loading, ACTION_CLIP_EPS)
-    rows = Dataset.create(**fields)
+    how = (args.action_bounds, args.data_loading, ACTION_CLIP_EPS)
+    rows = Dataset.create(**datasets.read_rows(dataset, lengths, arrange, box, *how))
     rows.source = dataset
     rows.box = box
     rows.args = args
@@ -542,8 +541,7 @@ def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
             fail(f"--dataset-proportion {args.dataset_proportion}: leaves nothing of {ds.size} steps")
         for key, value in ds.items():
             ds[key] = each(lambda x: x if isinstance(x, StoredImages) else x[:size], value)
-    is_antmaze = args.env_name.startswith("antmaze") and datasets.is_d4rl(args.env_name)
-    if datasets.ROBOMIMIC.fullmatch(args.env_name) or is_antmaze:
+    if datasets.ROBOMIMIC.fullmatch(args.env_name) or datasets.d4rl_kind(args.env_name) == "antmaze":
         ds["rewards"] = ds["rewards"] - 1
     if args.sparse:
         if len(np.unique(ds["rewards"][:1000])) > 2:
@@ -842,8 +840,7 @@ def evaluate(
         raise ValueError(f"action_dim is {action_dim}, the agent's actions have {agent.action_dim} numbers")
     watched = [Watched(env) for env in environments]
     rollouts = roll_out(agent.act, watched, num_eval_episodes, seed)
-    # Each environment's are in their order.
-    trajectories = [rollout.env.trajectories.pop(0) for rollout in rollouts]
+    trajectories = [rollout.env.trajectories.pop(0) for rollout in rollouts]  # each environment's in their order
     renders = []
     if num_video_episodes:
         if environments[0].render_mode != "rgb_array":
@@ -860,18 +857,22 @@ class Evaluation:
         self.dataset = dataset
         self.envs = [env] if env else []  # the first can render
         self.validation = validation  # samples
+        alone = bool(self.envs) and env.metadata.get("alone")  # a robot
+        self.count = 1 if alone else min(args.eval_envs, args.eval_episodes)  # environments side by side
         (self.worst, self.best), self.reference = datasets.reference_scores(dataset.source)
 
     def scores(self, agent: BCAgent, stop: Callable[[], bool] = lambda: False) -> dict[str, float]:
         """Means over eval_episodes, unless it cannot run or `stop` gives it up; validation_loss."""
         started = time.perf_counter()
-        count = min(self.args.eval_envs, self.args.eval_episodes)
-        if self.envs and self.envs[0].metadata.get("alone"):
-            count = 1  # a robot
         rollouts = []
         try:
-            while self.envs and len(self.envs) < count:
-                self.envs.append(make_env(self.dataset, self.args))
+            while self.envs and len(self.envs) < self.count:
+                another = make_env(self.dataset, self.args)
+                if another is None:  # it may own a port
+                    print(f"evaluated all the same, {len(self.envs)} at a time", file=sys.stderr)
+                    self.count = len(self.envs)
+                else:
+                    self.envs.append(another)
             if self.envs:
                 rollouts = roll_out(agent.act, self.envs, self.args.eval_episodes, self.args.seed, stop)
         except Fault as error:
@@ -903,8 +904,7 @@ class Evaluation:
             return stats
         if quality(stats, "") >= quality(run.best, ""):
             run.best = stats
-        wanted = ("success_rate", "episodic_return")
-        known = [key for key in wanted if math.isfinite(stats.get(key, math.nan))]
+        known = [key for key in ("success_rate", "episodic_return") if math.isfinite(stats.get(key, math.nan))]
         run.bar.set_postfix({key: f"{stats[key]:.3g}" for key in known})
         logger.log(stats, "eval", run.step)
         self.video(agent, self.args.video_episodes, run.dir / f"video_{run.step}.mp4")

@@ -201,6 +201,36 @@ def test_a_file_for_a_task_whose_options_are_no_json(tmp_path):
     assert [env.step(np.zeros(1))[3] for _ in range(3)] == [False, False, True]
 
 
+class Only(offline_data.Steps):
+    """There is one at a time: it owns a port."""
+
+    there = 0
+
+    def __init__(self, render_mode: str | None = None):
+        if Only.there:
+            raise OSError("Address already in use")
+        Only.there += 1
+        super().__init__(render_mode)
+
+    def expert_action(self):
+        return np.full(1, 0.5, np.float32)
+
+    def close(self):
+        Only.there -= 1
+
+
+gym.register("Only-v0", f"{__name__}:Only", disable_env_checker=True)
+
+
+def test_a_task_of_which_there_is_one_at_a_time(capsys):
+    """Demonstrations are collected in it, and episodes evaluated one after the other."""
+    args = Args(env_name="Only-v0", demos=2, eval_episodes=3, hidden_dims=(8,))
+    agent, _, evaluation = bc_flow_offline.prepare(args, CPU)
+    assert [evaluation.scores(agent)["episodes"] for _ in range(2)] == [3, 3]
+    evaluation.close()
+    assert Only.there == 0 and capsys.readouterr().err.count("1 at a time") == 1
+
+
 @pytest.mark.parametrize(
     ("name", "kind", "worst", "best"),
     [
