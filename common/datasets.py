@@ -1066,6 +1066,8 @@ def as_images(path: str, space: spaces.Box, x: np.ndarray) -> np.ndarray:
     least, most = (float(x.min()), float(x.max())) if x.size else (0, 0)
     if not 0 <= least <= most <= high or (space.dtype == np.uint8 and x.dtype.kind == "f"):
         what = f"{path} hold {x.dtype} in {least:g} ... {most:g}, their space says {space.dtype} in 0 ... {high:g}"
+    if 0 < most <= 1 < high:
+        say_once(f"{path}: numbers up to 1 in a space up to {high:g} are black pictures; is the space 0 ... 1?")
         raise Fault(f"{what}; change them in the data, or in arrange() (TASK)")
     return np.round(x * (255 / high)).astype(np.uint8)
 
@@ -1338,9 +1340,8 @@ class Batches(torch.utils.data.Dataset):
             fail(f"--horizon-length {horizon}: the longest episode of the data has {longest} steps")
         parts = [data["actions"], *arrays(data["observations"])]
         self.on_disk = any(isinstance(x, StoredImages) for x in parts)
-        fits = False
-        if device.type == "cuda" and not self.on_disk:
-            fits = sum(x.nbytes for x in parts) < torch.cuda.mem_get_info()[0] / 2
+        fits = device.type == "cuda" and not self.on_disk
+        fits = fits and sum(x.nbytes for x in parts) < torch.cuda.mem_get_info()[0] / 2
         self.device = device if fits else torch.device("cpu")
         self.observations = each(self.tensor, data["observations"])
         self.actions = self.tensor(data["actions"])

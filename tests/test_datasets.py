@@ -1868,6 +1868,10 @@ def test_s1_observations_that_never_change_and_black_pictures_are_said(capsys):
 def test_r9_a_chunk_longer_than_every_episode():
     """Nothing would teach its last actions, which are executed all the same."""
     ds = train_rows(steps_dataset())
+    floats = np.linspace(0, 1, 7 * 20 * 24 * 3, dtype=np.float32).reshape(7, 20, 24, 3)
+    for name in ("own/floats-v0", "own/others-v0"):
+        train_rows(steps_dataset(name, spaces.Box(0, 255, (20, 24, 3), np.float32), lambda i: floats))
+    assert capsys.readouterr().err.count("observations: numbers up to 1 in a space up to 255 are black pictures") == 1
     make_batches(ds, Args(action_chunking=True, horizon_length=6), CPU)
     with pytest.raises(SystemExit, match="--horizon-length 7: the longest episode of the data has 6 steps"):
         make_batches(ds, Args(action_chunking=True, horizon_length=7), CPU)
