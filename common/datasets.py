@@ -231,7 +231,7 @@ def publish(temporary: Path, root: Path) -> None:
         try:
             folder.rename(target)
         except OSError:
-            if not target.exists():  # else another process was faster
+            if not (target / "data").exists():  # else another process was faster
                 raise
     for file in temporary.rglob("namespace_metadata.json"):
         target = root / file.relative_to(temporary)
@@ -698,7 +698,7 @@ def states_only(path: str, raw: bool) -> str:
 # --- OGBench ----------------------------------------------------------------------------------------------------------
 def convert_ogbench(env_name: str) -> tuple[str, str]:
     """Training and validation part of an OGBench dataset, through its own package, as local Minari datasets."""
-    name, version = env_name.rsplit("-", 1)
+    name, _, version = env_name.rpartition("-")
     ids = f"ogbench/{name}-{version}", f"ogbench/{name}-val-{version}"
     if all(map(is_here, ids)):
         return ids
@@ -797,8 +797,7 @@ def download_minari(name: str, also_known: Iterable[str]) -> str:
     ways_on = f"`minari download {name}` on another machine, and copy ~/.minari/datasets/{name} from there"
     ways_on = WAYS_ON.format(ways_on)
     if not os.environ.get("MINARI_REMOTE") and not reachable(hub):
-        near = nearest(name, also_known)
-        fail(f"--env-name {name}: is not here, and {hub} cannot be reached{near}; {ways_on}")
+        fail(f"--env-name {name}: is not here, and {hub} cannot be reached{nearest(name, also_known)}; {ways_on}")
     root = minari_root()
     clear_leftovers(root)
     try:
@@ -1066,9 +1065,9 @@ def as_images(path: str, space: spaces.Box, x: np.ndarray) -> np.ndarray:
     least, most = (float(x.min()), float(x.max())) if x.size else (0, 0)
     if not 0 <= least <= most <= high or (space.dtype == np.uint8 and x.dtype.kind == "f"):
         what = f"{path} hold {x.dtype} in {least:g} ... {most:g}, their space says {space.dtype} in 0 ... {high:g}"
+        raise Fault(f"{what}; change them in the data, or in arrange() (TASK)")
     if 0 < most <= 1 < high:
         say_once(f"{path}: numbers up to 1 in a space up to {high:g} are black pictures; is the space 0 ... 1?")
-        raise Fault(f"{what}; change them in the data, or in arrange() (TASK)")
     return np.round(x * (255 / high)).astype(np.uint8)
 
 

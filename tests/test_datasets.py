@@ -534,6 +534,7 @@ def test_ogbench_with_only_the_training_part_stored(stand_ins, tmp_path):
 
 def test_ogbench_faults(stand_ins, monkeypatch, capsys):
     assert "is not a data set" in refused(capsys, "no-such-singletask-v0")
+    assert "singletask is not a data set" in refused(capsys, "singletask")
     monkeypatch.setitem(__import__("sys").modules, "ogbench", None)
     assert "pip install ogbench" in refused(capsys, "reach-play-singletask-v0")
 
@@ -683,6 +684,10 @@ def test_minari_id_is_downloaded_through_minari(monkeypatch, capsys, tmp_path):
         assert train_rows("steps/some-v0").size == 14 and len(asked) == 1
         with pytest.raises(SystemExit, match=r"steps/sme-v0.*Couldn't find.*steps/some-v0"):
             train_rows("steps/sme-v0")
+        shutil.rmtree(tmp_path / "minari/steps/some-v0/data")
+        (tmp_path / "minari/steps/some-v0/notes").touch()
+        with pytest.raises(SystemExit, match=r"--env-name steps/some-v0: \[Errno 39\] Directory not empty"):
+            train_rows("steps/some-v0")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionError])
@@ -1863,15 +1868,15 @@ def test_s1_observations_that_never_change_and_black_pictures_are_said(capsys):
     train_rows(steps_dataset("own/black-v0", space, lambda i: black))
     said = capsys.readouterr().err
     assert said.count("black; were floats of 0 to 1 stored as bytes?") == 1 and "never change" not in said
+    floats = np.linspace(0, 1, 7 * 20 * 24 * 3, dtype=np.float32).reshape(7, 20, 24, 3)
+    for name in ("own/floats-v0", "own/others-v0"):
+        train_rows(steps_dataset(name, spaces.Box(0, 255, (20, 24, 3), np.float32), lambda i: floats))
+    assert capsys.readouterr().err.count("observations: numbers up to 1 in a space up to 255 are black pictures") == 1
 
 
 def test_r9_a_chunk_longer_than_every_episode():
     """Nothing would teach its last actions, which are executed all the same."""
     ds = train_rows(steps_dataset())
-    floats = np.linspace(0, 1, 7 * 20 * 24 * 3, dtype=np.float32).reshape(7, 20, 24, 3)
-    for name in ("own/floats-v0", "own/others-v0"):
-        train_rows(steps_dataset(name, spaces.Box(0, 255, (20, 24, 3), np.float32), lambda i: floats))
-    assert capsys.readouterr().err.count("observations: numbers up to 1 in a space up to 255 are black pictures") == 1
     make_batches(ds, Args(action_chunking=True, horizon_length=6), CPU)
     with pytest.raises(SystemExit, match="--horizon-length 7: the longest episode of the data has 6 steps"):
         make_batches(ds, Args(action_chunking=True, horizon_length=7), CPU)
