@@ -957,8 +957,7 @@ def until_event(step: int, args: Args) -> int:
 
 def get_exp_name(seed: int) -> str:
     """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; milliseconds, so that no two runs share it."""
-    names = [name for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ]
-    job = "".join(f"s_{os.environ[name]}." for name in names)
+    job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
     return f"sd{seed:03d}{job}{datetime.now():%Y%m%d_%H%M%S_%f}"[:-3]
 
 
@@ -1033,6 +1032,7 @@ def learn_offline(args: Args) -> None:
     if not (args.resume or args.eval_only):
         check_new_folder(args.run_dir)
     device = prepare_torch(args)
+    args.run_dir = tensors.as_the_first_says(args.run_dir, device)  # its name has the time
     agent, batches, evaluation = prepare(args, device)
     run = (Run if rank() == 0 else Follower)(args, args.env_name, __file__, device)
     run.keep(agent=agent)

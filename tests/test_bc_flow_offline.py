@@ -1503,6 +1503,19 @@ def test_a_dead_process_ends_the_others(tmp_path, point_data):
     assert checkpoint(tmp_path / "run")["step"] == step + 20
 
 
+def test_the_others_know_where_the_first_process_writes(tmp_path, point_data):
+    """Killed, it says nothing; the name that it gave its folder has the time in it."""
+    flags = [*TINY.split(), *POINT, "--offline-steps", 100_000, "--eval-interval", 0]
+    with contextlib.ExitStack() as stack:
+        options = [{"env": env_of(point_data)["env"] | rank} for rank in ranks(2, free_port())]
+        lead, other = (stack.enter_context(popen_forked(SCRIPT, *flags, cwd=tmp_path, **o)) for o in options)
+        wait_until(lambda: list(tmp_path.glob("runs/**/checkpoint.pt")))
+        lead.kill()
+        other.join(20)
+    (path,) = tmp_path.glob("runs/**/checkpoint.pt")
+    assert f"go on with --resume {path.parent.relative_to(tmp_path)}" in other.stderr_path.read_text()
+
+
 def test_ctrl_c_reaches_all_processes_at_one_update(tmp_path, point_data):
     """torchrun hands the signal to every process; here only one gets it."""
     flags = [*TINY.split(), *POINT, "--offline-steps", 100_000, "--eval-interval", 0, "--run-dir", "run"]
