@@ -397,14 +397,10 @@ def d4rl_files() -> dict[str, str]:
     return found
 
 
-def is_d4rl(name: str) -> bool:
-    """Whether this is a D4RL name, of any version."""
-    return name.rpartition("-v")[0] in {known.rpartition("-v")[0] for known in d4rl_files()}
-
-
 def d4rl_kind(name: str) -> str | None:
-    """hopper-medium-v2 -> hopper; maze2d-umaze-dense-v1 -> maze2d-umaze-dense; None where D4RL has no such name."""
-    if not is_d4rl(name):
+    """hopper-medium-v2 -> hopper; maze2d-umaze-dense-v1 -> maze2d-umaze-dense; None where D4RL has no such name, of
+    any version."""
+    if name.rpartition("-v")[0] not in {known.rpartition("-v")[0] for known in d4rl_files()}:
         return None
     return name.rpartition("-")[0] if name.startswith("maze2d") else name.partition("-")[0]
 
@@ -489,7 +485,7 @@ def convert_hdf5(env_name: str, path: Path) -> str:
     if not path.is_file():
         what = "is a folder" if path.is_dir() else "there is no such file"
         fail(f"--dataset-path {path}: {what}; {LAYOUTS}")
-    kind = "robomimic" if ROBOMIMIC.fullmatch(env_name) else "d4rl" if is_d4rl(env_name) else "file"
+    kind = "robomimic" if ROBOMIMIC.fullmatch(env_name) else "d4rl" if d4rl_kind(env_name) else "file"
     theirs = {file.rpartition("/")[2]: name for name, file in d4rl_files().items()}.get(path.name, env_name)
     if kind == "d4rl" and theirs != env_name:
         fail(f"--dataset-path {path}: is D4RL's {theirs}; give that as --env-name, or rename the file")
@@ -722,6 +718,8 @@ def convert_ogbench(env_name: str) -> tuple[str, str]:
             yield obs, part["actions"][rows], part["rewards"][rows], terminations, truncations
             first = last + 1
 
+    size = sum(part[key].nbytes for part in parts for key in ("observations", "actions", "rewards"))
+    check_space(minari_root(), 1.2 * size, ids[0])
     box = {"observation_space": env.observation_space, "action_space": env.action_space}
     for dataset_id, part in zip(ids, parts, strict=True):
         store(dataset_id, episodes(part), {"ogbench": env_name}, **box)

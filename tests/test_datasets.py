@@ -1028,13 +1028,14 @@ def test_a_server_that_speaks_another_protocol(capsys, monkeypatch):
         assert url in refused(capsys, "halfcheetah-medium-v2")
 
 
-def test_no_disk_space_to_convert_a_file(tmp_path, capsys, monkeypatch):
+def test_no_disk_space_to_convert_a_file(tmp_path, capsys, monkeypatch, stand_ins):
     """Seen before it begins: HDF5 crashes when the disk fills up as it writes. The file is good, nobody deletes it."""
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
     assert "free" in message and "room" in message and "delete" not in message
+    assert "MB are free, ogbench/reach-play-singletask-v0 needs" in refused(capsys, "reach-play-singletask-v0")
 
 
 def test_images_of_two_cameras_in_nested_observations():
