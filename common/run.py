@@ -1,7 +1,4 @@
-"""A run: a folder that can be read, resumed and run again.
-
-A copy of the code, flags, CSV, TensorBoard, checkpoints, curve; progress bar, times, Ctrl-C.
-"""
+"""A run's folder, to be read, resumed and run again: code, flags, tables, checkpoints, curve; progress bar, Ctrl-C."""
 
 import contextlib
 import dataclasses
@@ -20,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.evaluation import plot_curves, quality, report, success_rate
 from common.setup import Fault, RunArgs, check_new_folder, fail, git_commit, hold, write_atomically
@@ -62,7 +60,7 @@ class Run:
         self.saved_at = 0  # step of the newest checkpoint
         self.parts: dict[str, object] = {}
         self.files = {}  # open tables, by name
-        self.bar = None
+        self.bar = tqdm(disable=True)
         self.writer = None
         self.started = time.perf_counter()
         self.signals = 0
@@ -178,7 +176,6 @@ class Run:
         Exits with one line that names `option` when a finished run is asked for no more than it has.
         """
         from torch.utils.tensorboard import SummaryWriter
-        from tqdm import tqdm
 
         if self.state and self.state["finished"] and self.step >= total:
             fail(f"{self.args.run_dir} is finished: {option} {total}: it has {self.step}; give a larger number")
@@ -209,7 +206,9 @@ class Run:
             raise KeyboardInterrupt
         self.signalled_at = min(self.signalled_at, time.monotonic())
         wait = f"{self.doing} ends first, within {PATIENCE_S:.0f} s"
-        os.write(2, f"\nstopping: {wait}, then all is saved; Ctrl-C again stops at once\n".encode())
+        self.bar.disable = True  # Ctrl-C has also ended the reader of `2>&1 | tee log`
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nstopping: {wait}, then all is saved; Ctrl-C again stops at once\n".encode())
 
     def impatient(self) -> bool:
         """Whether Ctrl-C was so long ago that what is going on is given up."""

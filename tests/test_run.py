@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 import tracemalloc
@@ -29,6 +31,7 @@ from conftest import (
     read_csv,
     read_scalars,
     run_script,
+    script_env,
     table,
     wait_until,
 )
@@ -413,6 +416,22 @@ def test_ctrl_c_before_the_first_step(tmp_path):
         assert process.exitcode not in (0, None)
     assert process.stderr_path.read_text().splitlines() == ["stopped; run the same command again"]
     assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_that_also_ends_who_reads_the_output(tmp_path):
+    """`2>&1 | tee log`: what Ctrl-C promises could not be written, and nothing was saved."""
+    command = [sys.executable, str(REPO / SCRIPT), *TINY.split(), *POINT, "--total-timesteps", "1000000"]
+    command += ["--eval-every", "1000000", "--run-dir", "run"]
+    pipe = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=tmp_path, env=script_env(tmp_path, TASKS), **pipe) as process:
+        while b"run directory" not in process.stdout.readline():
+            assert process.poll() is None
+        time.sleep(1)
+        process.stdout.close()
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) not in (0, None)
+    state = read_checkpoint(tmp_path / "run")
+    assert len(stored(state)["rewards"]) == state["run"]["step"] > 0
 
 
 def interrupt_later(run_dir: Path, ready: str, signals: int = 1, number: int = signal.SIGINT) -> threading.Thread:
