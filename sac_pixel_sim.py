@@ -1105,8 +1105,8 @@ def train(args: Args) -> None:
         # Reset: each episode has its own seed, so that a run goes on here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
         if episode_over:
-            run.end_episode(info, success(info))
             with run.phase("env"):
+                run.end_episode(info, success(info))
                 obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
             buffer.add(pack_pixels(agent.step_type, None, obs))
         # Learn: several critic updates, and actor updates, per step.
@@ -1123,10 +1123,7 @@ def train(args: Args) -> None:
             if run.signals:
                 break
 
-    env.close()
-    if eval_env:
-        eval_env.close()
-    run.end_of_training()
+    run.end_of_training(env, eval_env)
     run.finish(final_evaluation(args, agent, run, wrap))
 
 
@@ -1172,8 +1169,7 @@ def learner(args: Args) -> None:
             actors.saved()
 
     actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done=not run.signals)
-    eval_env.close()
-    run.end_of_training()
+    run.end_of_training(eval_env)
     run.finish(final_evaluation(args, agent, run, wrap))
 
 
@@ -1225,7 +1221,7 @@ def actor(args: Args) -> None:
         if run.due(max(args.eval_every // 2, 1)):
             run.log("train", run.episodes() | run.speed())
 
-    run.end_of_training()
+    run.end_of_training(env)
     run.close()
 
 

@@ -722,8 +722,8 @@ def train(args: Args) -> None:
         # Reset: each episode has its own seed, so that a run goes on here as if it had not ended.
         episode_over = terminated or truncated or run.impatient()
         if episode_over:
-            run.end_episode(info, success(info))
             with run.phase("env"):
+                run.end_episode(info, success(info))
                 obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
             buffer.add(pack_step(agent.step_type, None, obs))
         # Learn: several critic updates, and actor updates, per step.
@@ -740,10 +740,7 @@ def train(args: Args) -> None:
             if run.signals:
                 break
 
-    env.close()
-    if eval_env:
-        eval_env.close()
-    run.end_of_training()
+    run.end_of_training(env, eval_env)
     run.finish(final_evaluation(args, agent, run, wrap))
 
 
@@ -789,8 +786,7 @@ def learner(args: Args) -> None:
             actors.saved()
 
     actors.publish(agent.critic_updates, tensors.pack_tensors(agent.policy_tensors()), done=not run.signals)
-    eval_env.close()
-    run.end_of_training()
+    run.end_of_training(eval_env)
     run.finish(final_evaluation(args, agent, run, wrap))
 
 
@@ -842,7 +838,7 @@ def actor(args: Args) -> None:
         if run.due(max(args.eval_every // 2, 1)):
             run.log("train", run.episodes() | run.speed())
 
-    run.end_of_training()
+    run.end_of_training(env)
     run.close()
 
 

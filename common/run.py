@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
@@ -293,17 +294,18 @@ class Run:
         if table == "eval":
             if quality(scalars) >= quality(self.best):
                 self.best = scalars
-            shown = ("eval/episodic_return", "eval/success_rate")
-            known = [key for key in shown if not math.isnan(scalars.get(key, math.nan))]
+            known = [key for key in CURVES if not math.isnan(scalars.get(key, math.nan))]
             self.bar.set_postfix({key.split("/")[1]: f"{scalars[key]:.2f}" for key in known})
 
-    def end_of_training(self) -> None:
-        """A checkpoint. Raises KeyboardInterrupt when the run was asked to end; from now on Ctrl-C ends it at once."""
+    def end_of_training(self, *tasks: gym.Env | None) -> None:
+        """A checkpoint, then closes `tasks`. Raises KeyboardInterrupt if asked to end; Ctrl-C now ends it at once."""
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.default_int_handler)
         self.writer.flush()
         if self.saved_at != self.step or not (self.dir / "checkpoint.pt").exists():
             self.save()
+        for task in filter(None, tasks):
+            task.close()
         if self.signals:
             raise KeyboardInterrupt
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import tyro
+from tqdm import tqdm
 
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -209,16 +210,26 @@ def check_new_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def ends_well(args: RunArgs) -> Iterator[None]:
-    """Ctrl-C, SIGTERM, a task's fault, a full or read-only disk end the program with one line: how to go on."""
+    """Ctrl-C, SIGTERM, a task's fault or exit, a full or read-only disk end the program with one line: how to go on."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also gives the terminal back
     try:
-        with bar_closed():
+        try:
             yield
+        finally:
+            for bar in list(getattr(tqdm, "_instances", [])):  # so that what is said next has a line of its own
+                bar.close()
     except KeyboardInterrupt:
         raise SystemExit(f"stopped; {go_on(args)}") from None
     except Fault as error:
         fail(f"{error}; then {go_on(args)}")
-    except OSError as error:
+    except SystemExit as error:
+        if str(error.code).startswith(f"{Path(sys.argv[0]).name}: "):  # from `fail`
+            raise
+        fail(f"the task ended the program by sys.exit({error.code!r}); {go_on(args)}")
+    except Exception as error:
+        error.add_note(f"{Path(sys.argv[0]).name}: {go_on(args)}")  # below the traceback of a task's own bug
+        if not isinstance(error, OSError):
+            raise
         if error.errno in (errno.EPIPE, errno.EBADF):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more
             fail(f"stdout was closed ({error}); {go_on(args)}")
@@ -228,18 +239,6 @@ def ends_well(args: RunArgs) -> Iterator[None]:
         if ours and error.errno in (errno.EROFS, errno.EACCES):
             fail(f"{error}; make the folder writable, then {go_on(args)}")
         raise
-
-
-@contextlib.contextmanager
-def bar_closed() -> Iterator[None]:
-    """Ends the progress bar's line, so that what is said next has one of its own."""
-    from tqdm import tqdm
-
-    try:
-        yield
-    finally:
-        for bar in list(getattr(tqdm, "_instances", [])):
-            bar.close()
 
 
 def has_checkpoint(run_dir: str | Path | None) -> bool:

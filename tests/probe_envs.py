@@ -1,5 +1,6 @@
 """Tiny tasks of known value, and tasks that misbehave: `--env-id probe_envs:NAME-v0` with this folder in PYTHONPATH."""
 
+import sys
 import time
 
 import gymnasium as gym
@@ -168,6 +169,48 @@ class NanReset(Point):
         return obs, info
 
 
+class Crashes(Point):
+    """A bug of its own in the 130th step of the process."""
+
+    steps = 0
+
+    def step(self, action):
+        Crashes.steps += 1
+        if Crashes.steps == 130:
+            self.end()
+        return super().step(action)
+
+    def end(self):
+        raise RuntimeError("the task's own bug")
+
+
+class Exits(Crashes):
+    """Ends the program in the 130th step of the process, as if all were well."""
+
+    def end(self):
+        sys.exit(0)
+
+
+class OddSuccess(Point):
+    """Says in words whether it succeeded, from the 130th step of the process on."""
+
+    steps = 0
+
+    def step(self, action):
+        obs, reward, terminated, truncated, info = super().step(action)
+        OddSuccess.steps += 1
+        return obs, reward, terminated, truncated, {"success": "yes"} if OddSuccess.steps >= 130 else info
+
+
+class CannotClose(Point):
+    """Raises when it is closed, and notes that."""
+
+    def close(self):
+        with open("closed.txt", "a") as file:
+            file.write("closed\n")
+        raise RuntimeError("cannot be closed")
+
+
 class Images(Probe):
     """Camera images."""
 
@@ -312,7 +355,7 @@ class NoOpenGL(DictImages):
 for task in (
     *(ConstantReward, TruncatedReward, ObservedReward, TwoSteps, ActionReward, ObservedAction),
     *(Point, OtherPoint, IdleExpert, NeverTwiceTheSame, NanReward, NanObservation, NanReset, NanStart, InPlace, Spiky),
-    *(OnlyOne, Endless),
+    *(OnlyOne, Endless, Crashes, Exits, OddSuccess, CannotClose),
     *(Images, DictImages, Unbounded, Sequences, PixelPoint, OtherCameras, GreyImages, NoOpenGL),
 ):
     limit = None if task is Endless else 1000

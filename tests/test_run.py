@@ -635,6 +635,36 @@ def test_a_fault_of_the_task_in_a_run(tmp_path, task, words, step):
         assert not stored(after)["continues"][step]
 
 
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [("Crashes", "the task's own bug"), ("Exits", "the task ended the program by sys.exit(0)")],
+)
+def test_a_task_that_ends_the_program(tmp_path, task, words):
+    """The last line says how to go on, below the traceback of a bug; an exit is no success."""
+    flags = ("--env-id", f"probe_envs:{task}-v0", "--eval-every", 30, "--run-dir", "run", "--total-timesteps", 300)
+    result = run(*flags, cwd=tmp_path, check=False)
+    assert result.returncode == 1 and words in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("go on with --resume run")
+    assert ("Traceback" in result.stderr) is (task == "Crashes")
+
+
+def test_a_verdict_in_words_is_a_fault_and_the_run_is_saved(tmp_path):
+    flags = ("--env-id", "probe_envs:OddSuccess-v0", "--eval-every", 10_000, "--run-dir", "run")
+    error = refused(*TINY.split(), *flags, "--total-timesteps", 300, cwd=tmp_path)
+    assert "info['success'] is 'yes', not True or False" in error and "All is saved: --resume run" in error
+    progress = read_checkpoint(tmp_path / "run")["run"]
+    assert 130 <= progress["step"] < 150
+
+
+def test_all_is_saved_before_a_task_is_closed(tmp_path):
+    """That may go wrong, or end the program."""
+    flags = ("--env-id", "probe_envs:CannotClose-v0", "--eval-every", 10_000, "--run-dir", "run")
+    result = run(*flags, "--total-timesteps", 110, cwd=tmp_path, check=False)
+    assert result.returncode == 1 and "cannot be closed" in result.stderr
+    assert read_checkpoint(tmp_path / "run")["run"]["step"] == 110
+    assert (tmp_path / "closed.txt").read_text() == "closed\n"
+
+
 def test_a_fault_in_the_first_reset(tmp_path):
     error = refused(*TINY.split(), "--env-id", "probe_envs:NanStart-v0", "--run-dir", "run", cwd=tmp_path)
     assert "probe_envs:NanStart-v0: the observation['goal'][0] is nan at step 0" in error
