@@ -341,10 +341,9 @@ def write_tensors(path: Path, state: dict) -> None:
 
 def drop_rows_after(path: Path, newest: int) -> None:
     """Keeps a CSV file's rows up to step `newest`, without a row that a crash cut off."""
-    lines = path.read_text().split("\n")[:-1]  # what follows the last newline was cut off
-    if not lines:
-        write_atomically(path, b"")
-        return
-    header, *rows = lines
-    kept = [row for row in rows if row and int(row.split(",")[0]) <= newest]
-    write_atomically(path, "".join(line + "\n" for line in [header, *kept]).encode())
+    try:
+        lines = path.read_text().split("\n")[:-1]  # what follows the last newline was cut off
+        kept = [line for line in lines[1:] if line and int(line.split(",")[0]) <= newest]
+    except ValueError as error:
+        fail(f"{path}: has a row that does not begin with a step ({error}); mend it, or delete the file, and go on")
+    write_atomically(path, "".join(line + "\n" for line in lines[:1] + kept).encode())

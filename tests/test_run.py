@@ -565,6 +565,17 @@ def test_rows_that_a_crash_left_behind(tmp_path, content, kept):
     assert path.read_text() == kept
 
 
+@pytest.mark.parametrize("row", ["50;1.5", "step 50,1.5", "50.0,1.5", "\xff,1.5"])
+def test_rows_that_a_spreadsheet_has_changed(tmp_path, row):
+    """One line, and the file is as it was."""
+    path = tmp_path / "train.csv"
+    path.write_text(f"global_step,wall_s\n{row}\n", encoding="latin-1")
+    before = path.read_bytes()
+    with pytest.raises(SystemExit, match="train.csv: has a row that does not begin with a step"):
+        drop_rows_after(path, 60)
+    assert path.read_bytes() == before
+
+
 def test_files_are_replaced_never_overwritten(tmp_path):
     path, link = tmp_path / "file", tmp_path / "link"
     path.write_bytes(b"old")
