@@ -271,6 +271,13 @@ def test_a_run_in_a_folder_that_is_there(finished, tmp_path, monkeypatch):
     assert args.run_dir == "." and (here / "args.json").exists() and (here / SCRIPT).exists()
 
 
+def test_runs_that_begin_in_the_same_second(tmp_path, monkeypatch):
+    """As those of a sweep: each has a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    folders = {Run(Args(), "name", str(REPO / SCRIPT)).dir for _ in range(3)}
+    assert len(folders) == 3 and all((folder / "args.json").exists() for folder in folders)
+
+
 def test_one_process_works_in_a_run(finished, tmp_path):
     """A second --resume, as of a cluster's requeued job, is refused; an evaluation is not."""
     run_dir = copy_run(finished, tmp_path)
