@@ -81,13 +81,13 @@ def parse(Args: type[T], doc: str, may_change: str, argv: list[str] | None = Non
     if {"-h", "--help"} & set(argv):
         print(help_text(Args, doc))
         raise SystemExit(0)
-    given = dict(zip(argv, argv[1:], strict=False))
-    recipe = Args.recipe(given) if issubclass(Args, RunArgs) else {}
+    recipe = Args.recipe(dict(zip(argv, argv[1:], strict=False))) if issubclass(Args, RunArgs) else {}
     args = tyro.cli(Args, args=argv, default=Args(**recipe))
     resume, eval_only = (getattr(args, name, None) for name in ("resume", "eval_only"))  # not every script has them
-    run_dir = resume or eval_only
-    if run_dir:
-        run_dir = str(Path(run_dir).parent) if Path(run_dir).is_file() else run_dir  # or a checkpoint in its folder
+    if (resume and eval_only) or "" in (resume, eval_only):  # as of a shell's variable that is not set
+        fail(f"--resume {resume}, --eval-only {eval_only}: give one of them, and the folder of a run")
+    if run_dir := resume or eval_only:
+        run_dir = str(Path(run_dir).parent) if os.path.isfile(run_dir) else run_dir  # or a checkpoint in its folder
         saved = read_flags(Args, run_dir, "--resume" if resume else "--eval-only")
         args = tyro.cli(Args, args=argv, default=saved)
         if args.run_dir not in (None, run_dir):
@@ -125,10 +125,11 @@ def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
     """The flags in `run_dir`. Exits with one line that names `option` when there are none."""
     try:
         saved = json.loads((Path(run_dir) / "args.json").read_text())
-        if option == "--eval-only" and saved.get("record_dataset"):
-            saved["record_dataset"] = None  # that was the training's last evaluation
+        dataset = saved.pop("record_dataset", None)  # may be there by now
         args = Args(**{name: tuple(value) if isinstance(value, list) else value for name, value in saved.items()})
         args.check()
+        if dataset and option == "--resume":  # else that was the training's last evaluation
+            args.record_dataset = dataset
     except (OSError, ValueError, TypeError, AttributeError) as error:
         fail(f"{option} {run_dir}: no run of this script there ({error})")
     return args
@@ -243,13 +244,13 @@ def ends_well(args: RunArgs) -> Iterator[None]:
 
 def has_checkpoint(run_dir: str | Path | None) -> bool:
     """Whether a run has saved something to go on with."""
-    return run_dir is not None and any((Path(run_dir) / f"checkpoint.{name}").exists() for name in ("pt", "previous"))
+    return run_dir is not None and any(os.path.exists(f"{run_dir}/checkpoint.{name}") for name in ("pt", "previous"))
 
 
 def go_on(args: RunArgs) -> str:
     """How an ended run is continued."""
     run_dir = args.run_dir
-    if run_dir is None or args.eval_only or not (Path(run_dir) / "args.json").exists():
+    if run_dir is None or args.eval_only or not os.path.exists(f"{run_dir}/args.json"):
         return "run the same command again"
     if has_checkpoint(run_dir):
         return f"go on with --resume {run_dir}"

@@ -70,12 +70,20 @@ def test_flags_take_their_types():
         ("--record-dataset no_version!", "--record-dataset no_version!"),
         ("--resume nowhere", "--resume nowhere"),
         ("--eval-only nowhere", "--eval-only nowhere"),
+        ("--resume one --eval-only other", "--resume one --eval-only other"),
+        (f"--resume {'x' * 300}", "--resume File name too long"),
     ],
 )
 def test_values_out_of_range(flags, words):
     error = refused(*flags.split())
     for word in words.split():
         assert word in error
+
+
+@pytest.mark.parametrize("option", ["--resume", "--eval-only"])
+def test_a_run_without_a_name(option):
+    """As `--resume "$RUN"` where RUN is not set: a new run was begun."""
+    assert "give one of them, and the folder of a run" in refused(option, "")
 
 
 @pytest.mark.parametrize("flags", ["--seed one", "--hidden-dims 3 x", "--activation relo", "--gamma", "--no-such 1"])
@@ -147,6 +155,16 @@ def test_a_dataset_is_recorded_when_it_is_asked_for(tmp_path, monkeypatch):
     (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(Args()) | {"record_dataset": "point/mine-v0"}))
     assert parsed("--eval-only", tmp_path).record_dataset is None
     assert "exists" in refused("--eval-only", tmp_path, "--record-dataset", "point/mine-v0")
+
+
+def test_a_finished_run_with_a_dataset_goes_on(tmp_path, monkeypatch):
+    """It was told to give another name, and no other name was taken."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    (tmp_path / "args.json").write_text(json.dumps(dataclasses.asdict(Args()) | {"record_dataset": "point/mine-v0"}))
+    assert parsed("--resume", tmp_path).record_dataset == "point/mine-v0"
+    (tmp_path / "point" / "mine-v0").mkdir(parents=True)
+    assert "--record-dataset point/mine-v0: exists" in refused("--resume", tmp_path)
+    assert parsed("--resume", tmp_path, "--record-dataset", "point/mine-v1").record_dataset == "point/mine-v1"
 
 
 @pytest.mark.parametrize(
