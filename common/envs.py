@@ -199,7 +199,7 @@ class Checked(gym.Wrapper):
         if array.shape != space.shape:
             raise Fault(f"{self.name}: {name} has shape {array.shape}, its space has {space.shape}")
         if array.dtype.itemsize > 1:  # not images
-            wrong = ~(np.abs(array) <= HUGE)  # NaN as well
+            wrong = ~(np.abs(array, dtype=float) <= HUGE)  # NaN as well; in float16 HUGE would be infinite
             if wrong.any():
                 where = np.argwhere(wrong)[0].tolist()
                 self.check_number(f"{name}{where if where else ''}", float(array[tuple(where)]))

@@ -280,6 +280,7 @@ def nested(q: object) -> dict:
         (spaces.Box(0, 255, (3,), np.uint8), np.array([0, 300, 1]), "holds 300, a space of uint8 cannot"),
         (spaces.Box(0, 1, (3,), bool), np.array([0, 0.25, 1]), "holds 0.25, a space of bool cannot"),
         (spaces.Box(-1, 1, (3,), np.float16), np.array([0, 1e5, 1]), "holds 1e+05, a space of float16 cannot"),
+        (spaces.Box(-1, 1, (3,), np.float16), np.array([0, math.inf, 1], np.float16), "the observation[1] is inf"),
     ],
 )
 def test_observations_that_break_their_space(space, obs, words):
