@@ -162,10 +162,11 @@ def record_video(policy: Policy, make: Callable[[], gym.Env], path: Path, seed: 
             roll_out(policy, [env], episodes, seed, frame=video.append_data)
         env.close()
         unfinished.replace(path)
-    except Exception as error:  # noqa: BLE001  rendering fails in many ways; the policy is trained and saved all the same
+    except (Exception, SystemExit) as error:  # noqa: BLE001  rendering fails in many ways; what was learned is saved
         say_no_video(error, path.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        if unfinished.exists():  # else a read-only disk would complain
+            unfinished.unlink()
 
 
 def say_no_video(error: Exception, run_dir: str | Path) -> None:
@@ -300,7 +301,7 @@ def plot_curves(folder: Path, tables: dict[str, tuple[str, ...]], x: str, second
         axis.grid(alpha=0.3)
         if key.endswith("success_rate"):
             axis.set_ylim(-0.03, 1.03)
-    figure.suptitle(f"{folder.name}, {seconds / 60:.1f} min", fontsize=9)
+    figure.suptitle(f"{folder.name}, {seconds / 60:.1f} min", fontsize=9, parse_math=False)
     figure.savefig(folder / "curve.png", dpi=150)
     plt.close(figure)
 

@@ -1,7 +1,9 @@
 """common/evaluation.py: seeded roll-outs, side by side, in chunks, given up, filmed."""
 
+import errno
 import math
 import random
+from pathlib import Path
 
 import gymnasium as gym
 import imageio.v2 as imageio
@@ -12,7 +14,17 @@ from conftest import read_csv
 from gymnasium import spaces
 
 from common import envs
-from common.evaluation import CsvLogger, evaluate, film, means, record_video, roll_out, success_rate, write_grid
+from common.evaluation import (
+    CsvLogger,
+    evaluate,
+    film,
+    means,
+    plot_curves,
+    record_video,
+    roll_out,
+    success_rate,
+    write_grid,
+)
 from common.recording import write_video
 
 
@@ -238,6 +250,43 @@ def test_a_video_that_breaks_off(tmp_path, capsys, monkeypatch, broken):
     assert error.endswith(f"; once that is mended, --eval-only {tmp_path} writes it")
     assert [path.name for path in tmp_path.iterdir()] == ["video.mp4"]
     assert (tmp_path / "video.mp4").read_bytes() == b"before"
+
+
+def test_no_video_of_a_task_that_cannot_be_made_to_render(tmp_path, capsys):
+    """A package that only pictures need is missing: the run ended there, and its last evaluation was lost."""
+    still = lambda observations, rngs: np.zeros((len(observations), 3))  # noqa: E731
+    gym.register("NoPictures-v0", without_pictures, max_episode_steps=20)
+    record_video(still, lambda: envs.make("NoPictures-v0", render=True), tmp_path / "video.mp4", seed=0)
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("no video: ") and "--env-id NoPictures-v0: No module named 'pictures'" in error
+
+
+def without_pictures(render_mode: str | None = None) -> gym.Env:
+    if render_mode:
+        raise ImportError("No module named 'pictures'")
+    return probe_envs.Point()
+
+
+def test_no_video_on_a_disk_that_is_read_only(tmp_path, capsys, monkeypatch):
+    """What was evaluated is reported all the same."""
+
+    def refuse(*_, **__) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", "new_video.mp4")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    monkeypatch.setattr(imageio, "get_writer", refuse)
+    record_video(step_number, probe_envs.Point, tmp_path / "video.mp4", seed=0)
+    assert "no video: [Errno 30] Read-only file system" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["$lr_$seed", "a$\\x$", "50%"])
+def test_a_curve_in_a_folder_of_any_name(tmp_path, name):
+    """As of a shell's variables that were not set; matplotlib took them for mathematics and raised."""
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "eval.csv").write_text("global_step,eval/success_rate\n5,0\n10,1\n")
+    plot_curves(folder, {"eval": ("eval/success_rate",)}, "steps", 1.0)
+    assert (folder / "curve.png").stat().st_size > 1000
 
 
 def test_no_video_without_opengl(tmp_path, capsys):
