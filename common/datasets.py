@@ -196,8 +196,8 @@ def storable(spec: EnvSpec) -> EnvSpec:
 
 
 def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
-    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
-    dataset, in a hidden folder that is then renamed: all of it is there, or nothing. An id that exists is left.
+    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations, and infos if there are)
+    as a local Minari dataset, in a hidden folder that is then renamed: all is there, or nothing. An id that exists is left.
     Its task is metadata["env_spec"]; given an `env`, Minari would make it, which may not run here."""
     import minari
     from minari.data_collector import EpisodeBuffer
@@ -210,7 +210,7 @@ def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = No
     def buffers() -> Iterator[EpisodeBuffer]:
         number = -1
         for number, parts in enumerate(episodes):
-            yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts))
+            yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts[:5]), *parts[5:])
         if number < 0:
             raise Misfit("holds no episode")
 

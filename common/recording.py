@@ -346,5 +346,6 @@ def by_name(value: object) -> object:
 
 
 def layout(space: spaces.Space) -> object:
-    """The shapes of a space's parts, to compare two spaces by."""
-    return {key: layout(part) for key, part in space.items()} if isinstance(space, spaces.Dict) else space.shape
+    """The shapes of a space's parts, or how many choices they have, to compare two spaces by."""
+    shape = str(space) if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) else space.shape
+    return {key: layout(part) for key, part in space.items()} if isinstance(space, spaces.Dict) else shape

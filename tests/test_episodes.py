@@ -369,6 +369,65 @@ class Pair(gym.Env):
         return np.array([0.5])
 
 
+class Choices(probe_envs.Point):
+    """A choice of several beside the point."""
+
+    def __init__(self, count: int = 3):
+        super().__init__()
+        parts = probe_envs.Point.observation_space.spaces
+        self.observation_space = spaces.Dict(parts | {"tool": spaces.Discrete(count)})
+
+    def observe(self):
+        return super().observe() | {"tool": 1}
+
+
+gym.register("Choices-v0", Choices, max_episode_steps=20)
+
+
+def test_demonstrations_with_more_choices_are_of_another_task(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    ours = envs.make("Choices-v0")
+    record("own/choices-v0", demonstrations("1", ours, seed=1, noise=0.0), ours, lambda info: math.nan)
+    assert len(list(demonstrations("own/choices-v0", ours, seed=0, noise=0.0))) == 1
+    more = envs.make("Choices-v0", count=5)
+    with pytest.raises(SystemExit, match="--demos own/choices-v0: is not of this task; its observations are"):
+        next(demonstrations("own/choices-v0", more, seed=0, noise=0.0))
+
+
+def test_pictures_are_recorded_as_they_were_seen(tmp_path, monkeypatch):
+    """Minari's default is JPEG."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    env = Recorder(envs.make("probe_envs:PixelPoint-v0"))
+    env.reset(seed=0)
+    while not any(env.step(np.zeros(3, np.float32))[2:4]):
+        pass
+    record("own/pixels-v0", env.episodes, env, lambda info: math.nan)
+    (again,) = demonstrations("own/pixels-v0", env, seed=0, noise=0.0)
+    for one, other in zip(env.episodes[0].observations, again.observations, strict=True):
+        np.testing.assert_array_equal(one["front"], other["front"])
+
+
+def test_a_recording_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
+    """Killed, or with a full disk, in the midst: half of a dataset was left, with a name that was taken."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr("minari.dataset._storages.hdf5_storage.HDF5Storage.update_episodes", full)
+    with pytest.raises(OSError, match="No space"):
+        record("own/half-v0", demonstrations("1", point(), seed=1, noise=0.0), point(), lambda info: math.nan)
+    assert not any(tmp_path.iterdir())
+
+
+def full(*_) -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_name_that_was_taken_meanwhile(tmp_path, monkeypatch):
+    """Two runs that record under one name: the second says so, and leaves the first one's data alone."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    record("own/one-v0", demonstrations("1", point(), seed=1, noise=0.0), point(), lambda info: math.nan)
+    with pytest.raises(SystemExit, match="--record-dataset own/one-v0: exists"):
+        record("own/one-v0", [], point(), lambda info: math.nan)
+
+
 def test_tuples_are_demonstrated_but_not_read_again(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     gym.register("Pair-v0", Pair, max_episode_steps=9, disable_env_checker=True)

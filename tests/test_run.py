@@ -784,8 +784,9 @@ def test_one_instance_of_a_task_where_one_is_enough(tmp_path):
     run(*flags, "--capture-video", "--run-dir", "run", cwd=tmp_path)
     assert (tmp_path / "instances.txt").read_text() == "made\n" * 3
     assert (tmp_path / "run" / "video.mp4").stat().st_size > 1000
-    script("--eval-only", "run", cwd=tmp_path)
+    script("--eval-only", "run", "--record-dataset", "own/only-v0", cwd=tmp_path)
     assert (tmp_path / "instances.txt").read_text() == "made\n" * 6
+    assert (tmp_path / "minari" / "own" / "only-v0" / "data").exists()
 
 
 def test_a_wide_state_takes_the_memory_of_the_steps_asked_for(tmp_path, monkeypatch):
