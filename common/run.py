@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import filecmp
 import json
 import math
 import os
@@ -80,15 +81,18 @@ class Run:
             check_new_folder(self.args.run_dir)
             self.dir.mkdir(parents=True, exist_ok=True)
             self.claim()
-            root = self.script.parent
             write_atomically(self.dir / "run.json", json.dumps(self.about(), indent=2).encode())
-            for file in {self.script, *own_modules(root)}:
-                target = self.dir / file.relative_to(root)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, target)
+            for name in self.code():
+                (self.dir / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(self.script.parent / name, self.dir / name)
             self.write_flags()
         except OSError as error:
             fail(f"--run-dir {self.args.run_dir}: cannot be written ({error}); give another folder")
+
+    def code(self) -> list[Path]:
+        """This program's files, as they stand beside the script and in the run's folder."""
+        root = self.script.parent
+        return sorted(file.relative_to(root) for file in {self.script, *own_modules(root)})
 
     def claim(self) -> None:
         """For this process alone."""
@@ -115,6 +119,10 @@ class Run:
         """The newest checkpoint, or None when the run has none yet. Exits when it cannot be read."""
         if not self.args.eval_only:
             self.claim()
+        _, changed, new = filecmp.cmpfiles(self.script.parent, self.dir, self.code(), shallow=False)
+        changed += [name for name in new if name.name == self.script.name]  # a run of another script
+        if changed:
+            print(f"{self.args.run_dir} began with another {', '.join(map(str, changed))}", file=sys.stderr)
         path, previous = self.dir / "checkpoint.pt", self.dir / "checkpoint.previous"
         if previous.exists() and not path.exists():  # killed between `save`'s two renames
             path = previous
@@ -152,14 +160,8 @@ class Run:
 
     def save(self, finished: bool = False) -> None:
         """Writes checkpoint.pt, and keeps the one before as checkpoint.previous."""
-        progress = {
-            "step": self.step,
-            "episode": self.episode,
-            "recent": self.recent,
-            "best": self.best,
-            "elapsed": self.elapsed(),
-            "finished": finished,
-        }
+        progress = {"step": self.step, "episode": self.episode, "recent": self.recent, "best": self.best}
+        progress |= {"elapsed": self.elapsed(), "finished": finished}
         state = {name: part.state_dict() for name, part in self.parts.items()} | {"run": progress}
         if self.writer is not None:
             self.writer.flush()  # what a checkpoint is behind of, is not written again
@@ -192,8 +194,7 @@ class Run:
             config = dataclasses.asdict(self.args)
             wandb.init(project="robot-learning", name=self.dir.name, config=config, dir=self.dir, sync_tensorboard=True)
         self.writer = SummaryWriter(self.dir, purge_step=self.step + 1)
-        interval = 0.2 if sys.stderr.isatty() else 30.0
-        self.bar = tqdm(total=total, initial=self.step, unit=unit, mininterval=interval)
+        self.bar = tqdm(total=total, initial=self.step, unit=unit, mininterval=0.2 if sys.stderr.isatty() else 30.0)
         self.started = time.perf_counter()
         self.restart_timer()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -251,6 +251,25 @@ def test_a_copy_with_a_task_of_ones_own(tmp_path):
     assert (third / "again" / "my_task.py").read_bytes() == (other / "my_task.py").read_bytes()
 
 
+def test_a_run_that_goes_on_with_other_code_says_so(tmp_path):
+    """Another reward, other bounds of actions, another script: the numbers before and after are not of one task."""
+    folder = tmp_path / "house"
+    shutil.copytree(REPO / "common", folder / "common", ignore=shutil.ignore_patterns("__pycache__"))
+    copy_script(folder)
+    flags = [*TINY.split(), "--total-timesteps", 60, "--run-dir", "run"]
+    run_script(str(folder / "my_task.py"), *flags, cwd=tmp_path, env=TASKS)
+    go_on = ("--resume", "run", "--total-timesteps")
+    words = "run began with another"
+    assert words not in run_script(str(folder / "my_task.py"), *go_on, 70, cwd=tmp_path, env=TASKS).stderr
+    (folder / "my_tasks.py").write_text(MY_TASKS.replace("-action", "-action / 2"))
+    result = run_script(str(folder / "my_task.py"), *go_on, 80, cwd=tmp_path, env=TASKS)
+    assert f"{words} my_tasks.py\n" in result.stderr
+    assert words not in run_script(str(tmp_path / "run" / "my_task.py"), *go_on, 90, cwd=tmp_path, env=TASKS).stderr
+    (folder / "my_task.py").rename(folder / "other.py")
+    result = run_script(str(folder / "other.py"), "--eval-only", "run", cwd=tmp_path, env=TASKS)
+    assert f"{words} my_tasks.py, other.py\n" in result.stderr
+
+
 # --- R2: places -------------------------------------------------------------------------------------------------------
 def test_a_run_in_a_folder_that_is_there(finished, tmp_path, monkeypatch):
     """R2: an empty one, such as a mounted volume, is filled, not replaced; `.` is one; a killed start begins again."""
