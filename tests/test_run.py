@@ -293,6 +293,7 @@ def test_a_run_in_a_folder_that_is_there(finished, tmp_path, monkeypatch):
 def test_runs_that_begin_in_the_same_second(tmp_path, monkeypatch):
     """As those of a sweep: each has a folder of its own."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
     folders = {Run(Args(), "name", str(REPO / SCRIPT)).dir for _ in range(3)}
     assert len(folders) == 3 and all((folder / "args.json").exists() for folder in folders)
 
