@@ -196,30 +196,36 @@ def storable(spec: EnvSpec) -> EnvSpec:
 
 
 def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
-    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations, and infos if there are)
-    as a local Minari dataset, in a hidden folder that is then renamed: all is there, or nothing. An id that exists is left.
-    Its task is metadata["env_spec"]; given an `env`, Minari would make it, which may not run here."""
-    import minari
+    """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
+    dataset, see `write`. An id that exists is left."""
     from minari.data_collector import EpisodeBuffer
 
-    root = minari_root()
-    clear_leftovers(root)
+    clear_leftovers(minari_root())
     if is_here(dataset_id):
         return dataset_id
 
     def buffers() -> Iterator[EpisodeBuffer]:
         number = -1
         for number, parts in enumerate(episodes):
-            yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts[:5]), *parts[5:])
+            yield EpisodeBuffer(number, None, None, *sound(f"episode {number}", *parts))
         if number < 0:
             raise Misfit("holds no episode")
 
+    write(dataset_id, buffers(), metadata or {}, **about)
+    return dataset_id
+
+
+def write(dataset_id: str, buffers: Iterable, metadata: dict, **about) -> None:
+    """Makes a local Minari dataset in a hidden folder that is then renamed: all of it is there, or nothing. Its task is
+    metadata["env_spec"]; given an `env`, Minari would make it, which may not run here, or own a port."""
+    import minari
+
+    root = minari_root()
     with hidden_root(root) as temporary:
         with warnings.catch_warnings(action="ignore"):  # about author and permalink
-            dataset = minari.create_dataset_from_buffers(dataset_id, buffers(), jpeg_encoding=False, **about)
-        dataset.storage.update_metadata(metadata or {})
+            dataset = minari.create_dataset_from_buffers(dataset_id, buffers, jpeg_encoding=False, **about)
+        dataset.storage.update_metadata(metadata)
         publish(temporary, root)
-    return dataset_id
 
 
 def publish(temporary: Path, root: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from tqdm import tqdm
 
-from common.datasets import as_stored, each, id_for, is_here, local_dataset, sound, storable, store, unreadable
+from common.datasets import as_stored, each, id_for, is_here, local_dataset, sound, storable, store, unreadable, write
 from common.envs import Checked, Wrap, episode_seed, leaves, looks_like_image, make, say_once
 from common.evaluation import Policy, evaluate
 from common.recording import check_fingerprint, check_new_dataset, fingerprint, layout
@@ -298,19 +298,22 @@ def record(
     dataset_id: str, episodes: Iterable[Episode], env: gym.Env, success: Callable[[dict], float], **about
 ) -> None:
     """Stores episodes of the task `env` as a local Minari dataset that knows its task; `about` as Minari names it."""
-
-    def parts() -> Iterator[tuple]:
-        for episode in episodes:
-            verdict = success(episode.info)
-            infos = None
-            if not math.isnan(verdict):  # known at the end only
-                infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
-            yield *as_stored(episode), infos
+    from gymnasium.vector.utils import concatenate, create_empty_array
+    from minari.data_collector import EpisodeBuffer
 
     check_new_dataset(dataset_id)  # another run may have recorded meanwhile
+    space, buffers = env.observation_space, []
+    for episode in episodes:
+        stacked = concatenate(space, episode.observations, create_empty_array(space, len(episode.observations)))
+        columns = (episode.actions, episode.rewards, episode.terminations, episode.truncations)
+        verdict = success(episode.info)
+        infos = None
+        if not math.isnan(verdict):  # known at the end only
+            infos = {"success": np.array([False] * len(episode.rewards) + [bool(verdict)])}
+        buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
     spec = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)  # the wrapper's limit
     about["env_spec"] = storable(spec).to_json()
-    store(dataset_id, parts(), about, observation_space=env.observation_space, action_space=env.action_space)
+    write(dataset_id, buffers, about, observation_space=space, action_space=env.action_space)
 
 
 def last_evaluation(
