@@ -22,12 +22,11 @@ New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to e
 """
 
 import copy
-import dataclasses
 import json
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -47,7 +46,7 @@ from common.evaluation import evaluate, record_video, report
 from common.pixels import FrameFile, Views, pack_pixels, views_of
 from common.recording import check_new_dataset, file_hash
 from common.run import Run
-from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
+from common.setup import RunArgs, check_new_folder, ends_well, fail, flag, has_checkpoint, parse
 from common.success import rewarded
 from common.tensors import RunningNormalizer
 
@@ -495,7 +494,7 @@ class Classifier(nn.Module):
 
     def __init__(self, views: Views, args: Args, load: bool = True):
         super().__init__()
-        self.encoder = Encoder(views, dataclasses.replace(args, film=None), load)
+        self.encoder = Encoder(views, replace(args, film=None), load)
         self.hidden = nn.Linear(self.encoder.out_dim, args.latent_dim)
         self.norm = nn.LayerNorm(args.latent_dim)
         self.out = nn.Linear(args.latent_dim, 1)
@@ -656,8 +655,8 @@ class FrameBuffer(ReplayBuffer):
         self.frames.load_state_dict(state["frames"])
 
 
-def load_pixel_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap, run: Run) -> FrameBuffer:
-    """Demonstrations, stored as live steps; their observations are the agent's first statistics."""
+def load_pixel_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> list[np.ndarray]:
+    """Demonstrations as live steps; VICE's goals are the last images of those that succeed."""
     steps, episodes, goals = [], [], []
     for episode in demonstrations(args.demos, task, args.seed, DEMO_NOISE):
         for action, obs, reward, terminated in replay(episode, task, wrap, args.action_chunk):
@@ -665,28 +664,21 @@ def load_pixel_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap,
         if success(episode.info) != 0:  # also where the task does not say
             goals.append(torch.from_numpy(obs["images"]))
         episodes.append(episode._replace(observations=[]))
-    count = len(steps) - len(episodes)
-    demos = agent.make_buffer("demonstrations", count, run, len(episodes) + count * agent.new_frames)
-    for step in steps:
-        demos.add(step)
-    agent.normalizer.update(demos.newest_observations(len(demos)))
     print(f"demonstrations: {summary(episodes, success)}", flush=True)
     if args.reward == "vice" and not goals:
         fail(f"--reward vice: none of the demonstrations of --demos {args.demos} ends in success")
     if args.reward == "vice":
         agent.goals = torch.stack(goals).to(agent.device)
-    return demos
+    return steps
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
 class Agent:
     """SAC from images with the options of DrQ, RLPD, VICE and SERL."""
 
-    PARTS = ("normalizer", "encoder", "mean_encoder", "actor", "mean_actor", "critic", "target_critic")
-    PARTS += ("trunk", "classifier")
-    PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer", "classifier_optimizer")
-    METRICS = ("losses/critic_loss", "losses/q_values")
-    METRICS += ("losses/actor_loss", "losses/entropy", "losses/alpha")
+    PARTS = ("normalizer", "encoder", "mean_encoder", "actor", "mean_actor", "critic", "target_critic", "trunk")
+    PARTS += ("classifier", "actor_optimizer", "critic_optimizer", "alpha_optimizer", "classifier_optimizer")
+    METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/vice_loss", "losses/vice_reward")
 
     def __init__(self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved=False):
@@ -1055,7 +1047,11 @@ def start_pixels(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent
     """Parts of a new run, with demonstrations, or of one that goes on: then `Run.keep` loads them."""
     device = tensors.set_up_torch(args.threads, args.amp)
     env = wrap(task)
-    agent = Agent(views_of(env), env.action_space, args, device, saved=has_checkpoint(args.run_dir))
+    saved = has_checkpoint(args.run_dir)
+    agent = Agent(views_of(env), env.action_space, args, device, saved)
+    if args.run_dir and not (args.resume or args.eval_only):
+        check_new_folder(args.run_dir)  # demonstrations take a while
+    steps = load_pixel_demos(args, agent, task, wrap) if args.demos != "0" and not saved else []
     run = Run(args, args.env_id, __file__, device)  # a new one once all is checked
     capacity = min(args.buffer_size, args.total_timesteps)
     slots = capacity * agent.new_frames + capacity // 64 + args.frame_stack
@@ -1063,10 +1059,12 @@ def start_pixels(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent
         slots += min(4 * args.eval_every, args.total_timesteps - capacity) * agent.new_frames
     buffer = agent.make_buffer("replay", capacity, run, slots)
     demos = None
-    if args.demos != "0" and run.state:
-        demos = agent.make_buffer("demonstrations", 1, run, 1)  # grows when it is loaded
-    elif args.demos != "0":
-        demos = load_pixel_demos(args, agent, task, wrap, run)
+    if args.demos != "0":
+        count = sum(not step["first"] for step in steps)  # 0 where a run goes on: it grows when it is loaded
+        demos = agent.make_buffer("demonstrations", max(count, 1), run, max(len(steps), 1) * agent.new_frames)
+        for step in steps:
+            demos.add(step)
+        agent.normalizer.update(demos.newest_observations(len(demos)))  # its first statistics
     return run, agent, buffer, demos
 
 

@@ -270,7 +270,10 @@ def demonstrations(tmp_path: Path, **changes) -> tuple[Agent, FrameBuffer]:
     args = small_args(**{"env_id": "PixelPoint-v0", "demos": "3", "image_size": 32} | changes)
     wrap, task = partial(wrap_images, args=args), make_env(args)
     agent = Agent(views_of(wrap(task)), wrap(task).action_space, args, CPU)
-    return agent, load_pixel_demos(args, agent, task, wrap, types.SimpleNamespace(dir=tmp_path, state=None))
+    demos = agent.make_buffer("demonstrations", 1000, run_stub(tmp_path), 4000)
+    for step in load_pixel_demos(args, agent, task, wrap):
+        demos.add(step)
+    return agent, demos
 
 
 def test_demonstrations_of_a_task_that_writes_in_place_are_copied(tmp_path):
@@ -1205,6 +1208,7 @@ def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
         ("--film gripper", "--film gripper: the observation has no such state, only: state"),
         ("--grad-accum-steps 3", "--grad-accum-steps 3: must divide --batch-size"),
         ("--small-channels 4 0", "--small-channels: give numbers above 0"),
+        ("--demos nowhere/point-v0", "--demos nowhere/point-v0: "),
         ("--env-id probe_envs:NoOpenGL-v0", "Images need OpenGL, run: apt-get install -y libegl1"),
     ],
 )
