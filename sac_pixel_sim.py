@@ -933,6 +933,7 @@ class Agent:
         *parts, subset = inputs
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        logged = []
         for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations last
             *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
             batch = self.prepare(Batch(*fields), frames)
@@ -946,12 +947,13 @@ class Agent:
             if with_actor and self.args.reward == "vice":
                 online = len(batch.rewards) - self.num_demos // self.args.grad_accum_steps
                 metrics |= self.classifier_gradient(batch.next_observations.images[:online])
+            logged.append(metrics)
         self.step_critic()
         if with_actor:
             self.step_actor()
             if self.classifier_optimizer:
                 self.classifier_optimizer.step()
-        return metrics
+        return {name: torch.stack([part[name] for part in logged]).mean() for name in metrics}
 
     def update(self, buffer: FrameBuffer, demos: FrameBuffer | None, count: int) -> dict[str, Tensor]:
         """`count` critic updates and the actor updates then due; the newest metrics, detached."""

@@ -815,6 +815,20 @@ def test_ways_to_compute_the_same_gradients(changes, dropout):
         np.testing.assert_allclose(theirs[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max(), err_msg=name)
 
 
+@pytest.mark.parametrize("reward", ["env", "vice"])
+def test_losses_of_a_batch_in_parts_are_the_whole_batchs(reward):
+    options = {"augment": (), "demos": "1", "batch_size": 16, "reward": reward}
+    logged = []
+    for grad_accum_steps in (1, 4):
+        agent = Agent(small_views(), box(2), small_args(**options, grad_accum_steps=grad_accum_steps), CPU)
+        agent.goals = torch.full((3, 1, *agent.views.frame_shape), 200, dtype=torch.uint8)
+        logged.append(agent.update_once(*random_inputs(agent, 16), with_actor=True))
+    whole, parts = logged
+    assert whole.keys() == parts.keys()
+    for name in whole.keys() - {"losses/vice_loss"}:  # mixes other images
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, err_msg=name)
+
+
 # --- VICE and success classifiers -------------------------------------------------------------------------------------
 def vice_agent(**changes) -> Agent:
     args = small_args(reward="vice", demos="1", demo_ratio=0.25, lr=3e-3)
