@@ -127,10 +127,8 @@ class ImagesAndState(gym.ObservationWrapper):
     def observation(self, obs) -> dict[str, np.ndarray]:
         images = [self.image(self.in_bytes(obs, name), self.axes[name]) for name in self.cameras]
         states = [spaces.flatten(space, self.part(obs, name)) for name, space in self.states.items()]
-        return {
-            "images": np.stack(images),
-            "state": np.concatenate([np.zeros(0, np.float32), *states], dtype=np.float32),
-        }
+        state = np.concatenate([np.zeros(0, np.float32), *states], dtype=np.float32)
+        return {"images": np.stack(images), "state": state}
 
     def in_bytes(self, obs, name: str) -> np.ndarray:
         """An image as bytes, bright where its space ends. Raises Fault when it holds something else."""
@@ -229,6 +227,8 @@ class FrameFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             fail(f"--frames-dir {self.path.parent}: {error.strerror}; give another folder")
+        if not os.access(self.path.parent, os.W_OK):
+            fail(f"--frames-dir {self.path.parent}: takes no files; give another folder")
         needed, free = slots * self.frame_bytes, shutil.disk_usage(self.path.parent).free
         print(f"{what}, {size_text(needed)} of disk in {self.path.parent}", flush=True)
         if needed > free:
@@ -294,11 +294,10 @@ class FrameFile:
     def load_state_dict(self, state: dict) -> None:
         """Exits with one line when the file is not there, or shorter than it was."""
         slots = len(state["uses"])
+        needed = slots * self.frame_bytes
         size = self.path.stat().st_size if self.path.exists() else 0
-        if size < slots * self.frame_bytes:
-            fail(
-                f"{self.path}: has {size} bytes of {slots * self.frame_bytes}; bring the whole file back, or start anew"
-            )
+        if size < needed:
+            fail(f"{self.path}: has {size} bytes of {needed}; bring the whole file back, or start anew")
         if not slots:
             return
         self.open(size // self.frame_bytes)
@@ -330,6 +329,8 @@ def frame_file(
     if frames_dir:
         path = Path(frames_dir, "-".join((*run.dir.parts[-2:], path.name))).absolute()
     file = FrameFile(path, views.frame_shape, device)
+    if frames_dir and path.exists() and not (run.state or run.args.resume):
+        fail(f"--frames-dir {frames_dir}: has {path.name}, another run's; delete it if that is gone, or give another")
     if run.state is None:
         pictures = f"{len(views.cameras)} x {views.size} x {views.size} pixels"
         what = f"{name}: {capacity:,} transitions of {pictures}, {slots:,} frames"

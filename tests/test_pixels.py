@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import types
 from pathlib import Path
 
 import gymnasium as gym
@@ -11,7 +12,16 @@ import torch
 from gymnasium import spaces
 
 from common import pixels as module
-from common.pixels import FrameFile, ImagesAndState, Rendered, image_axes, size_text
+from common.pixels import (
+    FrameFile,
+    ImagesAndState,
+    Rendered,
+    Views,
+    frame_file,
+    image_axes,
+    pixel_step_type,
+    size_text,
+)
 from common.setup import Fault
 
 CPU = torch.device("cpu")
@@ -308,6 +318,26 @@ def test_disk_is_announced_and_refused_before_it_is_taken(tmp_path, monkeypatch,
     (tmp_path / "taken").touch()
     with pytest.raises(SystemExit, match=f"--frames-dir {tmp_path}/taken: File exists; give another folder"):
         FrameFile(tmp_path / "taken" / "f.frames", (2, 128, 128, 3), CPU).check_disk(200, "replay", "lower it")
+    monkeypatch.setattr(module.os, "access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(SystemExit, match=f"--frames-dir {tmp_path}/new: takes no files; give another folder"):
+        file.check_disk(200, "replay", "lower it")
+
+
+def test_frames_of_another_run_are_not_written_over(tmp_path):
+    """Of one whose folders are called the same, in another place: its frames would be this run's, in silence."""
+    views = Views(("front",), 8, 1, {"state": (0, 1)})
+
+    def frames_of(place: str, resume: str | None = None) -> FrameFile:
+        folder = tmp_path / place / "runs" / "mine"
+        run = types.SimpleNamespace(dir=folder, state=None, args=types.SimpleNamespace(resume=resume))
+        return frame_file("replay", 3, 4, views, pixel_step_type(views, 2, 1), run, str(tmp_path / "disk"), CPU)
+
+    one = frames_of("one")
+    one.put(np.full(views.frame_shape, 7, np.uint8))
+    with pytest.raises(SystemExit, match="disk: has runs-mine-replay.frames, another run's; delete it if that is gone"):
+        frames_of("other")
+    assert one.frames[0].min() == 7
+    frames_of("one", resume="runs/mine")  # killed before its first checkpoint, it begins anew
 
 
 def test_sizes_for_people():
