@@ -64,20 +64,19 @@ def augment(frames: Tensor, kinds: tuple[str, ...], padding: int, generator: tor
     `kinds` are of crop (by at most `padding` pixels), jitter, blur, flip; without any the frames come back.
     """
     batch, count = frames.shape[:2]
-    number, device = batch * count, frames.device
     images = frames.flatten(0, 1)
     if "crop" in kinds:
-        offsets = torch.randint(2 * padding + 1, (number, 2), generator=generator, device=device)
+        offsets = torch.randint(2 * padding + 1, (len(images), 2), generator=generator, device=frames.device)
         images = random_crop(images, offsets, padding)
     if "jitter" in kinds:
-        draws = torch.rand(number, 3, generator=generator, device=device)
+        draws = torch.rand(len(images), 3, generator=generator, device=frames.device)
         images = color_jitter(images.float(), JITTER_STRENGTH, draws)
     if "blur" in kinds:
-        sigmas = BLUR_LEAST + BLUR_RANGE * torch.rand(number, generator=generator, device=device)
+        sigmas = BLUR_LEAST + BLUR_RANGE * torch.rand(len(images), generator=generator, device=frames.device)
         images = blur(images.float(), sigmas)
     images = images.unflatten(0, (batch, count))
     if "flip" in kinds:
-        flips = torch.rand(batch, 1, 1, 1, 1, generator=generator, device=device) < 0.5
+        flips = torch.rand(batch, 1, 1, 1, 1, generator=generator, device=frames.device) < 0.5
         images = torch.where(flips, images.flip(3), images)
     return images
 
@@ -339,12 +338,13 @@ def load_trunk(trunk: nn.Module, path: str) -> None:
     """
     try:
         given = read_parameters(path)
-        wanted = trunk.state_dict()
-        for name, tensor in wanted.items():
+        for name, tensor in trunk.state_dict().items():
             shape = tuple(given[name].shape) if name in given else "not in the file"
             if shape != tuple(tensor.shape):
                 raise ValueError(f"{name} must have shape {tuple(tensor.shape)}, is {shape}")
-        trunk.load_state_dict({name: given[name] for name in wanted})
+            if not given[name].isfinite().all():
+                raise ValueError(f"{name} holds numbers that are not finite")
+        trunk.load_state_dict({name: given[name] for name in trunk.state_dict()})
     except Exception as error:  # a damaged or hostile file raises what it likes
         what = (str(error) or type(error).__name__).splitlines()[0].partition(". ")[0]  # no advice of PyTorch's
         raise ValueError(f"{path}: refused: {what}; give a file of the encoder's parameters") from error

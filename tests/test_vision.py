@@ -281,6 +281,15 @@ def test_pretrained_parameters_of_other_shape_or_name(tmp_path):
         load_trunk(ResNetTrunk(3), str(tmp_path / "nowhere.pt"))
 
 
+def test_pretrained_parameters_that_are_not_finite(tmp_path):
+    """Else the policy's actions would be blamed, once it acts."""
+    trunk, path = ResNetTrunk(3, (8, 16, 32, 64)), tmp_path / "resnet.pt"
+    trunk.norm_init.bias.data[3] = torch.nan
+    torch.save(trunk.state_dict(), path)
+    with pytest.raises(ValueError, match=r"resnet.pt: refused: norm_init.bias holds numbers that are not finite"):
+        load_trunk(trunk, str(path))
+
+
 @pytest.mark.parametrize("wrap", ["", "state_dict", "params", "module."])
 def test_plain_state_dict(tmp_path, wrap):
     """P5: what the file holds beside the trunk's parameters is left out; training loops store them inside something."""
