@@ -479,9 +479,9 @@ class FrankaTask(gym.Env):
         self.render_mode = render_mode
         self.viewer = None
         self.sim = sim = FrankaSim(self.scene, impedance=self.impedance, shadows=shadows)
+        if not 0 < control_hz * sim.model.opt.timestep <= 1:
+            raise ValueError(f"control_hz={control_hz} must be above 0 and at most {1 / sim.model.opt.timestep:.0f}")
         self.nstep = round(1 / (control_hz * sim.model.opt.timestep))
-        if self.nstep < 1:
-            raise ValueError(f"control_hz={control_hz} is faster than the physics, {1 / sim.model.opt.timestep:.0f} Hz")
         known = {sim.model.camera(i).name for i in range(sim.model.ncam)}
         if not set(self.cameras) <= known:
             raise ValueError(f"cameras={self.cameras}: there are {sorted(known)}")
