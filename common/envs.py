@@ -66,12 +66,12 @@ def time_limited(env: gym.Env, name: str) -> gym.Env:
 
 
 def with_opengl(make_task: Callable[[], gym.Env], name: str, render: bool) -> gym.Env:
-    """What `make_task` makes. Without a display it renders by EGL or OSMesa. Raises Fault when it cannot, and must."""
+    """What `make_task` makes, by EGL or OSMesa without a display. Raises Fault where these, or pygame, are missing."""
     choose_opengl(render)
     try:
         return make_task()
     except Exception as error:
-        if isinstance(error, Fault) or not is_opengls(error):
+        if isinstance(error, Fault) or not (is_opengls(error) or isinstance(error, gym.error.DependencyNotInstalled)):
             raise
         raise Fault(f"{name}: {with_remedy(error)}") from error
 

@@ -139,6 +139,7 @@ class FatalError(Exception):
         (FatalError("gladLoadGL error"), "Arm-v0: gladLoadGL error; set MUJOCO_GL=egl"),
         (RuntimeError("OpenGL, run: apt-get install x"), "^Arm-v0: OpenGL, run: apt-get install x$"),
         (Fault("Arm-v0 has no OpenGL"), "^Arm-v0 has no OpenGL$"),
+        (gym.error.DependencyNotInstalled("pygame is not installed"), "^Arm-v0: pygame is not installed$"),
         (FatalError("the simulation is unstable"), "^the simulation is unstable$"),
         (ValueError("gear"), "^gear$"),
     ],
