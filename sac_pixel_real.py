@@ -314,6 +314,7 @@ class Person:
         """Raises RobotError when there is no such device. Exits with one line when nobody can give the verdicts."""
         self.help_until = args.help_until
         self.quit = False
+        self.paused = False  # in the last `heed`: what was seen before is old
         self.terminal = rc.Terminal() if sys.stdin.isatty() or teleop == "keyboard" else None
         self.rng = np.random.default_rng(args.seed)
         self.scripted = teleop == "scripted"
@@ -1080,14 +1081,15 @@ class Agent:
         *parts, subset = inputs
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        logged = []
         for i in range(self.args.grad_accum_steps):  # each has its share of demonstrations last
             *fields, frames, eps = [part[i :: self.args.grad_accum_steps] for part in parts]
             batch = self.prepare(Batch(*fields), frames)
-            metrics = self.gradients(batch, eps, subset, with_actor)
+            logged.append(self.gradients(batch, eps, subset, with_actor))
         self.step_critic()
         if with_actor:
             self.step_actor()
-        return metrics
+        return {name: torch.stack([part[name] for part in logged]).mean() for name in logged[0]}
 
     def update(self, buffer: FrameBuffer, demos: FrameBuffer, count: int) -> dict[str, Tensor]:
         """`count` critic updates and the actor updates then due; the newest metrics, detached."""
@@ -1646,7 +1648,7 @@ def heed(person: Person, env: gym.Env, ended: bool, stopped: Callable[[], bool])
     differently. A device that fails is a pause. Raises RobotError when there is no terminal to go on in.
     """
     paused = False
-    person.paused = False  # whether it has been, so that what was seen before is old
+    person.paused = False
     until = time.monotonic() + OVERRULE_S if ended and person.terminal else -math.inf
     while True:
         while command := person.command():

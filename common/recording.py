@@ -233,8 +233,7 @@ def put(group, fields: dict, attributes: dict) -> None:
         if isinstance(value, dict):
             put(group.create_group(name), value, {})
         elif value.dtype == np.uint8 and value.ndim == 4:
-            chunks = (1, *value.shape[1:])
-            group.create_dataset(name, data=value, chunks=chunks, compression="gzip", compression_opts=1)
+            group.create_dataset(name, data=value, chunks=(1, *value.shape[1:]), compression="gzip", compression_opts=1)
         else:
             group.create_dataset(name, data=value)
 

@@ -50,7 +50,7 @@ class Run:
         Exits with one line when it cannot be written or read, or is not empty. Sets args.run_dir.
         """
         self.args, self.script = args, Path(script).resolve()
-        name = f"{name}__{self.script.stem}__{args.seed}__{time.time_ns()}".replace("/", "-").replace(":", "-")
+        name = f"{name}__{self.script.stem}__{args.seed}__{time.time_ns() // 10**6}".replace("/", "-").replace(":", "-")
         args.run_dir = args.run_dir or f"runs/{name}"
         self.dir = Path(args.run_dir).absolute()  # a task may change the current folder
         self.step = 0
