@@ -313,7 +313,7 @@ def test_a_learner_that_takes_nothing_is_not_sent_the_same_again(tmp_path):
         for number in range(1, 21):
             actor.send(record(number))
             learner.receive(20, most=0)
-        assert sum(arrived) <= 20 * SIZE and len(arrived) > 10
+        assert sum(arrived) <= 20 * SIZE and len(arrived) > 5
         assert taken(learner, actor, 20) == [record(number) for number in range(1, 21)]
 
 

@@ -527,7 +527,7 @@ def test_person_goes_on_when_the_robot_may_move_again(tmp_path, monkeypatch):
     with Person(tmp_path, "--episodes", 2, task="Stopped") as person:
         for said in ("episode 0: success", "episode 1: success"):
             person.waits_for("ready")
-            person.types("w", then_s=0.3)
+            person.types("w", then_s=0.8)  # a second y that comes sooner would be the first one, held
             person.types("y")
             person.waits_for(said)
             if said.startswith("episode 0"):
