@@ -587,6 +587,8 @@ def main(args: Args) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until there is a Session
     try:
         work(args)
+    except Fault as error:  # before there is a recording
+        fail(str(error))
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on with what is recorded") from None
 

@@ -160,6 +160,13 @@ class Square(Reach):
         return super().observe() | {"front": np.full((32, 32, 3), 100, np.uint8)}
 
 
+class Uninstalled(Reach):
+    """A package is missing, such as what renders."""
+
+    def __init__(self):
+        raise gym.error.DependencyNotInstalled("pygame is not installed")
+
+
 class TwoCameras(Reach):
     """A second picture."""
 
@@ -180,5 +187,5 @@ class TwoSizes(Reach):
 
 
 SETTINGS = (Boxed, Square, TwoCameras, TwoSizes)
-for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Stopped, Silent, Gripper, *SETTINGS):
+for task in (Reach, Slow, Faulty, FullDisk, DiskFills, Stuck, Stopped, Silent, Gripper, Uninstalled, *SETTINGS):
     gym.register(f"{task.__name__}-v0", f"{__name__}:{task.__name__}", max_episode_steps=30)

@@ -267,6 +267,7 @@ def test_bad_flags(tmp_path):
 
 def test_unknown_tasks_are_refused(tmp_path):
     assert "--env-id recorded_tasks:Raech-v0: " in refusal(tmp_path, task="Raech")
+    assert "--env-id recorded_tasks:Uninstalled-v0: pygame is not" in refusal(tmp_path, task="Uninstalled")
     flags = ("--env-id", "Pendulum-v1", "--teleop", "expert")
     finished = run_script("record_demos.py", *flags, cwd=tmp_path, check=False)
     assert "--teleop expert: Pendulum-v1 has no expert_action()" in finished.stderr
