@@ -110,7 +110,7 @@ def check_values(name: str, x: np.ndarray) -> None:
         example = x.ravel()[:1].tolist() or [x.dtype]
         raise Misfit(f"{name} hold {example[0]!r}, not numbers")
     if x.dtype.itemsize > 1:
-        wrong = ~(np.abs(x) <= HUGE)  # NaN as well
+        wrong = ~(np.abs(x, dtype=float) <= HUGE)  # NaN as well; in float16 HUGE would be infinite
         if wrong.any():
             where = np.argwhere(wrong)[0]
             column = "" if len(where) < 2 else f" (number {' '.join(map(str, where[1:]))} of each)"

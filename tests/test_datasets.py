@@ -1795,6 +1795,14 @@ def test_b9_observations_of_any_kind_of_number(tmp_path, kind):
     np.testing.assert_array_equal(train["observations"], rows["observations"].astype(np.float32))
 
 
+def test_b9_observations_of_float16_that_are_infinite():
+    """What float16 cannot hold; there, the largest number that is a measurement is infinite, too."""
+    space = spaces.Dict(q=spaces.Box(-np.inf, np.inf, (1,), np.float16))
+    steps_dataset(space=space, observations=lambda i: {"q": np.array([[np.inf]] * 7, np.float16)})
+    with pytest.raises(SystemExit, match="observations hold numbers that are not finite: inf at step 0"):
+        train_rows("own/data-v0")
+
+
 def test_b9_choices_are_no_quantities(tmp_path, capsys):
     """Left or right, 0 or 1, fits into [-1, 1]: cloned as a number it would be half of each."""
     rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 2, 1) | {"actions": np.arange(7) % 2}
