@@ -187,8 +187,12 @@ def storable(spec: EnvSpec) -> EnvSpec:
         named.to_json()
     except (TypeError, ValueError):  # a partial, as shimmy's, or options that are no JSON: it is made by its id
         module = entry.partition(":")[0] if isinstance(entry, str) else entry.func.__module__
-        plain = bool | int | float | str | list | tuple | dict | None
-        options = {key: value for key, value in spec.kwargs.items() if isinstance(value, plain)}
+        options = {}
+        for key, value in spec.kwargs.items():
+            with contextlib.suppress(TypeError, ValueError):
+                options[key] = json.loads(json.dumps(value))
+        if lost := spec.kwargs.keys() - options:
+            say_once(f"{spec.id}: options {sorted(lost)} are no JSON; its data has those it is registered with")
         options["task"] = f"{module}:{spec.id}"
         by_id = {"entry_point": "common.envs:made_again", "vector_entry_point": None, "kwargs": options}
         named = dataclasses.replace(spec, **by_id)
@@ -295,10 +299,8 @@ ROBOSUITE_NAMES = {
 }
 LAYOUTS = "give an HDF5 file of D4RL's layout (observations, actions, rewards, terminals, timeouts) or robomimic's"
 NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
-WAYS_ON = (
-    "three ways on: {}; "
-    "name a dataset that is here (`minari list local`); leave --env-name out, the default makes its own data"
-)
+WAYS_ON = "three ways on: {}; name a dataset that is here (`minari list local`); "
+WAYS_ON += "leave --env-name out, the default makes its own data"
 
 
 # --- Which data a name means ------------------------------------------------------------------------------------------
@@ -798,8 +800,7 @@ def download_minari(name: str, also_known: Iterable[str]) -> str:
     import minari
 
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    ways_on = f"`minari download {name}` on another machine, and copy ~/.minari/datasets/{name} from there"
-    ways_on = WAYS_ON.format(ways_on)
+    ways_on = WAYS_ON.format(f"`minari download {name}` on another machine, copy ~/.minari/datasets/{name} from there")
     if not os.environ.get("MINARI_REMOTE") and not reachable(hub):
         fail(f"--env-name {name}: is not here, and {hub} cannot be reached{nearest(name, also_known)}; {ways_on}")
     root = minari_root()
@@ -1285,8 +1286,7 @@ def action_box(dataset, own_bounds: bool) -> spaces.Box:
         fail(f"{dataset.id}: actions must be a bounded Box of floats, not {space}")
     if own_bounds:
         low, high = math.inf, -math.inf
-        with_images = dataset.storage.FORMAT != "hdf5"
-        for _, _, _, actions, *_ in read_episodes(dataset, dataset.episode_indices, with_images):
+        for _, _, _, actions, *_ in read_episodes(dataset, dataset.episode_indices, dataset.storage.FORMAT != "hdf5"):
             low, high = np.minimum(low, actions.min(0)), np.maximum(high, actions.max(0))
         return spaces.Box(*np.array([low, high], space.dtype), dtype=space.dtype)
     width = space.high.astype(float) - space.low

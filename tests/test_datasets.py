@@ -187,18 +187,21 @@ def test_a_file_for_a_task_that_does_not_run_here(tmp_path, capsys):
 
 
 class Configured(offline_data.Steps):
-    """An option is an array, as targets often are."""
+    """An option is an array, as targets often are, or holds some."""
 
-    def __init__(self, lengths: np.ndarray, render_mode: str | None = None):
-        super().__init__(render_mode, length=int(lengths.max()))
+    def __init__(self, lengths: dict | np.ndarray, render_mode: str | None = None):
+        super().__init__(render_mode, length=int(np.max(lengths["all"] if isinstance(lengths, dict) else lengths)))
 
 
-def test_a_file_for_a_task_whose_options_are_no_json(tmp_path):
-    gym.register("Configured-v0", Configured, kwargs={"lengths": np.array([2, 3])})
+@pytest.mark.parametrize("lengths", [np.array([2, 3]), {"all": np.array([2, 3])}])
+def test_a_file_for_a_task_whose_options_are_no_json(tmp_path, capsys, lengths):
+    envs.say_once.cache_clear()
+    gym.register("Configured-v0", Configured, kwargs={"lengths": lengths})
     path = write_hdf5(tmp_path / "own.hdf5", d4rl_rows(((4, "timeout"),), 2, 1))
     env = make_env_and_datasets("Configured-v0", Args(dataset_path=str(path)))[0]
     env.reset(seed=0)
     assert [env.step(np.zeros(1))[3] for _ in range(3)] == [False, False, True]
+    assert "Configured-v0: options ['lengths'] are no JSON" in capsys.readouterr().err
 
 
 class Only(offline_data.Steps):
