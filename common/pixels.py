@@ -330,6 +330,7 @@ def frame_file(
         path = Path(frames_dir, "-".join((*run.dir.parts[-2:], path.name))).absolute()
     file = FrameFile(path, views.frame_shape, device)
     if frames_dir and path.exists() and not (run.state or run.args.resume):
+        (run.dir / "args.json").unlink(missing_ok=True)  # no run yet: --resume would write over that file
         fail(f"--frames-dir {frames_dir}: has {path.name}, another run's; delete it if that is gone, or give another")
     if run.state is None:
         pictures = f"{len(views.cameras)} x {views.size} x {views.size} pixels"

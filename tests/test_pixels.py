@@ -334,8 +334,11 @@ def test_frames_of_another_run_are_not_written_over(tmp_path):
 
     one = frames_of("one")
     one.put(np.full(views.frame_shape, 7, np.uint8))
+    (tmp_path / "other" / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "other" / "runs" / "mine" / "args.json").touch()
     with pytest.raises(SystemExit, match="disk: has runs-mine-replay.frames, another run's; delete it if that is gone"):
         frames_of("other")
+    assert not list((tmp_path / "other" / "runs" / "mine").iterdir())  # nothing that --resume takes
     assert one.frames[0].min() == 7
     frames_of("one", resume="runs/mine")  # killed before its first checkpoint, it begins anew
 
