@@ -14,6 +14,7 @@ import numpy as np
 from gymnasium import spaces
 from tqdm import tqdm
 
+from common import datasets
 from common.datasets import as_stored, each, id_for, is_here, local_dataset, sound, storable, store, unreadable, write
 from common.envs import Checked, Wrap, episode_seed, leaves, looks_like_image, make, say_once
 from common.evaluation import Policy, evaluate
@@ -216,9 +217,8 @@ def minari_episodes(dataset_id: str, env: gym.Env) -> Iterator[Episode]:
     recorded, here = (spec.id if spec else None for spec in (dataset.spec.env_spec, env.spec))
     if recorded and recorded != here:
         say_once(f"--demos {dataset_id}: was recorded in {recorded}, the task is {here}")
-    about = dataset.storage.metadata
-    if "fingerprint" in about:
-        check_fingerprint(f"--demos {dataset_id}", about["fingerprint"], fingerprint(env))
+    if recorded_in := dataset.storage.metadata.get("fingerprint"):
+        check_fingerprint(f"--demos {dataset_id}", recorded_in, fingerprint(env))
     try:
         for episode in dataset.iterate_episodes():
             yield minari_episode(f"--demos {dataset_id}: episode {episode.id}", episode, ours)
@@ -313,6 +313,9 @@ def record(
         buffers.append(EpisodeBuffer(len(buffers), None, None, stacked, *columns, infos))
     spec = dataclasses.replace(env.unwrapped.spec, max_episode_steps=env.spec.max_episode_steps)  # the wrapper's limit
     about["env_spec"] = storable(spec).to_json()
+    boxes = [part for _, part in leaves(space) if isinstance(part, spaces.Box)]
+    size = sum(math.prod(box.shape) * box.dtype.itemsize for box in boxes) * sum(len(x.rewards) + 1 for x in buffers)
+    datasets.check_space(datasets.minari_root(), 1e6 + 1.2 * size, f"--record-dataset {dataset_id}")
     write(dataset_id, buffers, about, observation_space=space, action_space=env.action_space)
 
 

@@ -1,6 +1,7 @@
 """common/episodes.py: kept, demonstrated, played again, stored."""
 
 import math
+import shutil
 from functools import partial
 
 import gymnasium as gym
@@ -413,6 +414,16 @@ def test_a_recording_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.setattr("minari.dataset._storages.hdf5_storage.HDF5Storage.update_episodes", full)
     with pytest.raises(OSError, match="No space"):
         record("own/half-v0", demonstrations("1", point(), seed=1, noise=0.0), point(), lambda info: math.nan)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_recording_asks_for_its_disk(tmp_path, monkeypatch):
+    """Where that fills up, HDF5 ends the program by a segmentation fault: pictures are stored as they are."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(SystemExit, match=r"0 MB are free, --record-dataset own/large-v0 needs 1; make room"):
+        record("own/large-v0", demonstrations("1", point(), seed=1, noise=0.0), point(), lambda info: math.nan)
     assert not any(tmp_path.iterdir())
 
 
