@@ -91,8 +91,7 @@ class Learner:
         check: Callable[[bytes], None] = lambda records: None,
     ):
         """Listens at `address`; `hello` must be the actors' too; `check` raises ValueError for records not to be taken.
-        Exits with one line when the address is taken, or on a network without `keys`, which are made if none are there.
-        """
+        Exits with one line when the address is taken, or on a network without `keys`; makes them if none are there."""
         ip, port = parse_address(address)
         if not ipaddress.ip_address(ip).is_loopback and not keys:
             fail(f"--address {address}: a network needs --curve-keys DIR, which encrypts and authenticates")
@@ -342,8 +341,9 @@ class Actor:
     def weights(self) -> tuple[int, bytes] | None:
         """Version and weights, if newer ones have come."""
         newest, self.newest = self.newest, None
-        if self.subscriber.poll(0):
-            header, _, weights = self.subscriber.recv().partition(b"\n")
+        message = self.subscriber.recv() if self.subscriber.poll(0) else b""
+        if message.startswith(b'{"version"'):  # not of another program, whose reply ends this one
+            header, _, weights = message.partition(b"\n")
             header = json.loads(header)
             self.done = self.done or header["done"]
             newest = header["version"], weights

@@ -389,10 +389,18 @@ def test_a_pause_of_an_actor_is_no_silence_of_its_learner(tmp_path):
 
 
 def test_an_address_where_another_program_answers(tmp_path):
-    """As robot_server.py does: first comes what it takes for an envelope."""
-    port = free_port()
-    with zmq.Context.instance().socket(zmq.ROUTER) as router, actor_at(port, tmp_path / "actor") as actor:
+    """As robot_server.py does: it publishes its state, and first comes what it takes for an envelope."""
+    port, context = free_port(), zmq.Context.instance()
+    with (
+        context.socket(zmq.ROUTER) as router,
+        context.socket(zmq.PUB) as publisher,
+        actor_at(port, tmp_path / "actor") as actor,
+    ):
         router.bind(f"tcp://127.0.0.1:{port}")
+        publisher.bind(f"tcp://127.0.0.1:{port + 1}")
+        while not actor.subscriber.poll(10):
+            publisher.send(b"\x82\xa1v\x02\xa2ok\xc3")  # msgpack
+        assert actor.weights() is None
         actor.exchange(0)
         router.send_multipart([*router.recv_multipart(), b"no JSON"])
         with pytest.raises(SystemExit, match="the learner says: what none says; is this --address its own"):
