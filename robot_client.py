@@ -1179,7 +1179,7 @@ class FrankaEnv(gym.Env):
                     raise self.stopped(str(error)) from error
                 if "move_joints: the tcp left" in str(error):  # another try would move the arm out again
                     raise RobotError(f"{error} to reset_joints; change one of the three", "bad_argument") from error
-                if attempt == 2 and any(words in str(error) for words in ("reflex", "in its way", "the tcp left")):
+                if attempt == 2 and any(why in str(error) for why in ("reflex", "in its way", "tcp left", "max-force")):
                     raise self.stopped(str(error), "three times on the way to the start") from error
                 if attempt == 2 or not self.config.recover_at_reset:
                     raise

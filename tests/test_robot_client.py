@@ -1572,6 +1572,24 @@ def test_after_three_tries_against_an_obstacle_a_person_must_look(monkeypatch):
     assert len(tried) == 3
 
 
+def test_after_three_tries_against_the_force_guard_a_person_must_look(monkeypatch):
+    """The next reset would push whoever is in its way again, without end."""
+    env = scripted_env(mode="idle")
+    env.config = dataclasses.replace(env.config, reset_joints_every=1)
+    on_its_way(env, monkeypatch)
+    tried = []
+
+    def meets_a_hand(op: str, **_) -> None:
+        if op == "move_joints":
+            tried.append(1)
+            raise rc.RefusedError("move_joints: an external force of 31 N exceeded --max-force 30", "failed")
+
+    env.client.job.side_effect = meets_a_hand
+    with pytest.raises(rc.StoppedError, match="--max-force 30: three times on the way to the start; call reset"):
+        env.reset()
+    assert len(tried) == 3
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_an_arm_that_was_pushed_out_of_the_workspace_on_its_way_is_brought_back(times, monkeypatch):
     """By the next try; after three a person must look."""
