@@ -2532,6 +2532,7 @@ def run_front(order: str) -> None:
 
     order = json.loads(order)
     log_file = logging.handlers.WatchedFileHandler(order["args"]["log_file"])  # which the robot process renames
+    log_file.addFilter(lambda record: Path(log_file.baseFilename).parent.exists())  # else it raises, the front ends
     if order["args"]["keys"]:
         import zmq.auth.thread  # noqa: F401
     logging.basicConfig(format=LOG_FORMAT, level=logging.INFO, handlers=[log_file])
@@ -2562,9 +2563,8 @@ class FrontProcess:
         command = [sys.executable, "-c", f"{program}; server.run_front(sys.argv[1])", json.dumps(order)]
         signal.pthread_sigmask(signal.SIG_BLOCK, END_SIGNALS)  # a new process starts with what is blocked
         with open(args.log_file, "ab") as output:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=output, pass_fds=fds
-            )
+            nothing = subprocess.DEVNULL
+            self.process = subprocess.Popen(command, stdin=nothing, stdout=nothing, stderr=output, pass_fds=fds)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, END_SIGNALS)
         theirs.close()
         self.link.setblocking(False)

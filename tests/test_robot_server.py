@@ -628,6 +628,15 @@ def test_a_log_that_is_full_is_renamed_for_the_front_too(tmp_path):
     assert (tmp_path / "robot_server.log.1").exists()
 
 
+def test_a_folder_of_the_log_that_is_removed_ends_no_front(tmp_path):
+    (tmp_path / "logs").mkdir()
+    with serving(tmp_path, "--log-file", "logs/server.log") as process, Wire(process.requests) as wire:
+        shutil.rmtree(tmp_path / "logs")
+        wire.take()  # which is logged
+        time.sleep(0.5)
+        assert process.poll() is None and wire.ask("hello")["result"]["server"]["fronts"] == 1
+
+
 def test_a_job_is_started_once(wire):
     wire.take()
     q = wire.state()["q"]
