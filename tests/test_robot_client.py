@@ -1572,19 +1572,25 @@ def test_after_three_tries_against_an_obstacle_a_person_must_look(monkeypatch):
     assert len(tried) == 3
 
 
-def test_after_three_tries_against_the_force_guard_a_person_must_look(monkeypatch):
-    """The next reset would push whoever is in its way again, without end."""
+def joint_motion_ended(why: str, monkeypatch) -> tuple[FrankaEnv, list]:
+    """An environment whose server ends each joint motion of a reset, and a list with an entry for each."""
     env = scripted_env(mode="idle")
     env.config = dataclasses.replace(env.config, reset_joints_every=1)
     on_its_way(env, monkeypatch)
     tried = []
 
-    def meets_a_hand(op: str, **_) -> None:
+    def job(op: str, **_) -> None:
         if op == "move_joints":
             tried.append(1)
-            raise rc.RefusedError("move_joints: an external force of 31 N exceeded --max-force 30", "failed")
+            raise rc.RefusedError(f"move_joints: {why}", "failed")
 
-    env.client.job.side_effect = meets_a_hand
+    env.client.job.side_effect = job
+    return env, tried
+
+
+def test_after_three_tries_against_the_force_guard_a_person_must_look(monkeypatch):
+    """The next reset would push whoever is in its way again, without end."""
+    env, tried = joint_motion_ended("an external force of 31 N exceeded --max-force 30", monkeypatch)
     with pytest.raises(rc.StoppedError, match="--max-force 30: three times on the way to the start; call reset"):
         env.reset()
     assert len(tried) == 3
@@ -1613,18 +1619,8 @@ def test_an_arm_that_was_pushed_out_of_the_workspace_on_its_way_is_brought_back(
 
 
 def test_a_joint_motion_out_of_the_workspace_is_not_tried_again(monkeypatch):
-    env = scripted_env(mode="idle")
-    env.config = dataclasses.replace(env.config, reset_joints_every=1)
-    on_its_way(env, monkeypatch)
-    tried = []
-
-    def leaves(op: str, **_) -> None:
-        if op == "move_joints":
-            tried.append(1)
-            left = "the tcp left --workspace-low and --workspace-high on its way"
-            raise rc.RefusedError(f"move_joints: {left}", "failed")
-
-    env.client.job.side_effect = leaves
+    why = "the tcp left --workspace-low and --workspace-high on its way"
+    env, tried = joint_motion_ended(why, monkeypatch)
     with pytest.raises(rc.RobotError, match="bad_argument: .*--workspace-high on its way to reset_joints") as caught:
         env.reset()
     assert len(tried) == 1 and caught.value.code == "bad_argument"  # which sac_pixel_real.py does not wait for
