@@ -57,13 +57,13 @@ from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
 from common import envs, link, pixels, recording, setup, tensors, vision
-from common.episodes import Recorder, check_steps, minari_episodes, replay, summary
-from common.pixels import FrameFile, Views, pack_pixels, views_of
+from common.episodes import Recorder, minari_episodes, replay, summary
+from common.pixels import FrameFile, Views, views_of
 from common.recording import Recording, Step, fields_of, write_video
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, parse, write_atomically
 from common.success import SuccessReward, open_detector
-from common.tensors import RunningNormalizer
+from common.tensors import RunningNormalizer, check_steps, pack_step, step_type
 
 TAU = 0.005  # the target critic's step towards the critic after each critic update
 STD_MIN, STD_MAX = 1e-5, 5.0  # of the policy, before tanh; SERL
@@ -257,7 +257,7 @@ def make_env(args: Args) -> gym.Env:
     return envs.make("robot_client:FrankaReal-v0", config=config, max_episode_steps=10**9)
 
 
-def wrap_robot(env: gym.Env, args: Args) -> gym.Env:
+def wrap_env(env: gym.Env, args: Args) -> gym.Env:
     """The task: {"images": (T, K, H, W, 3) uint8, "state": (T, S)}, T = --frame-stack; actions (A,) in [-1, 1]."""
     env = pixels.ImagesAndState(env, args.task, args.cameras, args.image_size)
     return gym.wrappers.FrameStackObservation(env, args.frame_stack)
@@ -776,7 +776,7 @@ class FrameBuffer(ReplayBuffer):
 
 def robot_step_type(views: Views, action_dim: int) -> np.dtype:
     """One step as it is journalled and sent: what was executed and what followed, or a reset; whether by a person."""
-    return np.dtype([*pixels.pixel_step_type(views, action_dim, 1).descr, ("intervened", "?")])
+    return np.dtype([*step_type(views.state_dim, action_dim, (1, *views.frame_shape)).descr, ("intervened", "?")])
 
 
 def add_intervention(demos: FrameBuffer, replay: FrameBuffer, step: np.ndarray, actor: str) -> None:
@@ -793,7 +793,7 @@ def add_intervention(demos: FrameBuffer, replay: FrameBuffer, step: np.ndarray, 
     demos.add(step, actor)
 
 
-def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
+def load_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
     """Successful demonstrations, stored as live steps. Exits with one line when there are none."""
     task = make_env(args)
     config = task.unwrapped.config
@@ -804,9 +804,9 @@ def load_robot_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
         if success(episode.info) != 1:
             continue
         penalties = grasp_penalties(episode.actions, closure, config)
-        replayed = replay(episode, task, partial(wrap_robot, args=args))
+        replayed = replay(episode, task, partial(wrap_env, args=args))
         for (action, obs, reward, terminated), extra in zip(replayed, [0.0, *penalties]):
-            steps.append(pack_pixels(agent.step_type, action, obs, reward + extra, terminated))
+            steps.append(pack_step(agent.step_type, action, obs, reward + extra, terminated))
         episodes.append(episode._replace(observations=[]))
     if not episodes:
         fail(f"--demos {args.demos}: none of its episodes is a success; record some with record_demos.py")
@@ -913,7 +913,7 @@ class Agent:
 
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
-        """Action (A,) in [-1, 1] for one observation of `wrap_robot`; the gripper's is the grasp critic's best."""
+        """Action (A,) in [-1, 1] for one observation of `wrap_env`; the gripper's is the grasp critic's best."""
         seen = self.one_observation(obs)
         features = self.encode(seen)  # which the grasp critic is trained on
         if deterministic:
@@ -1215,7 +1215,7 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
 def evaluate_policy(args: Args) -> None:
     """--eval-only: seeded start poses; a row of evaluation_POLICY.csv for each episode, a summary, a video."""
     rc.keep_the_beat()
-    env = wrap_robot(judged(make_env(args), args), args)
+    env = wrap_env(judged(make_env(args), args), args)
     agent = Agent(views_of(env), env.action_space, args, tensors.set_up_torch(args.threads, args.amp))
     folder = Path(args.eval_only)
     version = load_policy(agent, folder / f"{args.policy}.policy")
@@ -1299,13 +1299,13 @@ def load_policy(agent: Agent, path: Path) -> int:
 # --- Main -------------------------------------------------------------------------------------------------------------
 def start_learner(args: Args, run: Run, device: torch.device) -> tuple[Agent, FrameBuffer, FrameBuffer]:
     """The agent, and the buffers of replay and of demonstrations, of a new run or of the one to go on with."""
-    env = wrap_robot(make_env(args), args)  # for its spaces: no robot is contacted
+    env = wrap_env(make_env(args), args)  # for its spaces: no robot is contacted
     agent = Agent(views_of(env), env.action_space, args, device, saved=run.state is not None)
     capacity = min(args.buffer_size, args.total_timesteps)
     spare = 4 * SAVE_EVERY if capacity < args.total_timesteps else 0  # for what the newest two checkpoints refer to
     buffer = agent.make_buffer("replay", capacity, run, capacity + capacity // 50 + args.frame_stack + spare)
     if not run.state:
-        return agent, buffer, load_robot_demos(args, agent, run)
+        return agent, buffer, load_demos(args, agent, run)
     stored = len(run.state["demos"]["columns"][0])
     return agent, buffer, agent.make_buffer("demonstrations", stored + args.total_timesteps, run, 1)
 
@@ -1500,7 +1500,7 @@ def actor(args: Args) -> None:
     try:
         rc.check_server(args.server, args.server_keys)
         task = Recorder(rc.Intervention(task, person.teleop) if person.teleop else task)
-        env = wrap_robot(task, args)
+        env = wrap_env(task, args)
         plain = dataclasses.replace(args, compile=False)  # compiling takes longer than the robot waits for a step
         agent = Agent(views_of(env), env.action_space, plain, device)
         run = Run(args, args.task, __file__, device)
@@ -1594,8 +1594,8 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
 
     The verdict is one of VERDICTS, "time limit", "stopped", or "fault": the robot, its server, or a camera failed.
     """
-    sender, step_type = policy.sender, policy.agent.step_type
-    sender.stage(pack_pixels(step_type, None, obs).tobytes())
+    sender, dtype = policy.sender, policy.agent.step_type
+    sender.stage(pack_step(dtype, None, obs).tobytes())
     steps: list[Step] = []
     verdict = ""
     while not verdict:
@@ -1620,7 +1620,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
         asked = info["asked_action"]
         intervened = bool(info.get("intervened", False))
         if seen:
-            step = pack_pixels(step_type, None if anew else executed, obs, reward + info["grasp_penalty"], terminated)
+            step = pack_step(dtype, None if anew else executed, obs, reward + info["grasp_penalty"], terminated)
             step["intervened"] = intervened and asked.any() and not info["fault"]
             sender.stage(step.tobytes())
         suggested = bool(info["success"])

@@ -41,14 +41,14 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import envs, link, pixels, setup, tensors, vision
-from common.episodes import check_steps, demonstrations, last_evaluation, replay, summary
+from common.episodes import demonstrations, last_evaluation, replay, summary
 from common.evaluation import evaluate, record_video, report
-from common.pixels import FrameFile, Views, pack_pixels, views_of
+from common.pixels import FrameFile, Views, views_of
 from common.recording import check_new_dataset, file_hash
 from common.run import Run
 from common.setup import RunArgs, check_new_folder, ends_well, fail, flag, has_checkpoint, parse
 from common.success import rewarded
-from common.tensors import RunningNormalizer
+from common.tensors import RunningNormalizer, check_steps, pack_step, step_type
 
 try:
     import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
@@ -244,7 +244,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     return env  # TASK: wrappers of your own; one that changes actions has its own expert_action()
 
 
-def wrap_images(env: gym.Env, args: Args) -> gym.Env:
+def wrap_env(env: gym.Env, args: Args) -> gym.Env:
     """The task with observations {"images": (T, K, H, W, 3) uint8, "state": (T, S)}, where T is
     --frame-stack, and actions (A,) in [-1, 1]. Exits when this script cannot learn it."""
     env = envs.learnable(env, args.env_id)
@@ -655,12 +655,12 @@ class FrameBuffer(ReplayBuffer):
         self.frames.load_state_dict(state["frames"])
 
 
-def load_pixel_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> list[np.ndarray]:
+def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> list[np.ndarray]:
     """Demonstrations as live steps; VICE's goals are the last images of those that succeed."""
     steps, episodes, goals = [], [], []
     for episode in demonstrations(args.demos, task, args.seed, DEMO_NOISE):
         for action, obs, reward, terminated in replay(episode, task, wrap, args.action_chunk):
-            steps.append(pack_pixels(agent.step_type, action, obs, reward, terminated))
+            steps.append(pack_step(agent.step_type, action, obs, reward, terminated))
         if success(episode.info) != 0:  # also where the task does not say
             goals.append(torch.from_numpy(obs["images"]))
         episodes.append(episode._replace(observations=[]))
@@ -689,7 +689,7 @@ class Agent:
         self.views = views
         self.action_dim = action_space.shape[0]
         self.new_frames = 1 if args.action_chunk == 1 else views.stack  # of a stack, in each step
-        self.step_type = pixels.pixel_step_type(views, self.action_dim, self.new_frames)
+        self.step_type = step_type(views.state_dim, self.action_dim, (self.new_frames, *views.frame_shape))
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the networks' initialisation
         self.normalizer = RunningNormalizer(views.state_dim, args.normalize_observations).to(device)
@@ -752,7 +752,7 @@ class Agent:
 
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
-        """Action (A,) in [-1, 1] for one observation of `wrap_images`."""
+        """Action (A,) in [-1, 1] for one observation of `wrap_env`."""
         images = torch.as_tensor(obs["images"], device=self.device)[None]  # (1, T, K, H, W, 3)
         states = torch.as_tensor(obs["state"], device=self.device)[None].flatten(1)  # (1, T * S)
         action = self.choose(images, states, deterministic=deterministic)[0].cpu().numpy()
@@ -1045,7 +1045,7 @@ def final_evaluation(args: Args, agent: Agent, run: Run, wrap: envs.Wrap) -> dic
 
 
 # --- Main -------------------------------------------------------------------------------------------------------------
-def start_pixels(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent, FrameBuffer, FrameBuffer | None]:
+def start(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent, FrameBuffer, FrameBuffer | None]:
     """Parts of a new run, with demonstrations, or of one that goes on: then `Run.keep` loads them."""
     device = tensors.set_up_torch(args.threads, args.amp)
     env = wrap(task)
@@ -1053,7 +1053,7 @@ def start_pixels(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent
     agent = Agent(views_of(env), env.action_space, args, device, saved)
     if args.run_dir and not (args.resume or args.eval_only):
         check_new_folder(args.run_dir)  # demonstrations take a while
-    steps = load_pixel_demos(args, agent, task, wrap) if args.demos != "0" and not saved else []
+    steps = load_demos(args, agent, task, wrap) if args.demos != "0" and not saved else []
     run = Run(args, args.env_id, __file__, device)  # a new one once all is checked
     capacity = min(args.buffer_size, args.total_timesteps)
     slots = capacity * agent.new_frames + capacity // 64 + args.frame_stack
@@ -1072,9 +1072,9 @@ def start_pixels(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent
 
 def train(args: Args) -> None:
     """One process that acts and learns."""
-    wrap = partial(wrap_images, args=args)
+    wrap = partial(wrap_env, args=args)
     task = make_env(args)
-    run, agent, buffer, demos = start_pixels(args, task, wrap)
+    run, agent, buffer, demos = start(args, task, wrap)
     if args.eval_only:
         run.keep(agent=agent)  # without its frames
         task.close()
@@ -1086,7 +1086,7 @@ def train(args: Args) -> None:
     run.open(args.total_timesteps)
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
-    buffer.add(pack_pixels(agent.step_type, None, obs))
+    buffer.add(pack_step(agent.step_type, None, obs))
 
     while run.step < args.total_timesteps:
         # Act: uniformly at random until something is learned.
@@ -1099,7 +1099,7 @@ def train(args: Args) -> None:
         with run.phase("env"):
             obs, reward, terminated, truncated, info = env.step(action)
         # Store: `terminated` cuts the bootstrap, `truncated` does not.
-        buffer.add(pack_pixels(agent.step_type, action, obs, reward, terminated))
+        buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
         agent.normalizer.update(buffer.newest_observations(1))
         run.advance()
         # Reset: each episode has its own seed, so that a run goes on here as if it had not ended.
@@ -1108,7 +1108,7 @@ def train(args: Args) -> None:
             with run.phase("env"):
                 run.end_episode(info, success(info))
                 obs, _ = env.reset(seed=envs.episode_seed(args.seed, 0, run.episode))
-            buffer.add(pack_pixels(agent.step_type, None, obs))
+            buffer.add(pack_step(agent.step_type, None, obs))
         # Learn: several critic updates, and actor updates, per step.
         if run.step == args.learning_starts + 1:
             run.restart_timer()
@@ -1129,9 +1129,9 @@ def train(args: Args) -> None:
 
 def learner(args: Args) -> None:
     """Receives steps, learns, publishes the policy: SERL's learner."""
-    wrap = partial(wrap_images, args=args)
+    wrap = partial(wrap_env, args=args)
     task = make_env(args)  # for its spaces, demonstrations, evaluation
-    run, agent, buffer, demos = start_pixels(args, task, wrap)
+    run, agent, buffer, demos = start(args, task, wrap)
     eval_env = wrap(task)
     if args.eval_every >= args.total_timesteps:
         task.close()
@@ -1175,7 +1175,7 @@ def learner(args: Args) -> None:
 
 def actor(args: Args) -> None:
     """Acts with the learner's newest policy and sends every step: SERL's actor."""
-    env = wrap_images(make_env(args), args)
+    env = wrap_env(make_env(args), args)
     device = tensors.set_up_torch(args.threads, args.amp)
     agent = Agent(views_of(env), env.action_space, args, device)
     run = Run(args, args.env_id, __file__, device)
@@ -1190,7 +1190,7 @@ def actor(args: Args) -> None:
     run.episode = max(run.episode, written)
     version = 0
     obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
-    learner_end.send(pack_pixels(agent.step_type, None, obs).tobytes())
+    learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
 
     while not learner_end.done:
         # Act: uniformly at random until something is learned.
@@ -1205,7 +1205,7 @@ def actor(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Send.
         with run.phase("update"):
-            learner_end.send(pack_pixels(agent.step_type, action, obs, reward, terminated).tobytes())
+            learner_end.send(pack_step(agent.step_type, action, obs, reward, terminated).tobytes())
         run.advance()
         # Reset.
         if terminated or truncated or run.impatient():
@@ -1214,7 +1214,7 @@ def actor(args: Args) -> None:
                 break
             with run.phase("env"):
                 obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
-            learner_end.send(pack_pixels(agent.step_type, None, obs).tobytes())
+            learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
             if run.should_save(2 * args.eval_every):
                 run.save()
         # Log.

@@ -41,12 +41,12 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from common import envs, link, setup, tensors
-from common.episodes import check_steps, demonstrations, last_evaluation, pack_step, replay, step_type, summary
+from common.episodes import demonstrations, last_evaluation, replay, summary
 from common.evaluation import evaluate, record_video, report
 from common.recording import check_new_dataset
 from common.run import Run
 from common.setup import RunArgs, ends_well, fail, flag, has_checkpoint, parse
-from common.tensors import RunningNormalizer
+from common.tensors import RunningNormalizer, check_steps, pack_step, step_type
 
 try:
     import franka_sim  # noqa: F401  registers the Franka tasks  # TASK: import what registers yours
@@ -181,7 +181,7 @@ def make_env(args: Args, render: bool = False) -> gym.Env:
     return env  # TASK: wrappers of your own; one that changes actions has its own expert_action()
 
 
-def wrap_states(env: gym.Env, args: Args) -> gym.Env:
+def wrap_env(env: gym.Env, args: Args) -> gym.Env:
     """The task: flat observations (O,), actions (A,) in [-1, 1]. Exits if it cannot be learned."""
     space = env.observation_space
     for _, box in envs.leaves(space):
@@ -690,7 +690,7 @@ def start(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent, Repla
 
 def train(args: Args) -> None:
     """One process that acts and learns."""
-    wrap = partial(wrap_states, args=args)
+    wrap = partial(wrap_env, args=args)
     task = make_env(args)
     run, agent, buffer, demos = start(args, task, wrap)
     run.keep(agent=agent, buffer=buffer, demos=demos)
@@ -746,7 +746,7 @@ def train(args: Args) -> None:
 
 def learner(args: Args) -> None:
     """Receives steps, learns, publishes the policy: SERL's learner."""
-    wrap = partial(wrap_states, args=args)
+    wrap = partial(wrap_env, args=args)
     task = make_env(args)  # for its spaces, demonstrations, evaluation
     run, agent, buffer, demos = start(args, task, wrap)
     eval_env = wrap(task)
@@ -792,7 +792,7 @@ def learner(args: Args) -> None:
 
 def actor(args: Args) -> None:
     """Acts with the learner's newest policy and sends every step: SERL's actor."""
-    env = wrap_states(make_env(args), args)
+    env = wrap_env(make_env(args), args)
     device = tensors.set_up_torch(args.threads, args.amp)
     agent = Agent(env.observation_space, env.action_space, args, device)
     run = Run(args, args.env_id, __file__, device)

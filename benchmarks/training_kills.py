@@ -66,7 +66,7 @@ class Day:
         self.learner_port = free_port()
         self.server = f"tcp://127.0.0.1:{self.robot_port}"
         args = real.Args(image_size=32)
-        env = real.wrap_robot(real.make_env(args), args)
+        env = real.wrap_env(real.make_env(args), args)
         self.step_type = real.robot_step_type(real.views_of(env), env.action_space.shape[0])
         self.journal: dict[str, bytes] = {}  # contents of its files, of which the actor drops old ones
         self.actor: subprocess.Popen | None = None

@@ -266,33 +266,6 @@ def replay(episode: Episode, env: gym.Env, wrap: Wrap, chunk: int = 1) -> Iterat
             return
 
 
-# --- Steps as they are journalled and sent ----------------------------------------------------------------------------
-def step_type(obs_dim: int, action_dim: int) -> np.dtype:
-    """An action and what followed; `first`: a reset, no action."""
-    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?")]
-    return np.dtype([*fields, ("first", "?"), ("observation", "f4", (obs_dim,))])
-
-
-def pack_step(dtype: np.dtype, action: np.ndarray | None, obs: np.ndarray, reward=0.0, terminated=False) -> np.ndarray:
-    """A step of type `step_type` (); without an action a reset."""
-    step = np.zeros((), dtype)
-    step["observation"] = obs
-    step["first"] = action is None
-    if action is not None:
-        step["action"] = action
-        step["reward"] = reward
-        step["terminated"] = terminated
-    return step
-
-
-def check_steps(step_type: np.dtype, data: bytes) -> None:
-    """Raises ValueError when packed steps hold numbers that are not finite."""
-    steps = np.frombuffer(data, step_type)
-    for name in ("action", "reward", "observation"):
-        if not np.isfinite(steps[name]).all():
-            raise ValueError(f"{name}: numbers are not finite")
-
-
 # --- Minari datasets --------------------------------------------------------------------------------------------------
 def record(
     dataset_id: str, episodes: Iterable[Episode], env: gym.Env, success: Callable[[dict], float], **about

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from common import envs
 from common.envs import looks_like_image
-from common.episodes import pack_step
 from common.evaluation import picture
 from common.setup import Fault, fail
 from common.tensors import check_memory
@@ -178,23 +177,6 @@ def views_of(env: gym.Env) -> Views:
     for name in env.get_wrapper_attr("squeezed"):
         print(f"{name} is not square: it is squeezed to {size} x {size}")
     return Views(env.get_wrapper_attr("cameras"), size, stack, env.get_wrapper_attr("columns"))
-
-
-def pixel_step_type(views: Views, action_dim: int, frames: int) -> np.dtype:
-    """One step as it is journalled and sent: an action and what followed; `first`: a reset, without an action.
-
-    Of the observation's stack it holds the newest `frames`: the older ones are in the steps before.
-    """
-    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
-    fields += [("observation", "f4", (views.state_dim,)), ("frames", "u1", (frames, *views.frame_shape))]
-    return np.dtype(fields)
-
-
-def pack_pixels(dtype: np.dtype, action: np.ndarray | None, obs: dict, reward=0.0, terminated=False) -> np.ndarray:
-    """A step of type `pixel_step_type` (); without an action a reset."""
-    step = pack_step(dtype, action, obs["state"].reshape(-1), reward, terminated)
-    step["frames"] = obs["images"][-len(step["frames"]) :]
-    return step
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

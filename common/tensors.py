@@ -1,5 +1,5 @@
-"""PyTorch on this machine: device, memory, tensors as bytes, a second thread, CUDA graphs, several processes;
-observations, scaled."""
+"""PyTorch on this machine: device, memory, a second thread, CUDA graphs, several processes; observations, scaled; steps
+and weights as they are sent."""
 
 import contextlib
 import ctypes
@@ -14,6 +14,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -62,21 +63,6 @@ def free_memory() -> float:
         found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
         return 1024.0 * int(found[1])
     return float("inf")
-
-
-def pack_tensors(tensors: list[Tensor]) -> bytes:
-    """Tensors one after the other, as float32."""
-    return torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy().tobytes()
-
-
-def unpack_tensors(data: bytes, tensors: list[Tensor]) -> None:
-    """Fills `tensors` with what `pack_tensors` made of such. Exits with one line when they are not of these shapes."""
-    vector = torch.frombuffer(bytearray(data), dtype=torch.float32)
-    sizes = [tensor.numel() for tensor in tensors]
-    if len(vector) != sum(sizes):
-        fail("the learner's policy has another size; give actor and learner the same flags")
-    for tensor, values in zip(tensors, vector.split(sizes), strict=True):
-        tensor.copy_(values.reshape(tensor.shape))
 
 
 def expand(mask: Tensor, like: Tensor) -> Tensor:
@@ -212,6 +198,58 @@ class RunningNormalizer(nn.Module):
         if not self.enabled:
             return obs
         return ((obs - self.mean) * (self.var + 1e-6).rsqrt()).clamp(-10, 10)
+
+
+# --- What actor and learner send --------------------------------------------------------------------------------------
+def step_type(obs_dim: int, action_dim: int, frames: tuple[int, ...] = ()) -> np.dtype:
+    """One step as it is journalled and sent: an action and what followed; `first`: a reset, without an action.
+
+    With images, `frames` is the shape (N, K, H, W, 3) of the newest N of its observation's stack: the older ones are
+    in the steps before.
+    """
+    fields = [("action", "f4", (action_dim,)), ("reward", "f4"), ("terminated", "?"), ("first", "?")]
+    fields.append(("observation", "f4", (obs_dim,)))
+    if frames:
+        fields.append(("frames", "u1", frames))
+    return np.dtype(fields)
+
+
+def pack_step(dtype: np.dtype, action: np.ndarray | None, obs, reward=0.0, terminated=False) -> np.ndarray:
+    """A step of type `step_type` (); without an action a reset. `obs`: an array, or with images {"images", "state"}."""
+    step = np.zeros((), dtype)
+    if "frames" in dtype.names:
+        step["frames"] = obs["images"][-len(step["frames"]) :]
+        obs = obs["state"].reshape(-1)
+    step["observation"] = obs
+    step["first"] = action is None
+    if action is not None:
+        step["action"] = action
+        step["reward"] = reward
+        step["terminated"] = terminated
+    return step
+
+
+def check_steps(dtype: np.dtype, data: bytes) -> None:
+    """Raises ValueError when packed steps hold numbers that are not finite."""
+    steps = np.frombuffer(data, dtype)
+    for name in ("action", "reward", "observation"):
+        if not np.isfinite(steps[name]).all():
+            raise ValueError(f"{name}: numbers are not finite")
+
+
+def pack_tensors(tensors: list[Tensor]) -> bytes:
+    """Tensors one after the other, as float32."""
+    return torch.cat([tensor.flatten() for tensor in tensors]).cpu().numpy().tobytes()
+
+
+def unpack_tensors(data: bytes, tensors: list[Tensor]) -> None:
+    """Fills `tensors` with what `pack_tensors` made of such. Exits with one line when they are not of these shapes."""
+    vector = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    sizes = [tensor.numel() for tensor in tensors]
+    if len(vector) != sum(sizes):
+        fail("the learner's policy has another size; give actor and learner the same flags")
+    for tensor, values in zip(tensors, vector.split(sizes), strict=True):
+        tensor.copy_(values.reshape(tensor.shape))
 
 
 # --- Processes that learn together ------------------------------------------------------------------------------------

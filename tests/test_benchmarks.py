@@ -459,7 +459,7 @@ def test_all_are_evaluated_as_the_script_does(tmp_path, monkeypatch, capsys):
     before = referee.wall_s()
     scores = referee.evaluate(lambda _: down, 7000)
     assert referee.wall_s() - before < 0.5 * referee.paused_s  # the clock stood still
-    env = sac_state_sim.wrap_states(sac_state_sim.make_env(sac_state_sim.Args()), sac_state_sim.Args())
+    env = sac_state_sim.wrap_env(sac_state_sim.make_env(sac_state_sim.Args()), sac_state_sim.Args())
     theirs = evaluate(lambda observations, _: down[None], [env], 2, job.seed, sac_state_sim.success)
     assert scores == {"success": theirs["eval/success_rate"], "return": theirs["eval/episodic_return"]}
     line = peers.evaluation(capsys.readouterr().out.splitlines()[-1])
@@ -504,7 +504,7 @@ def test_peers_get_the_scripts_demonstrations(tmp_path, monkeypatch):
     demos = np.load(tmp_path / "demos.npz")
     args = sac_state_sim.Args(seed=5, demos="2")
     task = sac_state_sim.make_env(args)
-    wrap = partial(sac_state_sim.wrap_states, args=args)
+    wrap = partial(sac_state_sim.wrap_env, args=args)
     env = wrap(task)
     agent = sac_state_sim.Agent(env.observation_space, env.action_space, args, torch.device("cpu"))
     rows = sac_state_sim.load_demos(args, agent, task, wrap).rows

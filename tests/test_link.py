@@ -21,8 +21,8 @@ from forked import popen_forked
 from state_runs import SCRIPT, TASKS, TINY, script, stored
 
 from common import link
-from common.episodes import check_steps, step_type
 from common.link import PROTOCOL, RECORDS_PER_FILE, Actor, Journal, Learner, parse_address
+from common.tensors import check_steps, step_type
 from sac_state_sim import Agent, Args
 
 HELLO = {"--env-id": "Task-v0", "--hidden-dims": [256, 256]}

@@ -19,10 +19,10 @@ from common.pixels import (
     Views,
     frame_file,
     image_axes,
-    pixel_step_type,
     size_text,
 )
 from common.setup import Fault
+from common.tensors import step_type
 
 CPU = torch.device("cpu")
 
@@ -326,11 +326,12 @@ def test_disk_is_announced_and_refused_before_it_is_taken(tmp_path, monkeypatch,
 def test_frames_of_another_run_are_not_written_over(tmp_path):
     """Of one whose folders are called the same, in another place: its frames would be this run's, in silence."""
     views = Views(("front",), 8, 1, {"state": (0, 1)})
+    dtype = step_type(1, 2, (1, *views.frame_shape))
 
     def frames_of(place: str, resume: str | None = None) -> FrameFile:
         folder = tmp_path / place / "runs" / "mine"
         run = types.SimpleNamespace(dir=folder, state=None, args=types.SimpleNamespace(resume=resume))
-        return frame_file("replay", 3, 4, views, pixel_step_type(views, 2, 1), run, str(tmp_path / "disk"), CPU)
+        return frame_file("replay", 3, 4, views, dtype, run, str(tmp_path / "disk"), CPU)
 
     one = frames_of("one")
     one.put(np.full(views.frame_shape, 7, np.uint8))

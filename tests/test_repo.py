@@ -32,7 +32,8 @@ MODULES = sorted(str(path.relative_to(REPO)) for path in REPO.glob("common/*.py"
 BENCHMARKS = sorted(str(path.relative_to(REPO)) for path in REPO.glob("benchmarks/*.py"))
 OWN_PYTHON = [*SCRIPTS, *MODULES, *BENCHMARKS]
 WITH_ARGS = [name for name in (*SCRIPTS, *BENCHMARKS) if name != "benchmarks/speed.py"]
-MAY_DIFFER = {"Args", "Agent", "make_env", "main", "train", "learner", "actor", "evaluate"}
+MAY_DIFFER = {"Args", "make_env", "wrap_env", "load_demos", "Agent", "evaluate"}
+MAY_DIFFER |= {"start", "train", "learner", "actor", "main"}
 SECTIONS = ["Args", "Environment", "Networks", "Replay buffer", "Dataset", "Agent", "Evaluation", "Main"]
 FOOTER = 'if __name__ == "__main__":\n    main({})'
 # The second with --resume; the third where tyro is imported late.

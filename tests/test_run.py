@@ -110,7 +110,7 @@ def test_curve_and_video(finished):
 
 def test_training_changes_every_weight(finished):
     args = Args(**json.loads((finished.run_dir / "args.json").read_text()) | {"hidden_dims": (32, 32)})
-    env = sac_state_sim.wrap_states(sac_state_sim.make_env(args), args)
+    env = sac_state_sim.wrap_env(sac_state_sim.make_env(args), args)
     new, trained = (
         sac_state_sim.Agent(env.observation_space, env.action_space, args, torch.device("cpu")) for _ in range(2)
     )
@@ -813,7 +813,7 @@ def test_a_wide_state_takes_the_memory_of_the_steps_asked_for(tmp_path, monkeypa
     """S5: 4,096 numbers and 60 steps, of a buffer of a million."""
     args = Args(env_id="probe_envs:Point-v0", demos="0", total_timesteps=60, run_dir=str(tmp_path / "run"))
     task = sac_state_sim.make_env(args)
-    _, agent, buffer, _ = sac_state_sim.start(args, task, lambda env: sac_state_sim.wrap_states(env, args))
+    _, agent, buffer, _ = sac_state_sim.start(args, task, lambda env: sac_state_sim.wrap_env(env, args))
     assert buffer.capacity == 60
     agent.obs_dim = 4096
     monkeypatch.setattr("common.tensors.free_memory", lambda: 16e9)

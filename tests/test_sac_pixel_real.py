@@ -22,8 +22,9 @@ import robot_client as rc
 import sac_pixel_real as real
 from common import envs, recording, setup, tensors
 from common.episodes import Recorder
-from common.pixels import FrameFile, Views, pack_pixels
+from common.pixels import FrameFile, Views
 from common.recording import Recording, dataset_folder
+from common.tensors import pack_step
 
 PEG = rc.TASKS["peg"]
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def small_args(**flags) -> real.Args:
 
 def small_agent(device: torch.device = CPU, **flags) -> real.Agent:
     args = small_args(**flags)
-    env = real.wrap_robot(real.make_env(args), args)
+    env = real.wrap_env(real.make_env(args), args)
     return real.Agent(real.views_of(env), env.action_space, args, device)
 
 
@@ -135,7 +136,7 @@ def steps_of(text: str, first: int, views: Views = VIEWS) -> list[np.ndarray]:
         images = np.array(history, np.uint8)[:, None, None, None, None] * np.ones((1, *views.frame_shape), np.uint8)
         obs = {"images": images, "state": np.array(history, np.float32)[:, None]}
         action = None if kind == "r" else np.full(2, number, np.float32)
-        step = pack_pixels(real.robot_step_type(views, 2), action, obs, reward=number)
+        step = pack_step(real.robot_step_type(views, 2), action, obs, reward=number)
         step["intervened"] = kind == "h"
         steps.append(step)
     return steps
@@ -240,11 +241,11 @@ def test_demonstrations_are_never_overwritten(tmp_path, monkeypatch):
 
     def intervene(count: int) -> None:
         for _ in range(count):
-            step = pack_pixels(agent.step_type, np.zeros(7), some_obs(agent))
+            step = pack_step(agent.step_type, np.zeros(7), some_obs(agent))
             step["intervened"] = True
             add_to_both(replay, demos, step)
 
-    add_to_both(replay, demos, pack_pixels(agent.step_type, None, some_obs(agent)))
+    add_to_both(replay, demos, pack_step(agent.step_type, None, some_obs(agent)))
     intervene(20)
     run.writer = None
     run.save()
@@ -303,7 +304,7 @@ def test_weights_that_are_not_finite_reach_neither_robot_nor_checkpoint(tmp_path
     record_demos(tmp_path, [True], monkeypatch)
     args = small_args(role="learner", total_timesteps=120, run_dir=str(tmp_path / "run"))
     agent = small_agent()
-    steps = [pack_pixels(agent.step_type, np.zeros(7) if i else None, some_obs(agent)) for i in range(121)]
+    steps = [pack_step(agent.step_type, np.zeros(7) if i else None, some_obs(agent)) for i in range(121)]
     actors = AllAtOnce(steps)
     published = []
     monkeypatch.setattr(actors, "publish", lambda *given, **_: published.append(given), raising=False)
@@ -329,7 +330,7 @@ def test_a_learner_that_is_behind_answers(tmp_path, monkeypatch):
     record_demos(tmp_path, [True], monkeypatch)
     args = small_args(total_timesteps=80, learning_starts=5, utd_ratio=2, run_dir=str(tmp_path / "run"))
     agent = small_agent()
-    steps = [pack_pixels(agent.step_type, None if i == 0 else np.zeros(7), some_obs(agent)) for i in range(81)]
+    steps = [pack_step(agent.step_type, None if i == 0 else np.zeros(7), some_obs(agent)) for i in range(81)]
     actors = AllAtOnce(steps)
     monkeypatch.setattr(real.link, "Learner", lambda *_: actors)
     monkeypatch.setattr(real, "UPDATES_AT_ONCE", 10)
@@ -931,7 +932,7 @@ class Collector:
 
 def test_last_policy_is_saved_also_when_no_episode_was_needed(tmp_path):
     args = small_args()
-    env = real.wrap_robot(real.make_env(args), args)
+    env = real.wrap_env(real.make_env(args), args)
     collector = Collector()
     agent = small_agent()
     policy = real.Newest(agent, collector, tmp_path / "newest.policy")
@@ -1196,7 +1197,7 @@ def test_server_that_does_not_run_is_one_line(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
     monkeypatch.setitem(rc.TASKS, "peg", dataclasses.replace(PEG, wait_s=0.5))
     args = small_args(teleop="none", server="tcp://127.0.0.1:9", run_dir=str(tmp_path / "run"))
-    env = real.wrap_robot(real.make_env(args), args)
+    env = real.wrap_env(real.make_env(args), args)
     with pytest.raises(rc.UnreachableError, match=r"no answer from tcp://127.0.0.1:9 .*is robot_server\.py running"):
         real.reset_robot(env, 1, Desk(), ends=lambda: False)
     env.unwrapped.episodes = 1  # it was there: it is waited for, until the run is to end
@@ -1250,7 +1251,7 @@ class Day:
 
 def small_record_type() -> np.dtype:
     args = real.Args(image_size=32)
-    env = real.wrap_robot(real.make_env(args), args)
+    env = real.wrap_env(real.make_env(args), args)
     return real.robot_step_type(real.views_of(env), env.action_space.shape[0])
 
 
@@ -1352,7 +1353,7 @@ def test_graphed_updates_on_a_gpu(tmp_path):
         buffer, demos = agent.make_buffer("replay", 100, folder, 110), agent.make_buffer("demos", 50, folder, 60)
         for i in range(80):
             action = None if i == 0 else rng.uniform(-1, 1, agent.action_dim)
-            step = pack_pixels(agent.step_type, action, some_obs(agent, i), float(i % 3 == 0))
+            step = pack_step(agent.step_type, action, some_obs(agent, i), float(i % 3 == 0))
             buffer.add(step)
             if i <= 40:
                 demos.add(step)

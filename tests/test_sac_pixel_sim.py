@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -40,8 +41,9 @@ from torch import Tensor, nn
 import sac_pixel_sim
 import sac_state_sim
 from common import vision
-from common.pixels import FrameFile, Views, pack_pixels, pixel_step_type, views_of
+from common.pixels import FrameFile, Views, views_of
 from common.success import SuccessClassifier, SuccessDetector
+from common.tensors import pack_step, step_type
 from common.vision import MobileNetTrunk, ResNetTrunk, SpatialEmbeddings, Standardize
 from sac_pixel_sim import (
     Agent,
@@ -50,10 +52,10 @@ from sac_pixel_sim import (
     Bottleneck,
     FrameBuffer,
     Observation,
-    load_pixel_demos,
+    load_demos,
     make_env,
-    start_pixels,
-    wrap_images,
+    start,
+    wrap_env,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -200,7 +202,7 @@ def test_serl_pixel_actor_and_critic(encoders, monkeypatch, tmp_path):
 # --- Images -----------------------------------------------------------------------------------------------------------
 def pixel_env(**changes):
     args = Args(**{"env_id": "probe_envs:PixelPoint-v0", "image_size": 32, "small_channels": (4,)} | changes)
-    return wrap_images(make_env(args), args)
+    return wrap_env(make_env(args), args)
 
 
 def test_observations_are_images_and_states():
@@ -268,10 +270,10 @@ for task in (PixelsInPlace, LostExpert, LongEpisodes):
 
 def demonstrations(tmp_path: Path, **changes) -> tuple[Agent, FrameBuffer]:
     args = small_args(**{"env_id": "PixelPoint-v0", "demos": "3", "image_size": 32} | changes)
-    wrap, task = partial(wrap_images, args=args), make_env(args)
+    wrap, task = partial(wrap_env, args=args), make_env(args)
     agent = Agent(views_of(wrap(task)), wrap(task).action_space, args, CPU)
     demos = agent.make_buffer("demonstrations", 1000, run_stub(tmp_path), 4000)
-    for step in load_pixel_demos(args, agent, task, wrap):
+    for step in load_demos(args, agent, task, wrap):
         demos.add(step)
     return agent, demos
 
@@ -293,12 +295,12 @@ def test_every_row_that_was_asked_for_has_room(tmp_path):
         env, args = pixel_env(**changes), agent.args
         for episode in range(6):
             obs, done = env.reset(seed=episode)[0], False
-            buffer.add(pack_pixels(agent.step_type, None, obs))
+            buffer.add(pack_step(agent.step_type, None, obs))
             while not done:
                 before = obs
                 action = env.action_space.sample()
                 obs, reward, terminated, truncated, _ = env.step(action)
-                buffer.add(pack_pixels(agent.step_type, action, obs, reward, terminated))
+                buffer.add(pack_step(agent.step_type, action, obs, reward, terminated))
                 done = terminated or truncated
                 window = buffer.frames.get(buffer.windows[(buffer.total - 1) % 40])
                 assert np.array_equal(window, [before["images"], obs["images"]])
@@ -341,7 +343,7 @@ class Stream:
     def __init__(self, views: Views, generator: np.random.Generator, lengths=(1, 12), first: int = 0, frames: int = 1):
         self.views, self.generator, self.lengths = views, generator, lengths
         self.number, self.to_go = first, 0
-        self.dtype = pixel_step_type(views, 2, frames)
+        self.dtype = step_type(views.state_dim, 2, (frames, *views.frame_shape))
 
     def observation(self) -> dict[str, np.ndarray]:
         images = np.stack([numbered_frame(number) for number in self.window])
@@ -353,11 +355,11 @@ class Stream:
         if self.to_go == 0:
             self.to_go = int(self.generator.integers(*self.lengths))
             self.window = [self.number] * self.views.stack
-            return pack_pixels(self.dtype, None, self.observation()), None
+            return pack_step(self.dtype, None, self.observation()), None
         before, self.window = self.window, [*self.window[1:], self.number]
         self.to_go -= 1
         terminated = self.to_go == 0 and self.generator.random() < 0.5
-        step = pack_pixels(self.dtype, np.float32([label, -label]), self.observation(), 0.5, terminated)
+        step = pack_step(self.dtype, np.float32([label, -label]), self.observation(), 0.5, terminated)
         return step, {"windows": [before, self.window], "label": label, "end": terminated, "last": self.to_go == 0}
 
 
@@ -419,7 +421,7 @@ def test_a_segment_that_begins_in_the_middle_of_an_episode_has_its_own_first_fra
     fill(buffer, stream, 5, rows)
     for _ in range(4):
         stream.step(0)  # not kept
-    buffer.add(pack_pixels(stream.dtype, None, stream.observation()))
+    buffer.add(pack_step(stream.dtype, None, stream.observation()))
     fill(buffer, stream, 5, rows)
     assert_holds(buffer, rows)
     assert rows[5]["windows"][0] == [rows[4]["windows"][1][0] + 4] and not buffer.continues[5]
@@ -459,7 +461,7 @@ def test_no_more_frames_are_asked_for_than_a_run_can_make(tmp_path, monkeypatch)
     for name, eval_every in (("often", 50), ("never", 10**9)):
         flags = {"buffer_size": 300, "total_timesteps": 1000, "eval_every": eval_every, "demos": "0"}
         args = small_args(env_id="PixelPoint-v0", run_dir=str(tmp_path / name), **flags)
-        start_pixels(args, make_env(args), partial(wrap_images, args=args))
+        start(args, make_env(args), partial(wrap_env, args=args))
     assert asked == [300 + 4 + 200 + 1, 300 + 4 + 700 + 1]
 
 
@@ -482,7 +484,8 @@ def test_serl_memory_efficient_buffer(case, tmp_path):
     }
     stack, count = int(arrays["in/frame_stack"]), len(arrays["in/actions"])
     views = Views(("image",), 4, stack, {"state": (0, 3)})
-    dtype = pixel_step_type(views, 2, stack)  # segments that begin with older frames bring them
+    # Segments that begin with older frames bring them.
+    dtype = step_type(views.state_dim, 2, (stack, *views.frame_shape))
 
     def observation(prefix: str, i: int) -> dict[str, np.ndarray]:
         return {"images": arrays[f"{prefix}_image"][i][:, None], "state": arrays[f"{prefix}_state"][i]}
@@ -491,9 +494,9 @@ def test_serl_memory_efficient_buffer(case, tmp_path):
     for i in range(count):
         obs, next_obs = observation("in/obs", i), observation("in/next_obs", i)
         if before is None or not all(np.array_equal(obs[name], before[name]) for name in obs):
-            buffer.add(pack_pixels(dtype, None, obs))
+            buffer.add(pack_step(dtype, None, obs))
         terminated = arrays["in/dones"][i] * (1 - arrays["in/masks"][i])  # not truncated
-        buffer.add(pack_pixels(dtype, arrays["in/actions"][i], next_obs, arrays["in/rewards"][i], terminated))
+        buffer.add(pack_step(dtype, arrays["in/actions"][i], next_obs, arrays["in/rewards"][i], terminated))
         before = next_obs
         if i + 1 not in arrays["in/snapshots"]:
             continue
@@ -948,7 +951,7 @@ def checkpoint(run_dir: Path) -> dict:
 def stored_frames(run_dir: Path, name: str = "replay", folder: Path | None = None) -> Tensor:
     """The frames (N, 2, T, K, H, W, 3) of all transitions of a finished run, in their order in the buffer."""
     args = sac_pixel_sim.setup.read_flags(Args, str(run_dir), "--resume")
-    wrapped = wrap_images(make_env(args), args)
+    wrapped = wrap_env(make_env(args), args)
     shape = views_of(wrapped).frame_shape
     file_name = f"{run_dir.parent.name}-{run_dir.name}-{name}.frames"
     path = folder / file_name if folder else run_dir / f"{name}.frames"
@@ -1103,7 +1106,7 @@ def test_a_file_of_reward_classifier_gives_rewards(tmp_path, bias, rewards):
     args = small_args(**flags, reward=detector_file(tmp_path / "c.pt", bias))
     results = []
     for one in (args, plain):
-        env = wrap_images(make_env(one), one)
+        env = wrap_env(make_env(one), one)
         env.reset(seed=3)
         results.append([env.step(np.zeros(env.action_space.shape, np.float32))[1:] for _ in range(5)])
     assert [step[0] for step in results[0]] == rewards
@@ -1129,7 +1132,7 @@ def test_files_that_give_no_rewards(tmp_path):
     for name in ("checkpoint.pt", "hostile.pt"):
         args = small_args(env_id="probe_envs:PixelPoint-v0", reward=str(tmp_path / name))
         with pytest.raises(SystemExit, match=f"--reward {tmp_path}/{name}: no .*; reward_classifier.py trains one"):
-            wrap_images(make_env(args), args)
+            wrap_env(make_env(args), args)
     assert not (tmp_path / "marker").exists()
 
 
@@ -1137,7 +1140,7 @@ def test_a_file_of_reward_classifier_for_other_cameras_is_refused(tmp_path):
     path = detector_file(tmp_path / "c.pt", 1.0, ("front", "side"))
     args = small_args(env_id="probe_envs:PixelPoint-v0", image_size=32, reward=path)
     with pytest.raises(SystemExit, match="--reward .*: was trained on other pictures: observations.side is only there"):
-        wrap_images(make_env(args), args)
+        wrap_env(make_env(args), args)
 
 
 def test_learns_actions_that_follow_the_image(tmp_path):
@@ -1175,7 +1178,7 @@ def test_learner_and_actors(tmp_path):
     state, frames = checkpoint(tmp_path / "learner"), stored_frames(tmp_path / "learner")
     assert state["buffer"]["total"] == 240 and state["agent"]["critic_updates"] == 240 - 50
     views = Views(("front", "wrist"), 32, 1, {"state": (0, 2)})
-    dtype = pixel_step_type(views, 3, 1)
+    dtype = step_type(views.state_dim, 3, (1, *views.frame_shape))
     sent = []  # (observation's frame, action, next frame) of what the actors journalled
     for name in ("one", "two"):
         data = b"".join(path.read_bytes() for path in sorted((tmp_path / name / "journal").glob("*.records")))
@@ -1190,8 +1193,8 @@ def test_learner_and_actors(tmp_path):
 def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
     """It asks for nothing then, but an actor that hears nothing for long gives up."""
     obs = {"images": np.zeros((1, 2, 20, 20, 3), np.uint8), "state": np.ones((1, 2), np.float32)}
-    dtype = pixel_step_type(Views(("front", "wrist"), 20, 1, {"state": (0, 2)}), 3, 1)
-    actors = AllAtOnce([pack_pixels(dtype, None if i == 0 else np.zeros(3), obs) for i in range(121)])
+    dtype = step_type(2, 3, (1, 2, 20, 20, 3))
+    actors = AllAtOnce([pack_step(dtype, None if i == 0 else np.zeros(3), obs) for i in range(121)])
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sac_pixel_sim.link, "Learner", lambda *_: actors)
     monkeypatch.setattr(sac_pixel_sim.tensors, "set_up_torch", lambda *_: CPU)
@@ -1288,7 +1291,7 @@ def test_graphed_updates_on_a_gpu(encoder, changes, tmp_path):
         for i in range(200):
             images = generator.integers(0, 256, (1, *views.frame_shape), np.uint8)
             obs = {"images": images, "state": generator.standard_normal((1, 4), np.float32)}
-            step = pack_pixels(agent.step_type, None if i == 0 else generator.standard_normal(2), obs, float(i % 3))
+            step = pack_step(agent.step_type, None if i == 0 else generator.standard_normal(2), obs, float(i % 3))
             buffer.add(step)
             if i <= 50:
                 demos.add(step)
@@ -1357,6 +1360,15 @@ def test_compiled_losses_are_the_eager_ones():
 
 
 # --- README -----------------------------------------------------------------------------------------------------------
+def test_images_change_no_loop():
+    """`diff` shows that acting, learning and sending are as they are from states."""
+    differing = {}
+    for name in ("train", "learner", "actor"):
+        ours, theirs = (inspect.getsource(getattr(script, name)) for script in (sac_pixel_sim, sac_state_sim))
+        differing[name] = len(set(ours.splitlines()) - set(theirs.splitlines()))
+    assert differing == {"train": 1, "learner": 0, "actor": 1}  # an evaluation loads no frames; an agent's arguments
+
+
 def test_readme_says_how_long_the_diff_is():
     command = ["diff", "sac_state_sim.py", "sac_pixel_sim.py"]
     diff = subprocess.run(command, cwd=REPO, capture_output=True, text=True).stdout

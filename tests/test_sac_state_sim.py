@@ -25,7 +25,8 @@ from torch import distributions
 
 import sac_state_sim
 from common import envs
-from common.episodes import pack_step, spread_starts, step_type
+from common.episodes import spread_starts
+from common.tensors import pack_step, step_type
 from sac_state_sim import (
     MLP,
     TAU,
@@ -35,7 +36,7 @@ from sac_state_sim import (
     ReplayBuffer,
     load_demos,
     make_env,
-    wrap_states,
+    wrap_env,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
@@ -764,12 +765,12 @@ def test_normalized_agent_sees_normalized_observations():
 
 # --- Environment ------------------------------------------------------------------------------------------------------
 def wrapped(args: Args) -> gym.Env:
-    return wrap_states(make_env(args), args)
+    return wrap_env(make_env(args), args)
 
 
 def demos_of(args: Args) -> ReplayBuffer:
     """What `load_demos` makes of a task and its flags."""
-    task, wrap = make_env(args), partial(wrap_states, args=args)
+    task, wrap = make_env(args), partial(wrap_env, args=args)
     env = wrap(task)
     return load_demos(args, Agent(env.observation_space, env.action_space, args, CPU), task, wrap)
 
@@ -897,7 +898,7 @@ CAMERA = spaces.Box(0, 255, (32, 32, 3), np.uint8)
 def test_images_are_for_the_other_script(space):
     """S2, S3: at any depth, of any layout; no image becomes thousands of states."""
     with pytest.raises(SystemExit, match=r"--env-id X-v0: .*images; use sac_pixel_sim.py, or flatten it \(TASK\)"):
-        wrap_states(Sized(space), small_args(env_id="X-v0"))
+        wrap_env(Sized(space), small_args(env_id="X-v0"))
 
 
 @pytest.mark.parametrize(
@@ -919,7 +920,7 @@ def test_images_are_for_the_other_script(space):
 def test_states_of_every_kind(space, size):
     """S9: a row vector is a state; numbers of other types, at any depth, become one float vector."""
     args = small_args(env_id="X-v0")
-    env = wrap_states(Sized(space), args)
+    env = wrap_env(Sized(space), args)
     assert env.observation_space.shape == (size,)
     agent = Agent(env.observation_space, env.action_space, args, CPU)
     obs, _ = env.reset(seed=0)
@@ -946,7 +947,7 @@ def test_states_of_every_kind(space, size):
 def test_actions_that_cannot_be_learned(space, word):
     """S7, S8: one line; bounds as large as the type allows are none."""
     with pytest.raises(SystemExit, match=f"--env-id X-v0: actions .*{word}.*make_env"):
-        wrap_states(Sized(box(3), space), small_args(env_id="X-v0"))
+        wrap_env(Sized(box(3), space), small_args(env_id="X-v0"))
 
 
 @pytest.mark.parametrize("wrapper", [gym.wrappers.NormalizeObservation, gym.wrappers.NormalizeReward])
@@ -954,7 +955,7 @@ def test_wrappers_whose_statistics_no_checkpoint_keeps(wrapper):
     """R1: an evaluation, and a run that goes on, would see other numbers than training did."""
     wrapped = gym.wrappers.TransformReward(wrapper(Sized(box(3), box(2))), lambda reward: 2 * reward)
     with pytest.raises(SystemExit, match=f"--env-id X-v0: no checkpoint keeps what {wrapper.__name__} learns"):
-        wrap_states(wrapped, small_args(env_id="X-v0"))
+        wrap_env(wrapped, small_args(env_id="X-v0"))
 
 
 def test_observations_that_cannot_be_learned():
@@ -966,7 +967,7 @@ def test_observations_that_cannot_be_learned():
         (spaces.Dict(q=box(2), task=spaces.Text(9)), "hold Text"),
     ):
         with pytest.raises(SystemExit, match=f"--env-id X-v0: observations {words}"):
-            wrap_states(Sized(space), small_args(env_id="X-v0"))
+            wrap_env(Sized(space), small_args(env_id="X-v0"))
 
 
 class Broken(gym.ObservationWrapper):
@@ -978,7 +979,7 @@ class Broken(gym.ObservationWrapper):
 
 def test_wrappers_of_ones_own_are_checked():
     """S6: what a wrapper in make_env does wrong is named as what the task does wrong."""
-    env = wrap_states(Broken(make_env(point_args())), point_args())
+    env = wrap_env(Broken(make_env(point_args())), point_args())
     with np.errstate(divide="ignore"), pytest.raises(envs.Fault, match=r"Point-v0: the observation\['point'\]\[0\] is"):
         env.reset(seed=0)
 
