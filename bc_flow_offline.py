@@ -188,8 +188,6 @@ class Args(RunArgs):
         if self.batch_size % (self.grad_accum_steps * world_size()):
             parts = f"--grad-accum-steps {self.grad_accum_steps} on {world_size()} processes"
             fail(f"--batch-size {self.batch_size}: does not divide into {parts}; give a multiple")
-        if not self.hidden_dims or min(self.hidden_dims) < 1:
-            fail(f"--hidden-dims {self.hidden_dims}: give at least one layer of at least one unit")
         if self.dataset_path and Path(self.dataset_path).exists():  # for --resume in another folder
             self.dataset_path = str(Path(self.dataset_path).absolute())
         if self.execution_horizon > self.horizon:

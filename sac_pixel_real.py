@@ -218,9 +218,6 @@ class Args(RunArgs):
         rc.task_named(self.task)
         if self.num_min_qs > self.num_qs:
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
-        for name in ("hidden_dims", "small_channels"):
-            if min(getattr(self, name), default=0) < 1:
-                fail(f"{flag(name)}: give numbers above 0")
         if self.dropout == 1:
             fail("--dropout 1: drops everything; give less")
         if self.batch_size % self.grad_accum_steps or self.num_demos() % self.grad_accum_steps:

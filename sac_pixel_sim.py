@@ -197,9 +197,6 @@ class Args(RunArgs):
         setup.check_numbers(self, may_be_zero, fractions)
         if self.num_min_qs > self.num_qs:
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
-        for name in ("hidden_dims", "small_channels"):
-            if min(getattr(self, name), default=0) < 1:
-                fail(f"{flag(name)}: give numbers above 0")
         if self.dropout == 1:
             fail("--dropout 1: drops everything; give less")
         if self.reward == "vice" and self.demos == "0":

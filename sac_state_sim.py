@@ -160,8 +160,8 @@ class Args(RunArgs):
         setup.check_numbers(self, may_be_zero, fractions, any_sign={"target_entropy_per_dim"})
         if self.num_min_qs > self.num_qs:
             fail(f"--num-min-qs {self.num_min_qs}: there are only --num-qs {self.num_qs} critics to choose from")
-        if not self.hidden_dims or min(self.hidden_dims) < 1 or not self.alpha_init or self.dropout == 1:
-            fail("--hidden-dims and --alpha-init must be above 0, --dropout below 1")
+        if not self.alpha_init or self.dropout == 1:
+            fail("--alpha-init must be above 0, --dropout below 1")
         if self.total_timesteps <= self.learning_starts:
             fail(f"--total-timesteps {self.total_timesteps}: learning starts after {self.learning_starts}; give more")
         if self.utd_ratio == 0 and self.role == "both":

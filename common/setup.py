@@ -25,7 +25,6 @@ from tqdm import tqdm
 
 T = TypeVar("T")
 LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
-INDENT = {"initial_indent": " " * 8, "subsequent_indent": " " * 8}
 
 
 class Fault(Exception):  # noqa: N818  it is the task's, not the program's
@@ -138,6 +137,8 @@ def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
 def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_sign: set[str] = frozenset()) -> None:
     """Exits with one line about a whole number below 1, a negative or no finite number, or a fraction above 1."""
     for name, value in vars(args).items():
+        if args.__annotations__.get(name) == tuple[int, ...] and min(value, default=0) < 1:  # widths of layers
+            fail(f"{flag(name)} {value}: give one number or more, each at least 1")
         least = 0 if name in may_be_zero else 1
         if type(value) is int and name not in any_sign and not least <= value < 2**63:
             fail(f"{flag(name)} {value}: give at least {least}, and less than 2**63")
@@ -175,7 +176,7 @@ def help_text(Args: type, doc: str) -> str:  # noqa: N803
             group = [group, *(name for line, name in comments if line < field.lineno)][-1]
             name = field.target.id
             entry = usage(name, typing.get_type_hints(Args)[name], getattr(Args, name))
-            text = textwrap.fill(" ".join(ast.literal_eval(meaning.value).split()), 100, **INDENT)
+            text = textwrap.indent(textwrap.fill(" ".join(ast.literal_eval(meaning.value).split()), 92), " " * 8)
             first_group = entries[name][0] if name in entries else group
             entries[name] = (first_group, f"  {entry}\n{text}")
     parts = [doc.strip()]
@@ -249,12 +250,11 @@ def has_checkpoint(run_dir: str | Path | None) -> bool:
 
 def go_on(args: RunArgs) -> str:
     """How an ended run is continued."""
-    run_dir = args.run_dir
-    if run_dir is None or args.eval_only or not os.path.exists(f"{run_dir}/args.json"):
+    if args.run_dir is None or args.eval_only or not os.path.exists(f"{args.run_dir}/args.json"):
         return "run the same command again"
-    if has_checkpoint(run_dir):
-        return f"go on with --resume {run_dir}"
-    return f"begin again with --resume {run_dir}, nothing was saved yet"
+    if has_checkpoint(args.run_dir):
+        return f"go on with --resume {args.run_dir}"
+    return f"begin again with --resume {args.run_dir}, nothing was saved yet"
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------

@@ -1224,7 +1224,7 @@ def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
         ("--reward nowhere.pt", "--reward nowhere.pt: not there; reward_classifier.py trains one"),
         ("--film gripper", "--film gripper: the observation has no such state, only: state"),
         ("--grad-accum-steps 3", "--grad-accum-steps 3: must divide --batch-size"),
-        ("--small-channels 4 0", "--small-channels: give numbers above 0"),
+        ("--small-channels 4 0", "--small-channels (4, 0): give one number or more, each at least 1"),
         ("--demos nowhere/point-v0", "--demos nowhere/point-v0: "),
         ("--env-id probe_envs:NoOpenGL-v0", "Images need OpenGL, run: apt-get install -y libegl1"),
     ],
