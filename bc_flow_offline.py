@@ -1041,10 +1041,9 @@ def learn_offline(args: Args) -> None:
             return evaluate_only(args, run, agent, evaluation)
     if run.state and run.state["finished"] and run.step >= args.offline_steps:
         fail(f"--offline-steps {args.offline_steps}: {args.run_dir} is at {run.step}; give a larger number")
-    run.unit = run.doing = "the update"
     os.environ.setdefault("WANDB_RUN_GROUP", args.run_group)
     os.environ.setdefault("WANDB_TAGS", args.run_group)
-    run.open(args.offline_steps, unit="update")
+    run.open(args.offline_steps, unit="update", waits_for="the update")
     run.started = begun  # collecting and converting data counts, too
     batches.open(run.step, args.offline_steps, device.type == "cuda", UPDATES_PER_LAUNCH)
     with contextlib.closing(run.bar), contextlib.closing(evaluation):

@@ -690,7 +690,7 @@ def fit(run: Run, trainer: Trainer, learned: list[Clip], held_out: list[Clip], d
     """Trains until the held-out loss has not become better for a while."""
     frames, others = Frames.of(learned, device), Frames.of(held_out, device)
     run.keep(trainer=trainer)
-    run.open(run.args.updates, "update", "--updates")
+    run.open(run.args.updates, "update", "--updates", waits_for="the update")
     losses = []
     while run.step < run.args.updates and trainer.looks < PATIENCE and not run.signals:
         with run.phase("update"):

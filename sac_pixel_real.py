@@ -1315,8 +1315,7 @@ def learner(args: Args) -> None:
     shared, size = args.shared("gripper_penalty"), agent.step_type.itemsize
     actors = link.Learner(args.address, args.curve_keys, shared, size, partial(check_steps, agent.step_type))
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
-    run.unit = "the update"
-    run.open(args.total_timesteps)
+    run.open(args.total_timesteps, waits_for="the update")
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     published_at = -math.inf
 

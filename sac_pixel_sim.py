@@ -22,7 +22,6 @@ New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to e
 """
 
 import copy
-import json
 import math
 import os
 import sys
@@ -228,7 +227,7 @@ class Args(RunArgs):
         flags = {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
         flags["--reward"] = file_hash(self.reward)
         flags["--pretrained"] = file_hash(self.pretrained)
-        return json.loads(json.dumps(flags))
+        return flags
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -1135,8 +1134,7 @@ def learner(args: Args) -> None:
     size = agent.step_type.itemsize
     actors = link.Learner(args.address, args.curve_keys, args.shared(), size, partial(check_steps, agent.step_type))
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
-    run.unit = "the update"
-    run.open(args.total_timesteps)
+    run.open(args.total_timesteps, waits_for="the update")
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     published = -math.inf
 

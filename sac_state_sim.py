@@ -23,7 +23,6 @@ New experiment: copy this file; `grep -n TASK: my_task.py` lists the places to e
 """
 
 import copy
-import json
 import math
 import os
 import sys
@@ -171,7 +170,7 @@ class Args(RunArgs):
 
     def shared(self) -> dict[str, object]:
         """What shapes task and policy, and so must be the same in actor and learner."""
-        return json.loads(json.dumps({flag(name): getattr(self, name) for name in Args.SHAPING.split()}))
+        return {flag(name): getattr(self, name) for name in Args.SHAPING.split()}
 
 
 # --- Environment ------------------------------------------------------------------------------------------------------
@@ -755,8 +754,7 @@ def learner(args: Args) -> None:
     size = agent.step_type.itemsize
     actors = link.Learner(args.address, args.curve_keys, args.shared(), size, partial(check_steps, agent.step_type))
     run.keep(agent=agent, buffer=buffer, demos=demos, actors=actors)
-    run.unit = "the update"
-    run.open(args.total_timesteps)
+    run.open(args.total_timesteps, waits_for="the update")
     metrics = dict.fromkeys(Agent.METRICS, math.nan)
     published = -math.inf
 

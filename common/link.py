@@ -90,12 +90,12 @@ class Learner:
         record_bytes: int,
         check: Callable[[bytes], None] = lambda records: None,
     ):
-        """Listens at `address`; `hello` must be the actors' too; `check` raises ValueError for records not to be taken.
+        """Listens at `address`; `hello` must, as JSON, be the actors' too; `check` raises ValueError to refuse records.
         Exits with one line when the address is taken, or on a network without `keys`; makes them if none are there."""
         ip, port = parse_address(address)
         if not ipaddress.ip_address(ip).is_loopback and not keys:
             fail(f"--address {address}: a network needs --curve-keys DIR, which encrypts and authenticates")
-        self.hello, self.record_bytes, self.check = hello, record_bytes, check
+        self.hello, self.record_bytes, self.check = json.loads(json.dumps(hello)), record_bytes, check
         self.held: dict[str, int] = {}
         self.asking: set[str] = set()  # actors that have not been told that it is over
         self.over = False

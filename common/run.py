@@ -67,8 +67,6 @@ class Run:
         self.started = time.perf_counter()
         self.signals = 0
         self.signalled_at = math.inf
-        self.unit = "the episode"  # what Ctrl-C waits for
-        self.doing = self.unit
         self.state = None
         if args.resume or args.eval_only:
             self.state = self.load(device)
@@ -173,16 +171,18 @@ class Run:
         self.saved_at = self.step
 
     # --- while it runs ---
-    def open(self, total: int, unit: str = "step", option: str = "--total-timesteps") -> None:
+    def open(self, total: int, unit="step", option="--total-timesteps", waits_for="the episode") -> None:
         """CSV files, TensorBoard, wandb, progress bar, signals; what was written after the checkpoint is removed.
 
-        Exits with one line that names `option` when a finished run is asked for no more than it has.
+        Ctrl-C waits for the end of `waits_for`. Exits with one line that names `option` when a finished run is asked
+        for no more than it has.
         """
         from torch.utils.tensorboard import SummaryWriter
 
         if self.state and self.state["finished"] and self.step >= total:
             fail(f"{self.args.run_dir} is finished: {option} {total}: it has {self.step}; give a larger number")
         self.write_flags()
+        self.unit = self.doing = waits_for
         for path in self.dir.glob("*.csv"):
             newest = self.step
             if path.stem == "eval" and self.step >= total:  # the last evaluation comes after the checkpoint

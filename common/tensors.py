@@ -290,7 +290,8 @@ class Follower(Run):
     def claim(self) -> None:
         pass
 
-    def open(self, total: int, unit: str = "step") -> None:
+    def open(self, total: int, unit="step", option="", waits_for="the update") -> None:
+        self.unit = self.doing = waits_for
         self.bar = tqdm(disable=True)
         self.restart_timer()
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -25,7 +25,7 @@ from common.link import PROTOCOL, RECORDS_PER_FILE, Actor, Journal, Learner, par
 from common.tensors import check_steps, step_type
 from sac_state_sim import Agent, Args
 
-HELLO = {"--env-id": "Task-v0", "--hidden-dims": [256, 256]}
+HELLO = {"--env-id": "Task-v0", "--hidden-dims": (256, 256)}
 SIZE = 12  # bytes of a record in these tests
 
 
@@ -876,7 +876,7 @@ def test_a_learner_and_two_actors_to_the_end(tmp_path):
 
     agent = Agent(spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (3,)), Args(**args), torch.device("cpu"))
     agent.load_state_dict(state["agent"])
-    agent.mean_actor = agent.actor  # the one that acts
+    agent.ema_actor = agent.actor  # the one that acts
     distances = []
     for before, step in zip(journals[0], journals[0][1:]):
         if not step["first"]:
