@@ -130,6 +130,34 @@ def test_drift_is_seen(one, two, fault):
     assert drift_faults({"a.py": "def main(): return 1", "b.py": "def main(): return 2"}) == []
 
 
+# Of Agent: methods that stand in both of two scripts and are not the same to the letter.
+STATES_TO_IMAGES = (
+    "__init__ make_buffer act choose critic_loss actor_loss actor_gradient step_actor update_once update "
+)
+STATES_TO_IMAGES += "policy_tensors state_dict load_state_dict"
+IMAGES_TO_ROBOT = "__init__ make_buffer act random_action prepare target_q gradients update_once update "
+IMAGES_TO_ROBOT += "policy_tensors state_dict load_state_dict"
+
+
+def methods(script: str) -> dict[str, str]:
+    """Name and source of the methods of a script's Agent."""
+    (agent,) = [code for name, code in definitions(text(script)) if name == "Agent"]
+    (tree,) = ast.parse(agent).body
+    return {node.name: ast.get_source_segment(agent, node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differing"),
+    [
+        ("sac_state_sim.py", "sac_pixel_sim.py", STATES_TO_IMAGES),
+        ("sac_pixel_sim.py", "sac_pixel_real.py", IMAGES_TO_ROBOT),
+    ],
+)
+def test_methods_of_an_agent_that_a_task_does_not_change(one, other, differing):
+    ours, theirs = methods(one), methods(other)
+    assert {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]} == set(differing.split())
+
+
 # --- Args: documented, used, of their type ----------------------------------------------------------------------------
 def args_faults(source: str) -> list[str]:
     """Every field of Args has a docstring below it and is read as args.x; every args.x is a field."""

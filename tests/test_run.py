@@ -179,13 +179,6 @@ def test_runs_with_other_standard_deviations(tmp_path, std_parameterization):
     assert math.isfinite(read_csv(tmp_path / "run", "train.csv")["losses/actor_loss"][-1])
 
 
-@pytest.mark.slow
-def test_wandb_mirrors_offline(tmp_path):
-    flags = (*POINT, "--total-timesteps", 100, "--track", "--run-dir", "run")
-    run_script(SCRIPT, *TINY.split(), *flags, cwd=tmp_path, env=TASKS | {"WANDB_MODE": "offline"})
-    assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
-
-
 # --- R1: copies -------------------------------------------------------------------------------------------------------
 MY_TASKS = '''
 import gymnasium as gym

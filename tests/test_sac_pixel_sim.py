@@ -34,7 +34,6 @@ from serl_arrays import (
     tree_of,
     write_pickle,
 )
-from state_runs import AllAtOnce
 from test_vision import Malicious
 from torch import Tensor, nn
 
@@ -779,16 +778,6 @@ def test_the_target_is_the_target_critics_on_the_one_encoder():
     assert not torch.allclose(agent.target_q(batch, eps, subset), target)
 
 
-def test_target_critic_follows_slowly(monkeypatch):
-    monkeypatch.setattr(sac_pixel_sim, "TAU", 0.25)
-    agent = Agent(small_views(), box(2), small_args(), CPU)
-    before = copies(agent.target_critic)
-    agent.update_once(*random_inputs(agent), with_actor=False)
-    after, critic = copies(agent.target_critic), copies(agent.critic)
-    for name, value in before.items():
-        assert_close(after[name], 0.75 * value + 0.25 * critic[name], 1e-6)
-
-
 def gradients(agent: Agent, inputs, with_actor: bool = True) -> dict[str, Tensor]:
     """Of all parameters, from one update that changes nothing."""
     agent.step_critic = agent.step_actor = lambda: None
@@ -1188,24 +1177,6 @@ def test_learner_and_actors(tmp_path):
     for window, action in zip(frames, state["buffer"]["columns"][1]):
         before, after = next(pair for pair in sent if np.array_equal(pair[1]["action"], action))
         assert np.array_equal(window[0], before["frames"]) and np.array_equal(window[1], after["frames"])
-
-
-def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
-    """It asks for nothing then, but an actor that hears nothing for long gives up."""
-    obs = {"images": np.zeros((1, 2, 20, 20, 3), np.uint8), "state": np.ones((1, 2), np.float32)}
-    dtype = step_type(2, 3, (1, 2, 20, 20, 3))
-    actors = AllAtOnce([pack_step(dtype, None if i == 0 else np.zeros(3), obs) for i in range(121)])
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sac_pixel_sim.link, "Learner", lambda *_: actors)
-    monkeypatch.setattr(sac_pixel_sim.tensors, "set_up_torch", lambda *_: CPU)
-    flags = {"env_id": "probe_envs:PixelPoint-v0", "role": "learner", "run_dir": "run", "capture_video": False}
-    args = small_args(**flags, total_timesteps=120, learning_starts=20, utd_ratio=1, final_eval_episodes=1)
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.getsignal(number))
-        sac_pixel_sim.learner(args)
-    assert actors.asked == [(100, 120, True), (0, 0, False)]  # 100 updates, 50 at a time
-    assert checkpoint(tmp_path / "run")["agent"]["critic_updates"] == 100
 
 
 @pytest.mark.parametrize(
