@@ -486,8 +486,8 @@ def dataset_ids(args: Args) -> tuple[str, str | None]:
 def load_rows(dataset, rewards: dict[int, np.ndarray], numbers: list[int], box: spaces.Box, args: Args) -> Dataset:
     """Episodes of a Minari dataset as rows, the actions in `box` in [-1, 1]. Exits if they break the bounds."""
     lengths = {number: len(rewards[number]) for number in numbers}
-    how = (args.action_bounds, args.data_loading, ACTION_CLIP_EPS)
-    rows = Dataset.create(**datasets.read_rows(dataset, lengths, arrange, box, *how))
+    bounds, loading = args.action_bounds, args.data_loading
+    rows = Dataset(datasets.read_rows(dataset, lengths, arrange, box, bounds, loading, ACTION_CLIP_EPS))
     rows.source = dataset
     rows.box = box
     rows.args = args
@@ -550,8 +550,8 @@ def process_train_dataset(ds: Dataset, args: Args | None = None) -> Dataset:
 
 def make_batches(dataset: Dataset, args: Args, device: torch.device, learns: bool = True) -> Batches:
     """The samples of each update, or of a validation."""
-    sizes = (args.horizon, args.frame_stack, args.batch_size, args.seed, args.num_workers)
-    return Batches(dataset, *sizes, device, learns)
+    sizes = (args.horizon, args.frame_stack, args.batch_size)
+    return Batches(dataset, *sizes, args.seed, args.num_workers, device, learns)
 
 
 # --- Agent ------------------------------------------------------------------------------------------------------------
@@ -570,7 +570,7 @@ class BCAgent:
         self.generator = torch.Generator(device).manual_seed(args.seed)
         torch.manual_seed(args.seed)  # the network's initialisation
         self.actor = Policy(observation_shape, self.horizon * action_dim, args).to(device)
-        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False) if args.ema else self.actor
+        self.ema_actor = copy.deepcopy(self.actor).requires_grad_(False) if args.ema else self.actor
         self.parameters = list(self.actor.parameters())
         self.lr = torch.tensor(args.lr, device=device)  # tensors: a CUDA graph follows them
         self.updates = torch.zeros((), device=device)  # float32 counts exactly up to 16 million
@@ -599,7 +599,7 @@ class BCAgent:
     def observe(self, states: Tensor) -> None:
         """Takes the mean and standard deviation of states (N, S) for normalize_observations."""
         states = states.to(self.device).repeat(1, self.args.frame_stack)
-        for actor in {self.actor, self.mean_actor}:
+        for actor in {self.actor, self.ema_actor}:
             actor.encoder.normalizer.fit(states)
 
     def loss(self, observations, x_1: Tensor, valid: Tensor, x_0: Tensor, t: Tensor) -> Tensor:
@@ -639,7 +639,7 @@ class BCAgent:
         self.updates += 1
         if self.args.ema:  # a plain mean at first, in which the random first policy does not stay
             weight = (1 / self.updates).clamp(min=1 - self.args.ema)
-            for mean, parameter in zip(self.mean_actor.parameters(), self.parameters, strict=True):
+            for mean, parameter in zip(self.ema_actor.parameters(), self.parameters, strict=True):
                 mean.lerp_(parameter.detach(), weight)
         return loss
 
@@ -666,9 +666,10 @@ class BCAgent:
         learn = self.learn_launch if whole else self.learn_eagerly
         return learn(*datasets.arrays(observations), chunks, valid)
 
-    def learn_eagerly(self, *tensors: Tensor) -> dict[str, Tensor]:
-        """`tensors`: observations (K, B, ...), by name where they are several; chunks (K, B, hA); valid (K, B, h)."""
-        *observations, chunks, valid = tensors
+    def learn_eagerly(self, *inputs: Tensor) -> dict[str, Tensor]:
+        """`inputs`, tensors as a CUDA graph takes them: observations (K, B, ...), in the order of their names where
+        they are several; chunks (K, B, h * A); valid (K, B, h)."""
+        *observations, chunks, valid = inputs
         losses = []
         for k in range(len(chunks)):
             obs = [x[k] for x in observations]
@@ -693,7 +694,7 @@ class BCAgent:
             valid = torch.as_tensor(np.asarray(batch["valid"]), dtype=torch.float32, device=self.device)
         elif actions.ndim == 3:
             actions = actions[:, 0]  # qc agents/acfql.py:59
-        samples = (self.tensors(batch["observations"]), actions.flatten(1), valid)
+        samples = (self.on_device(batch["observations"]), actions.flatten(1), valid)
         info = self.learn(tuple(each(lambda x: x.unsqueeze(0), x) for x in samples))
         return {key: float(value) for key, value in info.items()}
 
@@ -702,7 +703,7 @@ class BCAgent:
         infos = [self.update(each(lambda x, k=k: x[k], batch)) for k in range(len(batch["actions"]))]
         return {key: float(np.mean([info[key] for info in infos])) for key in infos[0]}
 
-    def tensors(self, observations):
+    def on_device(self, observations):
         """Observations on the device, states as float32, in the order of their shapes."""
         if isinstance(self.shape, dict):
             observations = {name: observations[name] for name in self.shape}
@@ -712,13 +713,13 @@ class BCAgent:
     @torch.inference_mode()
     def sample_actions(self, observations, rng: torch.Generator | None = None, noise=None) -> np.ndarray:
         """Chunks (..., h * A) in [-1, 1] of one observation or a batch, from `noise`, drawn if None."""
-        x = self.tensors(observations)
+        x = self.on_device(observations)
         single = len(datasets.arrays(x)[0].shape) == len(datasets.arrays(self.shape)[0])
         if single:
             x = each(lambda x: x.unsqueeze(0), x)
-        features = self.mean_actor.encoder(x)  # (B, F)
+        features = self.ema_actor.encoder(x)  # (B, F)
         if self.args.policy == "gaussian":
-            actions = self.mean_actor.head(features)[0].tanh()
+            actions = self.ema_actor.head(features)[0].tanh()
         else:
             shape = (len(features), self.horizon * self.action_dim)
             if noise is None:
@@ -730,7 +731,7 @@ class BCAgent:
     def integrate(self, features: Tensor, x: Tensor) -> Tensor:
         """From noise (B, h * A) along the velocity to actions, by Euler's or Heun's method."""
         dt = 1 / self.args.flow_steps
-        velocity_at = self.mean_actor.head
+        velocity_at = self.ema_actor.head
         for i in range(self.args.flow_steps):
             velocity = velocity_at(features, x, torch.full_like(x[:, :1], i * dt))
             # The last step is Euler's: the field is not smooth at t = 1; arXiv:2206.00364 algorithm 1.
@@ -752,7 +753,7 @@ class BCAgent:
         """The loss of the averaged policy on samples (K, B, ...), with the same noise at every call."""
         noise = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}
         losses = []
-        learned, self.actor = self.actor, self.mean_actor
+        learned, self.actor = self.actor, self.ema_actor
         for k, x_1 in enumerate(samples[1]):
             x_0 = torch.randn(x_1.shape, **noise)
             t = torch.rand(len(x_1), 1, **noise)
@@ -772,7 +773,7 @@ class BCAgent:
             "config": dataclasses.asdict(self.args),
             "step": int(self.updates),
             "generator": self.generator.get_state(),
-            "mean_actor": self.mean_actor.state_dict() if self.args.ema else {},
+            "ema_actor": self.ema_actor.state_dict() if self.args.ema else {},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -783,10 +784,10 @@ class BCAgent:
                 raise ValueError(f"was saved with {flag(name)} {theirs}, not {ours}")
         self.actor.load_state_dict(state["actor"])
         # A config without ema: what is evaluated is averaged.
-        if state["mean_actor"] and self.mean_actor is self.actor:
-            self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        if state["ema_actor"] and self.ema_actor is self.actor:
+            self.ema_actor = copy.deepcopy(self.actor).requires_grad_(False)
             self.args = dataclasses.replace(self.args, ema=state["config"]["ema"])
-        self.mean_actor.load_state_dict(state["mean_actor"] or state["actor"])
+        self.ema_actor.load_state_dict(state["ema_actor"] or state["actor"])
         self.actor_optimizer.load_state_dict(state["actor_optimizer"])
         group = self.actor_optimizer.param_groups[0]
         self.lr.copy_(torch.as_tensor(group["lr"]))
@@ -947,12 +948,6 @@ def prepare(args: Args, device: torch.device) -> tuple[BCAgent, Batches, Evaluat
     return agent, batches, Evaluation(args, train_dataset, eval_env, validation)
 
 
-def until_event(step: int, args: Args) -> int:
-    """Updates from `step` until something is logged, evaluated or saved, or training ends."""
-    intervals = (args.log_interval, args.eval_interval, args.save_interval)
-    return min(args.offline_steps - step, *(every - step % every for every in intervals if every > 0))
-
-
 def get_exp_name(seed: int) -> str:
     """sdSEED[s_SLURM-JOB.]TIME, qc log_utils.py:40; milliseconds, so that no two runs share it."""
     job = "".join(f"s_{os.environ[name]}." for name in ("SLURM_JOB_ID", "SLURM_PROCID") if name in os.environ)
@@ -976,9 +971,10 @@ def train(
     args: Args, run: Run, agent: BCAgent, batches: Batches, evaluation: Evaluation, logger: LoggingHelper | None
 ) -> None:
     """The loop. Only the first process has a logger."""
+    intervals = [every for every in (args.log_interval, args.eval_interval, args.save_interval) if every > 0]
     while run.step < args.offline_steps and not tensors.any_process(run.signals > 0, agent.device):
-        # Learn: as many updates as until the next event, at most one launch's.
-        to_event = until_event(run.step, args)
+        # Learn: until something is logged, evaluated or saved, but no more updates than one launch has.
+        to_event = min(args.offline_steps - run.step, *(every - run.step % every for every in intervals))
         count = min(to_event, UPDATES_PER_LAUNCH - run.step % UPDATES_PER_LAUNCH)
         offline_info = agent.learn(batches.take(run.step, count, agent.device))
         run.advance(count)

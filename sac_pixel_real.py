@@ -57,7 +57,7 @@ from torch.utils.checkpoint import checkpoint
 
 import robot_client as rc
 from common import envs, link, pixels, recording, setup, tensors, vision
-from common.episodes import Recorder, minari_episodes, replay, summary
+from common.episodes import Recorder, as_live_steps, minari_episodes, summary
 from common.pixels import FrameFile, Views, views_of
 from common.recording import Recording, Step, fields_of, write_video
 from common.run import Run
@@ -165,7 +165,7 @@ class Args(RunArgs):
     gamma: float = 0.97
     """discount factor per environment step"""
     reward_scale: float = 33.0
-    """learned rewards are so much larger: 1 / (1 - gamma), what a success would earn that lasted (HIL-SERL: 1)"""
+    """factor on rewards: 1 / (1 - gamma), so that a success is worth what it would earn if it lasted (HIL-SERL: 1)"""
     n_step: int = 3
     """steps whose rewards a critic's target sums before it bootstraps (SAC: 1); success is one reward, at the end"""
     hidden_dims: tuple[int, ...] = (256, 256)
@@ -260,8 +260,8 @@ def wrap_env(env: gym.Env, args: Args) -> gym.Env:
     return gym.wrappers.FrameStackObservation(env, args.frame_stack)
 
 
-def judged(env: gym.Env, args: Args) -> gym.Env:
-    """With the classifier's reward, if --reward names one. Exits with one line when it is of another task."""
+def with_classifier(env: gym.Env, args: Args) -> gym.Env:
+    """The task with the classifier's reward, if --reward names one. Exits with one line when it is of another task."""
     if args.reward in REWARDS:
         return env
     if not Path(args.reward).exists():
@@ -494,7 +494,7 @@ class Observation(NamedTuple):
 class Features(NamedTuple):
     """What actor and critics see."""
 
-    images: Tensor  # (B, F)
+    images: Tensor  # (B, F), what the encoder makes of them
     states: Tensor  # (B, T * S)
 
 
@@ -587,8 +587,8 @@ class PixelActor(Actor):
         super().__init__(feature_dim(views, args), action_dim, args)
         self.proprio = proprioception(views)
 
-    def forward(self, seen: Features) -> tuple[Tensor, Tensor]:
-        return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1))
+    def forward(self, features: Features) -> tuple[Tensor, Tensor]:
+        return super().forward(torch.cat([features.images, self.proprio(features.states)], -1))
 
 
 class PixelCritic(Critic):
@@ -598,8 +598,8 @@ class PixelCritic(Critic):
         super().__init__(feature_dim(views, args), action_dim, args)
         self.proprio = proprioception(views)
 
-    def forward(self, seen: Features, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1), actions, generator)
+    def forward(self, features: Features, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return super().forward(torch.cat([features.images, self.proprio(features.states)], -1), actions, generator)
 
 
 class GraspCritic(nn.Module):
@@ -611,11 +611,11 @@ class GraspCritic(nn.Module):
         self.trunk = MLP(1, feature_dim(views, args), args.hidden_dims, args.activation, args.layer_norm)
         self.q = EnsembleLinear(1, args.hidden_dims[-1], 3)
 
-    def forward(self, seen: Features) -> Tensor:
-        x = torch.cat([seen.images, self.proprio(seen.states)], -1)
-        features = self.trunk(x.unsqueeze(0)).squeeze(0)  # (B, H)
-        with torch.autocast(features.device.type, enabled=False):  # values in float32, as the critics'
-            return self.q(features.float().unsqueeze(0)).squeeze(0)
+    def forward(self, features: Features) -> Tensor:
+        x = torch.cat([features.images, self.proprio(features.states)], -1)
+        hidden = self.trunk(x.unsqueeze(0))  # (1, B, H)
+        with torch.autocast(hidden.device.type, enabled=False):  # values in float32, as the critics'
+            return self.q(hidden.float()).squeeze(0)
 
 
 def grasp_index(actions: Tensor) -> Tensor:
@@ -629,7 +629,7 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, A)
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
-    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `ReplayBuffer.follow_up`
+    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `n_step_transitions`
 
 
 class ReplayBuffer:
@@ -652,7 +652,7 @@ class ReplayBuffer:
         return min(self.total, self.capacity)
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
+        """Stores an actor's next step; returns how many transitions that makes: 0 for a reset, else 1."""
         obs = torch.tensor(step["observation"], device=self.device)
         before = self.newest.get(actor)
         self.newest[actor] = obs
@@ -672,13 +672,13 @@ class ReplayBuffer:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
         """Transitions (*shape, ...) of n_step steps, uniformly with replacement."""
         slots = torch.randint(len(self), shape, generator=generator, device=self.device)
-        return self.follow_up(slots)[0]
+        return self.n_step_transitions(slots)[0]
 
-    def follow_up(self, slots: Tensor) -> tuple[Batch, Tensor]:
-        """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
-        `terminations` becomes the part of the next observation's value that the target loses.
-        Shorter where the episode or the buffer ends, or another actor's steps come between.
-        Also the slots (...) of their last steps."""
+    def n_step_transitions(self, slots: Tensor) -> tuple[Batch, Tensor]:
+        """The transitions that begin in `slots` (...), n_step steps long, and the slots (...) of their last steps.
+        Rewards are discounted and summed; `terminations` is 1 - gamma^(n - 1) where the episode goes on, so that a
+        target's factor gamma * (1 - terminations) is gamma^n. Shorter where the episode or the buffer ends, or
+        another actor's steps come between."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -717,9 +717,9 @@ class ReplayBuffer:
 
 
 class FrameBuffer(ReplayBuffer):
-    """Ring buffer of transitions with images, whose frames stand once in a FrameFile, as bytes.
-    `observations` are the states; beside them stand the slots of a transition's frames: a stack of
-    them for the observation, one for the next. Successive steps of an actor share frames, whatever
+    """Ring buffer of transitions with images, each of whose frames is stored once, in a FrameFile.
+    `observations` are the states; `windows` (capacity, 2, T) say where in that file a transition's frames
+    are: the observation's stack and the next one's. Successive steps of an actor share frames, whatever
     other actors add in between."""
 
     def __init__(self, capacity: int, views: Views, action_dim: int, frames: FrameFile, n_step=1, gamma=1.0):
@@ -730,7 +730,7 @@ class FrameBuffer(ReplayBuffer):
         self.newest_windows: dict[str, list[int]] = {}  # of each actor's newest observation
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
+        """Stores an actor's next step; returns how many transitions that makes: 0 for a reset, else 1."""
         before = self.newest_windows.get(actor, [])
         window = [] if step["first"] else list(before)
         for i, frame in enumerate(step["frames"]):
@@ -753,7 +753,7 @@ class FrameBuffer(ReplayBuffer):
     def sample_frames(self, count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
         """Uniformly: transitions (count, ...) of n_step steps, frames (count, 2 * T, K, H, W, 3)."""
         slots = torch.randint(len(self), (count,), generator=generator, device=self.device)
-        batch, last = self.follow_up(slots)
+        batch, last = self.n_step_transitions(slots)
         windows = torch.cat([self.windows[slots, 0], self.windows[last, 1]], 1)
         return batch, self.frames.get(windows)
 
@@ -801,7 +801,7 @@ def load_demos(args: Args, agent: "Agent", run: Run) -> FrameBuffer:
         if success(episode.info) != 1:
             continue
         penalties = grasp_penalties(episode.actions, closure, config)
-        replayed = replay(episode, task, partial(wrap_env, args=args))
+        replayed = as_live_steps(episode, task, partial(wrap_env, args=args))
         for (action, obs, reward, terminated), extra in zip(replayed, [0.0, *penalties]):
             steps.append(pack_step(agent.step_type, action, obs, reward + extra, terminated))
         episodes.append(episode._replace(observations=[]))
@@ -835,14 +835,14 @@ def grasp_penalties(actions: np.ndarray, closure: float | None, config: rc.TaskC
 class Agent:
     """SAC from images for the arm and double DQN for the gripper, with the options of DrQ, RLPD and SERL."""
 
-    PARTS = ("normalizer", "encoder", "mean_encoder", "actor", "mean_actor", "critic", "target_critic")
+    PARTS = ("normalizer", "encoder", "ema_encoder", "actor", "ema_actor", "critic", "target_critic")
     PARTS += ("trunk", "grasp_critic", "target_grasp_critic", "actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    # Columns of train.csv, NaN in the rows before learning starts.
     METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/grasp_loss",)
 
-    def __init__(self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved=False):
-        """`saved`: a state will be loaded, so that no other files are read."""
-        load = not saved
+    def __init__(self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, load=True):
+        """Without `load`, --pretrained is not read: a state will be loaded that has its parameters."""
         self.args = args
         self.device = device
         self.views = views
@@ -854,9 +854,9 @@ class Agent:
         torch.manual_seed(args.seed)  # the networks' initialisation
         self.normalizer = RunningNormalizer(views.state_dim, args.normalize_observations).to(device)
         self.encoder = Encoder(views, args, load).to(device)
-        self.mean_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.ema_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.actor = PixelActor(views, self.arm_dim, args).to(device)
-        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.ema_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = PixelCritic(views, self.arm_dim, args).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.trunk = None  # the frozen one, for all cameras
@@ -867,7 +867,7 @@ class Agent:
         self.target_entropy = TARGET_ENTROPY * self.arm_dim
         self.actor_parameters = list(self.actor.parameters())
         self.acting_parameters = [*self.actor.parameters(), *self.encoder.parameters()]
-        self.mean_parameters = [*self.mean_actor.parameters(), *self.mean_encoder.parameters()]
+        self.ema_parameters = [*self.ema_actor.parameters(), *self.ema_encoder.parameters()]
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
         self.grasp_critic = self.target_grasp_critic = None
@@ -883,12 +883,12 @@ class Agent:
         self.optimizers = [self.actor_optimizer, self.critic_optimizer, self.alpha_optimizer]
         self.num_demos = args.num_demos()
         self.imitates = self.num_demos > 0 and args.bc_weight > 0
-        self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
+        self.ema_weight = torch.tensor(1 - args.actor_ema, device=device)
         self.critic_updates = 0
         self.counts = torch.zeros(3, device=device)  # transitions learned from, in the replay buffer, in the other
         self.probe: dict[str, Tensor] | None = None  # an observation by which a loaded policy is checked
         # A frozen trunk, most of the work then, has all threads to itself.
-        self.beside = tensors.Beside(1 if self.trunk else args.threads, device)
+        self.second_thread = tensors.SecondThread(1 if self.trunk else args.threads, device)
         if args.compile and device.type == "cuda":
             self.target_q = torch.compile(self.target_q)
             self.encode = torch.compile(self.encode)
@@ -897,8 +897,8 @@ class Agent:
             self.update_once = tensors.Graphed(self.update_once, self.generator, eager=3 * args.policy_delay)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
-        """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
-        on brings it. Exits with one line when there is no room."""
+        """A buffer of this agent's transitions, with a file of `slots` frames unless the run goes on, which
+        has one. Exits with one line when there is no room."""
         args = self.args
         file = pixels.frame_file(name, capacity, slots, self.views, self.step_type, run, args.frames_dir, self.device)
         return FrameBuffer(capacity, self.views, self.action_dim, file, args.n_step, args.gamma)
@@ -911,10 +911,10 @@ class Agent:
     @torch.inference_mode()
     def act(self, obs: dict, deterministic: bool) -> np.ndarray:
         """Action (A,) in [-1, 1] for one observation of `wrap_env`; the gripper's is the grasp critic's best."""
-        seen = self.one_observation(obs)
-        features = self.encode(seen)  # which the grasp critic is trained on
+        obs = self.one_observation(obs)
+        features = self.encode(obs)  # which the grasp critic is trained on
         if deterministic:
-            mean, _ = self.mean_actor(Features(self.mean_encoder(seen), seen.states))
+            mean, _ = self.ema_actor(Features(self.ema_encoder(obs), obs.states))
         else:
             mean, std = self.actor(features)
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
@@ -932,10 +932,10 @@ class Agent:
     @torch.inference_mode()
     def answers(self) -> Tensor:
         """What the policy and its average, and the grasp critic, make of the stored observation."""
-        seen = self.one_observation(self.probe)
-        features = self.encode(seen)
+        obs = self.one_observation(self.probe)
+        features = self.encode(obs)
         answers = [self.actor(features)[0].tanh()]
-        answers += [self.mean_actor(Features(self.mean_encoder(seen), seen.states))[0].tanh()]
+        answers += [self.ema_actor(Features(self.ema_encoder(obs), obs.states))[0].tanh()]
         if self.grasp_critic is not None:
             answers.append(self.grasp_critic(features))
         return torch.cat(answers, 1).clone()
@@ -944,7 +944,7 @@ class Agent:
         """As networks see it, in a batch of one."""
         images = torch.as_tensor(obs["images"], device=self.device)[None]
         states = torch.as_tensor(obs["state"], device=self.device)[None]
-        return self.see(images, self.normalizer(states.flatten(1)))
+        return self.observation(images, self.normalizer(states.flatten(1)))
 
     @property
     def alpha(self) -> Tensor:
@@ -953,7 +953,7 @@ class Agent:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
 
-    def see(self, images: Tensor, states: Tensor | None) -> Observation:
+    def observation(self, images: Tensor, states: Tensor | None) -> Observation:
         """What encoders take: images (B, T, K, H, W, 3), normalised states, a frozen trunk's maps."""
         maps = None
         if self.trunk is not None:
@@ -971,11 +971,11 @@ class Agent:
         return images.unflatten(1, frames.shape[1:3])
 
     def prepare(self, batch: Batch, frames: Tensor) -> Batch:
-        """The batch with augmented frames (B, 2 * T, K, H, W, 3), normalised states: Observations."""
+        """The batch with Observations: augmented frames (B, 2 * T, K, H, W, 3), normalised states."""
         images, next_images = self.augmented(frames).chunk(2, 1)
         return batch._replace(
-            observations=self.see(images, self.normalizer(batch.observations)),
-            next_observations=self.see(next_images, self.normalizer(batch.next_observations)),
+            observations=self.observation(images, self.normalizer(batch.observations)),
+            next_observations=self.observation(next_images, self.normalizer(batch.next_observations)),
             rewards=self.args.reward_scale * batch.rewards,
         )
 
@@ -998,10 +998,10 @@ class Agent:
             grasp_target = batch.rewards + discounts * next_grasp_q
         return batch.rewards + discounts * next_q, grasp_target
 
-    def critic_loss(self, seen: Features, actions: Tensor, target_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def critic_loss(self, features: Features, actions: Tensor, target_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared soft Bellman error."""
         generator = self.generator if self.args.dropout else None
-        q_values = self.critic(seen, actions, generator)  # (E, B)
+        q_values = self.critic(features, actions, generator)  # (E, B)
         loss = (q_values - target_q).square().mean()  # over E, B; SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
@@ -1012,47 +1012,47 @@ class Agent:
         error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
         return error.square().sum(-1).mean()
 
-    def actor_loss(self, seen: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, features: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Soft policy improvement, and imitation of demonstrations."""
-        mean, std = self.actor(seen)  # (B, A)
+        mean, std = self.actor(features)  # (B, A)
         new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
-        q = self.critic(seen, new_actions).mean(0)  # (B,)
+        q = self.critic(features, new_actions).mean(0)  # (B,)
         loss = (self.alpha.detach() * log_pi - q).mean()
         if self.imitates:
             loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
-    def grasp_loss(self, seen: Features, grasps: Tensor, target_q: Tensor) -> Tensor:
+    def grasp_loss(self, features: Features, grasps: Tensor, target_q: Tensor) -> Tensor:
         """Squared Bellman error of what the gripper was told, (B, 1) in [-1, 1]."""
-        q = self.grasp_critic(seen).gather(1, grasp_index(grasps)).squeeze(1)  # (B,)
+        q = self.grasp_critic(features).gather(1, grasp_index(grasps)).squeeze(1)  # (B,)
         return (q - target_q).square().mean()
 
     def gradients(self, batch: Batch, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """Of the critics and, by imitation too, of the encoder; `with_actor` also of actor and temperature, which take
-        the same features. On a second thread, where there is one: the targets, then the actor's gradient."""
+        """Of critics and encoder, which imitation trains, too; `with_actor` also of actor and temperature, from the
+        same features. The second thread computes the targets, then the actor's gradient."""
         actions = batch.actions[:, : self.arm_dim]  # (B, A) of the arm
-        targets = self.beside(self.autocast()(self.target_q), batch, eps[:, 0], subset)
+        targets = self.second_thread(self.autocast()(self.target_q), batch, eps[:, 0], subset)
         with self.autocast():
-            seen = self.encode(batch.observations)
+            features = self.encode(batch.observations)
         if with_actor:
-            detached = Features(seen.images.detach(), seen.states)
-            actor = self.beside(self.actor_gradient, detached, actions, eps[:, 1])
+            detached = Features(features.images.detach(), features.states)
+            actor_metrics = self.second_thread(self.actor_gradient, detached, actions, eps[:, 1])
         with self.autocast():
             target_q, grasp_target = targets()
-            loss, metrics = self.critic_loss(seen, actions, target_q)
+            loss, metrics = self.critic_loss(features, actions, target_q)
             if self.imitates:
-                mean, _ = self.actor(seen)
+                mean, _ = self.actor(features)
                 loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, actions)
             if self.grasp_critic is not None:
-                grasp_loss = self.grasp_loss(seen, batch.actions[:, -1:], grasp_target)
+                grasp_loss = self.grasp_loss(features, batch.actions[:, -1:], grasp_target)
                 metrics["losses/grasp_loss"] = grasp_loss.detach()
                 loss = loss + grasp_loss
         (loss / self.args.grad_accum_steps).backward(inputs=self.value_parameters)
-        return metrics | actor() if with_actor else metrics
+        return metrics | actor_metrics() if with_actor else metrics
 
-    def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def actor_gradient(self, features: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
         with self.autocast():
-            loss, metrics = self.actor_loss(seen, actions, eps)
+            loss, metrics = self.actor_loss(features, actions, eps)
         # Spares the critics' weight gradients.
         (loss / self.args.grad_accum_steps).backward(inputs=self.actor_parameters)
         alpha_loss = self.alpha * (metrics["losses/entropy"] - self.target_entropy)
@@ -1068,13 +1068,13 @@ class Agent:
         self.actor_optimizer.step()
         self.alpha_optimizer.step()
         with torch.no_grad():
-            for mean, parameter in zip(self.mean_parameters, self.acting_parameters, strict=True):
-                mean.lerp_(parameter, self.mean_weight)
+            for average, parameter in zip(self.ema_parameters, self.acting_parameters, strict=True):
+                average.lerp_(parameter, self.ema_weight)
 
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """One critic step on a batch and, `with_actor`, one step of actor and temperature. `inputs`: the batch's fields
-        (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two steps (B, 2, A), critics for the target (M,).
-        Both gradients are of the same parameters, SERL agents/continuous/sac.py:276."""
+        """One critic step on a batch and, `with_actor`, one step of actor and temperature. `inputs`, one by one as
+        a CUDA graph takes them: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two
+        steps (B, 2, A), critics for the target (M,). Both gradients are of the same parameters (SERL sac.py:276)."""
         *parts, subset = inputs
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -1104,7 +1104,7 @@ class Agent:
             self.critic_updates += 1
             self.schedule_lr()
             # A plain mean of all actors at first, so that the random first one does not stay in it.
-            self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
+            self.ema_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
             with_actor = self.critic_updates % self.args.policy_delay == 0
             noise = eps[i].transpose(0, 1)  # (B, 2, A)
             metrics |= self.update_once(*batch, frames, noise, subsets[i], with_actor=with_actor)
@@ -1126,7 +1126,7 @@ class Agent:
 
     def policy_tensors(self) -> list[Tensor]:
         """Parameters of actor, encoder, their averages, grasp critic; statistics; how much they have learned from."""
-        parameters = [*self.acting_parameters, *self.mean_parameters]
+        parameters = [*self.acting_parameters, *self.ema_parameters]
         if self.grasp_critic is not None:
             parameters += self.grasp_critic.parameters()
         detached = [parameter.detach() for parameter in parameters]
@@ -1199,7 +1199,7 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
         suggested |= bool(info["success"])
         if info["fault"]:
             print(f"the episode was ended: {info['fault']}", file=sys.stderr, flush=True)
-        verdict = judgement(terminated, truncated, info)
+        verdict = default_verdict(terminated, truncated, info)
         if verdict == "fault":
             return Outcome(verdict, seconds, suggested)
         said = heed(person, env, bool(verdict), person.quits)
@@ -1212,7 +1212,7 @@ def evaluate_episode(agent: Agent, env: gym.Env, seed: int, person: Person, fram
 def evaluate_policy(args: Args) -> None:
     """--eval-only: seeded start poses; a row of evaluation_POLICY.csv for each episode, a summary, a video."""
     rc.keep_the_beat()
-    env = wrap_env(judged(make_env(args), args), args)
+    env = wrap_env(with_classifier(make_env(args), args), args)
     agent = Agent(views_of(env), env.action_space, args, tensors.set_up_torch(args.threads, args.amp))
     folder = Path(args.eval_only)
     version = load_policy(agent, folder / f"{args.policy}.policy")
@@ -1297,7 +1297,7 @@ def load_policy(agent: Agent, path: Path) -> int:
 def start_learner(args: Args, run: Run, device: torch.device) -> tuple[Agent, FrameBuffer, FrameBuffer]:
     """The agent, and the buffers of replay and of demonstrations, of a new run or of the one to go on with."""
     env = wrap_env(make_env(args), args)  # for its spaces: no robot is contacted
-    agent = Agent(views_of(env), env.action_space, args, device, saved=run.state is not None)
+    agent = Agent(views_of(env), env.action_space, args, device, load=run.state is None)
     capacity = min(args.buffer_size, args.total_timesteps)
     spare = 4 * SAVE_EVERY if capacity < args.total_timesteps else 0  # for what the newest two checkpoints refer to
     buffer = agent.make_buffer("replay", capacity, run, capacity + capacity // 50 + args.frame_stack + spare)
@@ -1490,7 +1490,7 @@ def actor(args: Args) -> None:
     """Acts at the robot's rate, heeds the person, sends each episode; with --role both beside its learner."""
     rc.keep_the_beat()
     device = tensors.set_up_torch(1, args.amp)
-    task = judged(make_env(args), args)
+    task = with_classifier(make_env(args), args)
     person = Person(args, args.teleop)
     child = None
     try:
@@ -1610,7 +1610,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
         if said in ("success", "failure"):
             reward = float(said == "success")
             terminated = said == "success" or bool(terminated and info["fault"])  # a reflex is an end in any case
-        verdict = said or judgement(terminated, truncated, info) or ("stopped" if run.signals else "")
+        verdict = said or default_verdict(terminated, truncated, info) or ("stopped" if run.signals else "")
         # Store: success was decided before the penalty. A person's motion is a demonstration, unless a reflex ended it.
         executed = info["executed_action"]
         asked = info["asked_action"]
@@ -1627,7 +1627,7 @@ def episode(run: Run, env: gym.Env, policy: Newest, person: Person, obs: dict) -
     return steps, verdict, obs
 
 
-def judgement(terminated: bool, truncated: bool, info: dict) -> str:
+def default_verdict(terminated: bool, truncated: bool, info: dict) -> str:
     """The verdict where no person gives one. A reflex ends an episode: a failure of whoever acts, not of the robot."""
     if terminated:
         return "success" if success(info) == 1 else "failure"

@@ -40,7 +40,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from common import envs, link, pixels, setup, tensors, vision
-from common.episodes import demonstrations, last_evaluation, replay, summary
+from common.episodes import as_live_steps, demonstrations, last_evaluation, summary
 from common.evaluation import evaluate, record_video, report
 from common.pixels import FrameFile, Views, views_of
 from common.recording import check_new_dataset, file_hash
@@ -377,7 +377,7 @@ class Observation(NamedTuple):
 class Features(NamedTuple):
     """What actor and critics see."""
 
-    images: Tensor  # (B, F)
+    images: Tensor  # (B, F), what the encoder makes of them
     states: Tensor  # (B, T * S)
 
 
@@ -470,8 +470,8 @@ class PixelActor(Actor):
         super().__init__(feature_dim(views, args), action_dim, args)
         self.proprio = proprioception(views)
 
-    def forward(self, seen: Features) -> tuple[Tensor, Tensor]:
-        return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1))
+    def forward(self, features: Features) -> tuple[Tensor, Tensor]:
+        return super().forward(torch.cat([features.images, self.proprio(features.states)], -1))
 
 
 class PixelCritic(Critic):
@@ -481,8 +481,8 @@ class PixelCritic(Critic):
         super().__init__(feature_dim(views, args), action_dim, args)
         self.proprio = proprioception(views)
 
-    def forward(self, seen: Features, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        return super().forward(torch.cat([seen.images, self.proprio(seen.states)], -1), actions, generator)
+    def forward(self, features: Features, actions: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        return super().forward(torch.cat([features.images, self.proprio(features.states)], -1), actions, generator)
 
 
 class Classifier(nn.Module):
@@ -509,7 +509,7 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, A)
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
-    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `ReplayBuffer.follow_up`
+    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `n_step_transitions`
 
 
 class ReplayBuffer:
@@ -532,7 +532,7 @@ class ReplayBuffer:
         return min(self.total, self.capacity)
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
+        """Stores an actor's next step; returns how many transitions that makes: 0 for a reset, else 1."""
         obs = torch.tensor(step["observation"], device=self.device)
         before = self.newest.get(actor)
         self.newest[actor] = obs
@@ -552,13 +552,13 @@ class ReplayBuffer:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
         """Transitions (*shape, ...) of n_step steps, uniformly with replacement."""
         slots = torch.randint(len(self), shape, generator=generator, device=self.device)
-        return self.follow_up(slots)[0]
+        return self.n_step_transitions(slots)[0]
 
-    def follow_up(self, slots: Tensor) -> tuple[Batch, Tensor]:
-        """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
-        `terminations` becomes the part of the next observation's value that the target loses.
-        Shorter where the episode or the buffer ends, or another actor's steps come between.
-        Also the slots (...) of their last steps."""
+    def n_step_transitions(self, slots: Tensor) -> tuple[Batch, Tensor]:
+        """The transitions that begin in `slots` (...), n_step steps long, and the slots (...) of their last steps.
+        Rewards are discounted and summed; `terminations` is 1 - gamma^(n - 1) where the episode goes on, so that a
+        target's factor gamma * (1 - terminations) is gamma^n. Shorter where the episode or the buffer ends, or
+        another actor's steps come between."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -597,9 +597,9 @@ class ReplayBuffer:
 
 
 class FrameBuffer(ReplayBuffer):
-    """Ring buffer of transitions with images, whose frames stand once in a FrameFile, as bytes.
-    `observations` are the states; beside them stand the slots of a transition's frames: a stack of
-    them for the observation, one for the next. Successive steps of an actor share frames, whatever
+    """Ring buffer of transitions with images, each of whose frames is stored once, in a FrameFile.
+    `observations` are the states; `windows` (capacity, 2, T) say where in that file a transition's frames
+    are: the observation's stack and the next one's. Successive steps of an actor share frames, whatever
     other actors add in between."""
 
     def __init__(self, capacity: int, views: Views, action_dim: int, frames: FrameFile, n_step=1, gamma=1.0):
@@ -610,7 +610,7 @@ class FrameBuffer(ReplayBuffer):
         self.newest_windows: dict[str, list[int]] = {}  # of each actor's newest observation
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
+        """Stores an actor's next step; returns how many transitions that makes: 0 for a reset, else 1."""
         before = self.newest_windows.get(actor, [])
         window = [] if step["first"] else list(before)
         for i, frame in enumerate(step["frames"]):
@@ -633,7 +633,7 @@ class FrameBuffer(ReplayBuffer):
     def sample_frames(self, count: int, generator: torch.Generator) -> tuple[Batch, Tensor]:
         """Uniformly: transitions (count, ...) of n_step steps, frames (count, 2 * T, K, H, W, 3)."""
         slots = torch.randint(len(self), (count,), generator=generator, device=self.device)
-        batch, last = self.follow_up(slots)
+        batch, last = self.n_step_transitions(slots)
         windows = torch.cat([self.windows[slots, 0], self.windows[last, 1]], 1)
         return batch, self.frames.get(windows)
 
@@ -655,7 +655,7 @@ def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> li
     """Demonstrations as live steps; VICE's goals are the last images of those that succeed."""
     steps, episodes, goals = [], [], []
     for episode in demonstrations(args.demos, task, args.seed, DEMO_NOISE):
-        for action, obs, reward, terminated in replay(episode, task, wrap, args.action_chunk):
+        for action, obs, reward, terminated in as_live_steps(episode, task, wrap, args.action_chunk):
             steps.append(pack_step(agent.step_type, action, obs, reward, terminated))
         if success(episode.info) != 0:  # also where the task does not say
             goals.append(torch.from_numpy(obs["images"]))
@@ -672,14 +672,14 @@ def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> li
 class Agent:
     """SAC from images with the options of DrQ, RLPD, VICE and SERL."""
 
-    PARTS = ("normalizer", "encoder", "mean_encoder", "actor", "mean_actor", "critic", "target_critic", "trunk")
+    PARTS = ("normalizer", "encoder", "ema_encoder", "actor", "ema_actor", "critic", "target_critic", "trunk")
     PARTS += ("classifier", "actor_optimizer", "critic_optimizer", "alpha_optimizer", "classifier_optimizer")
+    # Columns of train.csv, NaN in the rows before learning starts.
     METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
     METRICS += ("losses/vice_loss", "losses/vice_reward")
 
-    def __init__(self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, saved=False):
-        """`saved`: a state will be loaded, so that no other files are read."""
-        load = not saved
+    def __init__(self, views: Views, action_space: spaces.Box, args: Args, device: torch.device, load=True):
+        """Without `load`, --pretrained is not read: a state will be loaded that has its parameters."""
         self.args = args
         self.device = device
         self.views = views
@@ -690,9 +690,9 @@ class Agent:
         torch.manual_seed(args.seed)  # the networks' initialisation
         self.normalizer = RunningNormalizer(views.state_dim, args.normalize_observations).to(device)
         self.encoder = Encoder(views, args, load).to(device)
-        self.mean_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.ema_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.actor = PixelActor(views, self.action_dim, args).to(device)
-        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.ema_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = PixelCritic(views, self.action_dim, args).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         self.trunk = None  # the frozen one, for all cameras
@@ -703,7 +703,7 @@ class Agent:
         self.target_entropy = TARGET_ENTROPY * self.action_dim
         self.actor_parameters = list(self.actor.parameters())
         self.acting_parameters = [*self.actor.parameters(), *self.encoder.parameters()]
-        self.mean_parameters = [*self.mean_actor.parameters(), *self.mean_encoder.parameters()]
+        self.ema_parameters = [*self.ema_actor.parameters(), *self.ema_encoder.parameters()]
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
         self.value_parameters = [*self.encoder.parameters(), *self.critic_parameters]
@@ -720,12 +720,12 @@ class Agent:
             self.optimizers.append(self.classifier_optimizer)
         self.num_demos = args.num_demos()
         self.imitates = self.num_demos > 0 and args.bc_weight > 0
-        self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
-        # Of `explore`: steps to go and value of each dimension.
+        self.ema_weight = torch.tensor(1 - args.actor_ema, device=device)
+        # For `explore`: how many more steps each dimension of the action is held, and at which value.
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
         self.critic_updates = 0
         # A frozen trunk, most of the work then, has all threads to itself.
-        self.beside = tensors.Beside(1 if self.trunk else args.threads, device)
+        self.second_thread = tensors.SecondThread(1 if self.trunk else args.threads, device)
         if args.compile and device.type == "cuda":  # an update, and a choice, are one CUDA graph each
             self.target_q = torch.compile(self.target_q)
             self.encode = torch.compile(self.encode)
@@ -735,8 +735,8 @@ class Agent:
             self.choose = tensors.Graphed(self.choose, self.generator, eager=1)
 
     def make_buffer(self, name: str, capacity: int, run: Run, slots: int) -> FrameBuffer:
-        """A buffer of this agent's transitions, with a file of `slots` frames, unless a run that goes
-        on brings it. Exits with one line when there is no room."""
+        """A buffer of this agent's transitions, with a file of `slots` frames unless the run goes on, which
+        has one. Exits with one line when there is no room."""
         args = self.args
         file = pixels.frame_file(name, capacity, slots, self.views, self.step_type, run, args.frames_dir, self.device)
         return FrameBuffer(capacity, self.views, self.action_dim, file, args.target_steps(), args.gamma)
@@ -759,11 +759,11 @@ class Agent:
         return action
 
     def choose(self, images: Tensor, states: Tensor, deterministic: bool) -> Tensor:
-        """Actions (B, A) in [-1, 1] for images and states (B, ...): the averaged policy's means, or drawn."""
-        seen = self.see(images, self.normalizer(states))
-        actor = self.mean_actor if deterministic else self.actor
-        encoder = self.mean_encoder if deterministic else self.encoder
-        mean, std = actor(Features(encoder(seen), seen.states))
+        """Actions (B, A) in [-1, 1] for images and states (B, ...): the averaged policy's mean, or a sample."""
+        obs = self.observation(images, self.normalizer(states))
+        actor = self.ema_actor if deterministic else self.actor
+        encoder = self.ema_encoder if deterministic else self.encoder
+        mean, std = actor(Features(encoder(obs), obs.states))
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
         return mean.tanh()
@@ -795,7 +795,7 @@ class Agent:
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.amp)
 
-    def see(self, images: Tensor, states: Tensor | None) -> Observation:
+    def observation(self, images: Tensor, states: Tensor | None) -> Observation:
         """What encoders take: images (B, T, K, H, W, 3), normalised states, a frozen trunk's maps."""
         maps = None
         if self.trunk is not None:
@@ -813,11 +813,11 @@ class Agent:
         return images.unflatten(1, frames.shape[1:3])
 
     def prepare(self, batch: Batch, frames: Tensor) -> Batch:
-        """The batch with augmented frames (B, 2 * T, K, H, W, 3), normalised states: Observations."""
+        """The batch with Observations: augmented frames (B, 2 * T, K, H, W, 3), normalised states."""
         images, next_images = self.augmented(frames).chunk(2, 1)
         return batch._replace(
-            observations=self.see(images, self.normalizer(batch.observations)),
-            next_observations=self.see(next_images, self.normalizer(batch.next_observations)),
+            observations=self.observation(images, self.normalizer(batch.observations)),
+            next_observations=self.observation(next_images, self.normalizer(batch.next_observations)),
         )
 
     @torch.no_grad()
@@ -833,10 +833,10 @@ class Agent:
             next_q = next_q - self.alpha * next_log_pi
         return batch.rewards + self.args.gamma * (1 - batch.terminations) * next_q
 
-    def critic_loss(self, seen: Features, actions: Tensor, target_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def critic_loss(self, features: Features, actions: Tensor, target_q: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Squared soft Bellman error."""
         generator = self.generator if self.args.dropout else None
-        q_values = self.critic(seen, actions, generator)  # (E, B)
+        q_values = self.critic(features, actions, generator)  # (E, B)
         loss = (q_values - target_q).square().mean()  # over E, B; SERL agents/continuous/sac.py:183
         return loss, {"losses/critic_loss": loss.detach(), "losses/q_values": q_values.detach().mean()}
 
@@ -847,36 +847,36 @@ class Agent:
         error = mean[-num_demos:].tanh() - actions[-num_demos:]  # (D, A)
         return error.square().sum(-1).mean()
 
-    def actor_loss(self, seen: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def actor_loss(self, features: Features, actions: Tensor, eps: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Soft policy improvement, and imitation of demonstrations."""
-        mean, std = self.actor(seen)  # (B, A)
+        mean, std = self.actor(features)  # (B, A)
         new_actions, log_pi = squash(mean, std, eps)  # (B, A), (B,)
-        q = self.critic(seen, new_actions).mean(0)  # (B,)
+        q = self.critic(features, new_actions).mean(0)  # (B,)
         loss = (self.alpha.detach() * log_pi - q).mean()
         if self.imitates:
             loss = loss + self.args.bc_weight * self.imitation_loss(mean, actions)
         return loss, {"losses/actor_loss": loss.detach(), "losses/entropy": -log_pi.detach().mean()}
 
     def gradients(self, batch: Batch, eps: Tensor, subset: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """Of the critics and, by imitation too, of the encoder; `with_actor` also of actor and temperature, which take
-        the same features. On a second thread, where there is one: the targets, then the actor's gradient."""
-        target_q = self.beside(self.autocast()(self.target_q), batch, eps[:, 0], subset)
+        """Of critics and encoder, which imitation trains, too; `with_actor` also of actor and temperature, from the
+        same features. The second thread computes the targets, then the actor's gradient."""
+        target_q = self.second_thread(self.autocast()(self.target_q), batch, eps[:, 0], subset)
         with self.autocast():
-            seen = self.encode(batch.observations)
+            features = self.encode(batch.observations)
         if with_actor:
-            detached = Features(seen.images.detach(), seen.states)
-            actor = self.beside(self.actor_gradient, detached, batch.actions, eps[:, 1])
+            detached = Features(features.images.detach(), features.states)
+            actor_metrics = self.second_thread(self.actor_gradient, detached, batch.actions, eps[:, 1])
         with self.autocast():
-            loss, metrics = self.critic_loss(seen, batch.actions, target_q())
+            loss, metrics = self.critic_loss(features, batch.actions, target_q())
             if self.imitates:
-                mean, _ = self.actor(seen)
+                mean, _ = self.actor(features)
                 loss = loss + ENCODER_IMITATION * self.imitation_loss(mean, batch.actions)
         (loss / self.args.grad_accum_steps).backward(inputs=self.value_parameters)
-        return metrics | actor() if with_actor else metrics
+        return metrics | actor_metrics() if with_actor else metrics
 
-    def actor_gradient(self, seen: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
+    def actor_gradient(self, features: Features, actions: Tensor, eps: Tensor) -> dict[str, Tensor]:
         with self.autocast():
-            loss, metrics = self.actor_loss(seen, actions, eps)
+            loss, metrics = self.actor_loss(features, actions, eps)
         # Spares the critics' weight gradients.
         (loss / self.args.grad_accum_steps).backward(inputs=self.actor_parameters)
         alpha_loss = self.alpha * (metrics["losses/entropy"] - self.target_entropy)
@@ -889,9 +889,9 @@ class Agent:
         count = len(replay)
         draw = partial(torch.rand, generator=self.generator, device=self.device)
         picks = torch.randint(len(self.goals), (count,), generator=self.generator, device=self.device)
-        seen = self.see(torch.cat([self.augmented(self.goals[picks]), replay]), None)
+        obs = self.observation(torch.cat([self.augmented(self.goals[picks]), replay]), None)
         with self.autocast():
-            features = self.classifier.encoder(seen).float()  # (2 * B, F)
+            features = self.classifier.encoder(obs).float()  # (2 * B, F)
         ones = torch.ones(count, device=self.device)
         labels = torch.cat([ones, torch.zeros_like(ones)])
         labels = labels * (1 - LABEL_SMOOTHING) + 0.5 * LABEL_SMOOTHING
@@ -918,14 +918,13 @@ class Agent:
         self.actor_optimizer.step()
         self.alpha_optimizer.step()
         with torch.no_grad():
-            for mean, parameter in zip(self.mean_parameters, self.acting_parameters, strict=True):
-                mean.lerp_(parameter, self.mean_weight)
+            for average, parameter in zip(self.ema_parameters, self.acting_parameters, strict=True):
+                average.lerp_(parameter, self.ema_weight)
 
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
-        """One critic step on a batch and, `with_actor`, one of actor, temperature and classifier.
-        `inputs`: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two
-        steps (B, 2, A), critics for the target (M,). Both gradients are of the same parameters, SERL
-        agents/continuous/sac.py:276."""
+        """One critic step on a batch and, `with_actor`, one of actor, temperature and classifier. `inputs`, one by one
+        as a CUDA graph takes them: the batch's fields (B, ...), its frames (B, 2 * T, K, H, W, 3), noise for the two
+        steps (B, 2, A), critics for the target (M,). Both gradients are of the same parameters (SERL sac.py:276)."""
         *parts, subset = inputs
         for optimizer in self.optimizers:
             optimizer.zero_grad()
@@ -967,7 +966,7 @@ class Agent:
             self.critic_updates += 1
             self.schedule_lr()
             # A plain mean of all actors at first, so that the random first one does not stay in it.
-            self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
+            self.ema_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
             with_actor = self.critic_updates % self.args.policy_delay == 0
             noise = eps[i].transpose(0, 1)  # (B, 2, A)
             metrics |= self.update_once(*batch, frames, noise, subsets[i], with_actor=with_actor)
@@ -1046,13 +1045,13 @@ def start(args: Args, task: gym.Env, wrap: envs.Wrap) -> tuple[Run, Agent, Frame
     device = tensors.set_up_torch(args.threads, args.amp)
     env = wrap(task)
     saved = has_checkpoint(args.run_dir)
-    agent = Agent(views_of(env), env.action_space, args, device, saved)
+    agent = Agent(views_of(env), env.action_space, args, device, load=not saved)
     if args.run_dir and not (args.resume or args.eval_only):
         check_new_folder(args.run_dir)  # demonstrations take a while
     steps = load_demos(args, agent, task, wrap) if args.demos != "0" and not saved else []
     run = Run(args, args.env_id, __file__, device)  # a new one once all is checked
     capacity = min(args.buffer_size, args.total_timesteps)
-    slots = capacity * agent.new_frames + capacity // 64 + args.frame_stack
+    slots = capacity * agent.new_frames + capacity // 64 + args.frame_stack  # also for resets; the file can grow
     if capacity < args.total_timesteps:  # what two checkpoints refer to is kept
         slots += min(4 * args.eval_every, args.total_timesteps - capacity) * agent.new_frames
     buffer = agent.make_buffer("replay", capacity, run, slots)
@@ -1139,7 +1138,7 @@ def learner(args: Args) -> None:
     published = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: a paced learner asks for no steps while it owes updates, but answers; another never waits.
+        # Receive: while it owes updates it asks for no steps, but answers; with --utd-ratio 0 it never waits.
         with run.phase("env"):
             owed = agent.owed(run.step)
             wait_ms = 0 if owed or not args.utd_ratio else 100
@@ -1177,20 +1176,20 @@ def actor(args: Args) -> None:
     run.keep()
     shared, size = args.shared(), agent.step_type.itemsize
     ahead = ACTOR_AHEAD if args.utd_ratio else math.inf
-    learner_end = link.Actor(args.address, args.curve_keys, shared, size, run.dir, ahead, lambda: run.signals > 0)
+    sender = link.Actor(args.address, args.curve_keys, shared, size, run.dir, ahead, lambda: run.signals > 0)
     run.open(args.total_timesteps)
-    # What it wrote before gives an actor its seeds, so that no two episodes are the same.
-    written, seed = learner_end.journal.written, args.seed + learner_end.number
+    # Seeds follow from what its journal holds, so that no two episodes are the same, also after a restart.
+    written, seed = sender.journal.written, args.seed + sender.number
     agent.generator.manual_seed(envs.episode_seed(seed, 0, written))
     run.episode = max(run.episode, written)
     version = 0
     obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
-    learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+    sender.send(pack_step(agent.step_type, None, obs).tobytes())
 
-    while not learner_end.done:
+    while not sender.done:
         # Act: uniformly at random until something is learned.
         with run.phase("act"):
-            newer = learner_end.weights()
+            newer = sender.weights()
             if newer:
                 version, weights = newer
                 tensors.unpack_tensors(weights, agent.policy_tensors())
@@ -1200,7 +1199,7 @@ def actor(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Send.
         with run.phase("update"):
-            learner_end.send(pack_step(agent.step_type, action, obs, reward, terminated).tobytes())
+            sender.send(pack_step(agent.step_type, action, obs, reward, terminated).tobytes())
         run.advance()
         # Reset.
         if terminated or truncated or run.impatient():
@@ -1209,7 +1208,7 @@ def actor(args: Args) -> None:
                 break
             with run.phase("env"):
                 obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
-            learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+            sender.send(pack_step(agent.step_type, None, obs).tobytes())
             if run.should_save(2 * args.eval_every):
                 run.save()
         # Log.

@@ -40,7 +40,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from common import envs, link, setup, tensors
-from common.episodes import demonstrations, last_evaluation, replay, summary
+from common.episodes import as_live_steps, demonstrations, last_evaluation, summary
 from common.evaluation import evaluate, record_video, report
 from common.recording import check_new_dataset
 from common.run import Run
@@ -316,7 +316,7 @@ class Batch(NamedTuple):
     actions: Tensor  # (B, A)
     rewards: Tensor  # (B,)
     next_observations: Tensor  # (B, O)
-    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `ReplayBuffer.follow_up`
+    terminations: Tensor  # (B,) 1 where terminated, not truncated; see `n_step_transitions`
 
 
 class ReplayBuffer:
@@ -339,7 +339,7 @@ class ReplayBuffer:
         return min(self.total, self.capacity)
 
     def add(self, step: np.ndarray, actor: str = "") -> int:
-        """Takes in an actor's next step; how many transitions it makes: 0 for a reset, or 1."""
+        """Stores an actor's next step; returns how many transitions that makes: 0 for a reset, else 1."""
         obs = torch.tensor(step["observation"], device=self.device)
         before = self.newest.get(actor)
         self.newest[actor] = obs
@@ -359,13 +359,13 @@ class ReplayBuffer:
     def sample(self, shape: tuple[int, ...], generator: torch.Generator) -> Batch:
         """Transitions (*shape, ...) of n_step steps, uniformly with replacement."""
         slots = torch.randint(len(self), shape, generator=generator, device=self.device)
-        return self.follow_up(slots)[0]
+        return self.n_step_transitions(slots)[0]
 
-    def follow_up(self, slots: Tensor) -> tuple[Batch, Tensor]:
-        """The transitions in `slots` (...), each n_step steps long: rewards are summed, discounted;
-        `terminations` becomes the part of the next observation's value that the target loses.
-        Shorter where the episode or the buffer ends, or another actor's steps come between.
-        Also the slots (...) of their last steps."""
+    def n_step_transitions(self, slots: Tensor) -> tuple[Batch, Tensor]:
+        """The transitions that begin in `slots` (...), n_step steps long, and the slots (...) of their last steps.
+        Rewards are discounted and summed; `terminations` is 1 - gamma^(n - 1) where the episode goes on, so that a
+        target's factor gamma * (1 - terminations) is gamma^n. Shorter where the episode or the buffer ends, or
+        another actor's steps come between."""
         batch = Batch(*(column[slots] for column in self.rows))
         newest = (self.total - 1) % self.capacity
         last = slots
@@ -404,13 +404,13 @@ class ReplayBuffer:
 
 
 def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> ReplayBuffer:
-    """Demonstrations, stored as live steps; their observations are the agent's first statistics."""
+    """Demonstrations, stored as live steps; the normalizer begins with their observations."""
     episodes = list(demonstrations(args.demos, task, args.seed, args.demo_noise))
     steps = []
     for episode in episodes:
-        for step in replay(episode, task, wrap, args.action_chunk):
+        for step in as_live_steps(episode, task, wrap, args.action_chunk):
             steps.append(pack_step(agent.step_type, *step))
-    demos = agent.make_buffer(len(steps) - len(episodes))
+    demos = agent.make_buffer(len(steps) - len(episodes))  # a reset is no transition
     for step in steps:
         demos.add(step)
     agent.normalizer.update(demos.newest_observations(len(demos)))
@@ -422,8 +422,9 @@ def load_demos(args: Args, agent: "Agent", task: gym.Env, wrap: envs.Wrap) -> Re
 class Agent:
     """SAC with the options of REDQ, RLPD, DroQ and SERL."""
 
-    PARTS = ("normalizer", "actor", "mean_actor", "critic", "target_critic")
+    PARTS = ("normalizer", "actor", "ema_actor", "critic", "target_critic")
     PARTS += ("actor_optimizer", "critic_optimizer", "alpha_optimizer")
+    # Columns of train.csv, NaN in the rows before learning starts.
     METRICS = ("losses/critic_loss", "losses/q_values", "losses/actor_loss", "losses/entropy", "losses/alpha")
 
     def __init__(self, observation_space: spaces.Box, action_space: spaces.Box, args: Args, device: torch.device):
@@ -436,7 +437,7 @@ class Agent:
         torch.manual_seed(args.seed)  # the networks' initialisation
         self.normalizer = RunningNormalizer(self.obs_dim, args.normalize_observations).to(device)
         self.actor = Actor(self.obs_dim, self.action_dim, args).to(device)
-        self.mean_actor = copy.deepcopy(self.actor).requires_grad_(False)
+        self.ema_actor = copy.deepcopy(self.actor).requires_grad_(False)
         self.critic = Critic(self.obs_dim, self.action_dim, args).to(device)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
         # The temperature is softplus(raw_alpha), SERL networks/lagrange.py:77.
@@ -447,15 +448,15 @@ class Agent:
         self.critic_optimizer = self.make_optimizer(self.critic.parameters(), args.weight_decay)
         self.alpha_optimizer = self.make_optimizer([self.raw_alpha], 0.0)
         self.actor_parameters = list(self.actor.parameters())
-        self.mean_parameters = list(self.mean_actor.parameters())
+        self.ema_parameters = list(self.ema_actor.parameters())
         self.critic_parameters = list(self.critic.parameters())
         self.target_parameters = list(self.target_critic.parameters())
         self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos != "0" else 0
-        self.mean_weight = torch.tensor(1 - args.actor_ema, device=device)
-        # Of `explore`: steps to go and value of each dimension.
+        self.ema_weight = torch.tensor(1 - args.actor_ema, device=device)
+        # For `explore`: how many more steps each dimension of the action is held, and at which value.
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
         self.critic_updates = 0
-        self.beside = tensors.Beside(args.threads, device)
+        self.second_thread = tensors.SecondThread(args.threads, device)
         if args.compile and device.type == "cuda":  # an update, and a choice, are one CUDA graph each
             self.critic_loss = torch.compile(self.critic_loss)
             self.actor_loss = torch.compile(self.actor_loss)
@@ -485,8 +486,8 @@ class Agent:
         return action
 
     def choose(self, observations: Tensor, deterministic: bool) -> Tensor:
-        """Actions (B, A) in [-1, 1] for observations (B, O): the averaged policy's means, or drawn."""
-        actor = self.mean_actor if deterministic else self.actor
+        """Actions (B, A) in [-1, 1] for observations (B, O): the averaged policy's mean, or a sample."""
+        actor = self.ema_actor if deterministic else self.actor
         mean, std = actor(self.normalizer(observations))
         if not deterministic:
             mean = mean + std * torch.randn(mean.shape, generator=self.generator, device=self.device)
@@ -566,13 +567,13 @@ class Agent:
         self.actor_optimizer.step()
         self.alpha_optimizer.step()
         with torch.no_grad():
-            for mean, parameter in zip(self.mean_parameters, self.actor_parameters, strict=True):
-                mean.lerp_(parameter, self.mean_weight)
+            for average, parameter in zip(self.ema_parameters, self.actor_parameters, strict=True):
+                average.lerp_(parameter, self.ema_weight)
 
     def update_once(self, *inputs: Tensor, with_actor: bool) -> dict[str, Tensor]:
         """One critic step on a batch and, `with_actor`, one step of actor and temperature.
-        `inputs`: the batch's fields (B, ...), noise for the two steps (2, B, A), critics for the
-        target (M,). Both gradients are of the same parameters, as SERL takes them
+        `inputs`, one by one as a CUDA graph takes them: the batch's fields (B, ...), noise for the two
+        steps (2, B, A), critics for the target (M,). Both gradients are of the same parameters, as SERL takes them
         (agents/continuous/sac.py:276), so that two threads share the work."""
         *fields, eps, subset = inputs
         batch = Batch(*fields)
@@ -581,10 +582,10 @@ class Agent:
             next_observations=self.normalizer(batch.next_observations),
         )
         if with_actor:
-            actor = self.beside(self.actor_gradient, batch, eps[1])
+            actor_metrics = self.second_thread(self.actor_gradient, batch, eps[1])
         metrics = self.critic_gradient(batch, eps[0], subset)
         if with_actor:
-            metrics |= actor()
+            metrics |= actor_metrics()
             self.step_actor()
         self.step_critic()
         return metrics
@@ -604,7 +605,7 @@ class Agent:
             self.critic_updates += 1
             self.schedule_lr()
             # A plain mean of all actors at first, so that the random first one does not stay in it.
-            self.mean_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
+            self.ema_weight.fill_(max(1 - self.args.actor_ema, self.args.policy_delay / self.critic_updates))
             with_actor = self.critic_updates % self.args.policy_delay == 0
             batch = [field[i] for field in batches]
             metrics |= self.update_once(*batch, eps[i], subsets[i], with_actor=with_actor)
@@ -759,7 +760,7 @@ def learner(args: Args) -> None:
     published = -math.inf
 
     while not run.signals and (run.step < args.total_timesteps or agent.owed(run.step)):
-        # Receive: a paced learner asks for no steps while it owes updates, but answers; another never waits.
+        # Receive: while it owes updates it asks for no steps, but answers; with --utd-ratio 0 it never waits.
         with run.phase("env"):
             owed = agent.owed(run.step)
             wait_ms = 0 if owed or not args.utd_ratio else 100
@@ -797,20 +798,20 @@ def actor(args: Args) -> None:
     run.keep()
     shared, size = args.shared(), agent.step_type.itemsize
     ahead = ACTOR_AHEAD if args.utd_ratio else math.inf
-    learner_end = link.Actor(args.address, args.curve_keys, shared, size, run.dir, ahead, lambda: run.signals > 0)
+    sender = link.Actor(args.address, args.curve_keys, shared, size, run.dir, ahead, lambda: run.signals > 0)
     run.open(args.total_timesteps)
-    # What it wrote before gives an actor its seeds, so that no two episodes are the same.
-    written, seed = learner_end.journal.written, args.seed + learner_end.number
+    # Seeds follow from what its journal holds, so that no two episodes are the same, also after a restart.
+    written, seed = sender.journal.written, args.seed + sender.number
     agent.generator.manual_seed(envs.episode_seed(seed, 0, written))
     run.episode = max(run.episode, written)
     version = 0
     obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
-    learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+    sender.send(pack_step(agent.step_type, None, obs).tobytes())
 
-    while not learner_end.done:
+    while not sender.done:
         # Act: uniformly at random until something is learned.
         with run.phase("act"):
-            newer = learner_end.weights()
+            newer = sender.weights()
             if newer:
                 version, weights = newer
                 tensors.unpack_tensors(weights, agent.policy_tensors())
@@ -820,7 +821,7 @@ def actor(args: Args) -> None:
             obs, reward, terminated, truncated, info = env.step(action)
         # Send.
         with run.phase("update"):
-            learner_end.send(pack_step(agent.step_type, action, obs, reward, terminated).tobytes())
+            sender.send(pack_step(agent.step_type, action, obs, reward, terminated).tobytes())
         run.advance()
         # Reset.
         if terminated or truncated or run.impatient():
@@ -829,7 +830,7 @@ def actor(args: Args) -> None:
                 break
             with run.phase("env"):
                 obs, _ = env.reset(seed=envs.episode_seed(seed, 0, run.episode))
-            learner_end.send(pack_step(agent.step_type, None, obs).tobytes())
+            sender.send(pack_step(agent.step_type, None, obs).tobytes())
             if run.should_save(2 * args.eval_every):
                 run.save()
         # Log.

@@ -410,13 +410,13 @@ def write_demos(path: Path, env_id: str, seed: int) -> None:
     """The demonstrations that sac_state_sim.py collects with this seed, as SERL's buffer takes them."""
     import_tasks()
     from common import envs
-    from common.episodes import demonstrations, replay
+    from common.episodes import as_live_steps, demonstrations
 
     task = envs.make(env_id)
     steps = []
     for episode in demonstrations(DEMOS, task, seed, DEMO_NOISE):
         last_obs = None
-        for action, obs, reward, terminated in replay(episode, task, gym.wrappers.FlattenObservation):
+        for action, obs, reward, terminated in as_live_steps(episode, task, gym.wrappers.FlattenObservation):
             if action is not None:
                 steps.append(transition(last_obs, np.float32(action), obs, reward, terminated, False))
             last_obs = obs

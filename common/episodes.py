@@ -248,7 +248,7 @@ def summary(episodes: list[Episode], success: Callable[[dict], float]) -> str:
     return f"{len(episodes)} episodes, {sum(len(episode.rewards) for episode in episodes)} steps, {known}"
 
 
-def replay(episode: Episode, env: gym.Env, wrap: Wrap, chunk: int = 1) -> Iterator[tuple]:
+def as_live_steps(episode: Episode, env: gym.Env, wrap: Wrap, chunk: int = 1) -> Iterator[tuple]:
     """An episode of the task `env` as the wrapped task would give it: (action, obs, reward, terminated), from the reset
     on, whose action is None. Actions are in [-1, 1]; with `chunk` > 1 the last chunk is filled up by its last action.
     """

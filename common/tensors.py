@@ -86,7 +86,7 @@ def load_generator(generator: torch.Generator, state: Tensor, other_seed: int) -
         generator.manual_seed(other_seed)
 
 
-class Beside:
+class SecondThread:
     """Calls on a second thread of the CPU; each of the two has half of PyTorch's threads."""
 
     def __init__(self, threads: int, device: torch.device):

@@ -451,10 +451,10 @@ def test_ema_is_what_acts():
         weight = max(1 / i, 0.1)
         mean = (1 - weight) * mean + weight * parameters_of(agent.actor)
     assert torch.equal(parameters_of(agent.actor), parameters_of(plain.actor))
-    assert_close(parameters_of(agent.mean_actor), mean.numpy(), 1e-6)
+    assert_close(parameters_of(agent.ema_actor), mean.numpy(), 1e-6)
     noise, obs = np.ones((1, 2), np.float32), np.ones((1, 3), np.float32)
     averaged = copy.deepcopy(plain)
-    for parameter, value in zip(averaged.actor.parameters(), agent.mean_actor.parameters()):
+    for parameter, value in zip(averaged.actor.parameters(), agent.ema_actor.parameters()):
         parameter.data.copy_(value)
     assert np.array_equal(agent.sample_actions(obs, noise=noise), averaged.sample_actions(obs, noise=noise))
     assert not np.array_equal(agent.sample_actions(obs, noise=noise), plain.sample_actions(obs, noise=noise))
@@ -495,7 +495,7 @@ def test_normalized_observations_reach_the_network():
     states = np.random.default_rng(0).normal([5.0, -2.0, 3.0], [2.0, 0.1, 0.0], (5000, 3)).astype(np.float32)
     agent, plain = small_agent(normalize_observations=True, ema=0.9), small_agent(ema=0.9)
     agent.observe(torch.from_numpy(states))
-    for actor in (agent.actor, agent.mean_actor):
+    for actor in (agent.actor, agent.ema_actor):
         features = actor.encoder(torch.from_numpy(states))
         assert_close(features.mean(0), np.zeros(3), 1e-3)
         assert_close(features.std(0), [1, 1, 0], 1e-3)
@@ -535,7 +535,7 @@ def test_validation_loss_is_of_the_averaged_policy_with_noise_of_its_own():
         agent.update(toy_batch(agent, seed=i))
     averaged = agent.validation_loss(samples)
     assert averaged != first and all(p.requires_grad for p in agent.actor.parameters())
-    agent.actor.load_state_dict(agent.mean_actor.state_dict())
+    agent.actor.load_state_dict(agent.ema_actor.state_dict())
     assert agent.validation_loss(samples) == averaged
 
 
@@ -561,7 +561,7 @@ class Velocity(nn.Module):
 
 def with_velocity(function, **changes) -> BCAgent:
     agent = small_agent(**changes)
-    agent.mean_actor.head = Velocity(function)
+    agent.ema_actor.head = Velocity(function)
     return agent
 
 
@@ -578,8 +578,8 @@ def test_euler_and_heun_on_known_velocities():
             np.full((1, 2), (1 - dt + dt * dt / 2) ** (steps - 1) * (1 - dt)),
             1e-6,
         )
-        assert euler.mean_actor.head.times == pytest.approx([i / steps for i in range(steps)])
-        assert len(heun.mean_actor.head.times) == 2 * steps - 1
+        assert euler.ema_actor.head.times == pytest.approx([i / steps for i in range(steps)])
+        assert len(heun.ema_actor.head.times) == 2 * steps - 1
         heun = with_velocity(lambda x, t: 2 * t * torch.ones_like(x), flow_steps=steps, flow_solver="heun")
         assert_close(heun.sample_actions(obs, noise=0 * noise), np.full((1, 2), 1 - dt * dt), 1e-6)
 
@@ -736,7 +736,7 @@ def test_save_and_load_go_on_exactly(tmp_path, options):
         one, two = (a.update(toy_batch(a, seed=i)) for a in (agent, other))
         assert one == two
     assert torch.equal(parameters_of(agent.actor), parameters_of(other.actor))
-    assert torch.equal(parameters_of(agent.mean_actor), parameters_of(other.mean_actor))
+    assert torch.equal(parameters_of(agent.ema_actor), parameters_of(other.ema_actor))
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 
@@ -749,7 +749,7 @@ def test_an_averaged_policy_stays_averaged_with_default_settings(tmp_path):
     other, obs, noise = small_agent(), np.ones((2, 3)), np.ones((2, 2))
     other.load(tmp_path / "final_model.pt")
     assert np.array_equal(agent.sample_actions(obs, noise=noise), other.sample_actions(obs, noise=noise))
-    other.mean_actor = other.actor
+    other.ema_actor = other.actor
     assert not np.array_equal(agent.sample_actions(obs, noise=noise), other.sample_actions(obs, noise=noise))
 
 
@@ -1447,7 +1447,7 @@ def test_two_processes_learn_what_one_does(tmp_path, point_data):
         np.testing.assert_allclose(two[key], one[key], rtol=2e-3 if "grad" in key else 1e-4, err_msg=key)
     ours, theirs = (leaves(checkpoint(tmp_path / name)) for name in ("two", "one"))
     for path in ours:
-        if path.startswith(("/actor/", "/mean_actor/")):
+        if path.startswith(("/actor/", "/ema_actor/")):
             np.testing.assert_allclose(ours[path], theirs[path], rtol=1e-3, atol=1e-4, err_msg=path)
     written = [{p.name for p in (tmp_path / name).iterdir() if p.suffix != ".py"} for name in ("one", "two")]
     assert {name for name in written[0] if "events" not in name} <= written[1]

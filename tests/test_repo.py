@@ -41,10 +41,10 @@ CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_C
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
-    "sac_state_sim.py": 854,
-    "sac_pixel_sim.py": 1237,
-    "sac_pixel_real.py": 1690,
-    "bc_flow_offline.py": 1076,
+    "sac_state_sim.py": 853,
+    "sac_pixel_sim.py": 1231,
+    "sac_pixel_real.py": 1686,
+    "bc_flow_offline.py": 1069,
     "robot_server.py": 2926,  # runs alone: three arms, four grippers, limiter, watchdog, and a front that survives
     "robot_client.py": 1734,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1421,

@@ -367,17 +367,17 @@ def test_grasp_critic_sees_what_it_is_trained_on():
     """The critics' encoder, also where the average of learned actors acts."""
     agent = small_agent()
     with torch.no_grad():
-        for parameter in agent.mean_encoder.parameters():
+        for parameter in agent.ema_encoder.parameters():
             parameter.add_(0.1)
     seen = []
     agent.grasp_critic = lambda features: seen.append(features.images) or torch.zeros(1, 3)
     averaged = agent.act(some_obs(agent), deterministic=True)
     agent.act(some_obs(agent), deterministic=False)
     assert torch.equal(seen[0], seen[1])
-    mean_features = agent.mean_encoder(agent.one_observation(some_obs(agent)))
+    mean_features = agent.ema_encoder(agent.one_observation(some_obs(agent)))
     assert not torch.allclose(seen[0], mean_features)
     states = agent.one_observation(some_obs(agent)).states
-    mean, _ = agent.mean_actor(real.Features(mean_features, states))
+    mean, _ = agent.ema_actor(real.Features(mean_features, states))
     assert np.allclose(averaged[:6], mean.tanh()[0].detach().numpy(), atol=1e-6)
 
 
@@ -1004,7 +1004,7 @@ def test_another_judge_of_success_may_take_over(tmp_path, kind):
     (tmp_path / "args.json").write_text(json.dumps(saved | {"reward": "classifier that was.pt"}))
     assert parse([kind, str(tmp_path), "--reward", "task"]).reward == "task"
     with pytest.raises(SystemExit, match="--reward classifier that was.pt: no such file; give task, pose, person"):
-        real.judged(None, parse([kind, str(tmp_path)]))
+        real.with_classifier(None, parse([kind, str(tmp_path)]))
     with pytest.raises(SystemExit, match=f"--task: {tmp_path} has pick; leave the flag out"):
         parse([kind, str(tmp_path), "--task", "peg"])
 
@@ -1125,7 +1125,7 @@ def test_disagreements_become_data_of_the_classifier(tmp_path):
     detector = SuccessDetector(SuccessClassifier(("front", "wrist"), 128), 0.5, 1, recording.fingerprint(env), {})
     torch.save(detector.contents(), tmp_path / "classifier.pt")
     args = small_args(reward=str(tmp_path / "classifier.pt"))
-    task = Recorder(real.judged(real.make_env(args), args))
+    task = Recorder(real.with_classifier(real.make_env(args), args))
     run = SimpleNamespace(dir=tmp_path / "run", episode=5)
     run.dir.mkdir()
     log = real.Log(run, task)
@@ -1186,9 +1186,9 @@ def test_classifier_of_other_cameras_is_refused(tmp_path):
         args = small_args(reward=str(tmp_path / "classifier.pt"))
         if message:
             with pytest.raises(SystemExit, match="--reward .*classifier.pt: was trained on other pictures: .*side"):
-                real.judged(real.make_env(args), args)
+                real.with_classifier(real.make_env(args), args)
         else:
-            assert isinstance(real.judged(real.make_env(args), args), real.SuccessReward)
+            assert isinstance(real.with_classifier(real.make_env(args), args), real.SuccessReward)
 
 
 def test_server_that_does_not_run_is_one_line(tmp_path, monkeypatch):

@@ -176,7 +176,7 @@ def test_serl_pixel_actor_and_critic(encoders, monkeypatch, tmp_path):
     agent = drq_agent(encoders, monkeypatch, tmp_path)
     frames = np.stack([encoders["drq/in/front"], encoders["drq/in/wrist"]], 2)  # (B, 1, K, H, W, 3)
     states, actions = (torch.from_numpy(encoders[f"drq/in/{name}"]) for name in ("state", "actions"))
-    obs = agent.encode(agent.see(torch.from_numpy(frames), states[:, 0]))
+    obs = agent.encode(agent.observation(torch.from_numpy(frames), states[:, 0]))
     mean, std = agent.actor(sac_pixel_sim.Features(obs.images.detach(), obs.states))
     assert_close(mean, encoders["drq/out/mean"])
     assert_close(std, encoders["drq/out/std"])
@@ -193,7 +193,7 @@ def test_serl_pixel_actor_and_critic(encoders, monkeypatch, tmp_path):
         stored = encoders[prefix + name]
         np.testing.assert_allclose(gradient, stored, rtol=0, atol=1e-5 * abs(stored).max(), err_msg=name)
     assert all(parameter.grad is None for parameter in agent.value_parameters)
-    agent.mean_encoder, agent.mean_actor = agent.encoder, agent.actor
+    agent.ema_encoder, agent.ema_actor = agent.encoder, agent.actor
     action = agent.act({"images": frames[1], "state": states[1].numpy()}, deterministic=True)
     assert_close(action, np.tanh(encoders["drq/out/mean"][1]))
 
@@ -607,7 +607,7 @@ def test_every_encoder_trains(encoder, pooling, film, monkeypatch):
     options = {"augment": (), "lr": 3e-3, "actor_ema": 0.5}
     args = small_args(encoder=encoder, pooling=pooling, film=film, image_size=size, **options)
     agent = Agent(small_views(size), box(2), args, CPU)
-    networks = (agent.critic, agent.actor, agent.target_critic, agent.mean_actor, agent.mean_encoder, agent.encoder)
+    networks = (agent.critic, agent.actor, agent.target_critic, agent.ema_actor, agent.ema_encoder, agent.encoder)
     before, inputs = copies(*networks), random_inputs(agent)
     for _ in range(3):  # FiLM's weights move what is before them from the second step on
         metrics = agent.update_once(*inputs, with_actor=False)
@@ -649,7 +649,7 @@ def test_pretrained_trunks_stay_or_train(encoder, freeze, tmp_path, monkeypatch)
     # A checkpoint holds them: the file is not needed again.
     path.unlink()
     state = agent.state_dict()
-    other = Agent(views, box(2), args, CPU, saved=state)
+    other = Agent(views, box(2), args, CPU, load=False)
     other.load_state_dict(state)
     obs = {"images": inputs[FRAMES][0, :2].numpy(), "state": inputs[0][0].numpy()}
     assert np.array_equal(agent.act(obs, deterministic=True), other.act(obs, deterministic=True))
@@ -737,7 +737,7 @@ def test_without_averaging_the_learned_policy_is_evaluated():
     """Its encoder, too, which the critics' step moves."""
     agent = Agent(small_views(), box(2), small_args(actor_ema=0.0), CPU)
     agent.update_once(*random_inputs(agent), with_actor=True)
-    for mean, learned in ((agent.mean_actor, agent.actor), (agent.mean_encoder, agent.encoder)):
+    for mean, learned in ((agent.ema_actor, agent.actor), (agent.ema_encoder, agent.encoder)):
         assert all(torch.equal(*pair) for pair in zip(mean.parameters(), learned.parameters(), strict=True))
 
 

@@ -158,7 +158,7 @@ def serl_agent(networks: dict[str, np.ndarray], losses: dict[str, np.ndarray] | 
         assert losses["in/tau"].item() == pytest.approx(TAU)
         changes |= {"gamma": losses["in/discount"].item(), "lr": losses["in/lr"].item()}
     agent = small_agent(obs.shape[1], actions.shape[1], **SERL_FLAGS | changes)
-    for actor in (agent.actor, agent.mean_actor):
+    for actor in (agent.actor, agent.ema_actor):
         load_flax(actor, networks, "params/actor/")
     load_flax(agent.critic, networks, "params/critic/")
     if losses:
@@ -494,12 +494,12 @@ def test_evaluation_acts_with_the_averaged_actor():
         agent.update(buffer, None, 1)
         weight = max(1 - decay, 1 / number)  # a plain mean at first
         average = (1 - weight) * average + weight * parameters_of(agent.actor)
-    torch.testing.assert_close(parameters_of(agent.mean_actor), average, rtol=1e-5, atol=1e-6)
-    mode = agent.mean_actor(agent.normalizer(torch.tensor(obs, dtype=torch.float32)[None]))[0].tanh()[0]
+    torch.testing.assert_close(parameters_of(agent.ema_actor), average, rtol=1e-5, atol=1e-6)
+    mode = agent.ema_actor(agent.normalizer(torch.tensor(obs, dtype=torch.float32)[None]))[0].tanh()[0]
     assert_close(agent.act(obs, deterministic=True), mode.detach().numpy())
     agent = small_agent(actor_ema=0.0, policy_delay=1)
     agent.update(buffer, None, 5)
-    assert torch.equal(parameters_of(agent.mean_actor), parameters_of(agent.actor))
+    assert torch.equal(parameters_of(agent.ema_actor), parameters_of(agent.actor))
 
 
 def test_both_steps_start_from_the_same_parameters():
@@ -529,7 +529,7 @@ def test_bfloat16_comes_near_float32():
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_exploration_holds_dimensions_for_a_while(chunk):
     agent = small_agent(action_dim=2 * chunk, explore_prob=0.025, action_chunk=chunk)
-    for actor in (agent.actor, agent.mean_actor):  # hardly any other noise
+    for actor in (agent.actor, agent.ema_actor):  # hardly any other noise
         actor.log_std.weight.data.zero_()
         actor.log_std.bias.data.fill_(-9)
     obs = np.array([0.1, -0.2, 0.3])
@@ -715,7 +715,7 @@ def test_steps_that_follow_are_added_up_within_their_episode(n_step):
             assert buffer.add(pack_step(STEP, None, observations[0]), actor) == 0
         assert buffer.add(pack_step(STEP, np.zeros(2), observations[t + 1], rewards[t], ends[t]), actor) == 1
         numbers[observations[t].tobytes()] = number
-    (batch, _), lengths = buffer.follow_up(torch.arange(capacity)), set()
+    (batch, _), lengths = buffer.n_step_transitions(torch.arange(capacity)), set()
     for slot in range(capacity):
         number = numbers[batch.observations[slot].numpy().tobytes()]
         i, t = steps[number]
@@ -1153,7 +1153,7 @@ def test_graphed_updates_on_a_gpu(dropout):
             expected = agent.choose.function(torch.tensor(obs, device="cuda")[None], **deterministic)
         assert_close(acted[-1], expected[0].cpu(), 1e-3)
         assert not np.allclose(agent.act(obs, deterministic=False), agent.act(obs, deterministic=False))
-        agent.mean_actor.load_state_dict(agent.actor.state_dict())
+        agent.ema_actor.load_state_dict(agent.actor.state_dict())
     # the buffer grows: high rewards, which the graph has not seen
     for _ in range(10):
         fill(buffer, batch._replace(rewards=torch.full((200,), 100.0)))

@@ -132,25 +132,25 @@ def test_free_memory_is_a_number_of_bytes():
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_call_beside_gives_its_result_once_it_is_asked_for(threads):
-    beside = tensors.Beside(threads, torch.device("cpu"))
+def test_a_call_on_the_second_thread_gives_its_result_once_it_is_asked_for(threads):
+    second_thread = tensors.SecondThread(threads, torch.device("cpu"))
     begun, main = [], threading.get_ident()
 
     def add(a: int, b: int) -> tuple[int, bool]:
         begun.append(a)
         return a + b, threading.get_ident() == main
 
-    first, second = beside(add, 1, 2), beside(add, 10, 20)
+    first, second = second_thread(add, 1, 2), second_thread(add, 10, 20)
     if threads == 2:  # begins at once, in their order
         assert second() == (30, False) and begun == [1, 10] and first() == (3, False)
     else:  # waits for its turn
         assert begun == [] and second() == (30, True) and begun == [10] and first() == (3, True)
     with pytest.raises(ZeroDivisionError):
-        beside(lambda: 1 // 0)()
+        second_thread(lambda: 1 // 0)()
 
 
 def test_the_two_threads_share_pytorchs():
     threads = torch.get_num_threads()
-    beside = tensors.Beside(4, torch.device("cpu"))
-    assert torch.get_num_threads() == beside(torch.get_num_threads)() == 2
+    second_thread = tensors.SecondThread(4, torch.device("cpu"))
+    assert torch.get_num_threads() == second_thread(torch.get_num_threads)() == 2
     torch.set_num_threads(threads)
