@@ -147,7 +147,7 @@ class Run:
             for name, part in self.parts.items():
                 part.load_state_dict(self.state[name])
             progress = self.state["run"]
-            self.step = self.before = self.saved_at = progress["step"]
+            self.step = self.saved_at = progress["step"]
             self.episode = progress["episode"]
             self.recent = [tuple(row) for row in progress["recent"]]
             self.best = progress["best"]
