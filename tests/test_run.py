@@ -1,12 +1,15 @@
 """common/run.py, through sac_state_sim.py as a user runs it: what a run leaves behind, how it stops and goes on."""
 
 import dataclasses
+import errno
+import io
 import json
 import math
 import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -37,6 +40,7 @@ from conftest import (
 )
 from forked import popen_forked
 from state_runs import POINT, SCRIPT, TASKS, TINY, WITH_DEMOS, refused, run, script, stored
+from tqdm import tqdm
 
 import sac_state_sim
 from common import run as run_module
@@ -283,6 +287,22 @@ def test_a_run_in_a_folder_that_is_there(finished, tmp_path, monkeypatch):
     assert args.run_dir == "." and (here / "args.json").exists() and (here / SCRIPT).exists()
 
 
+def test_a_start_that_is_killed_amid_is_no_run_yet(tmp_path, monkeypatch):
+    """The code is there before the flags, by which --resume takes it for a run; the same command begins again."""
+    args = Args(run_dir=str(tmp_path / "run"))
+    (tmp_path / "run").mkdir()
+    for name in ("run.lock", "run.json.tmp"):  # of one that was killed sooner
+        (tmp_path / "run" / name).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(run_module.shutil, "copy", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            Run(args, "task", sac_state_sim.__file__)
+    assert (tmp_path / "run" / "run.json").exists() and not (tmp_path / "run" / "args.json").exists()
+    run = Run(args, "task", sac_state_sim.__file__)
+    with pytest.raises(AssertionError), held_elsewhere(run.dir / "run.lock"):  # which this process has
+        pass
+
+
 def test_runs_that_begin_in_the_same_second(tmp_path, monkeypatch):
     """As those of a sweep: each has a folder of its own."""
     monkeypatch.chdir(tmp_path)
@@ -326,13 +346,22 @@ def test_folders_that_cannot_be_one(finished, tmp_path):
     assert (run_dir / "checkpoint.pt").exists()
 
 
-def test_a_folder_that_has_become_read_only(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("code", "remedy"),
+    [
+        (errno.EROFS, "make the folder writable"),
+        (errno.EACCES, "make the folder writable"),
+        (errno.ENOSPC, "make room"),
+        (errno.EDQUOT, "make room"),
+        (errno.EFBIG, "make room"),
+    ],
+)
+def test_a_folder_that_takes_no_more(tmp_path, code, remedy):
     """R2: one line about the folder; the same error of a task keeps its traceback."""
     args = RunArgs(run_dir=str(tmp_path / "run"))
-    disk = OSError(30, "Read-only file system", f"{args.run_dir}/train.csv")
-    line = pytest.raises(SystemExit, match="Read-only.*run/train.csv.*make the folder writable, then run")
+    line = pytest.raises(SystemExit, match=f"{os.strerror(code)}.*run/train.csv.*{remedy}, then run")
     with line, ends_well(args):
-        raise disk
+        raise OSError(code, os.strerror(code), f"{args.run_dir}/train.csv")
     with pytest.raises(OSError, match="camera"), ends_well(args):
         raise OSError(13, "Permission denied", "/dev/camera")
 
@@ -518,8 +547,12 @@ def test_a_second_sigterm_does_not_keep_it_from_saving(tmp_path, monkeypatch):
 
 def test_a_second_sigterm_does_not_prolong_the_wait(tmp_path):
     run = Run(Args(run_dir=str(tmp_path / "run")), "task", sac_state_sim.__file__)
+    bar = io.StringIO()
+    run.bar = tqdm(total=10, file=bar, mininterval=0)
     run.on_signal(signal.SIGTERM)
-    since = run.signalled_at
+    since, shown = run.signalled_at, bar.getvalue()
+    run.advance()
+    assert bar.getvalue() == shown != ""  # Ctrl-C has also ended `tee`, which it would write to
     run.on_signal(signal.SIGTERM)
     assert run.signals == 2 and run.signalled_at == since
 
@@ -605,6 +638,21 @@ def test_files_are_replaced_never_overwritten(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
 
 
+def test_files_are_on_the_disk_before_they_have_their_names(tmp_path, monkeypatch):
+    """Else a power cut leaves an empty one in the place of the old one."""
+    synced = {}  # bytes of each file by its inode
+
+    def sync(number: int) -> None:
+        assert not (tmp_path / "args.json").exists()
+        synced[os.fstat(number).st_ino] = os.fstat(number).st_size
+
+    monkeypatch.setattr(os, "fsync", sync)
+    write_tensors(tmp_path / "checkpoint.new", {"buffer": torch.ones(10)})
+    write_atomically(tmp_path / "args.json", b"{}")
+    for path in tmp_path.iterdir():
+        assert synced[path.stat().st_ino] == path.stat().st_size > 0
+
+
 def test_a_checkpoint_is_written_without_a_copy_of_it(tmp_path):
     """A buffer may fill most of the memory."""
     tracemalloc.start()
@@ -615,10 +663,87 @@ def test_a_checkpoint_is_written_without_a_copy_of_it(tmp_path):
     assert torch.load(tmp_path / "file", weights_only=True)["buffer"].sum() == 5e6
 
 
+def test_a_large_checkpoint_on_a_full_disk(tmp_path):
+    """Where torch has written a part it raises an error of its own, of which no line about making room was made."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_tensors(tmp_path / "checkpoint.new", {"buffer": torch.ones(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+
+@pytest.fixture
+def _handlers():
+    """Signals are handled afterwards as before."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_where_a_run_stands_outlives_it(tmp_path):
+    """What it has, when it is due, its best evaluation, its time; rows of the checkpoint's own step stay."""
+    args = Args(run_dir=str(tmp_path / "run"))
+    run = Run(args, "task", sac_state_sim.__file__)
+    run.open(100)
+    flush, flushed = run.writer.flush, []
+    run.writer.flush = lambda: flushed.append((run.dir / "checkpoint.pt").exists()) or flush()
+    run.started -= 1000.0  # s
+    run.advance(7)
+    run.log("eval", {"eval/success_rate": 1.0})
+    run.end_episode({"episode": {"r": 5.0, "l": 7}}, 1.0)
+    run.advance(3)
+    assert run.due(5) and run.due(10) and not run.due(6)
+    run.end_episode({}, math.nan)  # given up
+    run.advance()
+    run.log("eval", {"eval/success_rate": 0.5})
+    assert run.should_save(10) and not run.due(10)  # not yet saved
+    run.save()
+    assert not run.should_save(10) and flushed == [False]  # before: it does not come again
+    rows = [(7, 1.0), (11, 0.5)]
+    assert read_scalars(run.dir)["eval/success_rate"] == rows
+    run.close()
+    again = Run(dataclasses.replace(args, resume=args.run_dir), "task", sac_state_sim.__file__)
+    again.keep()
+    again.open(100)
+    assert (again.step, again.episode, again.recent) == (11, 2, [(5.0, 7.0, 1.0)])
+    assert again.best == {"eval/success_rate": 1.0} and again.elapsed() > 1000 and not again.should_save(10)
+    again.close()
+    assert read_scalars(run.dir)["eval/success_rate"] == rows
+    assert read_csv(run.dir, "eval.csv")["eval/success_rate"] == [1.0, 0.5]
+
+
+@pytest.mark.usefixtures("_handlers")
+def test_a_run_that_ends_before_its_first_step_is_saved(tmp_path):
+    run = Run(Args(run_dir=str(tmp_path / "run")), "task", sac_state_sim.__file__)
+    run.open(100)
+    run.end_of_training()
+    run.close()
+    assert read_checkpoint(run.dir)["run"]["step"] == 0
+
+
+def test_times_are_those_of_a_step_and_an_evaluation_is_none_of_them(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
+    run = Run(Args(run_dir=str(tmp_path / "run")), "task", sac_state_sim.__file__)
+    run.restart_timer()
+    for scale in (1, 2):  # each time since the last
+        for name, seconds in (("act", 0.25), ("env", 0.5), ("update", 1.25), ("eval", 10.0)):
+            with run.phase(name):
+                now[0] += scale * seconds
+        run.advance(4)
+        times = {"time/act_ms": 62.5, "time/env_ms": 125, "time/update_ms": 312.5}
+        times = {name: scale * value for name, value in times.items()}
+        assert run.speed() == pytest.approx(times | {"charts/SPS": 2 / scale})
+
+
+@pytest.mark.usefixtures("_handlers")
 def test_a_task_that_changes_the_folder(tmp_path, monkeypatch):
     """A relative folder was then another one: no table and no checkpoint could be written, and the run crashed."""
     monkeypatch.chdir(tmp_path)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     run = Run(Args(run_dir="run"), "name", str(REPO / SCRIPT))
     run.open(10)
     run.log("eval", {"eval/success_rate": 0.5})
@@ -627,8 +752,6 @@ def test_a_task_that_changes_the_folder(tmp_path, monkeypatch):
     run.advance()
     run.log("train", {"charts/SPS": 1.0})
     run.finish({"eval/success_rate": 1.0})
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     assert read_scalars(tmp_path / "run")["eval/success_rate"] == [(0, 0.5), (1, 1.0)]
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from conftest import REPO, wait_until
+from tqdm import tqdm
 
 import sac_state_sim
 from common import setup
@@ -137,6 +139,8 @@ def test_a_run_that_goes_on_stays_where_it_is(tmp_path):
             option, tmp_path, "--run-dir", "elsewhere"
         )
         assert parsed(option, tmp_path, "--run-dir", tmp_path).run_dir == str(tmp_path)
+        (tmp_path / "checkpoint.pt").touch()
+        assert parsed(option, tmp_path / "checkpoint.pt").run_dir == str(tmp_path)  # as a shell completes it
 
 
 @pytest.mark.parametrize("number", [errno.EPIPE, errno.EBADF])
@@ -223,15 +227,20 @@ def test_every_flag_has_a_meaning():
 def test_sigterm_ends_as_ctrl_c_does(tmp_path, monkeypatch):
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "args.json").touch()
+    for name in ("run", "saved"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "args.json").touch()
+    (tmp_path / "saved" / "checkpoint.previous").touch()
+    bar = tqdm(total=1, file=io.StringIO())
     for args, way in (
         (RunArgs(), "run the same command again"),
         (RunArgs(run_dir="run"), "begin again with --resume run, nothing was saved yet"),
         (RunArgs(run_dir="run", eval_only="run"), "run the same command again"),
+        (RunArgs(run_dir="saved"), "go on with --resume saved"),
     ):
         with pytest.raises(SystemExit, match=f"^stopped; {way}$"), ends_well(args):
             signal.raise_signal(signal.SIGTERM)
+        assert bar.disable  # what is said next has a line of its own
     signal.signal(signal.SIGTERM, before)
 
 
