@@ -324,6 +324,10 @@ def test_observations_are_copies():
     later = env.step(np.zeros(1))[0]
     assert seen["robot"]["q"].tolist() == [0, 0, 0] and not seen["cams"][0].any()
     assert later["robot"]["q"].tolist() == [7, 7, 7] and later["cams"][0].all()
+    bits = np.zeros(3, np.int8)
+    seen, _ = Checked(Odd(spaces.MultiBinary(3), bits), "Odd-v0").reset(seed=0)
+    bits[:] = 1
+    assert not seen.any()
 
 
 class Grows(probe_envs.Probe):
@@ -371,7 +375,7 @@ class Careless(probe_envs.Probe):
 def test_global_generators_are_seeded_with_the_episode():
     """A run can be repeated, and goes on as if it had not ended, also with a task that ignores its own generator."""
     env = Checked(Careless(), "Odd-v0")
-    first, other, again = (env.reset(seed=seed)[0].item() for seed in (3, 4, 3))
+    first, other, again = (env.reset(seed=seed)[0].item() for seed in (3, 2**40, 3))
     assert first == again != other
 
 
@@ -551,12 +555,12 @@ def test_gripper_penalty():
     penalties = []
     for episode in range(2):
         env.reset(seed=episode)
-        for gripper in (1, 0.2, 0.9, -0.3, -0.9, -1, 0.6):
+        for gripper in (1, 0.2, 0.9, -0.3, -0.9, -1, 0.6, -1):
             _, reward, *_ = env.step(np.array([0, 0, gripper], np.float32))
             distance = np.linalg.norm(env.unwrapped.goal - env.unwrapped.point)
             penalties.append(round(-distance - reward, 6))
     # the first command is free, small ones count for nothing, each switch costs once; a new episode starts afresh
-    assert penalties == [0, 0, 0, 0, 0.1, 0, 0.1] * 2
+    assert penalties == [0, 0, 0, 0, 0.1, 0, 0.1, 0.1] * 2
 
 
 def test_action_chunk_sums_rewards_and_stops_at_the_end():
@@ -574,6 +578,14 @@ def test_action_chunk_sums_rewards_and_stops_at_the_end():
         assert reward == pytest.approx(sum(step[1] for step in steps[first : first + count]))
         assert (terminated, truncated) == (False, first == 16)
         assert info["success"] == steps[first + count - 1][4]["success"]
+    left = np.float32([-2, 0, 0])
+    rewards, terminated = [], False
+    for env in (one, chunked):
+        env.reset(seed=1)
+    while not terminated:
+        _, reward, terminated, *_ = one.step(left)
+        rewards.append(reward)
+    assert len(rewards) < 8 and chunked.step(np.tile(left, 8))[1:3] == (pytest.approx(sum(rewards)), True)
 
 
 class Verdicts(probe_envs.Probe):

@@ -20,6 +20,7 @@ from common.evaluation import (
     film,
     means,
     plot_curves,
+    record_grid,
     record_video,
     roll_out,
     success_rate,
@@ -119,11 +120,14 @@ def test_what_a_task_calls_its_numbers_does_not_hide_ours(tmp_path):
         def step(self, action):
             obs, reward, terminated, truncated, info = super().step(action)
             theirs = {"step": 0.5, "episodic_return": -1.0, "episodic_length": -1.0, "success_rate": -1.0, "force": 2.0}
+            if self.length == lengths(1, 3)[0]:
+                theirs["of_some"] = 1.0
             return obs, reward, terminated, truncated, info | theirs
 
     stats = means(roll_out(step_number, [Named()], 4, 3), lambda info: 1.0)
     assert stats["episodic_return"] > 0 < stats["episodic_length"]
     assert stats["success_rate"] == 1 and stats["force"] == 2
+    assert math.isnan(stats["of_some"])  # no mean of some episodes is passed off as that of all
     logger = CsvLogger(tmp_path / "eval.csv")
     for step in (20, 40):
         logger.log(stats, step)
@@ -213,11 +217,17 @@ def test_videos_of_pictures_with_odd_sides(tmp_path):
     assert shapes == {"video": (64, 66, 3), "grid": (66, 68, 3), "frames": (64, 66, 3)}
 
 
+def test_a_grid_of_few_pictures(tmp_path):
+    still = lambda observations, rngs: np.zeros((len(observations), 3))  # noqa: E731
+    record_grid(still, probe_envs.Point(), 1, 40, 0, tmp_path / "grid.mp4", track=False)
+    assert len(imageio.mimread(tmp_path / "grid.mp4")) == 1  # the last of 20 steps
+
+
 def test_pictures_of_a_task_that_gives_several():
     """P2: bc_flow_offline.py's film, too, takes the newest frame."""
     still = lambda observations, rngs: np.zeros((len(observations), 3))  # noqa: E731
-    (one,), (other,) = (film(still, task(), 1, 5, 0) for task in (probe_envs.Point, FilmStrip))
-    assert one.shape == (4, 64, 64, 3)
+    (one,), (other,) = (film(still, task(), 1, 6, 0) for task in (probe_envs.Point, FilmStrip))
+    assert one.shape == (4, 64, 64, 3)  # of steps 6, 12, 18, and the last one
     np.testing.assert_array_equal(one, other)
 
 

@@ -148,6 +148,9 @@ def test_augmentation_is_per_frame_and_a_flip_per_sample():
     assert cropped.dtype == torch.uint8 and cropped.shape == frames.shape
     assert len({image.numpy().tobytes() for image in cropped.flatten(0, 1)}) == 25  # all offsets
     assert any(not torch.equal(sample[0], sample[1]) for sample in cropped)
+    for kind in ("jitter", "blur"):
+        changed = augment(frames, (kind,), 2, generator)
+        assert len({image.numpy().tobytes() for image in changed.flatten(0, 1)}) == 64 * 4
     flipped = augment(frames, ("flip",), 2, generator)
     kinds = [tuple(torch.equal(image, frame.flip(1)) for image in sample) for sample in flipped]
     assert set(kinds) == {(True,) * 4, (False,) * 4}
