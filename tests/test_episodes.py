@@ -15,7 +15,7 @@ from gymnasium import spaces
 import franka_sim
 from common import envs
 from common.episodes import Episode, Recorder, collect, demonstrations, record, spread_starts, summary
-from common.recording import check_new_dataset
+from common.recording import Recording, check_new_dataset, dataset_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:minari")
 
@@ -264,7 +264,8 @@ def test_what_is_odd_about_demonstrations_is_said(tmp_path, monkeypatch, capsys)
     envs.say_once.cache_clear()
     recorded = list(demonstrations("2", point(), seed=1, noise=0.0))
     record("point/ours-v0", recorded, point(), lambda info: math.nan)
-    assert len(list(demonstrations("point/ours-v0", point(), seed=0, noise=0.0))) == 2
+    read = list(demonstrations("point/ours-v0", point(), seed=0, noise=0.0))
+    assert len(read) == 2 and not any("success" in episode.info for episode in read)  # NaN: not known
     assert capsys.readouterr().err == ""
     list(demonstrations("point/ours-v0", envs.make("Other-v3"), seed=0, noise=0.0))
     said = "--demos point/ours-v0: was recorded in Point-v0, the task is Other-v3"
@@ -402,10 +403,13 @@ def test_pictures_are_recorded_as_they_were_seen(tmp_path, monkeypatch):
     env.reset(seed=0)
     while not any(env.step(np.zeros(3, np.float32))[2:4]):
         pass
+    asked = []
+    monkeypatch.setattr("common.datasets.check_space", lambda folder, size, name: asked.append(size))
     record("own/pixels-v0", env.episodes, env, lambda info: math.nan)
     (again,) = demonstrations("own/pixels-v0", env, seed=0, noise=0.0)
     for one, other in zip(env.episodes[0].observations, again.observations, strict=True):
         np.testing.assert_array_equal(one["front"], other["front"])
+    assert asked[0] > 1e6 + sum(obs["front"].nbytes for obs in again.observations)
 
 
 def test_a_recording_is_there_as_a_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -437,6 +441,25 @@ def test_a_name_that_was_taken_meanwhile(tmp_path, monkeypatch):
     record("own/one-v0", demonstrations("1", point(), seed=1, noise=0.0), point(), lambda info: math.nan)
     with pytest.raises(SystemExit, match="--record-dataset own/one-v0: exists"):
         record("own/one-v0", [], point(), lambda info: math.nan)
+
+
+def test_a_dataset_in_which_nothing_is_recorded_yet(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    Recording(dataset_folder("own/none-v0", "--dataset"), "own/none-v0", point(), {})
+    with pytest.raises(SystemExit, match="--demos own/none-v0: has no steps"):
+        next(demonstrations("own/none-v0", point(), seed=0, noise=0.0))
+
+
+def test_experts_that_fail_are_not_cloned(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    verdicts = iter([0.0, 1.0] * 5)
+    kept = minari.load_dataset(collect("Point-v0", 2, 1, lambda info: next(verdicts)))
+    shown = [episode.observations["goal"][0].tolist() for episode in kept.iterate_episodes()]
+    env = point()
+    assert shown == [env.reset(seed=envs.episode_seed(1, 2, n))[0]["goal"].tolist() for n in (1, 3)]
+    with pytest.raises(SystemExit, match="--env-name Point-v0: its scripted expert succeeds in 0 of 10 episodes only"):
+        collect("Point-v0", 1, 1, lambda info: 0.0)
+    assert len(minari.list_local_datasets()) == 1
 
 
 def test_tuples_are_demonstrated_but_not_read_again(tmp_path, monkeypatch):

@@ -4,7 +4,9 @@ import dataclasses
 import errno
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
 import imageio.v3 as imageio
 import minari
 import numpy as np
@@ -252,6 +254,26 @@ def test_pictures_of_two_heights_stand_side_by_side(tmp_path, monkeypatch):
     video = np.stack(list(imageio.imiter(store.folder / "episode_0.mp4")))
     assert video.shape == (4, 32, 24 + 32, 3)
     assert abs(video[:, :, 30:].astype(int) - 100).mean() < 10 and video[:, 20:, :20].mean() < 10
+    store.undo()
+    store.add(fields(env, 5), {"verdict": "success"})
+    store.write_pictures(list(minari.load_dataset("hil/x-v0").iterate_episodes()), env)
+    assert len(list(imageio.imiter(store.folder / "episode_0.mp4"))) == 6  # not that of the one before
+
+
+def test_a_sheet_of_the_newest_by_their_labels(env, monkeypatch):
+    """A label is that of the frame after its step."""
+    rows = []
+    monkeypatch.setattr(recording, "write_sheet", lambda shown, path: rows.append(shown))
+    monkeypatch.setattr(recording, "write_video", lambda *_: None)
+    store = opened(env)
+    store.episodes = [{"verdict": "success"}] * 62
+    seen = {"front": np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((16, 24, 3), np.uint8)}
+    labels = {"label": np.array([0, 0, 1, -1], np.int8)}
+    store.write_pictures([SimpleNamespace(id=0, observations=seen, infos=labels)], env)
+    shown = {title: frames[:, 0, 0, 0].tolist() for title, frames in rows[0]}
+    assert shown == {"0 left out": [4] * 6, "0 label 0": [1] * 3 + [2] * 3, "0 label 1": [3] * 6}
+    store.write_pictures([SimpleNamespace(id=i, observations=seen, infos={}) for i in range(62)], env)
+    assert [title for title, _ in rows[1]] == [f"{i} success" for i in range(2, 62)]
 
 
 # --- Labels -----------------------------------------------------------------------------------------------------------
@@ -300,6 +322,8 @@ def test_fingerprint_of_a_simulated_task(env):
         "observations": {"front": [16, 24, 3], "state": [3]},
         "actions": [[-1.0] * 3, [1.0] * 3],
     }
+    filmed = gym.make("recorded_tasks:Reach-v0", render_mode="rgb_array", disable_env_checker=True)
+    assert recording.fingerprint(filmed) == recording.fingerprint(env)
 
 
 def test_fingerprint_of_the_robot_names_what_differs():
@@ -321,8 +345,6 @@ def test_fingerprint_of_the_robot_names_what_differs():
 
 def test_robot_task_comes_back_from_a_dataset(env):
     """A recorded dataset knows the robot's task with all of its settings."""
-    import gymnasium as gym
-
     from robot_client import PEG
 
     robot = gym.make("robot_client:FrankaReal-v0", config=PEG, disable_env_checker=True)
