@@ -151,6 +151,7 @@ def test_a_single_frame_counts_only_without_hold():
     assert -4 < threshold < 1
     assert measure(episodes, threshold, 2)["false_successes"] == 0
     assert measure(episodes, threshold, 1)["false_successes"] == 1
+    assert choose_threshold([scored([3, -2], ".#")], 2, 0.0) == 3.5  # no failure lasts as long
 
 
 def test_scores_of_known_episodes():
@@ -178,6 +179,70 @@ def test_a_demonstration_that_ends_with_its_first_success_can_be_seen():
     assert measure([demo._replace(odds=demo.odds - 2)], 0.0, hold=2)["seen_successes"] == 0
 
 
+def test_the_worst_frames_are_shown(tmp_path, monkeypatch):
+    """The furthest on the wrong side first, two of an episode; what was left out is not judged."""
+    titles = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axis, text, **_: titles.append(text.split("\n")[1]))
+    clips = [Clip(name, np.zeros((5, 1, 4, 4, 3), np.uint8), None) for name in "ab"]
+    heads = [scored([-9, 3, -2, 1, 9], ".#.#-"), scored([1, 8, 4, -7, -2], "..#.#")]
+    script.draw_errors(tmp_path / "errors.png", clips, heads, threshold=0.0, count=3)
+    assert titles == ["b, frame 1", "b, frame 4", "a, frame 3"]
+
+
+# --- Training ---------------------------------------------------------------------------------------------------------
+def test_the_best_weights_are_those_of_the_best_look(monkeypatch):
+    """By the loss of all cameras together, each class counted alike."""
+    torch.manual_seed(0)
+    classifier = script.SuccessClassifier(("front",), 32)
+    trainer = script.Trainer(classifier, Args(), torch.device("cpu"), [])
+    frames = Frames(torch.zeros(4, 1, 32, 32, 3, dtype=torch.uint8), torch.tensor([0, 0, 0, 1]))
+    parameter = classifier.together[-1].bias
+    for number, (failure, success) in enumerate([(0.0, 0.0), (4.0, -1.0), (0.0, 0.0)]):
+        rows = torch.tensor([[failure, 0.0]] * 3 + [[0.0, success]])  # logits of all together
+        monkeypatch.setattr(script, "answers", lambda *_, rows=rows: torch.stack([-9 * rows, rows], 1))
+        with torch.no_grad():
+            parameter.fill_(number)
+        loss = trainer.look(frames)
+        assert loss == pytest.approx((math.log1p(math.exp(-failure)) + math.log1p(math.exp(-success))) / 2)
+    with torch.no_grad():
+        parameter.fill_(3)
+    assert trainer.best_weights["together.4.bias"].tolist() == [1, 1] and trainer.looks == 1
+
+
+def test_an_update_is_one_gradient_step_with_dropout(monkeypatch):
+    torch.manual_seed(0)
+    classifier = script.SuccessClassifier(("front",), 32).eval()
+    trainer = script.Trainer(classifier, Args(augmentations=()), torch.device("cpu"), [])
+    frames = Frames.of([Clip("a", np.zeros((2, 1, 32, 32, 3), np.uint8), np.array([0, 1]))], torch.device("cpu"))
+    seen = []
+    monkeypatch.setattr(trainer.optimizer, "step", lambda: seen.append(classifier.together[-1].bias.grad.clone()))
+    for _ in range(2):
+        torch.manual_seed(1)
+        trainer.update(frames)
+    assert classifier.training and torch.equal(seen[0], seen[1])  # the first one's is not in the second's
+
+
+def test_what_is_served_is_what_was_graded(datasets, monkeypatch, capsys):
+    """The best weights, here the first ones, after as many looks as none was better; at the threshold."""
+    write_frames("hil/frames-v0", episodes=6)
+    monkeypatch.setattr(script, "LOOK_EVERY", 1)
+    together = {"seen_successes": 1, "successful_episodes": 2, "false_successes": 0, "failed_episodes": 2}
+
+    def look(trainer: script.Trainer, frames: Frames) -> float:
+        trainer.looks += 1
+        return 1.0
+
+    monkeypatch.setattr(script.Trainer, "look", look)
+    monkeypatch.setattr(script, "grade", lambda *_: (-2.0, {"held out": {"together": together}}))
+    saved = run(updates=50)
+    assert read_csv(Path("run"), "train.csv")["global_step"] == list(range(1, 1 + script.PATIENCE))
+    first = script.gather(Args(data=("hil/frames-v0",)))[0].state_dict()
+    assert all(torch.equal(tensor, saved["weights"][name]) for name, tensor in first.items())
+    assert saved["threshold"] == pytest.approx(1 / (1 + math.exp(2)))
+    out = capsys.readouterr().out
+    assert "1 of 2 successes seen (recall 50%), 0 false ones in 2 failed episodes" in out and "often missing" in out
+
+
 # --- Whole runs -------------------------------------------------------------------------------------------------------
 def test_learns_from_labelled_frames(datasets, capsys):
     write_frames("hil/frames-v0", episodes=14)
@@ -194,7 +259,7 @@ def test_learns_from_labelled_frames(datasets, capsys):
     assert sorted(saved["arguments"]["cameras"]) == ["front", "wrist"]
     out = capsys.readouterr().out
     assert "camera front tells next to nothing" in out and "camera wrist tells" not in out
-    assert "recall 100%" in out
+    assert "recall 100%" in out and "often missing" not in out
     assert json.loads(Path("run/scores.json").read_text()) == saved["about"]["scores"]
     evaluation = read_csv(Path("run"), "eval.csv")
     assert evaluation["eval/frames_right"] == [1.0] and evaluation["eval/false_successes"] == [0]
@@ -453,6 +518,7 @@ def fault_of(**flags: object) -> str:
         ({}, {"pretrained": "none.pt"}, "--encoder small"),
         ({}, {"hold": 0}, "--hold 0: must be at least 1"),
         ({}, {"false_successes": 1.0}, "--false-successes 1.0"),
+        ({}, {"false_successes": -0.1}, "--false-successes -0.1"),
         ({}, {"classes": ("success",)}, "--classes success: at least two different names"),
         ({}, {"watch": "gone.pt", "run_dir": None}, "--watch gone.pt: not there"),
         ({}, {"watch": "gone.pt", "run_dir": None, **ROBOT, "task": "pig"}, "--task pig: there are peg, pick"),
@@ -470,6 +536,24 @@ def test_robot_that_is_not_there_is_one_line(datasets, monkeypatch):
     monkeypatch.setattr(script, "open_detector", lambda *_: None)
     fault = fault_of(watch="classifier.pt", run_dir=None, **ROBOT, server="tcp://127.0.0.1:9", teleop="expert")
     assert "--watch: no answer from tcp://127.0.0.1:9" in fault
+
+
+def test_a_fault_of_what_is_watched_is_one_line(datasets, monkeypatch):
+    class Faulty(gym.Env):
+        action_space = gym.spaces.Box(-1, 1, (6,), np.float32)
+
+        def reset(self, **_):
+            return {}, {}
+
+        def step(self, action):
+            return {}, 0.0, False, True, {"fault": "camera front: newest picture is 0.4 s old"}
+
+        def expert_action(self):
+            return np.zeros(6, np.float32)
+
+    monkeypatch.setattr(script.envs, "make", lambda *_, **__: Faulty())
+    monkeypatch.setattr(script, "open_detector", lambda *_: Unsure())
+    assert fault_of(watch="classifier.pt", run_dir=None).endswith("--watch: camera front: newest picture is 0.4 s old")
 
 
 def test_datasets_of_other_cameras_are_refused(datasets):

@@ -54,7 +54,7 @@ def change(path: Path, **parts: object) -> None:
 
 def test_success_is_hold_frames_in_a_row():
     detector = SuccessDetector(Brightness(), threshold=0.5, hold=3, fingerprint={}, about={})
-    brightness = [200, 200, 50, 200, 200, 200, 200, 99]
+    brightness = [200, 200, 50, 200, 100, 200, 200, 99]  # 100: as probable as the threshold
     assert [detector(observation(value)) for value in brightness] == [False] * 5 + [True, True, False]
 
 
@@ -252,6 +252,8 @@ def test_weights_load_strictly(saved):
         (("name",), "pick", 'name is "peg" there, "pick" here'),
         (("hz",), 20.0, ""),
         (("cameras", 0, "fps"), 60, ""),
+        (("cameras", 1, "timeout_s"), 0.5, ""),
+        (("cameras", 1, "warmup_frames"), 9, ""),
     ],
 )
 def test_what_pictures_depend_on_is_compared(saved, where, value, fault):
@@ -281,6 +283,9 @@ def test_shapes_of_a_gymnasium_task():
     ours = {"task": "Peg-v0", "observations": {"state": [9], "wrist": [32, 32, 3]}}
     assert differences_of_pictures(theirs, ours, ("wrist",)) == [
         "observations.wrist is [64, 64, 3] there, [32, 32, 3] here"
+    ]
+    assert differences_of_pictures({"env_id": "Peg-v0"}, {"env_id": "Cube-v0"}, ()) == [
+        'env_id is "Peg-v0" there, "Cube-v0" here'
     ]
 
 
