@@ -411,6 +411,45 @@ def test_verdict_on_an_experts_episode_is_the_persons(tmp_path, monkeypatch):
     assert episode.rewards.tolist() == [0.0] * (len(episode) - 1) + [1.0] and episode.terminations[-1]
 
 
+class Hand:
+    """Asks for more than the arm does; is unplugged while an episode goes on."""
+
+    fault, forgotten = "", 0
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+    def read(self, env: gym.Env) -> np.ndarray:
+        return np.full(3, 3.0, np.float32)
+
+    def motion(self) -> tuple[np.ndarray, float]:
+        return np.zeros(6), 0.0
+
+
+def test_a_session_of_a_person(tmp_path, monkeypatch, capsys):
+    """The next seed, the label at a reset, what is executed, and a hand that fails: it waits for Enter."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    args = record_demos.Args(env_id="recorded_tasks:Reach-v0", dataset="hil/demos-v0")
+    env = record_demos.make_env(args)
+    folder = recording.dataset_folder(args.dataset, "--dataset")
+    kept = recording.Recording(folder, args.dataset, env, {"mode": "demos", "classes": 2})
+    kept.episodes = [{"attempt": 5}, {"attempt": 3}]  # others were discarded
+    typed = iter([[], ["success"], [], ["go on"]])
+    terminal = SimpleNamespace(fault="", commands=lambda: next(typed), forget=list, quits=lambda: False)
+    hand = Hand()
+    session = record_demos.Session(args, env, kept, hand, terminal)
+    assert session.attempt == 6
+    session.label = 1
+    obs = session.reset()
+    assert session.label == 0 and hand.forgotten == 1
+    _, (step,), verdict = session.record(obs)
+    assert step.action.tolist() == [1, 1, 1] and step.asked.tolist() == [3, 3, 3] and verdict == "success"
+    hand.fault = "the SpaceMouse is gone"
+    assert session.heed([obs]) == "" and hand.forgotten == 2
+    assert "the SpaceMouse is gone: Enter goes on" in capsys.readouterr().out
+
+
 def test_failure_and_time_limit_truncate(tmp_path, monkeypatch):
     with Person(tmp_path, "--max-episode-steps", 35) as person:
         person.waits_for("ready")
@@ -792,7 +831,8 @@ def test_camera_that_freezes_costs_one_episode(tmp_path, monkeypatch):
 
 def test_failures_of_a_higher_return_are_not_left_out_by_top_fraction(capsys):
     lengths, won = np.array([100, 73]), np.array([False, True])
-    record_demos.sum_up_demos(lengths, won, np.array([14.5, 12.8]))
-    assert "top-fraction cannot" in capsys.readouterr().out
+    for returns in ([14.5, 12.8], [12.8, 12.8]):
+        record_demos.sum_up_demos(lengths, won, np.array(returns))
+        assert "top-fraction cannot" in capsys.readouterr().out
     record_demos.sum_up_demos(lengths, won, np.array([0.0, 1.0]))
     assert "--top-fraction 0.5" in capsys.readouterr().out

@@ -235,6 +235,12 @@ def test_another_trunk_is_refused(saved):
         SuccessDetector.load(str(saved))
 
 
+def test_a_file_of_another_kind(saved):
+    change(saved, kind="success classifier, version 0")
+    with pytest.raises(ValueError, match="it is of another kind: success classifier, version 0"):
+        SuccessDetector.load(str(saved))
+
+
 def test_weights_load_strictly(saved):
     weights = torch.load(saved, weights_only=True)["weights"]
     del weights["together.4.bias"]
