@@ -1685,10 +1685,10 @@ class Control(threading.Thread):
         with contextlib.suppress(ArmError):
             for _ in self.settle():
                 self.state = self.arm.get_state()
-                self.publish()
+                self.tell()
                 time.sleep(0.005)
             self.phase = "idle"
-            self.publish()
+            self.tell()
 
     def tick(self) -> None:
         """Listen, measure, watch, act, tell; whatever goes wrong ends as a fault, never as an exception."""
@@ -1705,17 +1705,10 @@ class Control(threading.Thread):
             self.act(dt)
         except ArmError as error:
             self.latch(error.code, str(error))
-        except Exception as error:  # a bug must not end the thread
-            if self.fault is None:
-                log.exception("robot thread")
+        except Exception as error:  # noqa: BLE001  a bug must not end the thread; the fault logs it
             self.latch("internal", f"{type(error).__name__} in the control loop, see the log")
         self.ticked = now
-        try:
-            self.publish()
-        except Exception as error:  # nor may one here
-            if self.fault is None:
-                log.exception("state")
-            self.note_fault("internal", f"{type(error).__name__} while telling the state, see the log")
+        self.tell()
 
     # What the front says
     def listen(self, now: float) -> None:
@@ -1937,8 +1930,7 @@ class Control(threading.Thread):
     def latch(self, code: str, message: str) -> None:
         """The first fault stays until `recover`."""
         self.asked = ""  # the arm stops anyway; it must not break off what comes later
-        if not self.recovering():
-            self.end_job(f"{code}: {message}")
+        self.end_job(f"{code}: {message}")
         self.note_fault(code, message)
 
     def note_fault(self, code: str, message: str) -> None:
@@ -1947,15 +1939,14 @@ class Control(threading.Thread):
             self.faults += 1
             self.reflexes += code == "reflex"
             self.fault = {"code": code, "message": message, "count": self.faults}
-            self.held = ""
-            log.error("fault %d, %s: %s", self.faults, code, message)
+            log.error("fault %d, %s: %s", self.faults, code, message, exc_info=code == "internal")
 
     @contextlib.contextmanager
     def blocking(self, seconds: float = 2.0) -> Iterator[None]:
         """Around a call into the SDK that may take this long without being a frozen robot."""
         began = time.monotonic()
         self.may_block_until = began + seconds
-        self.publish()  # what has just begun is seen meanwhile
+        self.tell()  # what has just begun is seen meanwhile
         try:
             yield
         finally:
@@ -2026,6 +2017,13 @@ class Control(threading.Thread):
         self.phase = "idle"
 
     # What the front may know
+    def tell(self) -> None:
+        """Publishes; a bug there must not keep the arm from being stopped, either."""
+        try:
+            self.publish()
+        except Exception as error:  # noqa: BLE001
+            self.note_fault("internal", f"{type(error).__name__} while telling the state, see the log")
+
     def publish(self) -> None:
         """Tells the front how things are."""
         link = self.link

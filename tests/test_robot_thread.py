@@ -228,6 +228,24 @@ def test_a_fault_amid_a_job_stays(world, job):
     assert world.control.mode == "fault" and world.control.fault is not None and not world.arm.controlling
 
 
+def test_a_state_that_cannot_be_told_is_a_fault(world, monkeypatch, caplog):
+    """And the arm is stopped all the same; the bug stands in the log, once."""
+    world.streaming()
+    monkeypatch.setattr(world.control, "report", lambda: 1 / 0)
+    world.tick(5)
+    assert "while telling the state" in world.control.fault["message"] and not world.arm.controlling
+    assert caplog.text.count("Traceback") == 1
+
+
+def test_a_bug_during_a_recovery_ends_it(world):
+    """The fault stays, or there is one."""
+    world.ask("acquire", name="test", ttl=10.0)
+    world.job("recover")
+    world.control.link.queue.append(b"\xff" * COMMAND.size)
+    world.tick(20)
+    assert world.control.fault["code"] == "internal" and world.control.mode == "fault"
+
+
 def test_a_takeover_ends_the_job_of_the_other(world):
     world.ask("acquire", name="first", ttl=10.0)
     handle = world.job("move_joints", q=[0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0])
@@ -373,6 +391,15 @@ def test_who_asked_to_hold_is_told_until_the_next_job(world, asked, token, who, 
     world.tick(5)
     world.ask("state")
     assert world.front.newest["reply"]["held"] is None
+
+
+def test_who_asked_to_hold_is_told_beside_a_fault(world):
+    world.streaming()
+    world.ask("hold", TOKENS[1])
+    world.tick(3)
+    world.control.note_fault("frozen", "for this test")
+    world.tick(3)
+    assert world.control.held == "a client asked to hold"
 
 
 @pytest.mark.parametrize("tokens", [TOKENS[:2], TOKENS[1::-1]])
