@@ -733,7 +733,6 @@ class Terminal:
         pause, unless it was taken back, and quit. Returns the commands that are lost."""
         typed = self.commands()
         self._typed = {key: self.pressed_at(key) for key in COMMANDS}  # which may still be held
-        self._repeats.clear()
         pauses = [command for command in typed if command in ("pause", "go on")]
         kept = ["pause"] if pauses[-1:] == ["pause"] else []
         if "quit" in typed:
