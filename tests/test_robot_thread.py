@@ -6,6 +6,7 @@ import random
 import socket
 import time
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -186,20 +187,21 @@ def test_a_frozen_robot(world):
     world.tick(11)
     assert world.control.mode == "streaming"
     world.arm.frozen = 30
-    world.tick(14)
+    world.tick(2)
     assert world.control.fault["code"] == "frozen"
     world.tick(100)
     assert world.arm.frozen == 0 and world.control.mode == "fault" and not world.arm.controlling
 
 
-def test_a_state_that_is_not_finite(world, monkeypatch):
+@pytest.mark.parametrize("name", ["tcp_pose", "tcp_vel", "wrench", "q", "dq"])
+def test_a_state_that_is_not_finite(world, monkeypatch, name):
     """A fault that stops the controller, once, also while nothing better is read; recovering needs a good one."""
     reference = world.streaming()
     read = world.arm.get_state
 
     def garbled() -> ArmState:
         state = read()
-        state.q = np.full(7, math.nan)
+        setattr(state, name, np.append(getattr(state, name)[:-1], math.nan))
         return state
 
     monkeypatch.setattr(world.arm, "get_state", garbled)
@@ -208,7 +210,7 @@ def test_a_state_that_is_not_finite(world, monkeypatch):
     assert world.control.fault["message"] == "the robot's state is not finite" and world.control.mode == "fault"
     assert not world.arm.controlling and world.arm.began_stops == stops + 1
     assert np.allclose(world.reference, reference, atol=1e-3)
-    assert np.isfinite(world.control.state.q).all()
+    assert np.isfinite(getattr(world.control.state, name)).all()
     handle = world.job("recover")
     world.tick(600)
     assert world.ask("job", handle=handle)["status"] == "failed" and world.control.mode == "fault"
@@ -226,6 +228,30 @@ def test_a_fault_amid_a_job_stays(world, job):
     world.control.latch("frozen", "for this test")
     world.tick(100)
     assert world.control.mode == "fault" and world.control.fault is not None and not world.arm.controlling
+
+
+@pytest.mark.parametrize("error", [ArmError("reflex", "for this test"), ZeroDivisionError("for this test")])
+def test_a_job_that_meets_an_error_ends_with_a_fault(world, error):
+    world.ask("acquire", name="test", ttl=10.0)
+    handle = world.job("move_joints", q=[0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0])
+    world.tick(5)
+    world.arm.failing["moving"] = error
+    world.tick(5)
+    assert world.control.fault["code"] == getattr(error, "code", "internal") and not world.arm.moves
+    assert world.ask("job", handle=handle)["status"] == "failed"
+
+
+def test_a_controller_that_runs_although_nothing_should_is_stopped(world):
+    world.arm.controlling = True
+    world.tick()
+    assert not world.arm.controlling and world.control.mode == "stopping"
+
+
+def test_new_gains_are_set_once(world):
+    world.streaming()
+    world.ask("gains", stiffness=900.0)
+    world.tick(3)
+    assert world.arm.calls.count("set_gains") == 1 and world.control.gains.stiffness == 900.0
 
 
 def test_a_state_that_cannot_be_told_is_a_fault(world, monkeypatch, caplog):
@@ -263,12 +289,30 @@ def test_a_lease_that_comes_again_moves_nothing(world):
     world.tick(2)
     world.ask("release")
     world.tick(2)
+    assert world.control.mode == "hold"  # at once, also so soon after the SDK's start
     world.ask("acquire", name="test", ttl=10.0)
     world.tick(60)
     assert world.control.mode == "hold" and world.control.lease["seq"] is None
     world.ask("target", pose=near(world.reference, 0.0, 0.01, 0.0), seq=1)
     world.tick()
     assert world.control.mode == "streaming"
+
+
+def test_only_another_closure_is_an_order(world):
+    """Each would begin the fingers' way anew, and the time that they have for it."""
+    start, orders = world.streaming(), []
+    for closure in (1.0, 1.0, None, 1.0, 0.0):
+        world.ask("target", pose=near(start, 0, 0, 0), closure=closure)
+        orders.append(world.gripper.job)
+    assert orders[0] and all(job is orders[0] for job in orders[:4]) and orders[4] is not orders[0]
+    world.arm.info["task"], world.arm.reset_task = "a task", lambda seed: None
+    for job in ("recover", "reset_task"):  # after which nobody knows how it stands
+        world.job(job)
+        world.tick(5)
+        world.streaming()
+        world.ask("target", pose=near(start, 0, 0, 0), closure=0.0)
+        orders.append(world.gripper.job)
+        assert orders[-1] is not orders[-2]
 
 
 def test_a_start_outside_the_box_moves_nothing(world):
@@ -312,6 +356,53 @@ def test_the_way_to_a_target(world):
     assert distances[-1] < 1e-6 and (np.diff(distances) < 1e-9).all()
 
 
+def test_the_turn_to_a_target():
+    """As the way: up to the largest speed, with no more than the largest acceleration."""
+    args, twists = robot_server.Args(), []
+    limiter = robot_server.Limiter(args)
+    limiter.seed(np.array([0.45, 0.0, 0.3, *DOWN]))
+    goal = np.array([0.45, 0.0, 0.3, *robot_server.quat_multiply(robot_server.quat_from_rotvec([0, 0, 0.7]), DOWN)])
+    for _ in range(400):
+        new = limiter.advance(goal, DT)
+        twists.append(robot_server.difference(new, limiter.reference)[3:] / DT)
+        limiter.reference = new
+    speeds = np.linalg.norm(twists, axis=1)
+    assert 0.85 * args.max_rotation_speed < speeds.max() <= args.max_rotation_speed * 1.001
+    changes = np.linalg.norm(np.diff(twists, axis=0, prepend=0), axis=1)
+    assert changes.max() <= args.max_rotation_acceleration * DT * 1.001
+    assert np.abs(robot_server.difference(goal, new)).max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("speed", "spin", "brake"), [(0, 0, 1), (0.9, 0, 1), (1, 0, 0.5), (0, 1, 0.5), (1.1, 0, 0), (0, 1.2, 0)]
+)
+def test_how_far_the_reference_may_lead(speed, spin, brake):
+    """The clip per axis, in all what the damper holds at the largest speed, less where the arm moves as fast; and after
+    that the reference does not go on faster than it came."""
+    args, zero = robot_server.Args(), np.zeros(7)
+    pose = np.array([0.45, 0.0, 0.3, *DOWN])
+    twist = np.array([speed * args.max_speed, 0, 0, 0, 0, spin * args.max_rotation_speed])
+    state = ArmState(0.0, pose, twist, zero[:6], zero, zero)
+    limiter = robot_server.Limiter(args)
+    limiter.seed(pose)
+    turned = robot_server.quat_multiply(robot_server.quat_from_rotvec([0.1, 0.1, 0.1]), DOWN)
+    far = np.array([0.47, 0.02, 0.32, *turned])
+    for clip in (0.01, 0.001):
+        gains = robot_server.Gains(clip=(clip,) * 3, rotational_clip=(5 * clip,) * 3)
+        lead = robot_server.difference(limiter.keep_near(far, state, gains, DT), pose)
+        held = 0.9 * brake * args.max_speed * gains.damping / gains.stiffness
+        held_turn = 0.9 * brake * args.max_rotation_speed * gains.rotational_damping / gains.rotational_stiffness
+        assert np.linalg.norm(lead[:3]) == pytest.approx(min(held, clip * 3**0.5), abs=1e-9)
+        assert np.linalg.norm(lead[3:]) == pytest.approx(min(held_turn, 5 * clip * 3**0.5), abs=1e-9)
+        assert np.allclose(limiter.velocity, 0) and limiter.limited
+    limiter.velocity[:] = 0.1
+    limiter.keep_near(far, replace(state, tcp_pose=far), gains, DT)
+    assert np.allclose(limiter.velocity, 0.1)  # not clipped
+    limiter.reference = limiter.keep_near(far, state, gains, DT)
+    limiter.keep_near(far, state, gains, DT)
+    assert np.allclose(limiter.velocity, 0)  # it stands
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_the_acceleration_is_limited_also_at_walls(seed):
     """Whatever targets come, and when: turned aside just before a wall, told to stand."""
@@ -329,6 +420,19 @@ def test_the_acceleration_is_limited_also_at_walls(seed):
         assert np.linalg.norm(velocity - before) / DT <= 1.2 * args.max_acceleration, limiter.limited
         assert limiter.outside(new) < 1e-9
         limiter.reference, limiter.limited, before = new, [], velocity
+
+
+def test_a_target_that_is_no_pose_moves_nothing():
+    """It would have been refused before; and a measured rotation is one only to some digits."""
+    limiter = robot_server.Limiter(robot_server.Args())
+    for value in (math.nan, math.inf):
+        limiter.seed(np.array([0.45, 0.0, 0.3, *DOWN]))
+        assert np.array_equal(limiter.advance(np.full(7, value), DT), limiter.reference)
+    zero = np.zeros(7)
+    state = ArmState(0.0, np.array([0.45, 0.0, 0.3, *1.001 * DOWN]), zero[:6], zero[:6], zero, zero)
+    limiter.seed(state.tcp_pose)
+    limiter.step(None, state, robot_server.Gains(), DT)
+    assert np.linalg.norm(limiter.reference[3:]) == pytest.approx(1, abs=1e-12)
 
 
 def tilted(args: robot_server.Args, direction: float, roll: float) -> np.ndarray:
@@ -433,16 +537,38 @@ def test_what_came_during_a_long_call_of_the_sdk_is_heeded_before_the_arm_moves(
     assert "move" not in world.arm.calls and world.ask("job", handle=job)["status"] == "failed"
 
 
+@pytest.mark.parametrize("mode", ["reflex", "user_stopped"])
 @pytest.mark.parametrize("asked", ["hold", "stop"])
-def test_what_was_asked_during_a_fault_does_not_break_off_its_recovery(world, asked):
+def test_what_was_asked_during_a_fault_does_not_break_off_its_recovery(world, asked, mode):
     world.streaming()
-    world.arm.mode = "reflex"
+    world.arm.mode = mode
     world.tick(3)
+    world.control.note_fault("frozen", "the first one stays")
+    assert world.control.fault["code"] == mode
     world.ask(asked)
     world.tick(500)
     job = world.job("recover")
     world.tick(20)
     assert world.ask("job", handle=job)["status"] == "done" and world.control.fault is None
+
+
+@pytest.mark.parametrize("why", ["it reports user_stopped", "a client asked to stop"])
+def test_a_recovery_that_fails_leaves_the_fault(world, monkeypatch, why):
+    """The robot does not recover, or somebody stops it before it is at rest."""
+    world.streaming()
+    world.arm.mode = "user_stopped"
+    world.tick(3)
+    if "stop" in why.split():
+        world.arm.stop = lambda: setattr(world.arm, "busy", 20)
+    else:
+        monkeypatch.setattr(world.arm, "recover", lambda: None)
+    handle = world.job("recover")
+    world.tick(10)
+    if "stop" in why.split():
+        world.ask("stop", TOKENS[1])
+    world.tick(600)
+    assert why in world.ask("job", handle=handle)["error"]
+    assert world.control.fault["code"] == "user_stopped" and world.control.faults == 1
 
 
 def test_a_lease_that_is_renewed_during_a_long_call_of_the_sdk_does_not_end(world, monkeypatch):
@@ -472,9 +598,10 @@ def test_a_lease_that_is_renewed_during_a_long_call_of_the_sdk_does_not_end(worl
     assert world.ask("job", handle=job)["status"] == "done" and world.control.fault is None
 
 
-def test_a_lease_that_ended_during_a_long_call_of_the_sdk_has_ended(world, monkeypatch):
+@pytest.mark.parametrize("seconds", [0.01, 1.5])
+def test_a_lease_that_ended_before_a_call_of_the_sdk_has_ended(world, monkeypatch, seconds):
     world.streaming()
-    monkeypatch.setattr(world.arm, "set_gains", lambda gains: setattr(world, "now", world.now + 1.5))
+    monkeypatch.setattr(world.arm, "set_gains", lambda gains: setattr(world, "now", world.now + seconds))
     world.ask("gains", stiffness=900.0)
     world.ask("release")
     world.tick(2)
@@ -561,10 +688,11 @@ def test_what_may_follow_what(world, op, mode):
         with pytest.raises(Refused) as refused:
             (world.ask if op == "target" else world.job)(op, **args)
         assert refused.value.code == code
-        values = [*args.get("pose", args.get("q", [])), *[0.5] * 5]
-        world.control.link.queue.append(Command(op, 99, world.now + 1, values[:12], "straight-to-it", "").pack())
+        handle = {} if op == "target" else {"handle": "straight-to-it"}
+        values = robot_server.to_numbers(op, robot_server.checked(op, args | handle))
+        world.control.link.queue.append(Command(op, 99, world.now + 1, values, "straight-to-it", "").pack())
         world.control.listen(world.now)
-        assert world.control.answer["code"] in (code, "bad_argument")
+        assert world.control.answer["code"] == code
         return
     if op == "target":
         assert world.ask(op, **args) and world.control.target is not None
@@ -594,6 +722,37 @@ def test_start_waits_for_the_soft_stop(world):
     assert world.arm.began_stops == 2  # that of the first start, with nothing to stop, and one
 
 
+def test_start_forgets_the_target_of_before(world):
+    start = world.streaming()
+    world.ask("target", pose=near(start, 0.0, 0.1, 0.0))
+    world.tick(20)
+    world.job("start")
+    world.tick(2)
+    begins = world.arm.pose.copy()
+    world.tick(20)
+    assert world.control.mode == "streaming" and np.abs(world.reference - begins).max() < 1e-6
+
+
+def test_an_arm_that_does_not_come_to_rest(world):
+    world.streaming()
+    world.arm.rests = 100_000
+    handle = world.job("start")
+    world.tick(700)
+    assert world.ask("job", handle=handle)["status"] == "running"
+    world.tick(100)
+    job = world.ask("job", handle=handle)
+    assert job["status"] == "failed" and "does not come to rest" in job["error"]
+    assert world.control.fault["code"] == "sdk"
+
+
+def test_the_controller_of_a_joint_motion_is_ended(world):
+    world.ask("acquire", name="test", ttl=10.0)
+    handle = world.job("move_joints", q=[0.0, -0.3, 0.0, -2.0, 0.0, 2.0, 0.0])
+    world.tick(80)
+    assert world.ask("job", handle=handle)["status"] == "done"
+    assert [call for call in world.arm.calls if call in ("move", "stop")] == ["stop", "move", "stop"]
+
+
 def test_a_call_that_blocks_is_no_frozen_robot(world, monkeypatch):
     """Two seconds in the SDK's start, while the robot's clock goes on."""
     world.ask("acquire", name="test", ttl=10.0, takeover=True)
@@ -601,6 +760,8 @@ def test_a_call_that_blocks_is_no_frozen_robot(world, monkeypatch):
 
     def slow_start(*values) -> None:
         assert world.control.may_block_until >= world.now + 2
+        seen = world.front.status()
+        assert seen["overdue"] >= world.now + 2 and seen["step"] == "busy"
         world.now += 1.9
         world.arm.clock += 1.9
         start(*values)
@@ -675,14 +836,16 @@ def test_a_front_that_falls_silent(world):
         assert world.control.mode in ("streaming", "hold") or silent > 2.0
         assert np.linalg.norm(world.reference - before) <= world.args.max_speed * DT * 1.05
     assert mode == "idle" and world.now - world.control.target_at < 2.1
+    assert world.reference[1] - start[1] < 0.08
 
 
 @pytest.mark.parametrize("data", [b"", b"x", b"\xff" * COMMAND.size, bytes(COMMAND.size)])
 def test_the_robot_thread_survives_a_mad_front(world, data):
+    """What is no command is not heard, as from one that has ended; an operation that there is not is a fault."""
     world.streaming()
     world.control.link.queue.append(data)
     world.tick(3)
-    assert world.control.is_alive() is False and np.isfinite(world.reference).all()
+    assert world.control.mode == ("fault" if data[:1] == b"\xff" else "streaming")
 
 
 def test_nothing_that_the_front_says_is_believed(world):
@@ -728,6 +891,25 @@ def test_the_newest_state_is_read(world):
         assert world.control.fault is None
 
 
+def test_a_robot_thread_that_hangs_in_the_sdk(world):
+    """The main thread latches the fault and tells the front, but for a call that may take long."""
+    robot = robot_server.Robot.__new__(robot_server.Robot)
+    robot.control, robot.stale, robot.seen = world.control, 0.0, 0.0
+    world.streaming()
+
+    def passes(seconds: float) -> dict | None:
+        for _ in range(round(100 * seconds)):
+            world.now += 0.01
+            robot.watch_control(0.01)
+        return world.front.status()["reply"]["fault"]
+
+    world.control.may_block_until = world.now + 1.005
+    assert passes(1.04) is None
+    assert passes(0.04)["code"] == "frozen" and world.control.fault["code"] == "frozen"
+    world.tick()
+    assert not world.arm.controlling
+
+
 def test_a_robot_thread_that_stands_still(world):
     """Nobody gets an ok for a target whom it does not reach; who looks is answered, and sees how old the state is."""
     start = world.streaming()
@@ -744,15 +926,27 @@ def test_a_robot_thread_that_stands_still(world):
     assert world.ask("target", pose=near(start, 0, 0.01, 0)) and world.control.fault is None
 
 
-def test_the_force_guard(monkeypatch, caplog):
+@pytest.mark.parametrize("wrench", [(0, 0, 20, 0, 0, 0), (9, -9, 9, 0, 0, 0)])
+def test_the_force_guard(monkeypatch, caplog, wrench):
+    """It is about the force's length; torques do not count."""
     world = World(monkeypatch, max_force=15.0)
     start = world.streaming()
-    world.arm.wrench[:] = 0, 0, 20, 0, 0, 0
+    world.arm.wrench[:] = 8, -8, 8, 20, 0, 0
+    world.tick(2)
+    assert world.control.mode == "streaming"
+    world.arm.wrench[:] = wrench
     world.tick(50)
     assert world.control.mode == "hold" and sum("max-force" in r.getMessage() for r in caplog.records) <= 2
     with pytest.raises(Refused) as refused:
         world.ask("target", pose=near(start, 0, 0.01, 0))
     assert refused.value.code == "held" and "15" in str(refused.value)
+
+
+def test_there_is_no_force_guard_unless_asked_for(world):
+    world.streaming()
+    world.arm.wrench[:] = 0, 0, 50, 0, 0, 0
+    world.tick(2)
+    assert world.control.mode == "streaming"
 
 
 def test_the_force_guard_ends_a_joint_motion(monkeypatch):
@@ -768,28 +962,36 @@ def test_the_force_guard_ends_a_joint_motion(monkeypatch):
     assert not world.arm.moves and world.control.mode == "idle" and world.control.fault is None
 
 
-def test_an_arm_that_leaves_the_workspace_holds(world):
+@pytest.mark.parametrize("side", [-1, 1])
+def test_an_arm_that_leaves_the_workspace_holds(world, side):
     """Weak gains that its rotation overcomes, a joint at its limit, a push: whatever the reference says. It may come
     in, but not go out by a little more with every start."""
-    high = world.args.workspace_high[1]
+    edge = (world.args.workspace_low, world.args.workspace_high)[side > 0][1]
     start = world.streaming()
-    world.arm.pose[1] = high + 0.015
+    world.arm.pose[1] = edge + side * 0.015
     world.tick(2)
     assert world.control.mode == "streaming"
     world.arm.follows = 0.0
-    world.arm.pose[1] = high + 0.025
+    world.arm.pose[1] = edge + side * 0.025
     world.tick(2)
-    assert world.control.mode == "hold" and world.reference[1] == pytest.approx(high + 0.025)
+    assert world.control.mode == "hold" and world.reference[1] == pytest.approx(edge + side * 0.025)
     with pytest.raises(Refused, match="left --workspace-low") as refused:
         world.ask("target", pose=near(start, 0, 0.01, 0))
     assert refused.value.code == "held"
     world.streaming()
-    world.arm.pose[1] = high + 0.022
+    world.arm.pose[1] = edge + side * 0.022
     world.tick(2)
     assert world.control.mode == "streaming"
-    world.arm.pose[1] = high + 0.032
+    world.arm.pose[1] = edge + side * 0.032
     world.tick(2)
     assert world.control.mode == "hold"
+    world.arm.pose[1] = edge + side * 0.1  # by hand, before a person recovers
+    world.job("recover")
+    world.tick(5)
+    world.streaming()
+    world.arm.pose[1] = edge + side * 0.115
+    world.tick(2)
+    assert world.control.mode == "streaming"
 
 
 def test_wall_clock_jumps_do_not_matter(world, monkeypatch):
@@ -798,6 +1000,25 @@ def test_wall_clock_jumps_do_not_matter(world, monkeypatch):
     world.ask("target", pose=near(start, 0, 0.01, 0))
     world.tick(20)
     assert world.control.mode == "streaming" and world.control.fault is None
+
+
+@pytest.mark.parametrize("jump", [0.04, -5.0])
+def test_a_clock_of_the_robot_that_jumps(world, monkeypatch, jump):
+    """What was late is not caught up with; a robot that was started again counts anew."""
+    world.arm.follows = 1.0
+    start = world.streaming()
+    for _ in range(60):
+        world.ask("target", pose=near(start, 0, 0.14, 0))
+        world.tick()
+    before, step, passed = world.reference, world.control.limiter.step, []
+    monkeypatch.setattr(world.control.limiter, "step", lambda *given: passed.append(given[-1]) or step(*given))
+    world.arm.clock += jump
+    world.now += max(jump, 0.0)
+    world.tick()
+    assert passed == [0.02 if jump > 0 else 0.0]
+    assert np.linalg.norm(world.reference - before) < 1.01 * 0.02 * world.args.max_speed
+    world.tick(20)
+    assert world.control.fault is None and np.linalg.norm(world.reference - before) > 0.01
 
 
 def test_a_pause_of_the_machine(world):
