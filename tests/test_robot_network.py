@@ -17,12 +17,15 @@ from concurrent.futures import ProcessPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from subprocess import Popen
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import REPO, popen_script, wait_until
 from robot_peers import PING, REQUEST, Honest, attack, push, raw_peer, zmtp
 from robot_wire import Wire, follow, fronts, memory_mb, moved, serving, status_of, watch
+
+import robot_server
 
 
 @contextlib.contextmanager
@@ -276,8 +279,6 @@ def test_a_front_that_cannot_start(tmp_path):
 
 def test_a_front_that_grows_is_replaced(tmp_path, monkeypatch):
     """What no bound above foresees."""
-    import robot_server
-
     front = robot_server.Front.__new__(robot_server.Front)
     sizes = iter([100 << 20, 120 << 20, 141 << 20])
     monkeypatch.setattr(robot_server, "memory_bytes", lambda: next(sizes))
@@ -296,8 +297,6 @@ def test_a_front_that_grows_is_replaced(tmp_path, monkeypatch):
 
 def test_heartbeats_do_not_add_up():
     """A subscriber asks nothing: what it sends is of no message, and it must not be cut for that some day."""
-    import robot_server
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         peer = socket.create_connection(server.getsockname())
         accepted, _ = server.accept()
@@ -316,6 +315,46 @@ def test_heartbeats_do_not_add_up():
         assert connection.underway > 4000  # a flood does
         for one in (peer, accepted, connection.socket):
             one.close()
+
+
+def doors_of(*connections: dict) -> robot_server.Doors:
+    """Doors with these connections, of which Linux tells nothing new."""
+    doors = robot_server.Doors([], encrypted=False)
+    for fd, facts in enumerate(connections):
+        connection = doors.connections[fd] = robot_server.Connection.__new__(robot_server.Connection)
+        usual = {"address": "192.0.2.1", "received": 0, "taken": 0, "served": True, "silent_ms": 0, "acked_at": 0.0}
+        vars(connection).update(usual | {"was_cut": False, "socket": mock.Mock(), "look": lambda *_: None} | facts)
+    return doors
+
+
+@pytest.mark.parametrize(
+    ("connections", "cut", "why"),
+    [
+        ([{"acked_at": 0.1}, {"acked_at": -0.1}], [1], "does not read"),
+        ([{"received": 9 + (1 << 18), "taken": 10}, {"received": 9 + (1 << 18), "taken": 9}], [1], "more than can be"),
+        ([{"received": size} for size in (2000, 240_000, 250_000, 245_000, 200_000, 200_000)], [2], "more than can be"),
+        ([{"silent_ms": i, "served": i != 7} for i in range(130)], [7, 129], "too many connections"),
+    ],
+)
+def test_who_must_go(connections, cut, why):
+    """Whom one bound is about, and nobody else."""
+    doors = doors_of(*connections)
+    doors.look(2.0, drained=True)
+    assert [fd for fd, one in doors.connections.items() if one.was_cut] == cut
+    assert len(doors.cuts) == 1 and why in next(iter(doors.cuts))
+    for fd, one in doors.connections.items():
+        assert one.socket.shutdown.called == (fd in cut)
+
+
+def test_what_a_connection_leaves_behind_counts():
+    """Whoever floods, goes and comes again, does not begin anew, until all is read."""
+    doors = doors_of({"received": 1 << 20}, {"received": 5000})
+    doors.forget(0)
+    for drained in (True, False):
+        doors.left = doors.left or 1 << 20
+        doors.connections[1].was_cut = False
+        doors.look(0.0, drained=drained)
+        assert doors.connections[1].was_cut is not drained
 
 
 # --- Floods and hostile messages --------------------------------------------------------------------------------------
