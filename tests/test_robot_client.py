@@ -352,6 +352,23 @@ def test_target_that_arrived_but_whose_answer_was_lost(fake, client):
         client.target(np.arange(7.0))
     assert [request["args"]["seq"] for request in fake.requests] == [1, 1, 2]
     assert fake.requests[0]["args"]["pose"] == [0, 1, 2, 3, 4, 5, 6]
+    held = {"ok": False, "error": {"code": "held", "message": "start again"}}
+    fake.answer = lambda request: None if len(fake.requests) == 4 else held
+    with pytest.raises(rc.RefusedError, match="held"):  # also at a second try
+        client.target(np.arange(7.0))
+
+
+@pytest.mark.parametrize("last", ["idle", "fault", "hold"])
+def test_stop_waits_until_the_arm_is_at_rest(fake, client, last):
+    modes = ["hold", "stopping"]
+    fake.answer = lambda request: {"mode": (modes.pop(0) if modes else last)} if request["op"] == "state" else {}
+    if last == "hold":
+        with pytest.raises(rc.RobotError, match="after 0.2 s; use the stop button"):
+            client.stop(timeout_s=0.2)
+    else:
+        client.stop(timeout_s=10.0)
+        assert not modes
+    assert fake.requests[0]["op"] == "stop"
 
 
 def test_job_keeps_its_handle_over_retries_and_reports_failure(fake, client):
@@ -1100,6 +1117,9 @@ def test_spacemouse(hid):
         hid.reports += [report(0, 0, 0, 0, 0, 0), bytearray([3, 3, 0])]  # both buttons: keep control, stand still
         wait_until(lambda: mouse.held, 2.0)
         assert not mouse.motion()[0].any() and mouse.motion()[1] == 0.0
+        hid.unplugged = True
+        wait_until(lambda: mouse.fault, 2.0)
+        assert not mouse.held
     finally:
         mouse.close()
 
@@ -1335,6 +1355,8 @@ def test_gripper_that_does_not_arrive_is_a_fault_of_the_episode_that_ordered_it(
     assert env.step(np.zeros(7))[-1]["fault"] is None  # an older episode's
     _, _, terminated, truncated, info = env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))
     assert truncated and not terminated and info["fault"] == "gripper: the fingers did not arrive"
+    failed["op"] = "gripper"  # which no action asked for
+    assert env.step(np.array([0, 0, 0, 0, 0, 0, 1.0]))[-1]["fault"] is None
 
 
 def test_fingerprint_is_plain_and_tells_what_data_depend_on():
@@ -1412,9 +1434,26 @@ def test_way_to_the_start_does_not_run_ahead_of_an_arm_that_is_slow(clock):
     np.testing.assert_allclose(pose[:3], goal[:3], atol=0.01)
 
 
+def test_way_to_the_start_does_not_turn_ahead_of_an_arm_that_does_not_turn(clock):
+    env = resting_env(clock)
+    pose = env.state["tcp_pose"]
+    with pytest.raises(rc.RefusedError, match="1.00 rad off"):
+        env.go_to(rc.moved(pose, np.array([0, 0, 0, 0, 0, 1.0])))
+    targets = [call.args[0] for call in env.client.target.call_args_list]
+    assert 0.2 < max(np.linalg.norm(rc.difference(target, pose)[3:]) for target in targets) < 0.3
+
+
+def test_way_to_a_start_nearby_is_gone_to_its_end(clock):
+    env = resting_env(clock)
+    goal = rc.moved(env.state["tcp_pose"], np.array([0, 0.009, 0, 0, 0, 0]))
+    env.go_to(goal)
+    np.testing.assert_allclose(env.client.target.call_args.args[0], goal)
+
+
 @pytest.mark.parametrize(
     ("state", "fault"),
     [
+        ({"tcp_vel": np.array([0, 0, 0, 0, 0, 0.1])}, "moves at 0.000 m/s"),
         ({"tcp_pose": np.array([0.5, 0.02, 0.14, 1, 0, 0, 0])}, r"reset: the tcp stands \[0. +0.02 +0. *\] m"),
         ({"tcp_pose": np.array([0.5, 0, 0.14, np.cos(0.1), np.sin(0.1), 0, 0])}, "0.20 rad off"),
         ({"tcp_vel": np.array([0.03, 0, 0, 0, 0, 0])}, "moves at 0.030 m/s"),
@@ -1478,8 +1517,10 @@ def test_reflex_ends_the_episode_and_is_counted(refused):
 )
 def test_other_faults_truncate(trouble, fault):
     env = scripted_env(**trouble)
-    _, _, terminated, truncated, info = env.step(np.zeros(7))
+    env.state["tcp_pose"] = env.client.state.return_value["tcp_pose"] = env.goal_pose  # which is then no success
+    _, reward, terminated, truncated, info = env.step(np.zeros(7))
     assert truncated and not terminated and fault in info["fault"] and info["reflexes"] == 0
+    assert reward == 0 and not info["success"]
 
 
 STOPS = {
@@ -1540,6 +1581,50 @@ def test_what_no_other_person_held_is_not_asked_about(held, monkeypatch):
     done = on_its_way(env, monkeypatch)
     env.reset()
     assert "moves" in done
+
+
+def test_nothing_of_an_episode_goes_on_in_the_next(monkeypatch):
+    """Neither an order for the gripper nor the action that a reflex would be laid to."""
+    env = scripted_env(mode="idle")
+    on_its_way(env, monkeypatch)
+    env.client.pace.side_effect = rc.Pace
+    env.reset()
+    assert env.step(np.array([1, 0, 0, 0, 0, 0, 1.0]))[-1]["executed_action"].any() and env.ordered == 1
+    env.reset()
+    env.client.target.side_effect = rc.RefusedError("a reflex", "fault", {"fault": {"code": "reflex"}})
+    info = env.step(np.zeros(7))[-1]
+    assert info["reflexes"] == 1 and not info["executed_action"].any() and env.elapsed_steps == 1
+    assert env.client.target.call_args.args[1] is None
+    env.client.state.return_value |= {"gripper_width": 0.06, "gripper_holding": True}
+    env.reset()
+    assert env.closure == 1  # what it holds may be wide
+
+
+def test_a_reset_leads_up_first_and_ends_with_the_gains_of_the_episode(monkeypatch):
+    env = scripted_env(mode="idle")
+    on_its_way(env, monkeypatch)
+    low = np.array([0.45, 0.02, 0.06, 1, 0, 0, 0])
+    env.client.state.return_value["reference"] = low.copy()
+    seen = []
+    monkeypatch.setattr(env, "go_to", lambda pose, *_: seen.append((pose, env.client.call.call_args)))
+    env.reset()
+    np.testing.assert_allclose(seen[0][0], [*low[:2], env.reset_pose[2], *low[3:]])
+    gains = mock.call("gains", **dataclasses.asdict(env.config.compliance))
+    assert [call == gains for _, call in seen] == [False, False, True]
+
+
+def test_an_episode_begins_with_pictures_of_its_start(monkeypatch):
+    env = scripted_env(mode="idle")
+    on_its_way(env, monkeypatch)
+    camera = mock.Mock()
+    env.cameras, arrived = [camera], []
+    monkeypatch.setattr(env, "go_to", lambda *_: arrived.append(time.monotonic()))
+    env.reset()
+    (than, _), _ = camera.wait_newer.call_args
+    assert than >= arrived[-1]
+    camera.read.side_effect = rc.RobotError("camera front: newest picture is 0.40 s old")
+    with pytest.raises(rc.RobotError, match=r"newest picture is 0\.40 s old"):
+        env.reset()
 
 
 def test_after_three_reflexes_on_the_way_to_the_start_a_person_must_look(monkeypatch):
@@ -1654,11 +1739,25 @@ def test_a_reset_does_not_go_on_when_a_person_stops_the_robot(code, monkeypatch)
     assert len(tried) == 1
 
 
-def test_a_gripper_that_no_action_moves_may_be_broken():
-    env = scripted_env(gripper_fault="gripper: not activated")
+def test_a_gripper_that_no_action_moves_may_be_broken(monkeypatch):
+    env = scripted_env(gripper_fault="gripper: not activated", mode="idle")
+    done = on_its_way(env, monkeypatch)
     assert env.step(np.zeros(7))[-1]["fault"] == "gripper: not activated"
+    with pytest.raises(rc.RobotError, match="gripper: not activated; then call .*action='activate'"):
+        env.reset()
+    assert not done
     env.config = dataclasses.replace(env.config, gripper="fixed")
     assert env.step(np.zeros(7))[-1]["fault"] is None
+
+
+def test_a_stop_just_before_the_joint_motion_of_a_reset_is_heard(monkeypatch):
+    env = scripted_env(mode="idle")
+    env.config = dataclasses.replace(env.config, reset_joints_every=1)
+    done = on_its_way(env, monkeypatch)
+    env.client.stop.side_effect = lambda: env.client.state.return_value.update(held="a client asked to stop")
+    with pytest.raises(rc.StoppedError, match="a client asked to stop"):
+        env.reset()
+    assert env.client.stop.called and "move_joints" not in done
 
 
 def test_step_goes_on_when_the_answer_to_its_target_was_lost():
@@ -2054,9 +2153,10 @@ def test_frozen_camera_ends_the_episode_and_reset_waits_for_it(peg):
 @pytest.mark.parametrize(
     ("changes", "hello", "fault"),
     [
-        ({"workspace": ((0.1, 0.9), *rc.PEG.workspace[1:])}, {}, "the workspace reaches beyond"),
-        ({"action_scale": (0.2, 0.2, 0.2, 0.1, 0.1, 0.1)}, {}, "too large for --max-jump"),
-        ({"action_scale": (0.02, 0.02, 0.02, 0.5, 0.5, 0.5)}, {}, "too large for --max-rotation-jump"),
+        ({"workspace": ((0.1, 0.6), *rc.PEG.workspace[1:])}, {}, "the workspace reaches beyond"),
+        ({"workspace": ((0.4, 0.9), *rc.PEG.workspace[1:])}, {}, "the workspace reaches beyond"),
+        ({"action_scale": (0.05, 0.05, 0.05, 0.1, 0.1, 0.1)}, {}, "too large for --max-jump"),
+        ({"action_scale": (0.02, 0.02, 0.02, 0.25, 0.25, 0.25)}, {}, "too large for --max-rotation-jump"),
         ({"reward": "task"}, {"robot": {"task": None}}, "needs a simulated robot"),
         ({}, {"gripper": {"kind": "none"}}, "without a gripper it must be 'fixed'"),
     ],
@@ -2180,7 +2280,8 @@ def test_first_motion_begins_inside_the_workspace(tmp_path, terminal):
     [
         {"workspace": ((0.6, 0.4), *rc.PEG.workspace[1:])},
         {"workspace": (*rc.PEG.workspace[:2], (0.05, 0.08), *rc.PEG.workspace[3:])},
-        {"random_reset": (0.5, 0.0, 0.0)},
+        {"workspace": ((0.4, 0.52), *rc.PEG.workspace[1:])},  # with its shifts
+        {"workspace": ((0.48, 0.6), *rc.PEG.workspace[1:])},
         {"random_reset": (0.0, 0.0, 0.9)},
         {"workspace": (*rc.PEG.workspace[:3], (0.05, 0.1), *rc.PEG.workspace[4:])},
     ],
