@@ -2019,7 +2019,7 @@ def test_a_d4rl_run_logs_d4rls_score(tmp_path):
     assert scores["episodic_length"] == [1000]
     expected = 100 * (scores["episodic_return"][0] + 280.178953) / (12135 + 280.178953)
     assert scores["normalized_score_d4rl"][0] == pytest.approx(expected, rel=1e-6)
-    assert f"normalized_score_d4rl {expected:.4g}" in stdout and "d4rl/halfcheetah-medium" in stdout
+    assert f"normalized_score_d4rl {expected:.5g} " in stdout and "d4rl/halfcheetah-medium" in stdout
 
 
 def test_a_robomimic_run_logs_success(tmp_path, stand_ins):
