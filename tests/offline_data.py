@@ -148,7 +148,7 @@ def write_hdf5(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     with h5py.File(path, "w") as file:
         for name, values in arrays.items():
             file.create_dataset(name, data=values, compression="gzip")
-        file.create_dataset("infos/qpos", data=np.zeros((len(next(iter(arrays.values()))), 9)))
+        file.create_dataset("infos/qpos", data=np.zeros((len(next(iter(arrays.values()))), 9), np.float32))
         file["metadata/algorithm"] = "SAC"
     return path
 
@@ -176,11 +176,11 @@ ROBOMIMIC_KEYS = {"robot0_eef_pos": 3, "robot0_eef_quat": 4, "robot0_gripper_qpo
 
 
 def robomimic_demos(demos: int = 12, seed: int = 0) -> Iterator[dict[str, np.ndarray]]:
-    """Demonstrations of the stand-in's Lift: up until solved. Demo i has i % 3 + 3 steps."""
+    """Demonstrations of the stand-in's Lift: up until solved, and held there. Demo i has i % 3 + 4 steps."""
     rng = np.random.default_rng(seed)
     for i in range(demos):
-        length, goal = i % 3 + 3, rng.uniform(0.4, 0.6)
-        heights = np.linspace(0, 0.6, length + 1)
+        length, goal = i % 3 + 4, rng.uniform(0.4, 0.6)
+        heights = np.append(np.linspace(0, 0.6, length), 0.6)
         actions = np.zeros((length, 7))
         actions[:, 2] = np.diff(heights) / 0.2
         actions[:, 6] = i / 100  # tells which demonstration a row is from
@@ -191,13 +191,13 @@ def robomimic_demos(demos: int = 12, seed: int = 0) -> Iterator[dict[str, np.nda
             "object": np.full((length + 1, 10), goal),
             "robot0_joint_pos": np.full((length + 1, 7), 9.0),  # stored, not used
         }
-        rewards = np.zeros(length)
-        rewards[-1] = 1
-        yield {"obs": obs, "actions": actions, "rewards": rewards, "dones": rewards.astype(int)}
+        solved = heights[1:] > 0.5
+        yield {"obs": obs, "actions": actions, "rewards": solved.astype(float), "dones": solved.astype(int)}
 
 
 def write_robomimic(path: Path, demos: int = 12, env_args: dict = ENV_ARGS, masks: bool = True) -> Path:
-    """A low-dimensional robomimic file (v15): data/demo_i/{obs, next_obs, actions, rewards, dones, states}."""
+    """A low-dimensional robomimic file (v15) as its dataset_states_to_obs.py writes it with --done_mode 2: `dones` is 1
+    in every step that leaves the task solved, and in the last."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as file:
         data = file.create_group("data")
@@ -207,14 +207,17 @@ def write_robomimic(path: Path, demos: int = 12, env_args: dict = ENV_ARGS, mask
             for name in ("actions", "rewards", "dones"):
                 group[name] = demo[name]
             group["states"] = np.zeros((len(demo["actions"]), 32))
+            group["action_dict/rel_pos"] = demo["actions"][:, :3]
             for key, values in demo["obs"].items():
                 group[f"obs/{key}"], group[f"next_obs/{key}"] = values[:-1], values[1:]
+            group.attrs["model_file"], group.attrs["ep_meta"] = "<mujoco/>", "{}"
             group.attrs["num_samples"] = len(demo["actions"])
             total += len(demo["actions"])
-        data.attrs["total"], data.attrs["env_args"] = total, json.dumps(env_args)
+        data.attrs["total"], data.attrs["env_args"] = total, json.dumps(env_args, indent=4)
         if masks:
             names = [f"demo_{i}".encode() for i in range(demos)]
             file["mask/valid"], file["mask/train"] = names[::6], [n for i, n in enumerate(names) if i % 6]
+            file["mask/20_percent"] = names[: demos // 5]
     return path
 
 

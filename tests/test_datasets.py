@@ -54,7 +54,7 @@ def stand_ins(monkeypatch):
     """The stand-ins for packages that are not installed, fresh for this test."""
     monkeypatch.syspath_prepend(STAND_INS)
     for name in ("ogbench", "robosuite"):
-        monkeypatch.delitem("sys.modules", name, raising=False)
+        monkeypatch.delitem(sys.modules, name, raising=False)
 
 
 def test_datasets_that_cannot_be_had_are_one_line(monkeypatch):
@@ -142,7 +142,7 @@ def test_d4rl_v0_file_without_timeouts_is_cut_at_the_time_limit(tmp_path):
     assert [codes(train["observations"])[i] for i in np.flatnonzero(train["terminals"])] == [998, 1998, 2298]
 
 
-def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path):
+def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path, capsys):
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
     train = train_rows("halfcheetah-medium-v2", dataset_path=str(path))
     (name,) = minari.list_local_datasets()
@@ -152,9 +152,11 @@ def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path):
     assert datasets.make_task(dataset, train.box).spec.id == "HalfCheetah-v4"
     about = dataset.storage.metadata
     assert (about["ref_min_score"], about["ref_max_score"]) == (-280.178953, 12135.0)
+    assert "converting" in capsys.readouterr().out
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*.hdf5")}
     again = train_rows("halfcheetah-medium-v2", dataset_path=str(path))
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "minari").rglob("*.hdf5")}
+    assert "converting" not in capsys.readouterr().out
     assert all(np.array_equal(again[key], train[key]) for key in train)
     other = d4rl_rows(((7, "timeout"),))  # another file of the same name is other data
     assert train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(path, other))).size == 7
@@ -251,6 +253,7 @@ def test_a_task_of_which_there_is_one_at_a_time(capsys):
         ("maze2d-medium-v1", "maze2d-medium", 13.13, 277.39),
         ("maze2d-large-v1", "maze2d-large", 6.7, 273.99),
         ("maze2d-umaze-dense-v1", "maze2d-umaze-dense", 68.54, 193.66),
+        ("maze2d-medium-dense-v1", "maze2d-medium-dense", 44.26, 297.46),
         ("maze2d-large-dense-v1", "maze2d-large-dense", 30.57, 303.49),
     ],
 )
@@ -268,15 +271,31 @@ def test_d4rl_reference_scores(tmp_path, name, kind, worst, best, capsys):
 
 
 def test_antmaze_episodes_go_on_behind_the_goal(tmp_path):
-    """antmaze: `terminals` marks the goal, where the episode does not end; rewards - 1 (qc d4rl_utils.py:16-58)."""
-    rows = d4rl_rows(((6, "timeout"), (5, "timeout")), obs_dim=29, action_dim=8)
-    rows["terminals"][[3, 4]] = True
-    rows["rewards"] = rows["terminals"].astype(np.float32)
+    """antmaze: `terminals`, floats, marks the goal, where the episode does not end; rewards - 1 (qc d4rl_utils.py:16-58).
+    Its files have no next_observations."""
+    rows = d4rl_rows(((7, "timeout"), (6, "timeout")), obs_dim=29, action_dim=8, next_observations=False)
+    rows["terminals"] = np.isin(np.arange(13), (3, 4)).astype(np.float32)
+    rows["rewards"] = rows["terminals"]
     args = Args(env_name="antmaze-umaze-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
     train = process_train_dataset(make_env_and_datasets(args.env_name, args)[2], args)
     assert np.flatnonzero(train["terminals"]).tolist() == [5, 10]
     assert np.flatnonzero(train["masks"] == 0).tolist() == [3, 4]
     assert train["rewards"].tolist() == [-1, -1, -1, 0, 0, -1] + [-1] * 5
+
+
+def test_kitchen_episodes_end_where_a_demonstration_does(tmp_path):
+    """Neither timeouts nor next_observations; `terminals`, floats, ends each demonstration (D4RL's
+    generate_kitchen_datasets.py), `infos` is one column; after 280 steps D4RL cuts."""
+    rows = d4rl_rows(((5, "terminal"), (300, "terminal"), (4, "terminal")), 60, 9, next_observations=False)
+    del rows["timeouts"]
+    rows |= {"terminals": rows["terminals"].astype(np.float32), "actions": rows["actions"] / 10}
+    path = write_hdf5(tmp_path / "x.hdf5", rows)
+    with h5py.File(path, "a") as file:
+        del file["infos"]
+        file["infos"] = np.zeros(309, int)
+    train = train_rows("kitchen-mixed-v0", dataset_path=str(path))
+    used = codes(train["observations"])
+    assert [used[i] for i in np.flatnonzero(train["terminals"])] == [4, 378, 399, 203] and train.size == 308
 
 
 # --- Files that are not what they should be ---------------------------------------------------------------------------
@@ -302,6 +321,10 @@ def broken_file(path: Path, how: str) -> Path:
             file["observations/joints"] = rows["observations"]
             for key in ("actions", "rewards", "terminals"):
                 file[key] = rows[key]
+    elif how == "scalar":
+        with h5py.File(write_hdf5(path, rows), "a") as file:
+            del file["rewards"]
+            file["rewards"] = 1.0
     elif how == "other length":
         write_hdf5(path, rows | {"actions": rows["actions"][:-1]})
     elif how == "no rows":
@@ -327,6 +350,7 @@ def broken_file(path: Path, how: str) -> Path:
         ("text", "layout"),
         ("damaged", "again"),
         ("group", "layout"),
+        ("scalar", "layout"),
         ("other length", "length"),
         ("no rows", ""),
         ("observations", "observations"),
@@ -410,12 +434,12 @@ def test_a_local_dataset_is_suggested_too(capsys):
 
 # --- robomimic --------------------------------------------------------------------------------------------------------
 def test_robomimic_file(tmp_path, stand_ins):
-    """demo_2 before demo_10; observations: eef_pos, eef_quat, gripper_qpos, object (qc robomimic_utils.py:27)."""
+    """demo_2 before demo_10; observations: eef_pos, eef_quat, gripper_qpos, object (qc robomimic_utils.py:27). An episode
+    ends where its demonstration does, the mask is 0 in every step that leaves the task solved."""
     path = write_robomimic(tmp_path / "x.hdf5")
     args = Args(env_name="lift-mh-low_dim", dataset_path=str(path))
     train = make_env_and_datasets(args.env_name, args)[2]
-    demos = list(offline_data.robomimic_demos())
-    train_demos = demos
+    train_demos = list(offline_data.robomimic_demos())
     keys = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
     obs = [np.concatenate([demo["obs"][key] for key in keys], -1) for demo in train_demos]
     np.testing.assert_array_equal(train["observations"], np.float32(np.concatenate([o[:-1] for o in obs])))
@@ -425,10 +449,46 @@ def test_robomimic_file(tmp_path, stand_ins):
     )
     lengths = [len(demo["actions"]) for demo in train_demos]
     last = np.cumsum(lengths) - 1
-    assert np.flatnonzero(train["terminals"]).tolist() == np.flatnonzero(train["masks"] == 0).tolist() == last.tolist()
-    assert train["rewards"].sum() == len(train_demos)
-    assert process_train_dataset(train, args)["rewards"].tolist() == [float(i in last) - 1 for i in range(sum(lengths))]
+    assert np.flatnonzero(train["terminals"]).tolist() == last.tolist()
+    dones = np.concatenate([demo["dones"] for demo in train_demos])
+    assert train["masks"].tolist() == (1 - dones).tolist() and dones.sum() == 2 * len(train_demos)
+    assert process_train_dataset(train, args)["rewards"].tolist() == (dones - 1.0).tolist()
     assert_no_chunk_crosses(train, np.repeat(np.arange(len(lengths)), lengths), 4)
+
+
+def test_robomimic_file_of_failures_without_next_observations(tmp_path):
+    """dataset_states_to_obs.py with --done_mode 0, as for mg, where a failure has no done, and --exclude-next-obs."""
+
+    def change(file):
+        for demo in file["data"].values():
+            demo["dones"][:], demo["rewards"][:] = 0, 0
+            del demo["next_obs"]
+
+    path = edit(write_robomimic(tmp_path / "x.hdf5"), change)
+    train = train_rows("my-lift-v0", dataset_path=str(path))
+    last = np.flatnonzero(train["terminals"])
+    assert len(last) == 12 and train["masks"].all()
+    following = np.append(train["observations"][1:], train["observations"][-1:], 0)
+    following[last] = train["observations"][last]
+    np.testing.assert_array_equal(train["next_observations"], following)
+
+
+def test_robomimic_file_of_two_arms(tmp_path):
+    """Both arms are observed, where qc leaves out the second."""
+
+    def change(file):
+        for demo in file["data"].values():
+            for key in offline_data.ROBOMIMIC_KEYS:
+                if key != "object":
+                    for group in (demo["obs"], demo["next_obs"]):
+                        group[key.replace("robot0", "robot1")] = group[key][:] + 1
+
+    env_args = offline_data.ENV_ARGS | {"env_name": "TwoArmTransport"}
+    path = edit(write_robomimic(tmp_path / "x.hdf5", env_args=env_args), change)
+    train = train_rows("transport-mh-low_dim", dataset_path=str(path))
+    first, second = train["observations"][:, :9], train["observations"][:, 9:18]
+    np.testing.assert_allclose(second, first + 1)
+    assert train["observations"].shape[1] == 28
 
 
 def test_robomimic_file_in_the_usual_place(tmp_path, stand_ins):
@@ -450,6 +510,7 @@ def test_robomimic_task_is_made_from_the_file(tmp_path, stand_ins):
     name, options = robosuite.made[0]
     assert name == "Lift" and options["robots"] == ["Panda"] and options["controller_configs"]["type"] == "BASIC"
     assert not options["use_camera_obs"] and options["control_freq"] == 20
+    assert [made["has_offscreen_renderer"] for _, made in robosuite.made] == [False, True]
     obs, _ = env.reset(seed=3)
     again, _ = eval_env.reset(seed=3)
     assert obs.dtype == np.float32 and obs.shape == train["observations"].shape[1:]
@@ -465,12 +526,46 @@ def test_robomimic_task_is_made_from_the_file(tmp_path, stand_ins):
     assert ends.index((False, True)) == 299 and not any(terminated for terminated, _ in ends)
 
 
+def test_robosuite_is_seen_the_right_way_up(tmp_path, stand_ins):
+    path = write_robomimic(tmp_path / "x.hdf5")
+    eval_env = make_env_and_datasets("lift-mh-low_dim", Args(dataset_path=str(path)))[1]
+    eval_env.reset(seed=0)
+    picture = eval_env.render()
+    assert picture.shape == (256, 256, 3) and picture[0].max() == 0 and picture[-1].min() == 255
+
+
+def test_robosuite_of_before_1_5_is_seeded_too(tmp_path, stand_ins, monkeypatch):
+    """It places objects with numpy's global generator. The data's own version, but for the last number, is enough."""
+    import robosuite
+
+    def reset(self):
+        self.t, self.z, self.goal = 0, 0.0, float(np.random.uniform(0.4, 0.6))  # noqa: NPY002
+        return self._get_observations()
+
+    monkeypatch.setattr(robosuite, "__version__", "1.4.1")
+    monkeypatch.setattr(robosuite.Lift, "reset", reset)
+    path = write_robomimic(tmp_path / "x.hdf5", env_args=offline_data.ENV_ARGS | {"env_version": "1.4.0"})
+    env = make_env_and_datasets("lift-mh-low_dim", Args(dataset_path=str(path)))[0]
+    first, other, again = (env.reset(seed=seed)[0].tolist() for seed in (1, 2, 1))
+    assert first == again != other
+
+
+def test_a_robosuite_task_of_ones_own(tmp_path, stand_ins):
+    """Without settings; it has twice the steps of the longest demonstration."""
+    env_args = {"env_name": "Stack", "type": 1}
+    path = write_robomimic(tmp_path / "x.hdf5", env_args=env_args)
+    env = make_env_and_datasets("my-stack-v0", Args(dataset_path=str(path)))[0]
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(7, np.float32))[3] for _ in range(12)]
+    assert ends == [False] * 11 + [True]
+
+
 def test_robomimic_without_robosuite(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "robosuite", None)
     env, _, train, _ = make_env_and_datasets(
         "lift-mh-low_dim", Args(dataset_path=str(write_robomimic(tmp_path / "x.hdf5")))
     )
-    assert env is None and train.size == 48 and "robosuite" in capsys.readouterr().err
+    assert env is None and train.size == 60 and "robosuite" in capsys.readouterr().err
 
 
 def edit(path: Path, change) -> Path:
@@ -544,6 +639,7 @@ def test_ogbench_faults(stand_ins, monkeypatch, capsys):
 
 # --- Downloads --------------------------------------------------------------------------------------------------------
 D4RL_PATH = "gym_mujoco_v2/halfcheetah_medium-v2.hdf5"
+ANTMAZE = "ant_maze_v2/Ant_maze_{}_noisy_multistart_{}_multigoal_{}_sparse_fixed.hdf5"
 
 
 @pytest.fixture(autouse=True)
@@ -569,13 +665,17 @@ def d4rl_server(tmp_path, monkeypatch) -> Iterator[offline_data.FileServer]:
         ("hopper-medium-replay-v2", "gym_mujoco_v2/hopper_medium_replay-v2.hdf5"),
         ("walker2d-medium-expert-v2", "gym_mujoco_v2/walker2d_medium_expert-v2.hdf5"),
         ("pen-human-v1", "hand_dapg_v1/pen-human-v1.hdf5"),
-        ("antmaze-umaze-v2", "ant_maze_v2/Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse_fixed.hdf5"),
-        (
-            "antmaze-large-diverse-v2",
-            "ant_maze_v2/Ant_maze_hardest-maze_noisy_multistart_True_multigoal_True_sparse_fixed.hdf5",
-        ),
+        ("antmaze-umaze-v2", ANTMAZE.format("u-maze", "False", "False")),
+        ("antmaze-umaze-diverse-v2", ANTMAZE.format("u-maze", "True", "True")),
+        ("antmaze-medium-play-v2", ANTMAZE.format("big-maze", "True", "False")),
+        ("antmaze-medium-diverse-v2", ANTMAZE.format("big-maze", "True", "True")),
+        ("antmaze-large-play-v2", ANTMAZE.format("hardest-maze", "True", "False")),
+        ("antmaze-large-diverse-v2", ANTMAZE.format("hardest-maze", "True", "True")),
         ("maze2d-umaze-v1", "maze2d/maze2d-umaze-sparse-v1.hdf5"),
+        ("maze2d-large-dense-v1", "maze2d/maze2d-large-dense-v1.hdf5"),
         ("kitchen-complete-v0", "kitchen/mini_kitchen_microwave_kettle_light_slider-v0.hdf5"),
+        ("kitchen-partial-v0", "kitchen/kitchen_microwave_kettle_light_slider-v0.hdf5"),
+        ("kitchen-mixed-v0", "kitchen/kitchen_microwave_kettle_bottomburner_light-v0.hdf5"),
     ],
 )
 def test_addresses_of_d4rl_files(name, path):
@@ -862,7 +962,7 @@ def test_robomimic_validation_is_the_files_own(tmp_path, stand_ins):
     args = Args(dataset_path=str(write_robomimic(tmp_path / "x.hdf5")), validation_fraction=0.1)
     _, _, train, val = make_env_and_datasets("lift-mh-low_dim", args)
     assert sorted({round(100 * a) for a in val["actions"][:, 6].tolist()}) == [0, 6]
-    assert train.size + val.size == 48 and val.size == 6
+    assert train.size + val.size == 60 and val.size == 8
 
 
 def test_samples_of_stacked_frames():
@@ -990,20 +1090,22 @@ def test_a_jpeg_on_disk_that_is_damaged_is_one_line():
     assert damaged > 400
 
 
+STILL = np.zeros((3, 2)), np.zeros((2, 1), np.float32), np.zeros(2), *np.array([[False] * 2, [False, True]])
+STILL_SPACES = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
+
+
 def test_two_processes_that_store_the_same_data(tmp_path):
     """The slower one finds the name taken when it is done."""
-    box = {"observation_space": spaces.Box(-1, 1, (2,), float), "action_space": spaces.Box(-1, 1, (1,))}
-    parts = np.zeros((3, 2)), np.zeros((2, 1), np.float32), np.zeros(2), *np.array([[False] * 2, [False, True]])
     root = tmp_path / "minari" / "own"
-    datasets.store("own/data-v0", [parts], **box)
+    datasets.store("own/data-v0", [STILL], **STILL_SPACES)
     root.rename(tmp_path / "theirs")
 
     def episodes():
-        yield parts
+        yield STILL
         shutil.copytree(tmp_path / "theirs", root)
-        yield parts
+        yield STILL
 
-    assert datasets.store("own/data-v0", episodes(), **box) == "own/data-v0"
+    assert datasets.store("own/data-v0", episodes(), **STILL_SPACES) == "own/data-v0"
     assert train_rows("own/data-v0").size == 2 and not list((tmp_path / "minari").glob(".*"))
 
 
@@ -1034,10 +1136,14 @@ def test_a_server_that_speaks_another_protocol(capsys, monkeypatch):
 def test_no_disk_space_to_convert_a_file(tmp_path, capsys, monkeypatch, stand_ins):
     """Seen before it begins: HDF5 crashes when the disk fills up as it writes. The file is good, nobody deletes it."""
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
+    pictures = {"observations": np.zeros((20, 99, 99, 3), np.uint8), "timeouts": np.ones(20)}  # compressed to nearly nothing
+    small = write_hdf5(tmp_path / "small.hdf5", d4rl_rows(next_observations=False) | pictures)
+    lift = write_robomimic(tmp_path / "lift.hdf5")
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
-    assert "free" in message and "room" in message and "delete" not in message
+    for name, file, free in (("my-robot-v0", small, 500_000), ("lift-mh-low_dim", lift, 1000), ("", path, 1000)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        message = refused(capsys, name or "halfcheetah-medium-v2", dataset_path=str(file))
+        assert "free" in message and "room" in message and "delete" not in message
     assert "MB are free, ogbench/reach-play-singletask-v0 needs" in refused(capsys, "reach-play-singletask-v0")
 
 
@@ -1080,7 +1186,7 @@ def test_b1_whatever_the_environment_raises_learning_goes_on(tmp_path, stand_ins
     env, eval_env, train, _ = make_env_and_datasets(
         "lift-mh-low_dim", Args(dataset_path=str(write_robomimic(tmp_path / "x.hdf5")))
     )
-    assert env is None and eval_env is None and train.size == 48
+    assert env is None and eval_env is None and train.size == 60
     assert re.search(r"AssertionError at tests/test_datasets.py:\d+", no_evaluation(capsys))
 
 
@@ -1114,7 +1220,7 @@ def test_b2_data_of_another_robosuite_is_not_evaluated(tmp_path, stand_ins, caps
     path = write_robomimic(tmp_path / "x.hdf5", env_args=offline_data.ENV_ARGS | {"env_version": "1.4.1"})
     env, _, train, _ = make_env_and_datasets("lift-mh-low_dim", Args(dataset_path=str(path)))
     line = no_evaluation(capsys)
-    assert env is None and train.size == 48 and "robosuite 1.4.1" in line and "1.5.2" in line
+    assert env is None and train.size == 60 and "robosuite 1.4.1" in line and "1.5.2" in line
 
 
 ADROIT = {
@@ -1220,7 +1326,9 @@ def test_b4_ant_observes_27_numbers_and_zeros(tmp_path):
 
 def test_b4_ant_with_forces_in_the_data(tmp_path):
     """Somebody's own collection, with a simulator that reports them: the environment reports them, too."""
-    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), 111, 8))
+    rows = d4rl_rows(((5, "timeout"),), 111, 8)
+    rows["observations"][:, 28:] = 0  # one number will do
+    path = write_hdf5(tmp_path / "x.hdf5", rows)
     env, *_ = make_env_and_datasets("ant-medium-v2", Args(dataset_path=str(path)))
     env.reset(seed=3)
     forces = [env.step(np.full(8, 0.3, np.float32))[0][27:] for _ in range(60)]
@@ -1243,6 +1351,17 @@ def test_b5_the_robots_weigh_what_the_datas_did(tmp_path, kind):
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), *dims))
     env, *_ = make_env_and_datasets(f"{kind}-medium-v2", Args(dataset_path=str(path)))
     np.testing.assert_allclose(env.unwrapped.model.body_mass[1:], MASSES[kind], rtol=1e-6)
+    assert env.unwrapped.model.body_subtreemass[1] == pytest.approx(sum(MASSES[kind]))
+
+
+def test_b5_a_capsules_inertia_is_that_of_a_cylinder(tmp_path):
+    """Hopper's torso, 0.4 m long, radius 0.05 m, half of that longer at each end; 1000 kg/m3."""
+    path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows(((5, "timeout"),), 11, 3))
+    env, *_ = make_env_and_datasets("hopper-medium-v2", Args(dataset_path=str(path)))
+    mass = np.pi * 0.05**2 * 0.45 * 1000
+    across, along = mass * (3 * 0.05**2 + 0.45**2) / 12, mass * 0.05**2 / 2
+    model = env.unwrapped.model
+    np.testing.assert_allclose(model.body_inertia[model.body("torso").id], [across, across, along], rtol=1e-6)
 
 
 def test_b5_walkers_feet_and_the_alive_bonus_are_the_datas(tmp_path):
@@ -1487,8 +1606,9 @@ TEXT = np.array([b"0.1"] * 20)
         ("terminals", np.array([0.0, 0.5] * 10), "terminals 0.5 true or false"),
         ("timeouts", np.array([np.nan] * 20), "timeouts nan"),
         ("rewards", np.ones((20, 2)), "rewards (20, 2)"),
+        ("rewards", np.ones((2, 10)), "rewards (2, 10)"),
         ("rewards", np.full(20, 1e300), "rewards 1e+300"),
-        ("observations", np.full((20, 17), 3.4e38), "observations 3.4e+38 measurements"),
+        ("observations", np.full((20, 17), 3.4e38), "observations 3.4e+38 measurements (number 0 of each)"),
         ("next_observations", np.ones((20, 5)), "next_observations (20, 5)"),
     ],
     ids=lambda x: None if isinstance(x, np.ndarray) else x,
@@ -1499,6 +1619,26 @@ def test_b9_what_is_no_number_is_refused_and_nothing_stays(tmp_path, capsys, col
     message = refused(capsys, "halfcheetah-medium-v2", dataset_path=str(path))
     assert all(word in message for word in words.split()), message
     assert not list((tmp_path / "minari").glob("*/*")) and not list((tmp_path / "minari").glob(".*"))
+
+
+def test_b9_columns_of_one_number_a_row(tmp_path):
+    """(N, 1), as D4RL's own reader takes them: rlkit's replay buffers hold rewards so."""
+    rows = d4rl_rows()
+    wide = {key: rows[key][:, None] for key in ("rewards", "terminals", "timeouts")}
+    train = train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows | wide)))
+    assert train["rewards"].tolist() == rows["rewards"].tolist()
+    assert np.flatnonzero(train["masks"] == 0).tolist() == [8, 17]
+
+
+@pytest.mark.parametrize(("steps", "words"), [(0, r"0 actions need 1 observations"), (7, r"7 actions need 8 .* \[7\]")])
+def test_b9_episodes_without_a_step_or_without_their_last_observation(steps, words):
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=2)
+    with h5py.File(Path(minari.load_dataset("own/data-v0").storage.data_path) / "main_data.hdf5", "a") as file:
+        for key, part in file["episode_1"].items():
+            if isinstance(part, h5py.Dataset):
+                part.resize(max(steps, key == "observations"), 0)
+    with pytest.raises(SystemExit, match=f"own/data-v0, episode 1 of the data: {words}"):
+        make_env_and_datasets("own/data-v0")
 
 
 def test_b9_a_file_without_an_episode(tmp_path, capsys):
@@ -1670,6 +1810,25 @@ def test_b14_leftovers_of_a_killed_conversion_are_cleared_at_once(tmp_path):
         train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", d4rl_rows())))
         assert list(root.glob(".*")) == [living]
     assert not list(root.glob(".*"))
+
+
+def test_b14_a_conversion_that_just_begins_is_left_alone(tmp_path):
+    """Its folder is there, its lock not yet; of one that was killed right there, it goes later."""
+    root = tmp_path / "minari"
+    for name, age in ((".storing-1", 0), (".storing-2", 10)):
+        (root / name).mkdir(parents=True)
+        os.utime(root / name, (time.time() - age,) * 2)
+    datasets.clear_leftovers(root)
+    assert [path.name for path in root.iterdir()] == [".storing-1"]
+
+
+def test_a_namespace_is_as_minari_wants_it():
+    """`minari upload` reads its file; what somebody says about it there stays."""
+    minari.namespace.create_namespace("mine", description="of the lab")
+    for name in ("mine", "new/nested"):
+        datasets.store(f"{name}/data-v0", [STILL], **STILL_SPACES)
+    assert minari.namespace.get_namespace_metadata("mine") == {"description": "of the lab"}
+    assert set(minari.namespace.list_local_namespaces()) == {"mine", "new", "new/nested"}
 
 
 def hold(root: Path) -> None:
@@ -1876,6 +2035,9 @@ def test_s1_observations_that_never_change_and_black_pictures_are_said(capsys):
     train_rows(steps_dataset("own/still-v0", space, lambda i: still))
     said = capsys.readouterr().err
     assert "observations never change" in said and "black" not in said
+    bits = spaces.Box(0, 1, (4,), np.uint8)
+    train_rows(steps_dataset("own/bits-v0", bits, lambda i: np.eye(7, 4, dtype=np.uint8)))
+    assert "black" not in capsys.readouterr().err
     black = {"front": random_images((7, 9, 8, 3)) // 128, "q": np.ones((7, 1), np.float32)}
     train_rows(steps_dataset("own/black-v0", space, lambda i: black))
     said = capsys.readouterr().err
@@ -1926,7 +2088,7 @@ def test_b13_a_robomimic_file_of_a_robot_of_ones_own(tmp_path, capsys):
     """Without env_args it has no task here, and is learned from under a name of its own."""
     path = edit(write_robomimic(tmp_path / "x.hdf5"), lambda file: file["data"].attrs.__delitem__("env_args"))
     env, _, train, _ = make_env_and_datasets("my-robot-v0", Args(dataset_path=str(path)))
-    assert env is None and train.size == 48 and "the data names no task" in no_evaluation(capsys)
+    assert env is None and train.size == 60 and "the data names no task" in no_evaluation(capsys)
 
 
 @pytest.mark.parametrize(
