@@ -626,11 +626,11 @@ def episode_ends(file, kind: str | None, observations, terminals, following) -> 
 def robomimic_path(env_name: str) -> Path:
     """Where robomimic's own download puts a file. Exits, with the command for it, when it is not there."""
     task, kind = ROBOMIMIC.fullmatch(env_name).groups()
-    sparse = "sparse_" if kind == "mg" else ""
-    path = Path.home() / ".robomimic" / task / kind / f"low_dim_{sparse}v15.hdf5"
+    hdf5_type = "low_dim_sparse" if kind == "mg" else "low_dim"
+    path = Path.home() / ".robomimic" / task / kind / f"{hdf5_type}_v15.hdf5"
     if not path.exists():
         way = f"python -m robomimic.scripts.download_datasets --tasks {task} --dataset_types {kind}"
-        way += " --hdf5_types low_dim --download_dir ~/.robomimic"
+        way += f" --hdf5_types {hdf5_type} --download_dir ~/.robomimic"
         fail(f"--env-name {env_name}: there is no {path}; `{way}` (robomimic 0.5), or give --dataset-path FILE")
     return path
 

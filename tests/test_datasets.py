@@ -498,8 +498,10 @@ def test_robomimic_file_in_the_usual_place(tmp_path, stand_ins):
 
 def test_robomimic_file_is_missing(capsys):
     message = refused(capsys, "can-ph-low_dim")
-    for word in (".robomimic/can/ph/low_dim_v15.hdf5", "download_datasets", "--dataset-path"):
+    for word in (".robomimic/can/ph/low_dim_v15.hdf5", "download_datasets", "--hdf5_types low_dim ", "--dataset-path"):
         assert word in message
+    message = refused(capsys, "can-mg-low_dim")  # of which robomimic's DATASET_REGISTRY has no low_dim
+    assert ".robomimic/can/mg/low_dim_sparse_v15.hdf5" in message and "--hdf5_types low_dim_sparse " in message
 
 
 def test_robomimic_task_is_made_from_the_file(tmp_path, stand_ins):
