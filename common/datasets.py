@@ -100,7 +100,7 @@ def suspect(observations: list[np.ndarray], actions: np.ndarray) -> None:
     if observations and all((x == x[:1]).all() for x in observations) and (actions != actions[:1]).any():
         say_once("the data has episodes whose observations never change; were they kept without a copy?")
     pictures = [x for x in observations if x.dtype == np.uint8 and x.ndim > 2]
-    if any(x.size and x.max() <= 1 for x in pictures):
+    if any(x.max() <= 1 for x in pictures):
         say_once("the data has pictures without a byte above 1: black; were floats of 0 to 1 stored as bytes?")
 
 
@@ -201,12 +201,10 @@ def storable(spec: EnvSpec) -> EnvSpec:
 
 def store(dataset_id: str, episodes: Iterable[tuple], metadata: dict | None = None, **about) -> str:
     """Writes episodes (observations (T + 1, ...), actions, rewards, terminations, truncations) as a local Minari
-    dataset, see `write`. An id that exists is left."""
+    dataset, see `write`. What another process stored under the id meanwhile is left."""
     from minari.data_collector import EpisodeBuffer
 
     clear_leftovers(minari_root())
-    if is_here(dataset_id):
-        return dataset_id
 
     def buffers() -> Iterator[EpisodeBuffer]:
         number = -1
@@ -245,7 +243,7 @@ def publish(temporary: Path, root: Path) -> None:
                 raise
     for file in temporary.rglob("namespace_metadata.json"):
         target = root / file.relative_to(temporary)
-        if target.parent.exists() and not target.exists():
+        if not target.exists():
             shutil.copy(file, target)
 
 
@@ -932,19 +930,16 @@ def recover(dataset, options: dict) -> gym.Env:
     """The environment of a dataset, as whoever made the dataset described it."""
     about = dataset.storage.metadata
     if "robomimic" in about:
-        settings = json.loads(about["robomimic"])
-        settings.pop("task", None)
-        return RobosuiteTask(**settings, **options)
+        return RobosuiteTask(**json.loads(about["robomimic"]), **options)
     if "ogbench" in about:
         import ogbench
 
         return ogbench.make_env_and_datasets(about["ogbench"], env_only=True, **options)
-    if dataset.env_spec is None and about.get("reference") != "D4RL":
+    if dataset.env_spec is None and "d4rl" not in about:
         raise Misfit("the data names no task of gymnasium's; --env-name may, beside --dataset-path")
     with warnings.catch_warnings(action="ignore"):  # other versions of mujoco than the data was made with
-        if about.get("reference") == "D4RL":
-            kind = about.get("d4rl") or d4rl_kind(re.sub("^d4rl/|-[0-9a-f]{8}(?=-v)", "", dataset.id))
-            return d4rl_robot(kind, bool(about.get("contact_forces")), options)
+        if "d4rl" in about:
+            return d4rl_robot(about["d4rl"], about["contact_forces"], options)
         return time_limited(dataset.recover_environment(eval_env=True, **options), f"the task of {dataset.id}")
 
 
@@ -963,7 +958,7 @@ def reference_scores(dataset) -> tuple[tuple[float, float], str]:
         return (worst, best), about.get("reference", "Minari")
     robot = dataset.env_spec.id.rpartition("-")[0] if dataset.env_spec else ""
     for family in FAMILIES.values():
-        if robot and family.task and family.task.rpartition("-")[0] == robot:
+        if family.task and family.task.rpartition("-")[0] == robot:
             return (family.worst, family.best), "D4RL_scale"  # another version of the robot: not D4RL's score
     return (math.nan, math.nan), ""
 
@@ -1067,7 +1062,7 @@ def as_images(path: str, space: spaces.Box, x: np.ndarray) -> np.ndarray:
     x = x.transpose(0, *(axis + 1 for axis in order))
     if x.dtype == space.dtype == np.uint8:
         return x
-    least, most = (float(x.min()), float(x.max())) if x.size else (0, 0)
+    least, most = float(x.min()), float(x.max())
     if not 0 <= least <= most <= high or (space.dtype == np.uint8 and x.dtype.kind == "f"):
         what = f"{path} hold {x.dtype} in {least:g} ... {most:g}, their space says {space.dtype} in 0 ... {high:g}"
         raise Fault(f"{what}; change them in the data, or in arrange() (TASK)")
@@ -1094,7 +1089,7 @@ def episode_rewards(dataset) -> dict[int, np.ndarray]:
             raise Misfit("holds no episodes")
         for rewards in found.values():
             check_values("rewards", rewards)
-        return {number: per_step("rewards", rewards, len(rewards)) for number, rewards in found.items()}
+        return found
     except Misfit as error:
         fail(f"{dataset.id}: {error}; repair the data, or leave those episodes out")
     except (OSError, KeyError, ValueError, TypeError) as error:
