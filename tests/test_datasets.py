@@ -1,6 +1,8 @@
 """common/datasets.py, through bc_flow_offline.py: formats from small files of their layout, and what goes wrong."""
 
 import contextlib
+import copy
+import errno
 import json
 import multiprocessing
 import os
@@ -129,6 +131,7 @@ def test_d4rl_file_without_next_observations(tmp_path):
 def test_d4rl_file_whose_jumps_are_the_only_sign_of_a_new_episode(tmp_path):
     """Neither timeouts nor terminals: where next_observations and the next row differ, an episode ends."""
     rows = {k: v for k, v in d4rl_rows(((4, "timeout"), (3, "timeout"), (5, "cut"))).items() if k != "timeouts"}
+    rows["observations"][:, 1] = rows["next_observations"][:, 1] = 7  # a goal, as if it were
     train = train_rows("halfcheetah-medium-v2", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
     assert np.flatnonzero(train["terminals"]).tolist() == [3, 6, 11] and train["masks"].all()
 
@@ -148,7 +151,10 @@ def test_d4rl_file_becomes_a_minari_dataset_once(tmp_path, capsys):
     (name,) = minari.list_local_datasets()
     dataset = minari.load_dataset(name)
     assert "halfcheetah-medium" in name and dataset.total_episodes == 5 and dataset.total_steps == 20
-    assert [len(episode.rewards) for episode in dataset.iterate_episodes()] == [length for length, _ in EPISODES]
+    episodes = list(dataset.iterate_episodes())
+    assert [len(episode.rewards) for episode in episodes] == [length for length, _ in EPISODES]
+    assert [episode.truncations[-1] for episode in episodes] == [True, False, True, False, True]
+    assert dataset.observation_space.dtype == episodes[0].observations.dtype == np.float32
     assert datasets.make_task(dataset, train.box).spec.id == "HalfCheetah-v4"
     about = dataset.storage.metadata
     assert (about["ref_min_score"], about["ref_max_score"]) == (-280.178953, 12135.0)
@@ -271,8 +277,8 @@ def test_d4rl_reference_scores(tmp_path, name, kind, worst, best, capsys):
 
 
 def test_antmaze_episodes_go_on_behind_the_goal(tmp_path):
-    """antmaze: `terminals`, floats, marks the goal, where the episode does not end; rewards - 1 (qc d4rl_utils.py:16-58).
-    Its files have no next_observations."""
+    """`terminals`, floats, marks the goal, where the episode does not end; rewards - 1 (qc d4rl_utils.py:16-58).
+    There are no next_observations."""
     rows = d4rl_rows(((7, "timeout"), (6, "timeout")), obs_dim=29, action_dim=8, next_observations=False)
     rows["terminals"] = np.isin(np.arange(13), (3, 4)).astype(np.float32)
     rows["rewards"] = rows["terminals"]
@@ -434,8 +440,8 @@ def test_a_local_dataset_is_suggested_too(capsys):
 
 # --- robomimic --------------------------------------------------------------------------------------------------------
 def test_robomimic_file(tmp_path, stand_ins):
-    """demo_2 before demo_10; observations: eef_pos, eef_quat, gripper_qpos, object (qc robomimic_utils.py:27). An episode
-    ends where its demonstration does, the mask is 0 in every step that leaves the task solved."""
+    """demo_2 before demo_10; observations: eef_pos, eef_quat, gripper_qpos, object (qc robomimic_utils.py:27).
+    An episode ends where its demonstration does, the mask is 0 in every step that leaves the task solved."""
     path = write_robomimic(tmp_path / "x.hdf5")
     args = Args(env_name="lift-mh-low_dim", dataset_path=str(path))
     train = make_env_and_datasets(args.env_name, args)[2]
@@ -606,6 +612,7 @@ def test_ogbench_through_its_package(stand_ins):
             np.testing.assert_array_equal(part[key], theirs[key], err_msg=key)
         np.testing.assert_allclose(part["actions"], theirs["actions"], atol=1e-7)
     assert_no_chunk_crosses(train, np.arange(train.size) // 4, 3)
+    assert make_env_and_datasets("reach-play-singletask-v0", Args(validation_fraction=0.5))[2].size == train.size
     obs, _ = env.reset(seed=0)
     assert obs.shape == (2,) and obs.dtype == np.float32
     count = len([call for call in ogbench.calls if not call[2]])
@@ -755,6 +762,12 @@ def test_no_network_is_one_message_in_seconds(capsys):
     assert time.monotonic() - started < 4
 
 
+def test_a_proxy_reaches_what_is_not_reached_from_here(monkeypatch):
+    assert not datasets.reachable("http://127.0.0.1:9/file")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert datasets.reachable("http://127.0.0.1:9/file")
+
+
 def test_a_network_that_swallows_packets_is_given_up_soon(capsys, monkeypatch):
     """Neither refused nor answered, as behind a firewall; and a name server that does not answer."""
 
@@ -793,6 +806,13 @@ def test_minari_id_is_downloaded_through_minari(monkeypatch, capsys, tmp_path):
         (tmp_path / "minari/steps/some-v0/notes").touch()
         with pytest.raises(SystemExit, match=r"--env-name steps/some-v0: \[Errno 39\] Directory not empty"):
             train_rows("steps/some-v0")
+
+        def without_package(dataset_id, force_download=False):
+            raise ImportError("huggingface_hub is not installed") from ModuleNotFoundError(name="httpx")
+
+        monkeypatch.setattr("minari.storage.hosting.download_dataset", without_package)
+        with pytest.raises(SystemExit, match="pip install httpx, which is missing"):
+            train_rows("steps/other-v0")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ConnectionError])
@@ -878,7 +898,11 @@ class Discrete(offline_data.Steps):
         return super().step([action])
 
 
-@pytest.mark.parametrize("task", [Unbounded, Discrete])
+class Levels(offline_data.Steps):
+    action_space = spaces.Box(0, 3, (1,), np.int64)
+
+
+@pytest.mark.parametrize("task", [Unbounded, Discrete, Levels])
 def test_actions_that_cannot_be_learned(task):
     write_minari("own/data-v0", task(), episodes=1)
     with pytest.raises(SystemExit, match="own/data-v0.*bounded Box|bounded Box.*own/data-v0"):
@@ -929,7 +953,7 @@ def test_minari_locomotion_is_scored_with_d4rls_references(capsys):
     assert "D4RL" in printed and "-20.2723" in printed and "3234.3" in printed and "mujoco/hopper/simple-v0" in printed
 
 
-def test_top_fraction_keeps_the_episodes_of_the_highest_return():
+def test_top_fraction_keeps_the_episodes_of_the_highest_return(capsys):
     dataset = write_minari(
         "point/random-v0", gym.make("probe_envs:Point-v0"), 10, policy=lambda env, obs: [0.1, 0.1, 0]
     )
@@ -938,6 +962,8 @@ def test_top_fraction_keeps_the_episodes_of_the_highest_return():
     best = sorted(np.argsort(returns)[-3:])
     kept = np.concatenate([dataset[int(i)].rewards for i in best])
     np.testing.assert_array_equal(train["rewards"], np.float32(kept))
+    printed = capsys.readouterr().out
+    assert "3 of 10 episodes" in printed and f"mean return {np.mean(np.sort(returns)[-3:]):.6g}, best" in printed
 
 
 def test_shares_of_episodes_are_not_rounded_up_by_accident():
@@ -947,6 +973,13 @@ def test_shares_of_episodes_are_not_rounded_up_by_accident():
     assert kept == list(range(14))
     kept, _ = datasets.choose_episodes(None, returns, 0.0, 0.561, seed=0)
     assert kept == list(range(15))
+    dataset = types.SimpleNamespace(id="own/data-v0", storage=types.SimpleNamespace(metadata={}))
+    chosen = [datasets.choose_episodes(dataset, returns, 0.56, 1.0, seed) for seed in (0, 1)]
+    assert [(len(kept), len(held_out)) for kept, held_out in chosen] == [(11, 14)] * 2 and chosen[0] != chosen[1]
+    equal = dict.fromkeys(range(25), 0.0)  # then the first ones
+    assert datasets.choose_episodes(None, equal, 0.0, 0.2, seed=0)[0] == list(range(5))
+    with pytest.raises(SystemExit, match=r"own/data-v0: no episode is left to learn from; --validation-fraction 0.99"):
+        datasets.choose_episodes(dataset, returns, 0.99, 1.0, seed=0)
 
 
 def test_validation_part_is_apart_from_training():
@@ -976,6 +1009,7 @@ def test_samples_of_stacked_frames():
         for batch in (train.sample(1, idxs=np.array([row])), train.sample_sequence(1, 2, 0.9, idxs=np.array([row]))):
             np.testing.assert_array_equal(batch["observations"][0], obs)
         obs, *_ = env.step(train["actions"][row])
+        np.testing.assert_array_equal(train.sample(1, idxs=np.array([row]))["next_observations"][0], obs)
     assert obs.tolist()[1::2] == [1, 2, 3]
 
 
@@ -994,9 +1028,47 @@ def test_images_from_disk_are_those_in_memory(camera_data):
     np.testing.assert_array_equal(memory["observations"]["front"], images)
     rows = np.array([[0, 29], [10, 9]])
     np.testing.assert_array_equal(disk["observations"]["front"][rows], images[rows])
+    assert disk.keys() == memory.keys() and disk["observations"].keys() == memory["observations"].keys()
     for key in ("actions", "rewards", "terminals", "masks"):
         np.testing.assert_array_equal(disk[key], memory[key])
     np.testing.assert_array_equal(disk["observations"]["state"], memory["observations"]["state"])
+
+
+def test_some_episodes_images_from_disk_are_those_in_memory(camera_data):
+    """Episodes that are not the first ones; also in a copy, as a worker process that is no fork gets one."""
+    how = {"validation_fraction": 0.3, "seed": 3}
+    for part in (2, 3):
+        memory = make_env_and_datasets("own/camera-v0", Args(data_loading="memory", **how))[part]
+        disk = make_env_and_datasets("own/camera-v0", Args(data_loading="workers", **how))[part]
+        images = copy.deepcopy(disk["observations"]["front"])
+        np.testing.assert_array_equal(images[np.arange(memory.size)], memory["observations"]["front"])
+    assert images.episodes[0] > 0
+
+
+def test_a_process_opens_a_file_of_images_for_itself(camera_data, monkeypatch):
+    images = train_rows("own/camera-v0", data_loading="workers")["observations"]["front"]
+    handle = images.file
+    images[0]
+    assert images.file is handle
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    images[0]
+    assert images.file is not handle
+
+
+@pytest.mark.parametrize("jpeg", [True, False])
+def test_nested_observations_from_disk_are_those_in_memory(jpeg):
+    """Beside a camera, in a dict of its own, a depth that JPEG could not keep, and numbers."""
+    depth, rgb = spaces.Box(0, 1, (40, 36, 1), np.float32), spaces.Box(0, 255, (40, 36, 3), np.uint8)
+    space = spaces.Dict(front=spaces.Dict(rgb=rgb, depth=depth, q=spaces.Box(-9, 9, (2,))))
+    frames = random_images((7, 40, 36, 3))
+    q = np.arange(14, dtype=np.float32).reshape(7, 2) / 2
+    parts = {"rgb": frames, "depth": np.float32(frames[..., :1] / 255), "q": q}
+    steps_dataset("own/data-v0", space, lambda i: {"front": parts}, jpeg_encoding=jpeg)
+    memory, disk = (train_rows("own/data-v0", data_loading=how)["observations"] for how in ("memory", "workers"))
+    assert memory.keys() == disk.keys() == {"front_rgb", "front_depth", "state"}
+    for key, values in memory.items():
+        np.testing.assert_array_equal(disk[key][np.arange(18)], values)
+    np.testing.assert_array_equal(memory["front_depth"][:6], frames[:6, ..., :1])
 
 
 def test_images_stay_on_disk_when_memory_is_short(camera_data, monkeypatch, capsys):
@@ -1021,6 +1093,7 @@ def test_images_without_states_are_read_by_workers():
     memory = train_rows("own/pictures-v0", data_loading="memory")
     disk = train_rows("own/pictures-v0", data_loading="workers")
     (name,) = memory["observations"]
+    assert disk["observations"].keys() == {name}
     rows = np.array([0, 29, 10])
     np.testing.assert_array_equal(disk["observations"][name][rows], memory["observations"][name][rows])
     for key in ("actions", "rewards", "terminals", "masks"):
@@ -1033,9 +1106,11 @@ def test_workers_give_the_batches_of_memory(camera_data, workers):
     taken = []
     for how in ("memory", "workers"):
         args = Args(**options, data_loading=how, dataset_proportion=0.9)
-        batches = make_batches(process_train_dataset(make_env_and_datasets("own/camera-v0", args)[2], args), args, CPU)
+        dataset = process_train_dataset(make_env_and_datasets("own/camera-v0", args)[2], args)
+        batches = make_batches(dataset, args, CPU)
         batches.open(2, 6, False)
         taken.append([batches.take(2, 3, CPU), batches.take(5, 1, CPU)])
+        np.testing.assert_array_equal(taken[-1][1][0]["front"][0], dataset.stacked(batches.rows(5))["front"])
         batches.loader = None  # ends the workers
     for one, other in zip(*taken):
         assert one[0]["front"].shape[1:] == (16, 40, 40, 9) and one[0]["state"].shape[1:] == (16, 3)
@@ -1138,7 +1213,7 @@ def test_a_server_that_speaks_another_protocol(capsys, monkeypatch):
 def test_no_disk_space_to_convert_a_file(tmp_path, capsys, monkeypatch, stand_ins):
     """Seen before it begins: HDF5 crashes when the disk fills up as it writes. The file is good, nobody deletes it."""
     path = write_hdf5(tmp_path / "x.hdf5", d4rl_rows())
-    pictures = {"observations": np.zeros((20, 99, 99, 3), np.uint8), "timeouts": np.ones(20)}  # compressed to nearly nothing
+    pictures = {"observations": np.zeros((20, 99, 99, 3), np.uint8), "timeouts": np.ones(20)}  # well compressed
     small = write_hdf5(tmp_path / "small.hdf5", d4rl_rows(next_observations=False) | pictures)
     lift = write_robomimic(tmp_path / "lift.hdf5")
     usage = shutil.disk_usage(tmp_path)
@@ -1147,6 +1222,15 @@ def test_no_disk_space_to_convert_a_file(tmp_path, capsys, monkeypatch, stand_in
         message = refused(capsys, name or "halfcheetah-medium-v2", dataset_path=str(file))
         assert "free" in message and "room" in message and "delete" not in message
     assert "MB are free, ogbench/reach-play-singletask-v0 needs" in refused(capsys, "reach-play-singletask-v0")
+
+
+def test_a_disk_that_fills_up_during_a_conversion_is_not_the_files_fault(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(datasets, "write", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        train_rows("my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", d4rl_rows())))
 
 
 def test_images_of_two_cameras_in_nested_observations():
@@ -1493,6 +1577,8 @@ def test_b8_channels_first_become_channels_last():
     frames = random_images((6, 3, 20, 24))
     images = image_dataset(spaces.Box(0, 255, (3, 20, 24), np.uint8), frames)
     np.testing.assert_array_equal(images, frames[:-1].transpose(0, 2, 3, 1))
+    narrow = datasets.as_images("x", spaces.Box(0, 255, (3, 20, 12), np.uint8), frames[..., :12])  # 12 may be channels
+    np.testing.assert_array_equal(narrow, frames[..., :12].transpose(0, 2, 3, 1))
 
 
 @pytest.mark.parametrize("high", [1, 255])
@@ -1643,6 +1729,15 @@ def test_b9_episodes_without_a_step_or_without_their_last_observation(steps, wor
         make_env_and_datasets("own/data-v0")
 
 
+def test_b9_a_recording_without_an_episode():
+    """As one that was begun and left."""
+    write_minari("own/data-v0", gym.make("offline_data:Steps-v0"), episodes=1)
+    metadata = Path(minari.load_dataset("own/data-v0").storage.data_path) / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"total_episodes": 0}))
+    with pytest.raises(SystemExit, match="own/data-v0: holds no episodes"):
+        train_rows("own/data-v0")
+
+
 def test_b9_a_file_without_an_episode(tmp_path, capsys):
     """One row, after which nothing is known."""
     rows = {key: values[:1] for key, values in d4rl_rows(next_observations=False).items()} | {"terminals": np.zeros(1)}
@@ -1720,6 +1815,7 @@ def test_b11_bounds_of_many_dimensions_are_one_short_line():
     box = spaces.Box(np.linspace(-1, 0, 28, dtype=np.float32), np.linspace(0.5, 1, 28, dtype=np.float32))
     assert len(datasets.bounds_of(box)) < 200 and "\n" not in datasets.bounds_of(box)
     assert datasets.bounds_of(spaces.Box(-1, 1, (28,))) == "-1 to 1"
+    assert datasets.bounds_of(spaces.Box(np.full(2, -1, np.float32), np.float32([1, 2]))) == "-1:1 -1:2"
 
 
 def test_b12_a_file_of_ones_own_in_d4rls_layout(tmp_path):
@@ -1877,6 +1973,32 @@ def test_b15_the_actions_are_named_where_they_do_not_fit(capsys):
     assert env is None and "actions" in line and "observations" not in line and "(3,)" in line and "(1,)" in line
 
 
+def test_b15_the_observations_are_named_where_they_do_not_fit(capsys):
+    three = np.arange(21, dtype=np.float32).reshape(7, 3)
+    steps_dataset(space=spaces.Box(-99, 99, (3,)), observations=lambda i: three, env=gym.spec("Steps-v0"))
+    assert make_env_and_datasets("own/data-v0")[0] is None
+    assert "has observations Box(-99.0, 99.0, (3,), float32), the task here Box(" in no_evaluation(capsys)
+
+
+def test_b15_observations_that_would_broadcast():
+    steps_dataset(space=spaces.Box(-99, 99, (2,)), observations=lambda i: np.arange(7, dtype=np.float32)[:, None])
+    with pytest.raises(SystemExit, match=r"data: observations have shape \(1,\), the dataset says \(2,\)"):
+        train_rows("own/data-v0")
+
+
+def test_a_dataset_is_evaluated_in_its_task_for_evaluation():
+    write_minari("own/data-v0", gym.make("Steps-v0"), episodes=1, eval_env=gym.make("Steps-v0", length=3))
+    assert make_env_and_datasets("own/data-v0")[0].unwrapped.length == 3
+
+
+def test_what_our_own_checks_of_a_task_say_stays_as_it_is():
+    def fault(*_, **__):
+        raise Fault("observation is nan at step 3")
+
+    with pytest.raises(Fault, match="^observation is nan at step 3$"):
+        datasets.Foreign(gym.make("Steps-v0")).guarded(fault)
+
+
 def test_b15_actions_that_would_broadcast():
     """(T, 1) in a dataset that says (3,): scaled by its bounds they would silently become three."""
     box = spaces.Box(-1, 1, (3,), np.float32)
@@ -1896,19 +2018,19 @@ def test_b16_what_is_missing_is_named(monkeypatch, capsys, tmp_path):
 
 
 # --- What could be misread in silence ---------------------------------------------------------------------------------
-def steps_dataset(name: str = "own/data-v0", space: spaces.Space | None = None, observations=None, **parts) -> str:
+def steps_dataset(name: str = "own/data-v0", space: spaces.Space | None = None, observations=None, **about) -> str:
     """Three episodes of six steps, actions of two numbers."""
     count = 6
     default = np.arange(2.0 * (count + 1), dtype=np.float32).reshape(-1, 2)
     ends = np.arange(1, count + 1) == count
     columns = {"actions": np.linspace(-1, 1, 2 * count, dtype=np.float32).reshape(count, 2)}
-    columns |= {"rewards": np.ones(count), "terminations": ends & ~ends, "truncations": ends} | parts
+    columns |= {"rewards": np.ones(count), "terminations": ends & ~ends, "truncations": ends}
     buffers = []
     for i in range(3):
         obs = default + i if observations is None else observations(i)
         buffers.append(minari.data_collector.EpisodeBuffer(i, None, None, obs, *columns.values(), {}))
     box = {"observation_space": space or spaces.Box(-99, 99, (2,)), "action_space": spaces.Box(-1, 1, (2,))}
-    minari.create_dataset_from_buffers(name, buffers, jpeg_encoding=False, **box)
+    minari.create_dataset_from_buffers(name, buffers, **{"jpeg_encoding": False} | box | about)
     return name
 
 
@@ -1917,6 +2039,8 @@ def test_b12_next_observations_that_were_rounded_are_no_jumps(tmp_path, ours, th
     """Every row would be an episode of its own, of which no chunk has a second action."""
     rows = d4rl_rows(((6, "timeout"), (3, "timeout"), (5, "cut")), 4, 2)
     del rows["timeouts"]
+    for key in ("observations", "next_observations"):
+        rows[key][:, 1] *= 1e-7  # too small for float16's precision
     rows["observations"] = rows["observations"].astype(ours) * 1.37
     rows["next_observations"] = (rows["next_observations"].astype(ours) * 1.37).astype(theirs)
     train = train_rows("my-robot-v0", dataset_path=str(write_hdf5(tmp_path / "x.hdf5", rows)))
@@ -2058,14 +2182,19 @@ def test_r9_a_chunk_longer_than_every_episode():
         make_batches(ds, Args(action_chunking=True, horizon_length=7), CPU)
 
 
-def test_b11_actions_beyond_the_tasks_bounds_are_said(tmp_path, capsys):
+@pytest.mark.parametrize(("low", "high", "said"), [(-1, 9, "-1 to 9"), (-9, 1, "-9 to 1"), (-0.5, 0.5, None)])
+def test_b11_actions_beyond_the_tasks_bounds_are_said_and_cut(tmp_path, capsys, low, high, said):
     envs.say_once.cache_clear()
-    rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 11, 3)
-    rows["actions"] = np.linspace(-90, 90, 21, dtype=np.float32).reshape(7, 3)
+    rows = d4rl_rows(((4, "timeout"), (3, "timeout")), 2, 1)
+    rows["actions"] = np.linspace(low, high, 7, dtype=np.float32)[:, None]
     path = str(write_hdf5(tmp_path / "x.hdf5", rows))
-    make_env_and_datasets("Hopper-v5", Args(dataset_path=path, action_bounds="data"))
-    said = capsys.readouterr().err
-    assert "-90:72 -81:81 -72:90, the task takes -1 to 1, where they are cut" in said
+    env = make_env_and_datasets("Steps-v0", Args(dataset_path=path, action_bounds="data"))[0]
+    error = capsys.readouterr().err
+    assert f"in {said}, the task takes -1 to 1, where they are cut" in error if said else "where they" not in error
+    env.reset(seed=0)
+    for action in (-1, 1):
+        env.step(np.array([action], np.float32))
+    assert env.unwrapped.taken == [max(low, -1), min(high, 1)]
 
 
 @pytest.mark.parametrize("settings", [{"type": "OSC_POSE", "control_delta": False}, {"input_type": "absolute"}])
@@ -2098,9 +2227,10 @@ def test_b13_a_robomimic_file_of_a_robot_of_ones_own(tmp_path, capsys):
     [
         (lambda file: file["data"].create_group("info"), "data has info, not only demo_0"),
         (lambda file: file["data/demo_3"].__delitem__("rewards"), "demo_3 has no rewards"),
+        (lambda file: [demo.move("obs/robot0_eef_pos", "x") for demo in file["data"].values()], "no robot0_eef_pos"),
         (lambda file: file["mask"].move("valid", "old") or file.__setitem__("mask/valid", [b"demo_99"]), "demo_99"),
     ],
-    ids=["another group", "no rewards", "a mask of others"],
+    ids=["another group", "no rewards", "no arm", "a mask of others"],
 )
 def test_b13_the_line_names_what_does_not_fit(tmp_path, capsys, change, words):
     path = edit(write_robomimic(tmp_path / "x.hdf5"), change)
@@ -2158,6 +2288,11 @@ def test_r9_a_run_remembers_its_data(tmp_path, monkeypatch):
     assert args.dataset_path == str(tmp_path / "x.hdf5")  # also where --resume is called in another folder
     for _ in range(2):
         datasets.remember(tmp_path / "run" / "data.json", bc_flow_offline.load_datasets(args)[0])
+    kept = bc_flow_offline.load_datasets(args)[0]
+    for size, box, word in ((8, kept.box, "steps is 7 there, 8 here"), (7, spaces.Box(-1, 2, (1,)), "actions is")):
+        other = types.SimpleNamespace(source=kept.source, size=size, box=box)
+        with pytest.raises(SystemExit, match=word):
+            datasets.remember(tmp_path / "run" / "data.json", other)
     rows["actions"] *= -1
     write_hdf5(Path("x.hdf5"), rows)
     with pytest.raises(SystemExit, match=f"{tmp_path}/run: the data of this run: is of another set-up: id is"):
@@ -2223,7 +2358,9 @@ def test_validation_episodes_may_be_shorter_than_a_chunk():
     args = Args(env_name="steps/short-v0", action_chunking=True, validation_fraction=0.1, batch_size=8, seed=3)
     train, val = bc_flow_offline.load_datasets(args)
     assert (train.size, val.size) == (60, 3)
-    _, chunks, valid = make_batches(val, args, CPU, learns=False).fixed(2, CPU)
+    batches = make_batches(val, args, CPU, learns=False)
+    _, chunks, valid = batches.fixed(2, CPU)
+    assert torch.equal(chunks, batches.fixed(2, CPU)[1])
     assert valid.unique(dim=1).tolist() == [[[1, 1, 1, 0, 0]]] * 2
     torch.testing.assert_close(chunks[0, 0, :3], torch.from_numpy(val["actions"][:, 0]))
 
