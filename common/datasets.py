@@ -495,9 +495,8 @@ def convert_hdf5(env_name: str, path: Path) -> str:
     theirs = {file.rpartition("/")[2]: name for name, file in d4rl_files().items()}.get(path.name, env_name)
     if kind == "d4rl" and theirs != env_name:
         fail(f"--dataset-path {path}: is D4RL's {theirs}; give that as --env-name, or rename the file")
-    name, _, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name).rpartition("-v")
-    if not version.isdigit():
-        name, version = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name), "15" if kind == "robomimic" else "0"
+    plain = re.sub(r"[^-_a-zA-Z0-9]", "-", env_name)
+    name, version = re.fullmatch(r"(.*?)(?:-v([0-9]+))?", plain).groups("15" if kind == "robomimic" else "0")
     try:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256")
