@@ -474,6 +474,7 @@ def test_robomimic_file_of_failures_without_next_observations(tmp_path):
     train = train_rows("my-lift-v0", dataset_path=str(path))
     last = np.flatnonzero(train["terminals"])
     assert len(last) == 12 and train["masks"].all()
+    assert all(episode.truncations[-1] for episode in train.source.iterate_episodes())
     following = np.append(train["observations"][1:], train["observations"][-1:], 0)
     following[last] = train["observations"][last]
     np.testing.assert_array_equal(train["next_observations"], following)
