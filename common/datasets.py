@@ -1088,7 +1088,7 @@ def episode_rewards(dataset) -> dict[int, np.ndarray]:
             raise Misfit("holds no episodes")
         for rewards in found.values():
             check_values("rewards", rewards)
-        return found
+        return {number: per_step("rewards", rewards, len(rewards)) for number, rewards in found.items()}
     except Misfit as error:
         fail(f"{dataset.id}: {error}; repair the data, or leave those episodes out")
     except (OSError, KeyError, ValueError, TypeError) as error:
