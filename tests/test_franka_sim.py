@@ -84,12 +84,32 @@ def test_kinematics_are_those_of_the_data_sheet():
 def test_reset_pose_inverts_the_kinematics():
     sim = FrankaSim()
     quaternion = downwards(0.1, -0.2, 0.5)
+    (cx, cy, cz), (sx, sy, sz) = np.cos([0.1, -0.2, 0.5]), np.sin([0.1, -0.2, 0.5])
+    roll, pitch = np.array([[1, 0, 0], [0, cx, -sx], [0, sx, cx]]), np.array([[cy, 0, sy], [0, 1, 0], [-sy, 0, cy]])
+    yaw = np.array([[cz, -sz, 0], [sz, cz, 0], [0, 0, 1]])
+    np.testing.assert_allclose(rotation(quaternion), yaw @ pitch @ roll @ np.diag([1, -1, -1]), atol=1e-9)
     sim.reset_pose([0.5, -0.2, 0.2], quaternion)
     np.testing.assert_allclose(sim.tcp_pose, [0.5, -0.2, 0.2, *quaternion], atol=1e-6)
     np.testing.assert_allclose(sim.target_pose, sim.tcp_pose)
     assert sim.q[2] == franka_sim.HOME[2]
     with pytest.raises(ValueError, match="cannot reach"):
         sim.reset_pose([1.5, 0, 0.2], quaternion)
+    with pytest.raises(ValueError, match="cannot reach"):  # but for joint 7, beyond its limit
+        sim.reset_pose([0.5, 0, 0.2], downwards(yaw=-2.5))
+
+
+def test_after_a_reset_nothing_is_left_of_what_was_before():
+    used, fresh = FrankaSim(CUBE), FrankaSim(CUBE)
+    used.set_gripper(0.0)
+    used.set_target_pose([0.5, 0.1, -0.05])  # against the table
+    used.step(400)
+    for sim in (used, fresh):
+        sim.reset_joints(franka_sim.HOME)
+        sim.data.qpos[9:12] = 0.5, 0.3, 0.02
+        assert not sim.dq.any()
+        sim.set_target_pose([0.45, 0, 0.0])
+        sim.step(400)
+    assert np.array_equal(used.q, fresh.q)
 
 
 def test_masses_are_the_published_ones():
@@ -97,6 +117,11 @@ def test_masses_are_the_published_ones():
     arm = sum(model.body(f"link{i}").mass[0] for i in range(1, 8))
     assert arm == pytest.approx(4.970684 + 0.646926 + 3.228604 + 3.587895 + 1.225946 + 1.666555 + 0.735522)
     assert model.body("hand").mass[0] == 0.73
+    sim, inertia = FrankaSim(), np.zeros((9, 9))
+    mujoco.mj_forward(sim.model, sim.data)
+    mujoco.mj_fullM(sim.model, inertia, sim.data.qM)  # at home, with 0.1 of each motor
+    expected = [1.0119, 1.6882, 1.1359, 1.1275, 0.1289, 0.1546, 0.1068, 0.115, 0.115]
+    assert np.diag(inertia) == pytest.approx(expected, abs=2e-4)
 
 
 def test_gravity_compensation_holds_still_without_any_control():
@@ -167,6 +192,27 @@ def test_free_speed_is_stiffness_times_clip_over_damping():
     assert 0.85 < sim.tcp_velocity[1] / (2000 * 0.01 / 89) < 1.01
 
 
+def test_a_turn_gives_and_is_clipped_and_damped_by_its_own_gains():
+    sim = FrankaSim()
+    sim.data.xfrc_applied[sim.model.body("hand").id] = [0, 0, 0, 0, 0, 3.0]
+    sim.step(3000)
+    angle = 2 * np.arctan2(sim.tcp_pose[4], sim.tcp_pose[3])
+    assert sim.tcp_wrench[5] == pytest.approx(3.0, abs=0.01) and angle == pytest.approx(3.0 / 150, rel=0.01)
+    sim = FrankaSim()
+    sim.set_target_pose([0.45, 0, 0.3], downwards(yaw=1.5))
+    sim.step(300)
+    assert 0.82 < sim.tcp_velocity[5] / (150 * 0.05 / 7) < 1.01
+
+
+def test_a_spring_holds_the_elbow():
+    sim = FrankaSim()
+    sim.set_impedance(stiffness=0, damping=0, rotational_stiffness=0, rotational_damping=0)
+    sim.data.qfrc_applied[2] = 1.0
+    sim.step(3000)
+    assert sim.q[2] == pytest.approx(1.0 / 10, abs=2e-3)
+    assert sim.model.dof_damping[2] == pytest.approx(2 * np.sqrt(10))
+
+
 def test_joint_torques_are_limited():
     sim = FrankaSim(impedance=Impedance(10_000, 100, 1000, 10, clip=(1, 1, 1), rotational_clip=(3, 3, 3)))
     sim.set_target_pose([0.2, 0.5, 0.7], [0, 1, 0, 0])
@@ -235,6 +281,14 @@ def test_gripper_width_speed_and_force():
         assert pad_forces(sim) == pytest.approx([felt, felt], rel=0.03)
         assert sim.gripper_width == pytest.approx(0.04, abs=1e-3)
     assert sim.holds(sim.model.body("cube").id)
+    sim.set_gripper(0.035, force=20.0)  # by as much less as the fingers are less than 10 mm off
+    sim.step(400)
+    assert pad_forces(sim) == pytest.approx([10.0, 10.0], rel=0.1)
+    sim.reset_joints(franka_sim.HOME)
+    for side in (-1, 1):  # one pad alone holds nothing
+        sim.data.qpos[9:12] = sim.tcp_position + (0, side * 0.0205, 0)
+        sim._refresh()
+        assert not sim.holds(sim.model.body("cube").id) and sim.data.ncon > 0
 
 
 def pad_forces(sim: FrankaSim) -> list[float]:
@@ -282,6 +336,8 @@ def test_gymnasium_finds_no_fault_with_images(task, opengl):
     env = gym.make(task, image_obs=True, image_size=32, render_mode="rgb_array")
     check_env(env.unwrapped, skip_render_check=True)
     obs, _ = env.reset(seed=0)
+    measured = env.unwrapped.robot_observation()
+    assert [*measured] == sorted(measured) and np.array_equal(obs["state"], flat(measured))
     sizes = {name: (value.shape, value.dtype) for name, value in obs.items()}
     state = 7 if task == "FrankaPickCube-v0" else 20
     image = ((32, 32, 3), np.uint8)
@@ -306,6 +362,7 @@ def test_spaces_are_serls():
     assert peg.action_space.shape == (6,) and peg.unwrapped.nstep == 50 and peg.metadata["render_fps"] == 10
     assert gym.make("FrankaPegInsert-v0", gripper_action=True).action_space.shape == (7,)
     assert gym.make("FrankaPickCube-v0", control_hz=10).unwrapped.nstep == 50
+    assert gym.make("FrankaPickCube-v0", control_hz=30).unwrapped.nstep == 17
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -353,6 +410,7 @@ def test_reward_is_serls_formula():
         ((0.05, 0.0, 0.02), 0.0),
         ((0.0, 0.03, 0.12), 0.1),
         ((0, 0, 0.5), 0.48),
+        ((0, 0, -0.5), 0.0),
     ):
         env.sim.data.qpos[9:12] = np.add(cube, (tcp[0], tcp[1], 0))
         env.sim._refresh()
@@ -448,7 +506,10 @@ def test_seeds_cover_the_ranges():
     for seed in range(100):
         holes.append(peg.reset(seed=seed)[0]["hole_pose"])
         starts.append(peg.target)
-        assert peg.sim.holds(peg.peg.id)
+        assert peg.sim.holds(peg.peg.id) and peg.sim.grip_force == 60
+        yaw = [np.arctan2(matrix[3], matrix[0]) for matrix in (peg.peg.xmat, peg.hole.xmat)]
+        assert yaw == pytest.approx([peg.target[5], holes[-1][3]], abs=0.03)
+        assert holes[-1][:3] == pytest.approx([*peg.hole.xpos[:2], 0.04])
         assert np.linalg.norm(peg.peg.xpos - peg.sim.tcp_position) == pytest.approx(0.02, abs=2e-3)
     np.testing.assert_allclose(np.ptp(starts, axis=0), [0.1, 0.1, 0.04, 0, 0, np.pi / 3], rtol=0.06)
     np.testing.assert_allclose(np.ptp(holes, axis=0), [0.08, 0.08, 0, 0.34], rtol=0.06, atol=1e-6)
@@ -460,13 +521,53 @@ def test_peg_needs_the_hole():
     for _ in range(100):  # straight down: onto the block or beside it
         *_, info = env.step(np.array([0, 0, -1, 0, 0, 0]))
     assert not info["success"]
-    for off, deep, inserted in ((0.0, 0.031, 1.0), (0.0, 0.015, 0.5), (0.004, 0.015, 0.5), (0.02, 0.035, 0.0)):
+    cases = ((0.0, 0.031, 1.0), (0.0, 0.015, 0.5), (0.004, 0.015, 0.5), (0.006, 0.015, 0.0), (0.02, 0.035, 0.0))
+    for off, deep, inserted in cases:
         middle = np.array([off, 0, env.top - deep + 0.035])  # of the peg, in the hole's frame
         env.sim.data.qpos[9:16] = [*(env.hole.xpos + env.hole.xmat.reshape(3, 3) @ middle), 1, 0, 0, 0]
         env.sim._refresh()
+        assert env.tip_in_hole() == pytest.approx([off, 0, -deep])
         success, reward = env.evaluate()
         assert success == (inserted == 1)
         assert reward == pytest.approx(0.3 * np.exp(-20 * off) + 0.7 * inserted, abs=1e-3)
+
+    env.sim.data.qpos[12:16] = np.cos(0.1), np.sin(0.1), 0, 0  # tilted about base x: its lower end goes to +y
+    env.sim._refresh()
+    tip = env.peg.xpos + 0.035 * np.array([0, np.sin(0.2), -np.cos(0.2)]) - env.hole.xpos - [0, 0, env.top]
+    assert env.tip_in_hole() == pytest.approx(env.hole.xmat.reshape(3, 3).T @ tip)
+    walls = [env.sim.model.geom(i) for i in np.flatnonzero(env.sim.model.geom_bodyid == env.hole.id)]
+    axes = [int(np.abs(wall.pos[:2]).argmax()) for wall in walls]
+    assert [abs(wall.pos[k]) - wall.size[k] for wall, k in zip(walls, axes)] == pytest.approx([0.0105] * 4)
+
+
+def test_observations_are_what_is_there():
+    for task in TASKS:
+        env = gym.make(task).unwrapped
+        for _ in range(2):
+            env.reset(seed=1)
+            for action in random_actions(env, 20):
+                obs, *_ = env.step(action)
+        sim = env.sim
+        there = {"tcp_pos": sim.tcp_position, "tcp_pose": sim.tcp_pose, "tcp_vel": sim.tcp_velocity}
+        there |= {"tcp_force": sim.tcp_wrench[:3], "tcp_torque": sim.tcp_wrench[3:]}
+        there |= {"gripper": [1 - sim.gripper_width / 0.08], "cube_pos": sim.data.qpos[9:12]}
+        for name in obs.keys() - {"hole_pose"}:
+            assert obs[name] == pytest.approx(there[name][: len(obs[name])], abs=1e-6), name
+
+
+def test_gains_of_the_tasks():
+    """The tcp moves to the side at 0.9 m/s with the cube's and at 0.1 m/s with the peg's, which press with 20 N."""
+    for task, least, most in (("FrankaPickCube-v0", 0.85, 1.0), ("FrankaPegInsert-v0", 0.09, 0.115)):
+        env = gym.make(task).unwrapped
+        env.reset(seed=0)
+        env.sim.reset_joints(franka_sim.HOME)
+        env.sim.set_target_pose(env.sim.tcp_position + (0, 0.3, 0))
+        speeds = [env.sim.step(20) or env.sim.tcp_velocity[1] for _ in range(20)]
+        assert least < max(speeds) < most
+    env.sim.reset_pose([0.45, 0.2, 0.02], downwards(), width=0.0)
+    env.sim.set_target_pose([0.45, 0.2, -0.2])
+    env.sim.step(1000)
+    assert env.sim.tcp_wrench[2] == pytest.approx(20, rel=0.03)
 
 
 def test_peg_forces_are_felt():
