@@ -42,7 +42,7 @@ import sac_state_sim
 from common import vision
 from common.pixels import FrameFile, Views, views_of
 from common.success import SuccessClassifier, SuccessDetector
-from common.tensors import pack_step, step_type
+from common.tensors import pack_step, pack_tensors, step_type, unpack_tensors
 from common.vision import MobileNetTrunk, ResNetTrunk, SpatialEmbeddings, Standardize
 from sac_pixel_sim import (
     Agent,
@@ -291,6 +291,7 @@ def test_every_row_that_was_asked_for_has_room(tmp_path):
         agent, demos = demonstrations(tmp_path, **changes)
         assert len(demos) == 3 * math.ceil(60 / chunk)
         buffer = agent.make_buffer("replay", 40, types.SimpleNamespace(dir=tmp_path, state=None), 50)
+        assert (buffer.n_step, buffer.gamma) == (3, 0.97)
         env, args = pixel_env(**changes), agent.args
         for episode in range(6):
             obs, done = env.reset(seed=episode)[0], False
@@ -309,6 +310,7 @@ def test_every_row_that_was_asked_for_has_room(tmp_path):
 def test_only_successful_demonstrations_become_goals(tmp_path, capsys):
     """[P4]"""
     agent, demos = demonstrations(tmp_path, reward="vice", demos="6")
+    assert demos.n_step == 1
     told = re.search(r"demonstrations: 6 episodes, (\d+) steps, (\d) successful", capsys.readouterr().out)
     assert int(told[1]) == len(demos) and 0 < int(told[2]) == len(agent.goals) <= 6
     # A goal is the last image of its episode: where the next step begins another one.
@@ -680,6 +682,49 @@ def test_flags_that_may_change_are_those_of_states():
     assert sorted(Args.MAY_CHANGE.split()) == sorted([*theirs, "frames_dir"])
 
 
+def test_an_actor_has_its_learners_policy():
+    learner, actor = (Agent(small_views(), box(2), small_args(seed=seed), CPU) for seed in (1, 2))
+    learner.normalizer.update(3 + 2 * torch.randn(100, 4))
+    unpack_tensors(pack_tensors(learner.policy_tensors()), actor.policy_tensors())
+    images, states = torch.randint(256, (5, 1, 2, 20, 20, 3), dtype=torch.uint8), torch.randn(5, 4)
+    policies = []
+    for agent in (learner, actor):
+        mean, std = agent.actor(agent.encode(agent.see(images, agent.normalizer(states))))
+        policies.append(torch.cat([mean, std]))
+    assert torch.equal(*policies)
+
+
+def test_averages_are_evaluated_and_the_learned_policy_explores():
+    agent = Agent(small_views(), box(2), small_args(), CPU)
+    with torch.no_grad():
+        for parameter in agent.ema_parameters:
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    images, states = torch.randint(256, (1, 1, 2, 20, 20, 3), dtype=torch.uint8), torch.randn(1, 4)
+    seen, obs = Observation(images, states), {"images": images[0].numpy(), "state": states.numpy()}
+    mean, _ = agent.ema_actor(sac_pixel_sim.Features(agent.ema_encoder(seen), states))
+    assert_close(agent.act(obs, deterministic=True), mean.tanh()[0].detach())
+    mean, std = agent.actor(sac_pixel_sim.Features(agent.encoder(seen), states))
+    noise = torch.randn((1, 2), generator=torch.Generator().manual_seed(agent.args.seed))
+    assert_close(agent.act(obs, deterministic=False), (mean + std * noise).tanh()[0].detach())
+
+
+def test_a_batch_is_prepared(monkeypatch):
+    """The first half of the frames is what was seen; states are scaled; images are shifted by 1/32 of their side."""
+    agent = Agent(small_views(stack=2), box(2), small_args(frame_stack=2, augment=()), CPU)
+    agent.normalizer.update(3 + 2 * torch.randn(100, 8))
+    frames, (states, next_states) = torch.randint(256, (5, 4, 2, 20, 20, 3), dtype=torch.uint8), torch.randn(2, 5, 8)
+    batch = agent.prepare(Batch(states, torch.zeros(5, 2), torch.zeros(5), next_states, torch.zeros(5)), frames)
+    now, then = (batch.observations, frames[:, :2], states), (batch.next_observations, frames[:, 2:], next_states)
+    for seen, images, raw in (now, then):
+        assert torch.equal(seen.images, images) and torch.equal(seen.states, agent.normalizer(raw))
+    shifts = []
+    monkeypatch.setattr(vision, "augment", lambda images, kinds, padding, _: shifts.append((kinds, padding)) or images)
+    for size in (20, 64, 128):
+        agent.views, agent.args.augment = small_views(size), ("crop", "jitter")
+        agent.augmented(frames)
+    assert shifts == [(("crop", "jitter"), padding) for padding in (1, 2, 4)]
+
+
 def test_divergence_is_named():
     """The task is not blamed for the actions of a policy that is NaN, and nothing of it is saved."""
     agent = Agent(small_views(), box(2), small_args(), CPU)
@@ -815,6 +860,81 @@ def test_losses_of_a_batch_in_parts_are_the_whole_batchs(reward):
     assert whole.keys() == parts.keys()
     for name in whole.keys() - {"losses/vice_loss"}:  # mixes other images
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, err_msg=name)
+
+
+class Flat(nn.Module):
+    """In the place of an encoder: images are the features, as numbers."""
+
+    frozen = False
+
+    def __init__(self, *_):
+        super().__init__()
+
+    def forward(self, obs: Observation) -> Tensor:
+        return obs.images.float().flatten(1) / 255
+
+
+def flat_steps(views: Views, seed: int) -> list[np.ndarray]:
+    """20 transitions in episodes of 5; the reward tells the seed."""
+    rng, steps = np.random.default_rng(seed), []
+    for number in range(24):
+        obs = {"images": rng.integers(0, 256, (1, *views.frame_shape), np.uint8), "state": np.zeros((1, 0), np.float32)}
+        action = rng.uniform(-1, 1, 3) if number % 6 else None
+        steps.append(pack_step(step_type(views.state_dim, 3, (1, *views.frame_shape)), action, obs, 10 * seed + rng.random(), number % 12 == 5))
+    return steps
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"actor_ema": 0.75, "policy_delay": 2, "lr_warmup": 3, "lr_decay": 5, "num_qs": 3},
+        {"backup_entropy": True, "dropout": 0.2, "bc_weight": 2.0, "demo_ratio": 0.25, "weight_decay": 0.1},
+    ],
+)
+def test_learns_as_the_script_for_states(changes, monkeypatch, tmp_path):
+    """Where the encoder is none."""
+    monkeypatch.setattr(sac_pixel_sim, "Encoder", Flat)
+    views = Views(("front",), 2, 1, {})
+    options = {"demos": "1", "lr": 0.01, "gamma": 0.9, "normalize_observations": False} | changes
+    ours = Agent(views, box(3), small_args(**options, augment=()), CPU)
+    plain = {name: SMALL[name] for name in ("hidden_dims", "batch_size", "compile", "threads")}
+    theirs = sac_state_sim.Agent(box(12), box(3), sac_state_sim.Args(**plain | options), CPU)
+    for name in ("actor", "ema_actor", "critic", "target_critic"):
+        getattr(theirs, name).load_state_dict(getattr(ours, name).state_dict())
+    buffers = []
+    for seed in (0, 1):
+        file = FrameFile(tmp_path / f"{seed}.frames", views.frame_shape, CPU)
+        buffers.append(FrameBuffer(20, views, 3, file, 3, 0.9))
+        for step in flat_steps(views, seed):
+            buffers[-1].add(step)
+    delay, update_once = ours.args.policy_delay, ours.update_once
+
+    def both(*inputs: Tensor, with_actor: bool) -> dict:
+        batch, (frames, noise, subset) = Batch(*inputs[:5]), inputs[5:]
+        assert (batch.rewards > 9).tolist() == [False] * (8 - ours.num_demos) + [True] * ours.num_demos
+        obs, next_obs = (frames.flatten(2).float() / 255).unbind(1)
+        batch = batch._replace(observations=obs, next_observations=next_obs)
+        theirs.critic_updates += 1
+        theirs.schedule_lr()
+        theirs.mean_weight.fill_(max(1 - ours.args.actor_ema, delay / theirs.critic_updates))
+        theirs.generator.set_state(ours.generator.get_state())
+        assert with_actor == (theirs.critic_updates % delay == 0)
+        expected = theirs.update_once(*batch, noise.transpose(0, 1), subset, with_actor=with_actor)
+        got = update_once(*inputs, with_actor=with_actor)
+        assert got.keys() == expected.keys()
+        for name, value in got.items():
+            assert_close(value, expected[name], 1e-4)
+        return got
+
+    ours.update_once = both
+    ours.update(*buffers, 3)
+    ours.update(*buffers, 1)
+    for name in ("actor", "ema_actor", "critic", "target_critic"):
+        expected = getattr(theirs, name).state_dict()
+        for key, value in getattr(ours, name).state_dict().items():
+            assert_close(value, expected[key], 1e-5)
+    assert_close(ours.alpha, theirs.alpha.detach())
+    assert not torch.equal(ours.alpha, Agent(views, box(3), small_args(), CPU).alpha)
 
 
 # --- VICE and success classifiers -------------------------------------------------------------------------------------
