@@ -26,7 +26,7 @@ from torch import distributions
 import sac_state_sim
 from common import envs
 from common.episodes import spread_starts
-from common.tensors import pack_step, step_type
+from common.tensors import pack_step, pack_tensors, step_type, unpack_tensors
 from sac_state_sim import (
     MLP,
     TAU,
@@ -488,10 +488,10 @@ def test_temperature_follows_the_entropy():
 
 def test_evaluation_acts_with_the_averaged_actor():
     obs = np.array([0.1, -0.2, 0.3])
-    agent, buffer, decay = small_agent(actor_ema=0.75, policy_delay=1, lr=0.01), filled_buffer(), 0.75
+    agent, buffer, decay = small_agent(actor_ema=0.75, policy_delay=2, lr=0.01), filled_buffer(), 0.75
     average = parameters_of(agent.actor)
     for number in range(1, 8):
-        agent.update(buffer, None, 1)
+        agent.update(buffer, None, 2)
         weight = max(1 - decay, 1 / number)  # a plain mean at first
         average = (1 - weight) * average + weight * parameters_of(agent.actor)
     torch.testing.assert_close(parameters_of(agent.ema_actor), average, rtol=1e-5, atol=1e-6)
@@ -510,6 +510,10 @@ def test_both_steps_start_from_the_same_parameters():
     update_actor(alone, batch, eps[1])  # with the critics of before their step
     assert torch.equal(parameters_of(one.actor), parameters_of(alone.actor))
     assert not torch.equal(parameters_of(one.critic), parameters_of(alone.critic))
+    alone = small_agent()
+    update_critic(alone, batch._replace(next_observations=alone.normalizer(batch.next_observations)), eps[0], subset)
+    assert torch.equal(parameters_of(one.critic), parameters_of(alone.critic))  # with noise of its own
+    assert all(parameter.grad is None for parameter in alone.actor.parameters())  # nor does the target train the actor
     assert all(parameter.grad is not None for parameter in one.critic.parameters())
 
 
@@ -635,10 +639,13 @@ def test_updates_depend_on_the_seed_only(options):
 
 
 def test_agent_state_round_trip_is_exact():
-    options = {"dropout": 0.1, "lr_warmup": 20, "policy_delay": 3}
+    options = {"dropout": 0.1, "lr_warmup": 20, "policy_delay": 3, "explore_prob": 0.5}
     one, buffer = small_agent(**options), filled_buffer()
     one.normalizer.update(buffer.newest_observations(50))
     one.update(buffer, None, 7)
+    for _ in range(5):
+        one.act(np.zeros(3), deterministic=False)
+    assert one.held_steps.any()
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
     file.seek(0)
@@ -649,6 +656,14 @@ def test_agent_state_round_trip_is_exact():
     ours, theirs = leaves(one.state_dict()), leaves(other.state_dict())
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not same(ours[name], theirs[name])] == []
+
+
+def test_an_actor_has_its_learners_policy():
+    learner, actor, obs = small_agent(), small_agent(seed=2), torch.randn(9, 3)
+    learner.normalizer.update(3 + 2 * torch.randn(100, 3))
+    unpack_tensors(pack_tensors(learner.policy_tensors()), actor.policy_tensors())
+    ours, theirs = (agent.actor(agent.normalizer(obs)) for agent in (learner, actor))
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
 
 
 # --- Replay buffer ----------------------------------------------------------------------------------------------------
@@ -681,6 +696,11 @@ def test_buffer_keeps_the_newest_transitions():
             assert torch.equal(one.rows.rewards[: len(one)], other.rows.rewards[: len(other)])
 
 
+def test_a_buffers_steps_are_those_of_the_flags():
+    buffer = small_agent(n_step=4, gamma=0.8).make_buffer(10)
+    assert (buffer.n_step, buffer.gamma) == (4, 0.8)
+
+
 def test_buffer_samples_uniformly():
     buffer = ReplayBuffer(20, 3, 2, CPU)
     add_numbered(buffer, 0, 8)
@@ -693,7 +713,8 @@ def test_buffer_samples_uniformly():
 
 @pytest.mark.parametrize("n_step", [1, 2, 3, 5])
 def test_steps_that_follow_are_added_up_within_their_episode(n_step):
-    """Against a loop over the episodes; ends by termination and truncation, wrap-around, alternating actors."""
+    """Against a loop over the episodes; ends by termination and truncation, wrap-around, alternating actors, one that
+    resets only, a buffer that is loaded now and then."""
     generator, gamma, episodes = np.random.default_rng(n_step), 0.9, []
     for _ in range(12):
         length, terminates = int(generator.integers(1, 9)), generator.random() < 0.5
@@ -711,6 +732,10 @@ def test_steps_that_follow_are_added_up_within_their_episode(n_step):
     for number, (i, t) in enumerate(steps):
         observations, rewards, ends = episodes[i]
         actor = str(i % 2) if i < 6 else "0"
+        buffer.add(pack_step(STEP, None, observations[0]), "resets only")
+        if number % 3 == 0:
+            saved, buffer = buffer.state_dict(), ReplayBuffer(capacity, 3, 2, CPU, n_step, gamma)
+            buffer.load_state_dict(saved)
         if t == 0:
             assert buffer.add(pack_step(STEP, None, observations[0]), actor) == 0
         assert buffer.add(pack_step(STEP, np.zeros(2), observations[t + 1], rewards[t], ends[t]), actor) == 1
@@ -1020,7 +1045,9 @@ def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
             stack.callback(signal.signal, number, signal.getsignal(number))
         sac_state_sim.learner(dataclasses.replace(args, run_dir="run", capture_video=False))
     assert actors.asked == [(100, 120, True)] + [(0, 0, False)] * 3  # 200 updates, 50 at a time
-    assert read_checkpoint(tmp_path / "run")["agent"]["critic_updates"] == 200
+    state = read_checkpoint(tmp_path / "run")
+    assert state["agent"]["critic_updates"] == 200
+    assert state["agent"]["normalizer"]["count"] == 120 + state["demos"]["total"]
 
 
 # --- Runs: tasks of known value ---------------------------------------------------------------------------------------
