@@ -27,6 +27,7 @@ from conftest import REPO, Finished, popen_script, read_csv, read_scalars, run_s
 from forked import popen_forked, run_forked
 from offline_data import Steps, write_minari
 from torch import distributions, nn
+from torch.nn import functional as F
 
 import bc_flow_offline
 from bc_flow_offline import (
@@ -35,6 +36,7 @@ from bc_flow_offline import (
     BCAgentConfig,
     Dataset,
     FourierFeatures,
+    PolicyInput,
     dataset_ids,
     evaluate,
     make_batches,
@@ -606,6 +608,13 @@ def test_sample_actions_of_one_observation_and_of_a_batch():
     assert not agent.actor.training or all(p.grad is None for p in agent.actor.parameters())
 
 
+def test_each_episodes_generator_gives_its_noise():
+    agent = with_velocity(lambda x, t: 0 * x, action_chunking=True, horizon_length=4, execution_horizon=3)
+    chunks = agent.act([np.zeros(3)] * 2, [np.random.default_rng(seed) for seed in (1, 2)])
+    noise = [np.random.default_rng(seed).standard_normal(8).reshape(4, 2)[:3] for seed in (1, 2)]
+    assert_close(chunks, np.clip(noise, -1, 1))
+
+
 def test_noise_is_standard_normal_and_from_the_generator():
     agent = with_velocity(lambda x, t: -0.9 * torch.ones_like(x) * 0 - 0.0 * x)  # actions = clipped noise
     actions = agent.sample_actions(np.zeros((4000, 3)))
@@ -670,6 +679,9 @@ def test_gaussian_learns_hard_actions_beside_certain_ones():
 def test_gaussian_takes_actions_at_the_bounds():
     agent = small_agent(policy="gaussian")
     batch = toy_batch(agent) | {"actions": np.ones((8, 2), np.float32)}
+    wild = copy.deepcopy(agent.actor.head)
+    wild.mlp[-1].bias.data.fill_(99)
+    assert wild(torch.zeros(1, 3))[1].tolist() == [[2, 2]]
     assert math.isfinite(agent.update(batch)["actor/actor_loss"])
     assert all(p.isfinite().all() for p in agent.actor.parameters())
 
@@ -1021,6 +1033,43 @@ def test_frame_stacks_stop_at_the_episodes_start():
         torch.tensor([0, 1, 9, 10, 11, 25])
     )
     assert observations.tolist() == [[0, 0, 0], [0, 0, 1], [7, 8, 9], [10, 10, 10], [10, 10, 11], [23, 24, 25]]
+
+
+def test_rows_from_python_are_stacked_as_those_of_a_run():
+    dataset = toy_dataset()
+    dataset["observations"] = np.arange(40, dtype=np.float32)[:, None]
+    dataset["next_observations"] = dataset["observations"] + 1
+    dataset.args = small_args(frame_stack=3)
+    rows = np.array([0, 1, 9, 10, 11, 25])
+    expected = [[0, 0, 0], [0, 0, 1], [7, 8, 9], [10, 10, 10], [10, 10, 11], [23, 24, 25]]
+    batch = dataset.sample(6, rows)
+    assert batch["observations"].tolist() == expected
+    assert batch["next_observations"].tolist() == [[*stack[1:], stack[2] + 1] for stack in expected]
+    assert dataset.sample_sequence(6, 2, 0.9, rows)["observations"].tolist() == expected
+
+
+class Told(gym.Env):
+    """Observes how often it was stepped, and keeps the actions."""
+
+    observation_space = gym.spaces.Box(0, 99, (1,), np.float32)
+    action_space = gym.spaces.Box(np.float32([-1.5, 0]), np.float32([1.5, 1]))
+
+    def reset(self, *, seed=None, options=None):
+        self.actions = []
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.actions.append(action.tolist())
+        return np.full(1, len(self.actions), np.float32), 0.0, False, False, {}
+
+
+def test_a_task_sees_the_datas_actions_and_the_policy_a_stack_of_frames():
+    env = PolicyInput(Told(), gym.spaces.Box(np.float32([-2, 0]), np.float32([2, 1])), frame_stack=3)
+    stacks = [env.reset()[0].tolist()]
+    for action in ([0, 0], [0.5, 1], [-1, -1], [1, -0.5]):
+        stacks.append(env.step(np.float32(action))[0].tolist())
+    assert env.unwrapped.actions == [[0, 0.5], [1, 1], [-1.5, 0], [1.5, 0.25]]  # within the task's bounds
+    assert stacks == [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
 
 
 def test_data_shorter_than_a_chunk():
@@ -1601,6 +1650,43 @@ def test_an_update_from_images_is_that_of_a_plain_optimizer(encoder, threads):
     torch.optim.AdamW(plain.parameters(), fused=False, foreach=False, **options).step()
     for (name, parameter), other in zip(plain.named_parameters(), agent.parameters, strict=True):
         assert torch.allclose(parameter, other, rtol=0, atol=1e-3 * args.lr), name
+
+
+def test_impala_is_qcs():
+    """utils/encoders.py: stages of convolution, max pooling and one residual block; ReLU, a layer, GELU."""
+    encoder = BCAgent.create({"front": (16, 16, 3)}, 1, small_args()).actor.encoder.images["front"]
+    images = torch.randint(256, (2, 16, 16, 3), dtype=torch.uint8)
+    x = (images / 255).permute(0, 3, 1, 2)
+    for first, second, third in encoder.trunk.stages:
+        x = F.max_pool2d(F.pad(first(x), (0, 1, 0, 1), value=-math.inf), 3, 2)
+        x = x + third(second(x.relu()).relu())
+    x = encoder.linear(x.relu().flatten(1))
+    expected = 0.5 * x * (1 + (math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).tanh())  # flax's GELU
+    assert_close(encoder(images), expected.detach().numpy())
+    small = BCAgent.create({"front": (64, 64, 3)}, 1, small_args(encoder="small")).actor.encoder.images["front"]
+    assert small.linear.in_features == 256 * 3 * 3
+
+
+def test_training_images_are_shifted_by_up_to_four_pixels():
+    """Each sample by its own draw, all cameras by the same."""
+    agent, seen = BCAgent.create(dict.fromkeys(("front", "wrist"), (16, 16, 3)), 1, small_args()), []
+    agent.gradient = lambda observations, *_: seen.append(observations) or (torch.zeros(()), list(agent.parameters))
+    images = torch.zeros(600, 16, 16, 3, dtype=torch.uint8)
+    images[:, 8, 8] = 255
+    agent.step({"front": images, "wrist": images}, torch.zeros(600, 1), torch.ones(600, 1))
+    places = seen[0]["front"][..., 0].nonzero()[:, 1:]  # (600, 2)
+    assert [set(numbers) for numbers in places.T.tolist()] == [set(range(4, 13))] * 2
+    assert torch.equal(seen[0]["front"], seen[0]["wrist"])
+
+
+def test_states_beside_images_are_normalized_too():
+    args = small_args(normalize_observations=True, frame_stack=2)
+    agent = BCAgent.create({"front": (16, 16, 3), "state": (4,)}, 1, args)
+    states = torch.randn(500, 2) * torch.tensor([3.0, 0.5]) + 7
+    agent.observe(states)
+    features = agent.actor.encoder({"front": torch.zeros(500, 16, 16, 3), "state": states.repeat(1, 2)})[:, :4]
+    assert_close(features.mean(0), np.zeros(4), 1e-3)
+    assert_close(features.std(0), np.ones(4), 1e-2)
 
 
 def test_images_are_learned(tmp_path, camera_data):
