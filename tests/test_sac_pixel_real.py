@@ -15,11 +15,20 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import free_port, held_elsewhere, one_line, popen_script, read_csv, run_script, wait_until
+from conftest import (
+    free_port,
+    held_elsewhere,
+    one_line,
+    popen_script,
+    read_csv,
+    run_script,
+    wait_until,
+)
 from state_runs import AllAtOnce
 
 import robot_client as rc
 import sac_pixel_real as real
+import sac_pixel_sim as sim
 from common import envs, recording, setup, tensors
 from common.episodes import Recorder
 from common.pixels import FrameFile, Views
@@ -118,6 +127,48 @@ def test_penalties_of_demonstrations_are_the_environments(gripper):
         assert real.grasp_penalties(actions, closure, env.config) == pytest.approx(expected)
     unknown = [0, 0, 0, -0.02, 0, -0.02] if gripper == "binary" else [0] * 6  # closed or not before
     assert real.grasp_penalties(actions, None, env.config) == unknown
+
+
+# --- Learning ---------------------------------------------------------------------------------------------------------
+def both_buffers(folder: Path, module, agent, seed: int) -> object:
+    """20 transitions of random pictures, in episodes of 5, in a buffer of either script."""
+    frames = FrameFile(folder / f"{module.__name__}{seed}", agent.views.frame_shape, CPU)
+    buffer = module.FrameBuffer(20, agent.views, agent.action_dim, frames, 3, 0.9)
+    rng = np.random.default_rng(seed)
+    for number in range(24):
+        action = rng.uniform(-1, 1, agent.action_dim).astype(np.float32) if number % 6 else None
+        obs = some_obs(agent, 100 * seed + number)
+        buffer.add(pack_pixels(agent.step_type, action, obs, rng.normal(), number % 12 == 5))
+    return buffer
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"batch_size": 6, "actor_ema": 0.75, "demo_ratio": 0.34},
+        {"backup_entropy": True, "dropout": 0.2, "num_qs": 3, "policy_delay": 2, "lr_warmup": 3, "lr_decay": 5},
+        {"grad_accum_steps": 2, "augment": ("crop", "flip"), "image_size": 64, "bc_weight": 2.0, "weight_decay": 0.1},
+    ],
+)
+def test_learns_and_acts_as_the_script_for_simulations(tmp_path, changes):
+    """To the bit, where the gripper is the actor's and rewards are not scaled."""
+    ours = small_agent(gripper="continuous", reward_scale=1.0, gamma=0.9, lr=0.01, **changes)
+    names, known = ({field.name for field in dataclasses.fields(script.Args)} for script in (sim, real))
+    args = sim.Args(**{name: getattr(ours.args, name) for name in names & known})
+    theirs = sim.Agent(ours.views, gym.spaces.Box(-1, 1, (7,)), args, CPU)
+    metrics = []
+    for module, agent in ((real, ours), (sim, theirs)):
+        replay, demos = (both_buffers(tmp_path, module, agent, seed) for seed in (1, 2))
+        agent.normalizer.fit(replay.rows.observations)
+        metrics.append(agent.update(replay, demos, 2) | agent.update(replay, demos, 3))
+    assert metrics[0] == metrics[1]
+    for name in ("encoder", "mean_encoder", "actor", "mean_actor", "critic", "target_critic"):
+        modules = [getattr(agent, name).state_dict() for agent in (ours, theirs)]
+        assert [key for key, value in modules[0].items() if not torch.equal(value, modules[1][key])] == [], name
+    assert ours.alpha == theirs.alpha and ours.owed(200) == theirs.owed(200)
+    for deterministic in (True, False):
+        assert np.array_equal(*(agent.act(some_obs(ours), deterministic) for agent in (ours, theirs)))
+    assert np.array_equal(ours.random_action(), theirs.random_action())
 
 
 # --- Interventions ----------------------------------------------------------------------------------------------------
