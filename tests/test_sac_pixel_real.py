@@ -138,7 +138,7 @@ def both_buffers(folder: Path, module, agent, seed: int) -> object:
     for number in range(24):
         action = rng.uniform(-1, 1, agent.action_dim).astype(np.float32) if number % 6 else None
         obs = some_obs(agent, 100 * seed + number)
-        buffer.add(pack_pixels(agent.step_type, action, obs, rng.normal(), number % 12 == 5))
+        buffer.add(pack_step(agent.step_type, action, obs, rng.normal(), number % 12 == 5))
     return buffer
 
 
@@ -162,7 +162,7 @@ def test_learns_and_acts_as_the_script_for_simulations(tmp_path, changes):
         agent.normalizer.fit(replay.rows.observations)
         metrics.append(agent.update(replay, demos, 2) | agent.update(replay, demos, 3))
     assert metrics[0] == metrics[1]
-    for name in ("encoder", "mean_encoder", "actor", "mean_actor", "critic", "target_critic"):
+    for name in ("encoder", "ema_encoder", "actor", "ema_actor", "critic", "target_critic"):
         modules = [getattr(agent, name).state_dict() for agent in (ours, theirs)]
         assert [key for key, value in modules[0].items() if not torch.equal(value, modules[1][key])] == [], name
     assert ours.alpha == theirs.alpha and ours.owed(200) == theirs.owed(200)

@@ -877,10 +877,11 @@ class Flat(nn.Module):
 def flat_steps(views: Views, seed: int) -> list[np.ndarray]:
     """20 transitions in episodes of 5; the reward tells the seed."""
     rng, steps = np.random.default_rng(seed), []
+    dtype = step_type(views.state_dim, 3, (1, *views.frame_shape))
     for number in range(24):
         obs = {"images": rng.integers(0, 256, (1, *views.frame_shape), np.uint8), "state": np.zeros((1, 0), np.float32)}
         action = rng.uniform(-1, 1, 3) if number % 6 else None
-        steps.append(pack_step(step_type(views.state_dim, 3, (1, *views.frame_shape)), action, obs, 10 * seed + rng.random(), number % 12 == 5))
+        steps.append(pack_step(dtype, action, obs, 10 * seed + rng.random(), number % 12 == 5))
     return steps
 
 
@@ -916,7 +917,7 @@ def test_learns_as_the_script_for_states(changes, monkeypatch, tmp_path):
         batch = batch._replace(observations=obs, next_observations=next_obs)
         theirs.critic_updates += 1
         theirs.schedule_lr()
-        theirs.mean_weight.fill_(max(1 - ours.args.actor_ema, delay / theirs.critic_updates))
+        theirs.ema_weight.fill_(max(1 - ours.args.actor_ema, delay / theirs.critic_updates))
         theirs.generator.set_state(ours.generator.get_state())
         assert with_actor == (theirs.critic_updates % delay == 0)
         expected = theirs.update_once(*batch, noise.transpose(0, 1), subset, with_actor=with_actor)
