@@ -549,6 +549,7 @@ def test_a_second_sigterm_does_not_prolong_the_wait(tmp_path):
     run = Run(Args(run_dir=str(tmp_path / "run")), "task", sac_state_sim.__file__)
     bar = io.StringIO()
     run.bar = tqdm(total=10, file=bar, mininterval=0)
+    run.doing = "the episode"
     run.on_signal(signal.SIGTERM)
     since, shown = run.signalled_at, bar.getvalue()
     run.advance()
@@ -729,6 +730,7 @@ def test_times_are_those_of_a_step_and_an_evaluation_is_none_of_them(tmp_path, m
     now = [0.0]
     monkeypatch.setattr(run_module.time, "perf_counter", lambda: now[0])
     run = Run(Args(run_dir=str(tmp_path / "run")), "task", sac_state_sim.__file__)
+    run.unit = "the episode"
     run.restart_timer()
     for scale in (1, 2):  # each time since the last
         for name, seconds in (("act", 0.25), ("env", 0.5), ("update", 1.25), ("eval", 10.0)):

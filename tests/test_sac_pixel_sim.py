@@ -689,7 +689,7 @@ def test_an_actor_has_its_learners_policy():
     images, states = torch.randint(256, (5, 1, 2, 20, 20, 3), dtype=torch.uint8), torch.randn(5, 4)
     policies = []
     for agent in (learner, actor):
-        mean, std = agent.actor(agent.encode(agent.see(images, agent.normalizer(states))))
+        mean, std = agent.actor(agent.encode(agent.observation(images, agent.normalizer(states))))
         policies.append(torch.cat([mean, std]))
     assert torch.equal(*policies)
 
