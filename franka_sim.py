@@ -607,8 +607,8 @@ class FrankaPickCube(FrankaTask):
           <geom class="object" type="box" size="0.02 0.02 0.02" mass="0.1" condim="4" friction="1 0.01 0.0001"
             rgba="0.85 0.22 0.18 1"/>
         </body>"""
-    # TASK: gains. The wide clip lets the tcp run after targets that jump by 0.1 m: at most 140 N,
-    # and, with the joints' drag, about 0.7 m/s along an axis. A real arm should start with SERL's.
+    # TASK: gains. The wide clip lets the tcp run after targets that jump by 0.1 m: at most 140 N at rest,
+    # and, with the joints' drag, 0.5 m/s along x, 1 m/s along y. A real arm should start with SERL's.
     impedance = Impedance(2000.0, 120.0, 300.0, 20.0, clip=(0.07, 0.07, 0.07), rotational_clip=(0.2, 0.2, 0.2))
     workspace = ((0.2, 0.6), (-0.3, 0.3), (0.012, 0.5))  # SERL's, but the tips stay off the table
     action_scale = (0.1, 0.1, 0.1)
