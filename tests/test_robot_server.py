@@ -161,10 +161,13 @@ def nested(depth: int) -> object:
         (message(op="__init__"), "unknown_op"),
         (message(op="shutdown"), "unknown_op"),
         (msgpack.packb({"v": 2}), None),
+        (msgpack.packb({"v": 2, "op": "state", "to": "x"}), "malformed"),
         (message(op=3), None),
         (message(op=["state"]), None),
         (message(id=1.5), None),
         (message(id="x" * 300), "malformed"),
+        (message(id="x" * 65), "malformed"),
+        (message(id=True), "malformed"),
         (message(id=[1]), None),
         (message(args=[1]), None),
         (message(args={"x": 1}), "bad_argument"),
@@ -257,8 +260,10 @@ def test_lease_ends(wire):
         {"name": ""},
         {"name": "x" * 33},
         {"name": 3},
+        {"name": "\x1b[2J"},  # which would clear the server's terminal
         {"token": "short"},
         {"token": "x" * 65},
+        {"token": "\u0141" * 16},  # longer in bytes
         {"token": 5},
         {"ttl": 0.0},
         {"ttl": 60.0},
@@ -698,7 +703,7 @@ def test_job_speeds_are_checked(wire, speed):
     assert wire.refused("reset", handle="bad-speed", speed=speed) == "bad_argument"
 
 
-@pytest.mark.parametrize("handle", ["short", "x" * 65, 3, None, ["x" * 8]])
+@pytest.mark.parametrize("handle", ["short", "x" * 65, 3, None, ["x" * 8], "\u0141" * 64, "x" * 8 + "\n"])
 def test_handles_are_checked(wire, handle):
     wire.take()
     assert wire.refused("start", handle=handle) == "bad_argument"
