@@ -28,6 +28,7 @@ from conftest import REPO, free_port, popen_script, run_script, wait_until
 from scipy.spatial.transform import Rotation
 
 import robot_client as rc
+import robot_server
 from robot_client import CameraConfig, FrankaEnv, Intervention, RobotClient, TaskConfig
 
 RNG = np.random.default_rng(0)
@@ -409,10 +410,18 @@ def test_lease_token_is_sent_only_while_held(fake, client):
     assert client.token is None
 
 
-OTHER = {"id": 99, "ok": True, "result": {}}  # the answer to another question
+def test_another_lease_that_is_about_to_end_is_waited_for(fake, client):
+    taken = {"ok": False, "error": {"code": "lease_taken", "message": "by anna"}}
+    answers = iter([taken, taken])
+    fake.answer = lambda request: next(answers, {})
+    client.acquire(wait_s=60.0)
+    assert client.token and len({request["args"]["token"] for request in fake.requests}) == 1
 
 
-@pytest.mark.parametrize("answer", [b"\xc1", b"", b"\x81" * 50, *map(msgpack.packb, ([1], {"id": 1}, OTHER))])
+OTHER = {"id": 99, "result": HELLO}  # the answer to another question
+
+
+@pytest.mark.parametrize("answer", [b"\xc1", b"", b"\x81" * 50, *map(msgpack.packb, ([1], {"id": 1})), OTHER])
 def test_nonsense_from_a_server_is_one_clear_error(fake, client, answer):
     fake.answer = lambda request: answer
     with pytest.raises(rc.RobotError, match=r"does not speak the protocol of robot_server\.py"):
@@ -1470,6 +1479,20 @@ def test_reset_is_verified(clock, state, fault):
         resting_env(clock, **state).go_to(goal, 0.3)
 
 
+def test_the_way_of_a_reset_ends_where_someone_stops_the_arm(clock):
+    """Told that it was given up, the server holds at once, not when its watchdog sees that nothing comes."""
+    env = resting_env(clock)
+    env.give_up = lambda: True
+    with pytest.raises(rc.RobotError, match="given up"):
+        env.go_to(env.state["tcp_pose"])
+    assert env.client.call.call_args_list == [mock.call("hold")] and env.client.target.call_count == 1
+    env = resting_env(clock, held="a client asked to hold")
+    env.told = False
+    with pytest.raises(rc.StoppedError, match="a client asked to hold"):
+        env.go_to(env.state["tcp_pose"])
+    assert env.client.target.call_count == 1
+
+
 def test_pose_reward_is_serls():
     env = posed_env(np.array([0.505, 0.005, 0.065, 1, 0, 0, 0]))
     assert env.is_success()
@@ -1477,6 +1500,10 @@ def test_pose_reward_is_serls():
     assert not env.is_success()
     turned = Rotation.from_euler("z", 0.25) * Rotation.from_quat([1, 0, 0, 0])
     env.state["tcp_pose"] = np.array([0.5, 0, 0.06, *turned.as_quat()])
+    assert not env.is_success()
+    env.state["tcp_pose"] = env.goal_pose
+    assert env.is_success()
+    env.config = replace(env.config, reward="none")
     assert not env.is_success()
 
 
@@ -1758,6 +1785,47 @@ def test_a_stop_just_before_the_joint_motion_of_a_reset_is_heard(monkeypatch):
     with pytest.raises(rc.StoppedError, match="a client asked to stop"):
         env.reset()
     assert env.client.stop.called and "move_joints" not in done
+
+
+def test_a_stop_just_before_the_gripper_opens_for_a_reset_is_heard(monkeypatch):
+    env = scripted_env(mode="hold")
+    env.config = dataclasses.replace(env.config, gripper_at_reset="open")
+    done = on_its_way(env, monkeypatch)
+    env.client.stop.side_effect = lambda: env.client.state.return_value.update(held="a client asked to stop")
+    with pytest.raises(rc.StoppedError, match="a client asked to stop"):
+        env.reset()
+    assert env.client.stop.called and not done
+
+
+def test_every_so_many_resets_go_to_joint_positions(monkeypatch):
+    env = scripted_env(mode="idle")
+    env.config = dataclasses.replace(env.config, reset_joints_every=3)
+    done, joints = on_its_way(env, monkeypatch), []
+    for _ in range(6):
+        env.reset()
+        joints.append("move_joints" in done)
+        done.clear()
+    assert joints == [False, False, True] * 2
+
+
+def test_a_picture_that_is_too_old_ends_the_episode():
+    """The observation has the last one, so that its shape stays."""
+    env = scripted_env()
+    frame = rc.Frame(np.full((4, 4, 3), 7, np.uint8), 0.0, 1)
+    camera = mock.Mock(frame=frame, config=CameraConfig("front"))
+    camera.read.side_effect = rc.RobotError("camera front: newest picture is 0.40 s old")
+    env.cameras = [camera]
+    env.state["state_age"] = 0.0
+    obs, reward, terminated, truncated, info = env.step(np.zeros(7))
+    assert truncated and not terminated and info["fault"] == "camera front: newest picture is 0.40 s old"
+    assert not info["success"] and reward == 0 and np.array_equal(obs["front"], frame.image)
+
+
+def test_who_closes_the_environment_gives_the_robot_back():
+    env = scripted_env()
+    client = env.client
+    env.close()
+    assert client.close.called and env.client is None
 
 
 def test_step_goes_on_when_the_answer_to_its_target_was_lost():
@@ -2158,6 +2226,7 @@ def test_frozen_camera_ends_the_episode_and_reset_waits_for_it(peg):
         ({"action_scale": (0.05, 0.05, 0.05, 0.1, 0.1, 0.1)}, {}, "too large for --max-jump"),
         ({"action_scale": (0.02, 0.02, 0.02, 0.25, 0.25, 0.25)}, {}, "too large for --max-rotation-jump"),
         ({"reward": "task"}, {"robot": {"task": None}}, "needs a simulated robot"),
+        ({"env_id": "FrankaPickCube-v0"}, {}, "is not FrankaPegInsert-v0; start robot_server.py --env-id FrankaPick"),
         ({}, {"gripper": {"kind": "none"}}, "without a gripper it must be 'fixed'"),
     ],
 )
@@ -2273,6 +2342,31 @@ def test_first_motion_begins_inside_the_workspace(tmp_path, terminal):
             assert process.wait(60) == 1
             assert "outside of the server's workspace" in process.stderr_path.read_text()
         assert np.abs(observer.state()["tcp_pose"][:3] - start[:3]).max() < 1e-3
+
+
+@pytest.mark.parametrize(("z", "outside"), [(0.05, False), (0.005, True), (0.51, True)])
+def test_first_motion_stays_near_and_leaves_faults_to_the_person(monkeypatch, z, outside):
+    """Within 10 cm and the server's workspace, never to joint positions, and not on after a fault."""
+    low, high = robot_server.Args().workspace_low, robot_server.Args().workspace_high
+    hello = {"limits": {"workspace_low": low, "workspace_high": high}, "gripper": {"kind": "none"}}
+    hello["gains"] = dataclasses.asdict(rc.Gains())
+    pose = np.array([0.5, 0.0, z, 1.0, 0.0, 0.0, 0.0])
+    env = mock.Mock(action_space=rc.spaces.Box(-1, 1, (6,)))
+    env.step.return_value = None, 0.0, False, True, {"fault": "a fault for this test"}
+    made = mock.Mock()
+    monkeypatch.setattr(rc, "FrankaEnv", made)
+    monkeypatch.setattr(rc, "Intervention", lambda *_: env)
+    doctor = rc.Doctor(rc.Args(), client=mock.Mock(), teleop=mock.Mock(terminal=None))
+    doctor.client.hello.return_value, doctor.client.state.return_value = hello, {"tcp_pose": pose}
+    monkeypatch.setattr(doctor, "show", lambda **_: None)
+    with pytest.raises(rc.RobotError, match="outside of the server's" if outside else "a fault for this test"):
+        doctor.drive(time.monotonic() + 5)
+    assert made.called != outside
+    if not outside:
+        (config,) = made.call_args.args
+        config.check()
+        np.testing.assert_allclose(config.workspace[:3], [(0.4, 0.6), (-0.1, 0.1), (low[2], 0.15)])
+        assert not config.recover_at_reset and config.reset_joints_every == 0 and env.step.call_count == 1
 
 
 @pytest.mark.parametrize(
