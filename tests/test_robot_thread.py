@@ -4,9 +4,11 @@ for it, with a clock of our own and without any thread, so that every tick can b
 import math
 import random
 import socket
+import threading
 import time
 from collections import deque
 from dataclasses import replace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -186,6 +188,7 @@ def test_a_frozen_robot(world):
     world.arm.frozen = 11
     world.tick(11)
     assert world.control.mode == "streaming"
+    assert world.now - world.front.status()["at"] == pytest.approx(11 * DT)  # an old state is not told as new
     world.arm.frozen = 30
     world.tick(2)
     assert world.control.fault["code"] == "frozen"
@@ -263,6 +266,18 @@ def test_a_state_that_cannot_be_told_is_a_fault(world, monkeypatch, caplog):
     assert caplog.text.count("Traceback") == 1
 
 
+def test_reflexes_are_counted(world):
+    """A person's stop is none."""
+    for mode, count in (("reflex", 1), ("user_stopped", 1), ("reflex", 2)):
+        world.streaming()
+        world.arm.mode = mode
+        world.tick(3)
+        assert world.control.fault["code"] == mode and world.ask("state")["reflexes"] == count
+        world.arm.mode = "idle"
+        world.job("recover")
+        world.tick(5)
+
+
 def test_a_bug_during_a_recovery_ends_it(world):
     """The fault stays, or there is one."""
     world.ask("acquire", name="test", ttl=10.0)
@@ -315,6 +330,43 @@ def test_only_another_closure_is_an_order(world):
         assert orders[-1] is not orders[-2]
 
 
+def test_the_reference_of_an_arm_that_is_led_by_hand_is_where_it_is(world):
+    world.arm.pose[1] = 0.1
+    world.tick()
+    assert np.array_equal(world.front.status()["reply"]["reference"], world.arm.pose)
+
+
+def test_the_end_of_the_program_waits_for_the_soft_stop(world):
+    world.streaming()
+    world.arm.rests, world.arm.waits = 20, False
+    world.control.stopping.set()
+    world.control.beat()
+    assert not world.arm.controlling and world.arm.busy == 0 and world.control.mode == "idle"
+
+
+def test_the_arm_rests_before_the_program_ends(monkeypatch):
+    robot, ended, stopping = robot_server.Robot.__new__(robot_server.Robot), [], threading.Event()
+    robot.control = threading.Thread(target=lambda: stopping.wait() and (time.sleep(0.2), ended.append("arm")))
+    robot.control.stopping, robot.gripper = stopping, mock.Mock()
+    robot.front = robot.spare = mock.Mock(**{"end.side_effect": lambda: ended.append("front")})
+    monkeypatch.setattr(robot_server.signal, "alarm", lambda _: None)
+    monkeypatch.setattr(robot_server.os, "_exit", ended.append)
+    robot.control.start()
+    robot.shut_down()
+    assert ended == ["arm", "front", "front", 0]
+
+
+def test_without_a_gripper_what_it_should_do_is_refused(world):
+    start, world.control.gripper = world.streaming(), robot_server.NoGripper(world.args)
+    for order in (
+        lambda: world.job("gripper", action="close"),
+        lambda: world.ask("target", pose=near(start, 0, 0, 0), closure=1.0),
+    ):
+        with pytest.raises(Refused) as refused:
+            order()
+        assert refused.value.code == "unavailable"
+
+
 def test_a_start_outside_the_box_moves_nothing(world):
     world.arm.pose[:3] = 0.45, 0.0, -0.2
     start = world.streaming()
@@ -342,11 +394,12 @@ def test_the_way_to_a_target(world):
     """Up to the largest speed, with no more than the largest acceleration, to rest at the target without overshoot."""
     world.arm.follows = 1.0
     args, start = world.args, world.streaming()
-    goal, references = near(start, 0.08, -0.06, 0.06), [start]
+    goal, references, limited = near(start, 0.08, -0.06, 0.06), [start], []
     for _ in range(400):
         world.ask("target", pose=goal)
         world.tick()
         references.append(world.reference)
+        limited.append(world.control.limiter.limited)
     positions = np.array(references)[:, :3]
     velocities = np.diff(positions, axis=0, prepend=positions[:1]) / DT
     speeds = np.linalg.norm(velocities, axis=1)
@@ -354,6 +407,7 @@ def test_the_way_to_a_target(world):
     assert np.linalg.norm(np.diff(velocities, axis=0), axis=1).max() <= args.max_acceleration * DT * 1.001
     distances = np.linalg.norm(positions - goal[:3], axis=1)
     assert distances[-1] < 1e-6 and (np.diff(distances) < 1e-9).all()
+    assert "speed" in limited[0] and not limited[-1]
 
 
 def test_the_turn_to_a_target():
@@ -455,6 +509,13 @@ def test_turns_from_largest_tilt_to_largest_tilt_arrive():
             limiter.reference = limiter.advance(np.array([0.45, 0.0, 0.3, *goal]), DT)
             assert robot_server.tilt(limiter.reference[3:]) <= args.max_tilt + 1e-6
         assert np.linalg.norm(robot_server.rotation_between(goal, limiter.reference[3:])) < 1e-3
+
+
+def test_a_tool_that_points_straight_up_is_turned_back_too():
+    """Any axis will do."""
+    limiter = robot_server.Limiter(robot_server.Args())
+    assert robot_server.tilt(limiter.upright(np.array([0.0, 0.0, 0.0, 1.0]), 0.8)) == pytest.approx(0.8)
+    assert limiter.limited == ["tilt"]
 
 
 @pytest.mark.parametrize("asked", [["hold"], ["stop"], ["hold", "stop"], ["stop", "hold"], ["stop", "stop"]])
@@ -642,6 +703,13 @@ def test_quaternions_agree_with_scipy():
         same_rotation(a, turn * Rotation.from_quat(b))
 
 
+def test_quaternions_of_matrices_agree_with_scipy():
+    """A tool that points down is turned by half a turn: w is 0."""
+    for quaternion in (*np.eye(4), *Rotation.random(50, random_state=1).as_quat()):
+        rotation = Rotation.from_quat(quaternion)
+        same_rotation(robot_server.quat_from_matrix(rotation.as_matrix()), rotation)
+
+
 @pytest.mark.parametrize("angle", [0.0, 1e-13, 1e-6, 1.0, np.pi - 1e-6, np.pi])
 def test_rotation_vectors_of_all_sizes(angle):
     rotvec = angle * np.array([0.36, 0.48, 0.8])
@@ -671,6 +739,18 @@ def in_mode(world: World, mode: str) -> None:
         world.control.latch("sdk", "for this test")
         world.tick(3)
     assert world.control.step == mode
+
+
+def test_nothing_moves_the_arm_amid_a_job_or_before_a_fault_is_recovered():
+    """And no target ends a person's hold."""
+    refused = {
+        op: {mode: code for mode, code in zip(robot_server.MODES, codes) if code}
+        for op, codes in robot_server.FOLLOWS.items()
+    }
+    moves = {"busy": "busy", "fault": "fault"}
+    stands = {"idle": "not_streaming", "held": "held", "stopping": "not_streaming"}
+    assert refused.pop("target") == moves | stands and refused.pop("recover") == {"busy": "busy"}
+    assert refused == dict.fromkeys(["start", "move_joints", "reset", "reset_task"], moves)
 
 
 @pytest.mark.parametrize("mode", robot_server.MODES)
@@ -820,6 +900,35 @@ def test_another_front_goes_on_with_the_lease(world):
     world.ask("target", pose=near(start, 0, 0.01, 0), seq=8)
     world.tick(2)
     assert world.control.mode == "streaming"
+
+
+def test_a_lease_that_is_renewed_keeps_count_of_its_targets(world):
+    start = world.streaming()
+    world.ask("target", pose=near(start, 0, 0, 0), seq=7)
+    world.ask("acquire", name="test", ttl=10.0)
+    with pytest.raises(Refused) as refused:
+        world.ask("target", pose=near(start, 0, 0.01, 0), seq=7)
+    assert refused.value.code == "stale"
+
+
+def test_gains_that_may_still_be_refused_are_not_answered_as_set(world, monkeypatch):
+    """The robot thread is in its SDK, and looks at them only later; a stop is heard then, in any case."""
+    world.streaming()
+    world.front.link.then = lambda: None
+    monkeypatch.setattr(robot_server.select, "select", lambda *given: setattr(world, "now", world.now + given[-1]))
+    with pytest.raises(Refused, match="the robot's SDK takes its time") as refused:
+        world.ask("gains", stiffness=900.0)
+    assert refused.value.code == "busy" and world.ask("stop") == {}
+
+
+def test_who_ends_the_watchdogs_hold_is_told_so(world, monkeypatch):
+    start = world.streaming()
+    world.tick(80)
+    assert world.control.mode == "hold"
+    world.front.link.then = lambda: None
+    monkeypatch.setattr(robot_server.select, "select", lambda *_: world.tick())
+    world.ask("target", pose=near(start, 0, 0, 0))
+    assert world.front.newest["reply"]["mode"] == "streaming"
 
 
 def test_a_front_that_falls_silent(world):
