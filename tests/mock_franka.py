@@ -260,6 +260,7 @@ class Controller:
         records = {name: getattr(self, name) for name in ("ticks", "received", "late", "max_speed", "max_force")}
         records |= {"max_torque": self.max_torque, "mode": self.mode, "motion": self.motion, "log": self.log}
         records |= {"connected": self.client is not None, "success_rate": float(self.state["success_rate"])}
+        records |= {"torque_limit": self.torque_limit.tolist(), "force_limit": self.force_limit.tolist()}
         return records | {"q": self.sim.q.tolist(), "dq": self.sim.dq.tolist(), "pose": self.sim.tcp_pose.tolist()}
 
     def do_forget(self) -> None:
