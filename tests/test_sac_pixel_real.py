@@ -20,11 +20,12 @@ from conftest import (
     held_elsewhere,
     one_line,
     popen_script,
+    read_checkpoint,
     read_csv,
     run_script,
     wait_until,
 )
-from state_runs import AllAtOnce
+from state_runs import AllAtOnce, stored
 
 import robot_client as rc
 import sac_pixel_real as real
@@ -171,6 +172,27 @@ def test_learns_and_acts_as_the_script_for_simulations(tmp_path, changes):
     assert np.array_equal(ours.random_action(), theirs.random_action())
 
 
+def test_the_grasp_critic_learns_from_the_actions_last_entry(tmp_path):
+    """The others from the rest; its target follows it."""
+    agent = small_agent()
+    seen = {}
+    for name in ("critic_loss", "grasp_loss"):
+
+        def told(features, actions, target_q, name=name):
+            seen[name] = actions
+            return getattr(real.Agent, name)(agent, features, actions, target_q)
+
+        setattr(agent, name, told)
+    update_once = agent.update_once
+    agent.update_once = lambda *inputs, **options: seen.update(all=inputs[1]) or update_once(*inputs, **options)
+    before = [parameter.detach().clone() for parameter in agent.grasp_critic.parameters()]
+    agent.update(*(both_buffers(tmp_path, real, agent, seed) for seed in (1, 2)), 1)
+    assert torch.equal(torch.cat([seen["critic_loss"], seen["grasp_loss"]], 1), seen["all"])
+    critics = zip(before, agent.grasp_critic.parameters(), agent.target_grasp_critic.parameters())
+    for then, now, target in critics:
+        assert not torch.equal(then, now) and torch.allclose(target, then.lerp(now, real.TAU), rtol=0, atol=1e-7)
+
+
 # --- Interventions ----------------------------------------------------------------------------------------------------
 VIEWS = Views(("front",), 2, 1, {"state": (0, 1)})
 
@@ -287,6 +309,8 @@ def test_demonstrations_are_never_overwritten(tmp_path, monkeypatch):
     agent, replay, demos = real.start_learner(args, run, CPU)
     assert len(demos) == 10 and len(agent.probe["images"]) == 1  # of the two successes
     assert demos.rows.rewards[:10].tolist() == [0, 0, 0, 0, 1] * 2
+    assert agent.normalizer.waiting == 10
+    assert [(buffer.n_step, buffer.gamma) for buffer in (replay, demos)] == [(3, 0.97)] * 2
     demonstrated = demos.rows.observations[:10].clone()
     run.keep(agent=agent, buffer=replay, demos=demos)
 
@@ -381,7 +405,9 @@ def test_a_learner_that_is_behind_answers(tmp_path, monkeypatch):
     record_demos(tmp_path, [True], monkeypatch)
     args = small_args(total_timesteps=80, learning_starts=5, utd_ratio=2, run_dir=str(tmp_path / "run"))
     agent = small_agent()
-    steps = [pack_step(agent.step_type, None if i == 0 else np.zeros(7), some_obs(agent)) for i in range(81)]
+    steps = [pack_step(agent.step_type, None if i == 0 else np.zeros(7), some_obs(agent, i)) for i in range(81)]
+    for step in steps[31:35]:
+        step["intervened"] = True
     actors = AllAtOnce(steps)
     monkeypatch.setattr(real.link, "Learner", lambda *_: actors)
     monkeypatch.setattr(real, "UPDATES_AT_ONCE", 10)
@@ -391,6 +417,10 @@ def test_a_learner_that_is_behind_answers(tmp_path, monkeypatch):
             stack.callback(signal.signal, number, signal.getsignal(number))
         real.learner(args)
     assert actors.asked == [(100, 80, True)] + [(0, 0, False)] * 14  # 150 updates, 10 at a time
+    state = read_checkpoint(tmp_path / "run")
+    assert state["agent"]["critic_updates"] == 150 and state["agent"]["normalizer"]["count"] == 5 + 80
+    both = zip(*(stored(state, part).values() for part in ("buffer", "demos")))
+    assert state["demos"]["total"] == 5 + 4 and all(torch.equal(one[30:34], other[5:]) for one, other in [*both][:-1])
 
 
 # --- Policies ---------------------------------------------------------------------------------------------------------
