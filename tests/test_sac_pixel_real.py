@@ -130,6 +130,14 @@ def test_penalties_of_demonstrations_are_the_environments(gripper):
     assert real.grasp_penalties(actions, None, env.config) == unknown
 
 
+def test_demonstrations_of_a_gripper_are_rewarded_as_live_steps_are(tmp_path, monkeypatch):
+    """The penalty of closing it is among their rewards; it is open at first."""
+    record_demos(tmp_path, [True], monkeypatch, config=rc.TASKS["pick"])
+    args = small_args(task="pick")
+    _, _, demos = real.start_learner(args, new_run(tmp_path, args), CPU)
+    assert demos.rows.rewards[:5].tolist() == pytest.approx([-args.gripper_penalty, 0, 0, 0, 1])
+
+
 # --- Learning ---------------------------------------------------------------------------------------------------------
 def both_buffers(folder: Path, module, agent, seed: int) -> object:
     """20 transitions of random pictures, in episodes of 5, in a buffer of either script."""
@@ -1025,6 +1033,18 @@ def test_last_policy_is_saved_also_when_no_episode_was_needed(tmp_path):
     assert np.array_equal(other.act(obs, True), collector.weights_of.act(obs, True))
 
 
+def test_motions_are_random_until_there_are_weights_and_then_explore(tmp_path):
+    agent, collector = small_agent(), Collector()
+    agent.act = lambda obs, deterministic: "the mode" if deterministic else "a sample"
+    agent.random_action = lambda: "random"
+    policy = real.Newest(agent, collector, tmp_path / "newest.policy")
+    policy.take()
+    assert policy.act({}) == "random"
+    collector.wait()
+    policy.take()
+    assert policy.act({}) == "a sample"
+
+
 def test_run_that_still_runs_is_not_gone_on_with(tmp_path, monkeypatch):
     """It says so before a second learner waits for the first one's end."""
     args = small_args(teleop="none")
@@ -1161,6 +1181,7 @@ def test_fault_in_an_evaluation_is_named(capsys):
 def test_pause_in_an_evaluation_ends_with_a_look(monkeypatch):
     monkeypatch.setattr(real, "OVERRULE_S", 0.0)
     agent = small_agent()
+    agent.act = lambda obs, deterministic: np.full(7, float(deterministic))
     obs = some_obs(agent)
     still = []
     info = {"success": False, "period_s": 0.1, "fault": None}
