@@ -12,6 +12,7 @@ import shutil
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -1032,22 +1033,73 @@ def test_divergence_is_named(monkeypatch):
             call()
 
 
+@pytest.fixture
+def in_process(tmp_path, monkeypatch):
+    """A run in this process leaves its signals and threads as they are."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sac_state_sim.tensors, "set_up_torch", lambda *_: CPU)
+    with contextlib.ExitStack() as stack:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            stack.callback(signal.signal, number, signal.getsignal(number))
+        yield
+
+
+@pytest.mark.usefixtures("in_process")
 def test_a_learner_that_owes_updates_answers(tmp_path, monkeypatch):
     """It asks for nothing then, but an actor that hears nothing for long gives up."""
     steps = [pack_step(step_type(4, 3), None if i == 0 else np.zeros(3), np.ones(4)) for i in range(121)]
     actors = AllAtOnce(steps)
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sac_state_sim.link, "Learner", lambda *_: actors)
-    monkeypatch.setattr(sac_state_sim.tensors, "set_up_torch", lambda *_: CPU)
     args = point_args(role="learner", total_timesteps=120, learning_starts=20, utd_ratio=2, final_eval_episodes=1)
-    with contextlib.ExitStack() as stack:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            stack.callback(signal.signal, number, signal.getsignal(number))
-        sac_state_sim.learner(dataclasses.replace(args, run_dir="run", capture_video=False))
+    sac_state_sim.learner(dataclasses.replace(args, run_dir="run", capture_video=False))
     assert actors.asked == [(100, 120, True)] + [(0, 0, False)] * 3  # 200 updates, 50 at a time
     state = read_checkpoint(tmp_path / "run")
     assert state["agent"]["critic_updates"] == 200
     assert state["agent"]["normalizer"]["count"] == 120 + state["demos"]["total"]
+
+
+@pytest.fixture
+def done(monkeypatch) -> list[str]:
+    """What agents do: r a random action, s a sample, m the mode, u an update."""
+    letters: list[str] = []
+    for method, letter in ((Agent.random_action, "r"), (Agent.act, "s"), (Agent.update, "u")):
+
+        def told(self, *given, method=method, letter=letter, **options):
+            letters.append("m" if options.get("deterministic") else letter)
+            return method(self, *given, **options)
+
+        monkeypatch.setattr(Agent, method.__name__, told)
+    return letters
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_run_explores_and_learns_from_each_step_after_the_first_ones(done, tmp_path):
+    args = point_args(total_timesteps=5, learning_starts=2, final_eval_episodes=1, run_dir="run", capture_video=False)
+    sac_state_sim.train(args)
+    assert "".join(done).rstrip("m") == "rrsususu"
+    state = read_checkpoint(tmp_path / "run")
+    assert state["agent"]["normalizer"]["count"] == 5 + state["demos"]["total"]
+
+
+@pytest.mark.usefixtures("in_process")
+def test_an_actor_explores_as_soon_as_there_are_weights(done, monkeypatch):
+    args = point_args(role="actor", run_dir="run", capture_video=False)
+    env = wrapped(args)
+    policy = pack_tensors(Agent(env.observation_space, env.action_space, args, CPU).policy_tensors())
+    coming = [None, None, (1, policy), None]
+
+    class Sender:
+        number, journal = 0, SimpleNamespace(written=0)
+        done = property(lambda _: not coming)
+
+        def weights(self) -> tuple | None:
+            return coming.pop(0)
+
+        def send(self, step: bytes) -> None: ...
+
+    monkeypatch.setattr(sac_state_sim.link, "Actor", lambda *_: Sender())
+    sac_state_sim.actor(args)
+    assert done == ["r", "r", "s", "s"]
 
 
 # --- Runs: tasks of known value ---------------------------------------------------------------------------------------
