@@ -967,6 +967,19 @@ def test_vice_tells_goals_from_replay_and_rewards():
     assert bright < 0.97  # smoothed labels are 0.9 and 0.1
 
 
+def test_vice_compares_augmented_goals_with_what_followed():
+    """In the transitions of its own, not in demonstrations."""
+    agent = vice_agent()
+    agent.goals[1:] = 100
+    agent.augmented = lambda frames: frames // 2
+    seen: list[Tensor] = []
+    agent.classifier.encoder.register_forward_pre_hook(lambda _, given: seen.append(given[0].images))
+    inputs = random_inputs(agent)
+    agent.update_once(*inputs, with_actor=True)
+    (goals, replay), *_ = [images.split(6) for images in seen if len(images) == 12]
+    assert goals.unique().tolist() == [50, 100] and torch.equal(replay, inputs[FRAMES][:6, 1:] // 2)
+
+
 def test_vice_rewards_replace_the_tasks(monkeypatch):
     agent, seen = vice_agent(), []
     target_q = agent.target_q
@@ -1032,6 +1045,10 @@ def test_label_smoothing_and_mixup_change_the_loss_as_they_should(monkeypatch):
     assert shares.min() < 0.3 and shares.max() > 0.7 and ((shares > 0.01) & (shares < 0.99)).any()
     assert 0 < losses[0] < losses[1]
     assert losses[1] - losses[0] == pytest.approx(0.4 * ((shares - 0.5) * logits[0]).mean().item(), abs=1e-3)
+    # The slope is penalised somewhere between the two halves.
+    one, other = (half.detach() for half in logits[0].chunk(2))
+    weights = ((logits[1].detach() - other) / (one - other))[(one - other).abs() > 0.1]
+    assert weights.min() < 0.1 and weights.max() > 0.9 and weights.mean() == pytest.approx(0.5, abs=0.1)
 
 
 class MeanImage(nn.Module):
