@@ -409,7 +409,7 @@ def newest_row(path: Path) -> int:
 
 def test_kill_at_twenty_moments(tmp_path):
     """kill -9, twenty times in a row on one run; then it finishes as if nothing had happened."""
-    flags = [*TINY.split(), *ALL.split(), "--eval-every", 35, "--total-timesteps", 1500]
+    flags = [*TINY.split(), *ALL.split(), "--eval-every", 35, "--total-timesteps", 3000]
     moments, run_dir, saved = random.Random(0), tmp_path / "run", [0]
     train_csv = run_dir / "train.csv"
     for kill in range(20):
