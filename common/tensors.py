@@ -3,6 +3,7 @@ and weights as they are sent."""
 
 import contextlib
 import ctypes
+import importlib
 import math
 import os
 import re
@@ -22,6 +23,9 @@ from tqdm import tqdm
 
 from common.run import Run
 from common.setup import RunArgs, fail, go_on
+
+with contextlib.suppress(ImportError):  # PyTorch for CPUs comes without it
+    importlib.import_module("triton")  # optimizers need it: crashes once Mesa's renderer has loaded its own LLVM
 
 
 def set_up_torch(threads: int, amp: bool) -> torch.device:

@@ -2,11 +2,14 @@
 
 import io
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPO, script_env
 
 from common import tensors
 from common.tensors import RunningNormalizer, check_memory, set_up_torch
@@ -26,6 +29,17 @@ def statistics(data: np.ndarray) -> RunningNormalizer:
     for row in torch.tensor(data, dtype=torch.float32):
         normalizer.update(row[None])
     return normalizer
+
+
+@pytest.mark.parametrize(
+    "script", ["sac_state_sim", "sac_pixel_sim", "sac_pixel_real", "bc_flow_offline", "reward_classifier"]
+)
+def test_triton_is_imported_before_anything_renders(script, tmp_path):
+    """PyTorch with CUDA on a machine without a GPU: after Mesa's renderer its import, by an optimizer, crashed."""
+    (tmp_path / "triton.py").write_text("")
+    code = f"import sys, {script}; assert 'triton' in sys.modules and 'OpenGL.EGL' not in sys.modules"
+    env = script_env(tmp_path, {"PYTHONPATH": f"{tmp_path}{os.pathsep}{REPO}"})
+    subprocess.run([sys.executable, "-c", code], env=env, check=True, cwd=tmp_path, timeout=60)
 
 
 @pytest.mark.filterwarnings("error")
