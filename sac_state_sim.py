@@ -13,7 +13,8 @@ Expect: eval/episodic_return >= 6000 [benchmarks/results/sac_halfcheetah_100k.cs
 
 Sources: SAC arXiv:1812.05905; random subsets of an ensemble, many updates per step: REDQ arXiv:2101.05982; LayerNorm
 and 50/50 demonstration sampling: RLPD arXiv:2302.02948; imitation in the actor's loss: arXiv:1709.10089; targets over
-several steps: Rainbow arXiv:1710.02298; actor and learner: SERL arXiv:2401.16013, agentlace.
+several steps: Rainbow arXiv:1710.02298; mirrored transitions: arXiv:1909.10707; actor and learner: SERL
+arXiv:2401.16013, agentlace.
 Differs from SERL (serl_launcher, commit cd5f7e7): an optimizer steps only when its network is updated (SERL feeds zero
 gradients through Adam, so that an actor updated every N-th tick moves about sqrt(N) times further per gradient); the
 entropy for the temperature is that of the actor's own batch, not of next_observations; subsets are drawn without
@@ -98,6 +99,9 @@ class Args(RunArgs):
     """episodes per evaluation during training"""
     final_eval_episodes: int = 50
     """episodes of the last evaluation"""
+    mirror: tuple[int, ...] = ()
+    """entries of observation and action, numbered in one row, that change their sign in a mirror which leaves the task
+    as it is: half of each batch is seen in it; FrankaPickCube-v0: 1 5 8 11, what points to the left"""
     # algorithm
     gamma: float = 0.97
     """discount factor per environment step"""
@@ -154,7 +158,7 @@ class Args(RunArgs):
 
     def check(self) -> None:
         """Exits with one line when a value is out of its range or contradicts another."""
-        may_be_zero = {"seed", "lr_warmup", "lr_decay", "utd_ratio"}
+        may_be_zero = {"seed", "mirror", "lr_warmup", "lr_decay", "utd_ratio"}
         fractions = {"gamma", "demo_ratio", "dropout", "explore_prob", "actor_ema"}
         setup.check_numbers(self, may_be_zero, fractions, any_sign={"target_entropy_per_dim"})
         if self.num_min_qs > self.num_qs:
@@ -453,6 +457,10 @@ class Agent:
         self.target_parameters = list(self.target_critic.parameters())
         self.num_demos = round(args.demo_ratio * args.batch_size) if args.demos != "0" else 0
         self.ema_weight = torch.tensor(1 - args.actor_ema, device=device)
+        entries = range(self.obs_dim + self.action_dim)
+        if not set(args.mirror) <= set(entries):
+            fail(f"--mirror {args.mirror}: observation and action have the entries 0 to {entries[-1]}")
+        self.mirror_signs = torch.tensor([-1.0 if i in args.mirror else 1.0 for i in entries], device=device)
         # For `explore`: how many more steps each dimension of the action is held, and at which value.
         self.held_steps, self.held = np.zeros((2, self.action_dim // args.action_chunk), np.float32)
         self.critic_updates = 0
@@ -590,12 +598,25 @@ class Agent:
         self.step_critic()
         return metrics
 
+    def mirror(self, batches: Batch) -> Batch:
+        """Transitions (C, B), each with even chances as it is or as a mirror shows it."""
+        draws = torch.rand(batches.rewards.shape, generator=self.generator, device=self.device)
+        signs = torch.where(draws[..., None] < 0.5, self.mirror_signs, 1.0)  # (C, B, O + A)
+        obs_signs, action_signs = signs.split([self.obs_dim, self.action_dim], -1)
+        return batches._replace(
+            observations=batches.observations * obs_signs,
+            actions=batches.actions * action_signs,
+            next_observations=batches.next_observations * obs_signs,
+        )
+
     def update(self, buffer: ReplayBuffer, demos: ReplayBuffer | None, count: int) -> dict[str, Tensor]:
         """`count` critic updates and the actor updates then due; the newest metrics, detached."""
         batches = buffer.sample((count, self.args.batch_size - self.num_demos), self.generator)
         if self.num_demos:
             demo_batches = demos.sample((count, self.num_demos), self.generator)
             batches = Batch(*(torch.cat(pair, 1) for pair in zip(batches, demo_batches)))  # (count, B, ...)
+        if self.args.mirror:
+            batches = self.mirror(batches)
         shape = (count, 2, self.args.batch_size, self.action_dim)
         eps = torch.randn(shape, generator=self.generator, device=self.device)
         draws = torch.rand(count, self.args.num_qs, generator=self.generator, device=self.device)

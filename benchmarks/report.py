@@ -23,7 +23,7 @@ from run import REPO, RESULTS, ROWS
 EXPLORATION = REPO / "benchmarks" / "exploration.csv"
 NEWCOMERS = (  # the rows of README's table, ten at most; benchmarks/README.md has all
     "sac_pick_default",
-    "sac_pick_scratch",
+    "sac_pick_mirror",
     "sac_peg_default",
     "sac_halfcheetah_100k",
     "pixel_pick_default",

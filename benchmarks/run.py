@@ -64,6 +64,14 @@ ROWS = {
         "at least 0.95; 40,000 steps, 15 min",
         seeds=(1, 2, 3, 4, 5),
     ),
+    "sac_pick_mirror": Row(
+        "without demonstrations, half of each batch seen in a mirror",
+        "sac_state_sim.py --demos 0 --mirror 1 5 8 11 --total-timesteps 25000 --learning-starts 2000"
+        " --explore-prob 0.005 --n-step 3 --batch-size 64 --utd-ratio 4",
+        "eval/success_rate",
+        "at least 0.95; 25,000 steps",
+        seeds=(1, 2, 3, 4, 5),
+    ),
     "sac_peg_default": Row(
         "a peg in a hole, sparse reward, 20 scripted demonstrations",
         "sac_state_sim.py --env-id FrankaPegInsert-v0 --total-timesteps 10000",
@@ -97,7 +105,8 @@ ROWS = {
     ),
     "pixel_pick_resnet": Row(
         "from two cameras of 128 x 128, ResNet-10, on a GPU",
-        "sac_pixel_sim.py --encoder resnet10 --image-size 128 --batch-size 256 --amp --total-timesteps 12000",
+        "sac_pixel_sim.py --encoder resnet10 --image-size 128 --batch-size 256 --amp --total-timesteps 12000"
+        " --no-capture-video",
         "eval/success_rate",
         "at least 0.95; 5 min on an H200",
     ),
@@ -161,6 +170,7 @@ SAC_FLAGS = {
     "unnormalized": ("observations as they are", " --no-normalize-observations"),
     "utd_2": ("two updates per step, not six", " --utd-ratio 2"),
     "utd_12": ("twelve updates per step, not six", " --utd-ratio 12"),
+    "mirror": ("half of each batch seen in a mirror", " --mirror 1 5 8 11"),
 }
 for name, (what, flags) in SAC_FLAGS.items():
     command = f"sac_state_sim.py --total-timesteps 3000 --no-capture-video{flags}"

@@ -137,9 +137,9 @@ def read_flags(Args: type[T], run_dir: str, option: str) -> T:  # noqa: N803
 def check_numbers(args: object, may_be_zero: set[str], fractions: set[str], any_sign: set[str] = frozenset()) -> None:
     """Exits with one line about a whole number below 1, a negative or no finite number, or a fraction above 1."""
     for name, value in vars(args).items():
-        if args.__annotations__.get(name) == tuple[int, ...] and min(value, default=0) < 1:  # widths of layers
-            fail(f"{flag(name)} {value}: give one number or more, each at least 1")
         least = 0 if name in may_be_zero else 1
+        if args.__annotations__.get(name) == tuple[int, ...] and min(value, default=0) < least:  # widths of layers
+            fail(f"{flag(name)} {value}: give one number or more, each at least {least}")
         if type(value) is int and name not in any_sign and not least <= value < 2**63:
             fail(f"{flag(name)} {value}: give at least {least}, and less than 2**63")
         lowest = -sys.float_info.max if name in any_sign else 0

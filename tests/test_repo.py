@@ -41,7 +41,7 @@ CALLS = ("tyro.cli(Args, description=__doc__)", "parse(Args, __doc__, Args.MAY_C
 BANNER_LENGTH = 120
 MAX_LINES, MAX_MODULE_LINES, MAX_FUNCTION_LINES = 800, 350, 60
 LONGER = {  # limits, not goals
-    "sac_state_sim.py": 853,
+    "sac_state_sim.py": 874,
     "sac_pixel_sim.py": 1231,
     "sac_pixel_real.py": 1686,
     "bc_flow_offline.py": 1069,
@@ -49,7 +49,7 @@ LONGER = {  # limits, not goals
     "robot_client.py": 1734,  # client, cameras, teleoperation, environment
     "common/datasets.py": 1415,
 }
-MAX_FLAGS = {"sac_state_sim.py": 48, "sac_pixel_sim.py": 60}
+MAX_FLAGS = {"sac_state_sim.py": 49, "sac_pixel_sim.py": 60}
 
 # Appended to every command that the README or a header shows, to run it in seconds. tyro takes the last of two flags.
 # Commands with a comment that says `# needs ...` (a GPU, hardware, a network, another process) are parsed, not run.

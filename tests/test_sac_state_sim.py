@@ -19,7 +19,7 @@ import numpy as np
 import probe_envs
 import pytest
 import torch
-from conftest import leaves, read_checkpoint, read_csv, run_script, same
+from conftest import REPO, leaves, read_checkpoint, read_csv, run_script, same
 from gymnasium import spaces
 from state_runs import POINT, SCRIPT, TASKS, TINY, AllAtOnce, run
 from torch import distributions
@@ -580,6 +580,50 @@ def test_demonstrations_fill_their_share_of_each_batch():
     demos = fill(ReplayBuffer(5, 3, 2, CPU), random_batch(5)._replace(rewards=torch.ones(5)))
     agent.update(buffer, demos, 20)
     assert [rewards.tolist() for rewards in seen] == [[0] * 7 + [1] * 3] * 20  # the last rows are the demonstrations
+
+
+def test_half_of_what_is_learned_is_seen_in_a_mirror():
+    """Of each transition observation, action and what followed, or nothing."""
+    agent, seen = small_agent(mirror=(0, 2, 4), normalize_observations=False), []
+    agent.update_once = lambda *inputs, with_actor: seen.append(Batch(*inputs[:5])) or {}
+    batch = random_batch(64)
+    agent.update(fill(ReplayBuffer(64, 3, 2, CPU), batch), None, 100)
+    seen = Batch(*map(torch.cat, zip(*seen, strict=True)))  # (800, ...)
+    places = (seen.rewards[:, None] == batch.rewards).int().argmax(1)
+    mirrored = seen.actions[:, 1] != batch.actions[places, 1]
+    signs = torch.where(mirrored[:, None], torch.tensor([-1, 1, -1, 1, -1]), 1)
+    assert torch.equal(seen.observations, batch.observations[places] * signs[:, :3])
+    assert torch.equal(seen.next_observations, batch.next_observations[places] * signs[:, :3])
+    assert torch.equal(seen.actions, batch.actions[places] * signs[:, 3:])
+    assert torch.equal(seen.terminations, batch.terminations[places])
+    assert 0.4 < mirrored.float().mean() < 0.6
+
+
+def test_a_mirror_of_entries_that_do_not_exist():
+    assert small_agent(mirror=(0, 4)).mirror_signs.tolist() == [-1, 1, 1, 1, -1]
+    with pytest.raises(SystemExit, match=r"--mirror \(0, 5\): observation and action have the entries 0 to 4"):
+        small_agent(mirror=(0, 5))
+
+
+def test_the_cube_lies_in_a_world_that_a_mirror_leaves_as_it_is():
+    """The entries that --help gives for it: the same reward for mirrored actions, and what is seen is mirrored."""
+    named = re.search(r"FrankaPickCube-v0: ([\d ]+),", (REPO / SCRIPT).read_text())[1]
+    signs = np.ones(14)
+    signs[[int(entry) for entry in named.split()]] = -1
+    actions = np.random.default_rng(0).uniform(-1, 1, (6, 4)).repeat(10, 0)
+    seen = []
+    for side in (1, -1):
+        env = gym.wrappers.FlattenObservation(gym.make("FrankaPickCube-v0"))
+        env.reset(seed=0)
+        env.unwrapped.sim.data.qpos[9:11] = 0.45, side * 0.1
+        turned = actions if side == 1 else actions * signs[10:]
+        obs, rewards, *_ = zip(*(env.step(action.astype(np.float32)) for action in turned), strict=True)
+        seen.append((np.array(obs), np.array(rewards)))
+    (obs, rewards), (other_obs, other_rewards) = seen
+    assert np.ptp(obs[:, 5]) > 0.1  # it moves
+    np.testing.assert_allclose(other_obs[:, :7], (obs * signs[:10])[:, :7], atol=3e-3)  # m, and the gripper
+    np.testing.assert_allclose(other_obs[:, 7:], (obs * signs[:10])[:, 7:], atol=5e-2)  # m/s
+    np.testing.assert_allclose(rewards, other_rewards, atol=3e-3)
 
 
 def test_learning_rate_warm_up_and_cosine():

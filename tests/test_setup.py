@@ -70,6 +70,7 @@ def test_flags_take_their_types():
         ("--lr -1", "--lr -1"),
         ("--hidden-dims 3 0", "--hidden-dims (3, 0): give one number or more"),
         ("--hidden-dims", "--hidden-dims (): give one number or more"),
+        ("--mirror 0 -1", "--mirror (0, -1): give one number or more, each at least 0"),
         ("--record-dataset no_version!", "--record-dataset no_version!"),
         ("--resume nowhere", "--resume nowhere"),
         ("--eval-only nowhere", "--eval-only nowhere"),
@@ -101,7 +102,7 @@ def test_values_of_wrong_types(flags, capsys):
 # --- Flags of an earlier run ------------------------------------------------------------------------------------------
 FREE = "run_dir resume eval_only record_dataset capture_video track compile threads amp total_timesteps eval_every "
 FREE += "eval_episodes final_eval_episodes address curve_keys"
-OTHER = {"std_parameterization": "fixed", "activation": "tanh", "hidden_dims": (7,), "role": "learner"}
+OTHER = {"std_parameterization": "fixed", "activation": "tanh", "hidden_dims": (7,), "mirror": (7,), "role": "learner"}
 
 
 @pytest.mark.parametrize("option", ["--resume", "--eval-only"])
