@@ -862,6 +862,19 @@ def test_losses_of_a_batch_in_parts_are_the_whole_batchs(reward):
         np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, err_msg=name)
 
 
+def test_each_part_of_a_batch_has_its_share_in_the_classifiers_gradient():
+    images, gradients = torch.zeros(4, 1, *small_views().frame_shape, dtype=torch.uint8), []
+    for grad_accum_steps in (1, 4):
+        options = {"reward": "vice", "demos": "1", "batch_size": 16, "grad_accum_steps": grad_accum_steps}
+        agent = Agent(small_views(), box(2), small_args(**options), CPU)
+        agent.goals = torch.full((3, *images.shape[1:]), 200, dtype=torch.uint8)
+        agent.classifier_gradient(images)
+        gradients.append([p.grad for p in agent.classifier.parameters()])
+    for whole, part in zip(*gradients, strict=True):
+        np.testing.assert_allclose(4 * part, whole, rtol=1e-4, atol=1e-6)
+    assert any(whole.abs().max() > 1e-3 for whole in gradients[0])
+
+
 class Flat(nn.Module):
     """In the place of an encoder: images are the features, as numbers."""
 
