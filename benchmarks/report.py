@@ -29,7 +29,7 @@ NEWCOMERS = (  # the rows of README's table, ten at most; benchmarks/README.md h
     "pixel_pick_default",
     "pixel_peg_default",
     "pixel_pick_vice",
-    "pixel_pick_scratch",
+    "pixel_pick_gpu",
     "bc_pick_default",
     "bc_halfcheetah_chunks",
 )

@@ -101,7 +101,7 @@ ROWS = {
         "from two cameras, 20 scripted demonstrations, on a GPU",
         "sac_pixel_sim.py --no-capture-video",
         "eval/success_rate",
-        "at least 0.9; 3 min on an H100",
+        "at least 0.9; 3 min on one GPU",
     ),
     "pixel_pick_resnet": Row(
         "from two cameras of 128 x 128, ResNet-10, on a GPU",
