@@ -12,7 +12,8 @@ policy, the same for all, every 1,000 steps and when the time is up; success is 
 step. The clock runs from the start of the process, with imports and compilation; it stands still during evaluations.
 
 The settings are the authors' for the nearest task:
-ours_demos, ours: the rows sac_pick_default (the peg: sac_peg_default) and sac_pick_scratch of benchmarks/run.py.
+ours_demos, ours_mirror, ours: the rows sac_pick_default (the peg: sac_peg_default), sac_pick_mirror (the cube only) and
+    sac_pick_scratch of benchmarks/run.py. None of the others is told that the task is symmetric.
 serl_demos, serl: serl_launcher's make_sac_agent, with the flags of examples/async_sac_state_sim/run_*.sh: batches of
     256, eight critic updates for one of the actor, 1,000 random steps. That script names a flag it does not have
     (FLAGS.utd_ratio) and so never learns; its actor and learner are two processes whose ratio is left to chance; it has
@@ -71,6 +72,7 @@ COLUMNS += ["version", "date", "commit", "hardware"]
 OURS = {
     ("ours_demos", "FrankaPickCube-v0"): ROWS["sac_pick_default"].command,
     ("ours_demos", "FrankaPegInsert-v0"): ROWS["sac_peg_default"].command,
+    ("ours_mirror", "FrankaPickCube-v0"): ROWS["sac_pick_mirror"].command,
     ("ours", "FrankaPickCube-v0"): ROWS["sac_pick_scratch"].command,
     ("ours", "FrankaPegInsert-v0"): ROWS["sac_pick_scratch"].command + " --env-id FrankaPegInsert-v0",
 }
@@ -427,7 +429,7 @@ def write_demos(path: Path, env_id: str, seed: int) -> None:
 # --- Running and recording --------------------------------------------------------------------------------------------
 def contenders(args: Args) -> dict[str, tuple[str, str, str]]:
     """Contender -> its interpreter, its checkout, its versions; of those that are given and asked for."""
-    found = {name: (sys.executable, "", ["torch"]) for name in ("ours_demos", "ours")}
+    found = {name: (sys.executable, "", ["torch"]) for name, task in OURS if task == args.env_id}
     if args.serl_path:
         suffix = "" if args.serl_steps == 1 else f"_{args.serl_steps}"
         for name in ("serl_demos", "serl"):

@@ -35,6 +35,7 @@ NEWCOMERS = (  # the rows of README's table, ten at most; benchmarks/README.md h
 )
 PEERS = {  # the contenders of peers.py, whose header says more about their settings
     "ours_demos": "`sac_state_sim.py`, the task's row in `run.py`, 20 demonstrations",
+    "ours_mirror": "`sac_state_sim.py`, the row `sac_pick_mirror`",
     "ours": "`sac_state_sim.py`, the row `sac_pick_scratch`",
     "serl_demos": "SERL's SAC agent (JAX), its settings for states, half of each batch from the same 20 demonstrations",
     "serl": "SERL's SAC agent (JAX), its settings for states",

@@ -592,7 +592,9 @@ def test_contenders_that_are_given(tmp_path):
     subprocess.run(["git", *identity, "commit", "-q", "--allow-empty", "-m", "x"], cwd=tmp_path, check=True)
     args = peers.Args(cleanrl_path=tmp_path)
     found = peers.contenders(args)
-    assert list(found) == ["ours_demos", "ours", "cleanrl"]
+    assert list(found) == ["ours_demos", "ours_mirror", "ours", "cleanrl"]
+    peg = peers.contenders(dataclasses.replace(args, env_id="FrankaPegInsert-v0"))
+    assert list(peg) == ["ours_demos", "ours", "cleanrl"]
     assert found["ours"] == (sys.executable, "", speed.versions(sys.executable, "torch", "gymnasium", "mujoco"))
     assert re.fullmatch(r"commit [0-9a-f]{7,}, torch .*", found["cleanrl"][2])
     assert list(peers.contenders(dataclasses.replace(args, contenders=("cleanrl", "ours")))) == ["cleanrl", "ours"]
