@@ -78,6 +78,13 @@ ROWS = {
         "eval/success_rate",
         "at least 0.9",
     ),
+    "sac_peg_mirror": Row(
+        "the peg, half of each batch seen in a mirror",
+        "sac_state_sim.py --env-id FrankaPegInsert-v0 --mirror 2 4 6 9 12 14 15 17 19 21 23 25 27 29"
+        " --total-timesteps 10000",
+        "eval/success_rate",
+        "at least 0.9",
+    ),
     "reward_classifier": Row(
         "success classifier of the simulated peg, in lights that it has not seen: frames right",
         "reward_classifier.py --test-episodes 200",
