@@ -626,6 +626,48 @@ def test_the_cube_lies_in_a_world_that_a_mirror_leaves_as_it_is():
     np.testing.assert_allclose(rewards, other_rewards, atol=3e-3)
 
 
+class MirroredStart:
+    """In the place of a task's random numbers: a peg's and a hole's start, y and yaw on one `side` (1, -1)."""
+
+    def __init__(self, side: int):
+        self.rng, self.side = np.random.default_rng(3), side
+
+    def uniform(self, low: tuple[float, ...], high: tuple[float, ...]) -> np.ndarray:
+        value = self.rng.uniform(low, high)
+        value[[1, -1]] *= self.side  # x, y, (z,) yaw
+        return value
+
+
+def test_the_peg_lies_in_such_a_world_too():
+    """The entries of the row sac_peg_mirror: what is seen of pushing and turning, and of the expert, is mirrored."""
+    named = re.search(r"FrankaPegInsert-v0 --mirror ([\d ]+)\"", (REPO / "benchmarks" / "run.py").read_text())[1]
+    signs = np.ones(30)
+    signs[[int(entry) for entry in named.split()]] = -1
+    actions = np.random.default_rng(1).uniform(-0.5, 0.5, (3, 6)).repeat(6, 0)
+    seen = []
+    for side in (1, -1):
+        env = gym.make("FrankaPegInsert-v0")
+        env.reset(seed=0)
+        env.unwrapped._np_random = MirroredStart(side)
+        env.unwrapped.place()
+        rows, total = [], 0.0
+        for step in range(90):
+            action = env.unwrapped.expert_action()
+            if step < len(actions):
+                action = action / 2 + (actions[step] if side == 1 else actions[step] * signs[24:])
+            obs, reward, *_ = env.step(action.astype(np.float32))
+            rows.append(spaces.flatten(env.observation_space, obs))
+            total += reward
+        seen.append((np.array(rows), total))
+    (obs, total), (other_obs, other_total) = seen
+    assert min(total, other_total) > 10 and abs(total - other_total) <= 3  # steps in the hole
+    pose, speed = [*range(1, 5), *range(8, 15)], range(18, 24)
+    np.testing.assert_allclose(other_obs[:, pose], (obs * signs[:24])[:, pose], atol=1e-2)  # m, quaternion
+    np.testing.assert_allclose(other_obs[:, speed], (obs * signs[:24])[:, speed], atol=1e-1)  # m/s, rad/s
+    for entry in (6, 7, 16, 17):  # forces and torques of contacts are noisy
+        assert np.corrcoef(other_obs[:, entry], obs[:, entry] * signs[entry])[0, 1] > 0, entry
+
+
 def test_learning_rate_warm_up_and_cosine():
     agent = small_agent(lr_warmup=4, lr_decay=10, lr=1e-3)
     for update in range(1, 14):
