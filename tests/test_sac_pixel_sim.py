@@ -1167,7 +1167,7 @@ def test_kill_at_any_moment(tmp_path):
     if nothing had been."""
     flags = ("--total-timesteps", 600, "--eval-every", 10, "--buffer-size", 120)
     run(*flags, "--run-dir", "whole", cwd=tmp_path)
-    generator, moments, finished = np.random.default_rng(0), 0, False
+    generator, moments, finished, allowed = np.random.default_rng(0), 0, False, set()
     while moments < 10 and not finished:
         resume = ("--resume", "run") if (tmp_path / "run").exists() else (*TINY.split(), *flags, "--run-dir", "run")
         with popen_forked(SCRIPT, *resume, cwd=tmp_path, env=TASKS) as process:
@@ -1176,14 +1176,17 @@ def test_kill_at_any_moment(tmp_path):
             process.join(float(generator.uniform(0.3, 1.5)))
             process.kill()
         saved = (tmp_path / "run" / "checkpoint.pt").exists()  # not between a checkpoint's two renames
-        finished = saved and checkpoint(tmp_path / "run")["run"]["finished"]
+        state = checkpoint(tmp_path / "run")["run"] if saved else {"finished": False, "step": 0}
+        finished = state["finished"]
         if not finished:
             assert process.exitcode == -signal.SIGKILL, process.stderr_path.read_text()
             moments += 1
+            if state["step"] == 600:  # it begins an episode, and then sees that only an evaluation is left
+                allowed = {"/buffer/newest/", "/buffer/open"}
     assert moments > 1
     if not finished:
         run_forked(SCRIPT, "--resume", "run", cwd=tmp_path, env=TASKS, timeout=600)
-    assert differences(tmp_path / "whole", tmp_path / "run") == []
+    assert set(differences(tmp_path / "whole", tmp_path / "run")) <= allowed
 
 
 def test_a_run_shows_its_work(tmp_path):
